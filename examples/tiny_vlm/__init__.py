@@ -1,0 +1,5 @@
+"""A tiny Qwen3-VL-MoE, trained on questions about real pictures, for the examples and tests.
+
+The model is small enough to live in the repository, yet everything about it is real: the
+Hugging Face model class, photographs, handwritten digits, held-out test data.
+"""

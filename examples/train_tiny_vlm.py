@@ -1,0 +1,158 @@
+"""Train the tiny Qwen3-VL-MoE of the examples: ``python examples/train_tiny_vlm.py``.
+
+One hour on one CPU core. Interrupt it at will: it goes on from its last saved state. The result is
+a Hugging Face checkpoint folder (safetensors, config, tokenizer, image processor) with the log of
+the run in ``training_log.jsonl`` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tiny_vlm import data
+from tiny_vlm import model as tiny
+from tiny_vlm.evaluate import accuracy_by_task, rank_imbalance
+from tiny_vlm.vocabulary import build_tokenizer
+from torch.nn import functional
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--pictures", type=int, default=12, help="pictures in a batch")
+    parser.add_argument("--texts", type=int, default=8, help="texts in a batch")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak of the cosine")
+    parser.add_argument("--warm-up", type=int, default=300, help="steps")
+    parser.add_argument("--balance", type=float, default=0.002, help="weight of the balancing loss")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate-every", type=int, default=500, help="steps")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=tiny.CHECKPOINT)
+    return parser.parse_args()
+
+
+def learning_rate(step: int, arguments: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine down to zero."""
+    if step < arguments.warm_up:
+        return arguments.learning_rate * (step + 1) / arguments.warm_up
+    share = (step - arguments.warm_up) / max(1, arguments.steps - arguments.warm_up)
+    return arguments.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def training_loss(model: torch.nn.Module, batch: data.TrainingBatch, device: str) -> torch.Tensor:
+    """Cross entropy of the answers, plus the model's own balancing loss, meant over its layers."""
+    labels = torch.from_numpy(batch.labels).to(device)
+    positions = torch.from_numpy(batch.positions).to(device)
+    pictures = {name: tensor.to(device) for name, tensor in tiny.picture_inputs(batch.pixels).items()}
+    # The inner model: the outer one cannot balance under a four-dimensional attention mask.
+    outputs = model.model(
+        input_ids=torch.from_numpy(batch.ids).to(device),
+        position_ids=positions.expand(3, *positions.shape),
+        attention_mask=torch.from_numpy(batch.attends)[:, None].to(device),
+        output_router_logits=True,
+        **pictures,
+    )
+    logits = model.lm_head(outputs.last_hidden_state)
+    loss = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=data.IGNORE
+    )
+    config = model.config.text_config
+    balance = sum(
+        load_balancing_loss_func((layer,), config.num_experts, config.num_experts_per_tok)
+        for layer in outputs.router_logits
+    )
+    return loss + config.router_aux_loss_coef / config.num_hidden_layers * balance
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    state_file = arguments.out / "training_state.pt"
+    log_file = arguments.out / "training_log.jsonl"
+
+    model = tiny.build_model(arguments.seed, arguments.balance).to(arguments.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
+    )
+    first_step = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step = state["step"]
+        print(f"going on from step {first_step}")
+    else:
+        settings = {name: value for name, value in vars(arguments).items() if name != "out"}
+        log_file.write_text(json.dumps({"settings": settings, "torch": torch.__version__}) + "\n")
+    validation = data.draw_samples(arguments.seed, "validation", data.TASKS, 70 * len(data.TASKS))
+
+    def evaluate_and_save(step: int, loss: float) -> None:
+        torch.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
+            state_file,
+        )
+        model.eval()
+        accuracy = accuracy_by_task(model, validation)
+        imbalance = rank_imbalance(model, validation, ranks=4)
+        model.train()
+        record = {"step": step, "loss": round(loss, 4), "accuracy": accuracy, "imbalance": imbalance}
+        record["hours"] = round((time.time() - started) / 3600, 3)
+        with log_file.open("a") as log:
+            log.write(json.dumps(record) + "\n")
+        progress.console.print(json.dumps(record))
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    started, smooth = time.time(), float("nan")
+    model.train()
+    with Progress(*columns) as progress:
+        bar = progress.add_task("training", total=arguments.steps, completed=first_step)
+        for step in range(first_step, arguments.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, arguments)
+            batch = data.draw_training_batch(arguments.seed, step, arguments.pictures, arguments.texts)
+            loss = training_loss(model, batch, arguments.device)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            value = loss.item()
+            smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
+            progress.update(bar, completed=step + 1, description=f"training, loss {smooth:.3f}")
+            if (step + 1) % arguments.evaluate_every == 0:
+                evaluate_and_save(step + 1, smooth)
+
+    model.eval()
+    model.save_pretrained(arguments.out)
+    build_tokenizer().save_pretrained(arguments.out)
+    tiny.build_image_processor().save_pretrained(arguments.out)
+    test = data.draw_samples(arguments.seed, "test", data.TASKS, 300 * len(data.TASKS))
+    result = {"test_accuracy": accuracy_by_task(model, test), "imbalance": rank_imbalance(model, test, 4)}
+    with log_file.open("a") as log:
+        log.write(json.dumps(result) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
