@@ -1,0 +1,47 @@
+"""MACS: modality-aware capacity scaling for multimodal mixture-of-experts inference.
+
+The algorithm, with no engine in it. ``megatron_macs`` and ``deepspeed_macs`` put it into engines.
+
+Letters in shapes, here and in every module:
+
+    T  valid and padding tokens of one layer on one process     D  hidden size
+    B  sequences    S  their tokens; sources where said so      E  experts    k  experts a token
+    R  expert-parallel ranks    G = E / R  experts a rank       P  pools (experts or ranks)
+"""
+
+from .config import PRESETS, MACSConfig
+from .metrics import LayerRecorder, LayerReport
+from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, Tokens, current_modality, modality
+from .plan import Plan, PlanStatistics
+from .planner import Planner, router_similarity
+from .policies import POLICIES, Policy, build_policy
+from .profile import Calibration, Profile, router_fingerprint
+from .topology import Topology
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AUDIO",
+    "IMAGE",
+    "POLICIES",
+    "PRESETS",
+    "TEXT",
+    "VIDEO",
+    "Calibration",
+    "LayerRecorder",
+    "LayerReport",
+    "MACSConfig",
+    "Modality",
+    "Plan",
+    "PlanStatistics",
+    "Planner",
+    "Policy",
+    "Profile",
+    "Tokens",
+    "Topology",
+    "build_policy",
+    "current_modality",
+    "modality",
+    "router_fingerprint",
+    "router_similarity",
+]

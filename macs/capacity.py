@@ -1,0 +1,124 @@
+"""Loads and capacities: what each expert or rank may take, and whose tokens may take it.
+
+Shapes: S source ranks, E experts, R ranks, P pools (experts or ranks); loads and capacities are
+int64 in fixed point (``UNIT`` is one token).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .config import MACSConfig
+from .fixed_point import UNIT, apportion
+
+
+@dataclass(frozen=True)
+class LoadTable:
+    """What every source rank asks for; all int64.
+
+    tokens [S] valid tokens; weight [S] their weights' sum; visual_weight [S] that of visual ones;
+    cost [S, E] load asked of each expert, in fixed point; rows [S, E] the same in assignments.
+    """
+
+    tokens: Tensor
+    weight: Tensor
+    visual_weight: Tensor
+    cost: Tensor
+    rows: Tensor
+
+    def pack(self) -> Tensor:
+        """One int64 [S, 3 + 2 E], for one all-gather."""
+        scalars = torch.stack([self.tokens, self.weight, self.visual_weight], 1)
+        return torch.cat([scalars, self.cost, self.rows], 1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> LoadTable:
+        experts = (packed.shape[1] - 3) // 2
+        tokens, weight, visual_weight, cost, rows = packed.split([1, 1, 1, experts, experts], 1)
+        return cls(tokens[:, 0], weight[:, 0], visual_weight[:, 0], cost, rows)
+
+    def total(self) -> LoadTable:
+        """The group as one source: every field summed over S, which becomes 1."""
+        return LoadTable(*(getattr(self, f.name).sum(0, keepdim=True) for f in fields(self)))
+
+
+def measure(
+    source: Tensor, valid: Tensor, visual: Tensor, weight: Tensor, cost: Tensor, experts: Tensor,
+    num_sources: int, num_experts: int,
+) -> LoadTable:
+    """Effective load L_j = sum of the costs of the assignments to j, per source, and its totals.
+
+    source int64 [T], valid and visual bool [T], weight and cost int64 [T], experts int64 [T, k]
+    (-1: none).
+    """
+    counted = valid[:, None] & (experts >= 0)
+    cell = torch.where(counted, source[:, None] * num_experts + experts, num_sources * num_experts)
+
+    def by_expert(values: Tensor) -> Tensor:
+        flat = values.new_zeros(num_sources * num_experts + 1)
+        flat = flat.scatter_add(0, cell.flatten(), values[:, None].expand(cell.shape).flatten())
+        return flat[:-1].view(num_sources, num_experts)
+
+    def by_source(values: Tensor) -> Tensor:
+        return values.new_zeros(num_sources).scatter_add(0, source, values)
+
+    return LoadTable(
+        tokens=by_source(valid.long()),
+        weight=by_source(torch.where(valid, weight, 0)),
+        visual_weight=by_source(torch.where(visual, weight, 0)),
+        cost=by_expert(cost),
+        rows=by_expert(torch.ones_like(cost)),
+    )
+
+
+def effective_visual_ratio(table: LoadTable) -> Tensor:
+    """R_v = sum of visual weights / sum of weights, float64 [S]; 0.5 where there is no weight."""
+    ratio = table.visual_weight.double() / table.weight.clamp(min=1).double()
+    return torch.where(table.weight > 0, ratio, 0.5)
+
+
+def even_share(table: LoadTable, config: MACSConfig, top_k: int, num_experts: int) -> Tensor:
+    """C_base: gamma T k / E, or gamma (sum w) k / E, in whole tokens, rounded up. float64 [S]
+
+    Rounded up as count-based capacity is, so that text alone gives exactly that.
+    """
+    load = table.tokens.double() if config.basis == "tokens" else table.weight.double() / UNIT
+    return (config.capacity_factor * top_k / num_experts * load).ceil()
+
+
+def expert_capacity(table: LoadTable, config: MACSConfig, top_k: int, modality_bias: Tensor) -> Tensor:
+    """C_j = C_base (1 + rho m_j (R_v - 0.5)), at least ``min_capacity``. int64 [S, E]
+
+    modality_bias float64 [E] is m_j, in -1..1. With ``conserve`` the capacities are rescaled to sum
+    to E C_base before the lower clamp.
+    """
+    num_experts = len(modality_bias)
+    base = even_share(table, config, top_k, num_experts)
+    lean = effective_visual_ratio(table) - 0.5
+    factor = 1 + config.modality_strength * lean[:, None] * modality_bias
+    if config.conserve:
+        factor = factor * (num_experts / factor.sum(1, keepdim=True))
+    capacity = (base[:, None] * factor * UNIT).round()
+    # More than every assignment is never needed; the bound keeps later products in range.
+    everything = (table.tokens * top_k * UNIT).double()[:, None]
+    capacity = torch.minimum(capacity, everything).long()
+    return capacity.clamp(min=round(config.min_capacity * UNIT))
+
+
+def quotas(capacity: Tensor, demand: Tensor) -> Tensor:
+    """Each source's part of the group's capacities: capacity [P], demand [S, P] -> int64 [S, P].
+
+    Where demand exceeds capacity, in proportion to demand. Elsewhere a source gets all it asks for,
+    and the room to spare goes to the sources by how much they overflow in other pools, for that is
+    what they will want to reroute. The parts of a pool never sum to more than its capacity.
+    """
+    asked = demand.sum(0)
+    shares = apportion(capacity, demand)
+    over = asked > capacity
+    overflow = torch.where(over, demand - shares, 0).sum(1)
+    spare = torch.where(over, 0, capacity - asked)
+    extra = apportion(spare, overflow[:, None].expand_as(demand))
+    return torch.where(over, shares, demand + extra)

@@ -1,0 +1,217 @@
+"""Every setting of MACS, its range and its meaning, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    optional: bool = False,
+) -> Any:
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "optional": optional}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class MACSConfig:
+    """Settings of the planner; an invalid one is a ``ValueError`` that names the field.
+
+    Symbols in brackets are the paper's (MACS, arXiv 2605.05225). A field's range and choices are
+    in its ``metadata``, where command lines and tests find them too.
+    """
+
+    capacity_factor: float = _setting(
+        1.0, "[gamma] capacity of an expert over its even share of the load", low=1e-3, high=1e6
+    )
+    basis: str = _setting(
+        "tokens",
+        "what the even share is a share of: all tokens, or their effective (weighted) load",
+        choices=("tokens", "effective"),
+    )
+    modality_strength: float = _setting(
+        0.5, "[rho] how far capacity follows the batch's visual ratio", low=0.0, high=2.0
+    )
+    bias: str = _setting(
+        "hard",
+        "an expert's modality bias: -1, 0 or +1 by threshold, or the calibrated value itself",
+        choices=("hard", "soft"),
+    )
+    bias_threshold: float = _setting(
+        0.1, "[tau] visual share of an expert, beyond one half, that makes it biased", low=0.0, high=0.5
+    )
+    conserve: bool = _setting(False, "rescale capacities so that modality moves them and adds none")
+    min_capacity: float = _setting(1.0, "least capacity of an expert, in tokens", low=0.0, high=1e9)
+
+    weighting: str = _setting(
+        "entropy",
+        "semantic weight of a visual token: from its features' entropy, or visual_weight",
+        choices=("entropy", "constant"),
+    )
+    entropy_sharpness: float = _setting(
+        1.0, "[delta] steepness of the weight in the normalised entropy", low=-100.0, high=100.0
+    )
+    normalization: str = _setting(
+        "batch",
+        "the tokens among which entropy is normalised: a source rank's batch, or one image",
+        choices=("batch", "image"),
+    )
+    visual_weight: float = _setting(
+        0.5, "the weight of every visual token under weighting = constant", low=1e-4, high=1.0
+    )
+    cost: str = _setting(
+        "weight",
+        "what an assignment takes from a capacity: its token's weight, or one",
+        choices=("weight", "one"),
+    )
+    priority: str = _setting(
+        "score",
+        "who is admitted first: by the router's score, the token's weight, or their product",
+        choices=("score", "weight", "product"),
+    )
+    level: str = _setting(
+        "expert",
+        "what has a capacity: each expert, or the pooled experts of each rank",
+        choices=("expert", "rank"),
+    )
+    scope: str = _setting(
+        "local",
+        "whose tokens share a capacity: one source rank's, or the whole group's (one all-gather)",
+        choices=("local", "group"),
+    )
+    reroute: str = _setting(
+        "rank",
+        "where an overflowing assignment may go: an expert of its rank, of the group, or nowhere",
+        choices=("rank", "group", "none"),
+    )
+    reroute_rounds: int = _setting(2, "proposals a token may make, one after the other", low=1, high=16)
+    similarity: str = _setting(
+        "router",
+        "how alike two experts are: their router rows, the profile's matrix, or all the same",
+        choices=("router", "profile", "none"),
+    )
+    renormalize: bool = _setting(False, "scale a token's surviving weights back to their former sum")
+
+    min_tokens: int = _setting(
+        64, "with fewer valid tokens the layer is left alone (decoding)", low=0, high=2**31
+    )
+    max_drop: float | None = _setting(
+        None, "largest share of combine weight that may be dropped", low=0.0, high=1.0, optional=True
+    )
+    max_load_factor: float | None = _setting(
+        None,
+        "hard bound on a rank's rows, over the even share of all assignments",
+        low=1e-3,
+        high=1e6,
+        optional=True,
+    )
+    drop_padding: bool = _setting(False, "send padding tokens to no expert at all")
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            _check(setting.name, getattr(self, setting.name), setting.default, setting.metadata)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MACSConfig:
+        """A config from plain values; ``preset`` names the preset they are laid over."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"config: expected a mapping of field to value; found {type(values).__name__}")
+        values = dict(values)
+        preset = values.pop("preset", None)
+        base = cls() if preset is None else cls.preset(preset)
+        return base.updated(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> MACSConfig:
+        """A config from a ``.json``, ``.yaml`` or ``.yml`` file (YAML needs pyyaml)."""
+        path = Path(path)
+        text = path.read_text()
+        if path.suffix == ".json":
+            try:
+                values = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"config {path}: not valid JSON: {error}") from error
+        elif path.suffix in (".yaml", ".yml"):
+            try:
+                import yaml
+            except ImportError as error:
+                raise ImportError(f"config {path}: YAML needs pyyaml: pip install pyyaml") from error
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"config {path}: not valid YAML: {error}") from error
+        else:
+            raise ValueError(f"config {path}: expected a .json, .yaml or .yml file")
+        return cls.from_dict({} if values is None else values)
+
+    @classmethod
+    def preset(cls, name: str) -> MACSConfig:
+        """A named set of settings; see ``PRESETS``."""
+        check_name("preset", name, tuple(PRESETS))
+        return cls(**PRESETS[name])
+
+    def updated(self, **values: Any) -> MACSConfig:
+        """A copy with some fields changed; an unknown field names the nearest valid one."""
+        for name in values:
+            check_name("field", name, tuple(setting.name for setting in fields(self)))
+        return replace(self, **values)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's method as published: entropy weights, per-expert capacity, rerouting in the rank.
+    "paper": {},
+    # Capacity pooled per rank and counted in rows, text first: bounds the step itself, and touches
+    # far fewer assignments for the same bound.
+    "pooled": {
+        "weighting": "constant",
+        "visual_weight": 0.2,
+        "cost": "one",
+        "priority": "product",
+        "level": "rank",
+        "reroute": "group",
+        "modality_strength": 0.0,
+    },
+}
+
+
+def check_name(kind: str, name: Any, valid: tuple[str, ...]) -> None:
+    if name in valid:
+        return
+    nearest = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.0)
+    raise ValueError(f"config: unknown {kind} {name!r}; did you mean {nearest[0]!r}? Valid: {', '.join(valid)}")
+
+
+def _check(name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> None:
+    if value is None and metadata["optional"]:
+        return
+    if metadata["choices"]:
+        if value not in metadata["choices"]:
+            nearest = difflib.get_close_matches(str(value), metadata["choices"], n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"config.{name}: found {value!r}, expected one of {', '.join(metadata['choices'])}; "
+                f"did you mean {nearest!r}?"
+            )
+        return
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"config.{name}: found {value!r}, expected true or false")
+        return
+    whole = isinstance(default, int)
+    kinds = (int,) if whole else (int, float)
+    low, high = metadata["low"], metadata["high"]
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        expected = "a whole number" if whole else "a number"
+        raise ValueError(f"config.{name}: found {value!r}, expected {expected} from {low:g} to {high:g}")
+    if not low <= value <= high:
+        raise ValueError(f"config.{name}: found {value!r}, expected a value from {low:g} to {high:g}")

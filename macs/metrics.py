@@ -1,0 +1,123 @@
+"""Per-layer load statistics: gathered on the device, read out when someone asks.
+
+Shapes: N recorded steps, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .plan import PlanStatistics
+from .topology import Topology
+
+
+class LayerRecorder:
+    """Keeps the statistics of a layer's latest steps in one ring of device memory.
+
+    ``record`` is a copy into a fixed buffer: no host synchronisation, no new memory, safe inside a
+    captured CUDA graph.
+    """
+
+    def __init__(self, topology: Topology, top_k: int, steps: int = 1024) -> None:
+        self.topology = topology
+        self.top_k = top_k
+        self.steps = steps
+        self._width = len(PlanStatistics.scalar_names()) + 2 * topology.num_experts
+        self._ring: Tensor | None = None
+        self._next: Tensor | None = None
+
+    def record(self, statistics: PlanStatistics) -> None:
+        """Add one step."""
+        row = statistics.pack()
+        if self._ring is None or self._next is None:
+            self._ring = torch.zeros(self.steps, self._width, dtype=torch.float64, device=row.device)
+            self._next = torch.zeros(1, dtype=torch.int64, device=row.device)
+        self._ring.index_copy_(0, self._next % self.steps, row[None])
+        self._next += 1
+
+    def clear(self) -> None:
+        """Forget every step."""
+        if self._next is not None:
+            self._next.zero_()
+
+    def read(self, group: dist.ProcessGroup | None = None) -> LayerReport:
+        """The recorded steps, oldest first, summed over the group's members if one is given.
+
+        Synchronises. With a group, every member must call it after the same number of steps.
+        """
+        if self._ring is None or self._next is None:
+            raise ValueError("metrics: no step was recorded")
+        ring = self._ring.clone()
+        if group is not None:
+            dist.all_reduce(ring, group=group)
+        count = int(self._next)
+        if count > self.steps:
+            ring = ring.roll(-(count % self.steps), 0)
+        return LayerReport(ring[: min(count, self.steps)].cpu(), self.topology, self.top_k)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Recorded steps of a layer, on the CPU: rows float64 [N, scalars + 2 E]."""
+
+    rows: Tensor
+    topology: Topology
+    top_k: int
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Scalar ``name`` of ``PlanStatistics`` for every step, float64 [N]."""
+        names = PlanStatistics.scalar_names()
+        if name not in names:
+            raise AttributeError(f"LayerReport has no {name!r}; scalars: {', '.join(names)}")
+        return self.rows[:, names.index(name)]
+
+    @property
+    def prefill(self) -> LayerReport:
+        """The steps in which some source planned, or, under vanilla, the largest ones."""
+        largest = self.tokens == self.tokens.max()
+        chosen = (self.planned > 0) if bool((self.planned > 0).any()) else largest
+        return LayerReport(self.rows[chosen], self.topology, self.top_k)
+
+    def loads(self, when: str) -> Tensor:
+        """Assignments by expert "before" or "after" planning, [N, E]."""
+        experts = self.topology.num_experts
+        before, after = self.rows[:, -2 * experts :].split(experts, 1)
+        return {"before": before, "after": after}[when]
+
+    def rank_loads(self, when: str) -> Tensor:
+        """Assignments by rank, [N, R]."""
+        loads = self.loads(when)
+        ranks = torch.tensor(self.topology.expert_rank)
+        return loads.new_zeros(len(loads), self.topology.num_ranks).index_add(1, ranks, loads)
+
+    def straggler(self, when: str) -> Tensor:
+        """Largest rank's rows over the vanilla mean T k / R, [N]; dropping does not flatter it."""
+        mean = self.tokens * self.top_k / self.topology.num_ranks
+        return self.rank_loads(when).amax(1) / mean.clamp(min=1)
+
+    def imbalance(self, when: str) -> Tensor:
+        """Largest expert's load over the mean load of the experts, [N]."""
+        loads = self.loads(when)
+        return loads.amax(1) / loads.mean(1).clamp(min=1e-9)
+
+    def shares(self) -> dict[str, float]:
+        """Shares of all assignments and of all combine weight, over all steps."""
+        count = (self.kept + self.rerouted + self.dropped).sum().clamp(min=1)
+        mass = (self.kept_mass + self.rerouted_mass + self.dropped_mass).sum().clamp(min=1e-30)
+        return {
+            "kept": float(self.kept.sum() / count),
+            "rerouted": float(self.rerouted.sum() / count),
+            "dropped": float(self.dropped.sum() / count),
+            "kept_mass": float(self.kept_mass.sum() / mass),
+            "rerouted_mass": float(self.rerouted_mass.sum() / mass),
+            "dropped_mass": float(self.dropped_mass.sum() / mass),
+        }
+
+    @property
+    def visual_ratio(self) -> Tensor:
+        """R_v of every step, [N]; 0.5 where there was no weight."""
+        return torch.where(self.weight > 0, self.visual_weight / self.weight.clamp(min=1e-30), 0.5)

@@ -1,0 +1,173 @@
+"""Which token is which: a mask that follows the forward pass to every MoE layer.
+
+    with macs.modality(input_ids == image_token_id):
+        logits = model(input_ids)
+
+Shapes: B sequences of S tokens, T = B S tokens of a layer, in the layer's own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import INTEGERS, expect
+
+TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
+KINDS = 4
+
+
+@dataclass(frozen=True)
+class Modality:
+    """What is known of the tokens of a forward pass, as [B, S] tensors.
+
+    kinds    int8: TEXT, IMAGE, VIDEO or AUDIO
+    valid    bool: False for padding
+    segments int64: the picture or clip a token belongs to; any number, the same within one. Read
+             only where weights are normalised by image
+    exempt   bool: tokens that are never dropped nor rerouted
+    """
+
+    kinds: Tensor
+    valid: Tensor
+    segments: Tensor
+    exempt: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        mask: Tensor,
+        *,
+        valid: Tensor | None = None,
+        segments: Tensor | None = None,
+        exempt: Tensor | None = None,
+    ) -> Modality:
+        """From a mask [B, S]: bool (True is an image token) or integers (kinds).
+
+        Without ``segments`` every unbroken run of one non-text kind in a sequence is one picture.
+        A wrong shape, dtype or device is an error that names the argument.
+        """
+        expect("modality mask", mask, (None, None), (torch.bool, *INTEGERS))
+        shape, device = tuple(mask.shape), mask.device
+        kinds = mask.to(torch.int8)
+        if segments is None:
+            segments = runs(kinds)
+        else:
+            expect("segments", segments, shape, INTEGERS, device)
+        everything = torch.ones_like(mask, dtype=torch.bool)
+        for name, flags in (("valid", valid), ("exempt", exempt)):
+            if flags is not None:
+                expect(name, flags, shape, (torch.bool,), device)
+        return cls(
+            kinds=kinds,
+            valid=everything if valid is None else valid,
+            segments=segments.long(),
+            exempt=~everything if exempt is None else exempt,
+        )
+
+
+def runs(kinds: Tensor) -> Tensor:
+    """Number the unbroken runs of equal kinds, kinds [B, S] -> int64 [B, S], none across rows."""
+    starts = torch.ones_like(kinds, dtype=torch.bool)
+    starts[:, 1:] = kinds[:, 1:] != kinds[:, :-1]
+    return starts.flatten().cumsum(0).view(kinds.shape) - 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one MoE layer on one process, each field [T], in the layer's order.
+
+    kinds int8, valid bool, exempt bool as in ``Modality``; segment int64 in 0..T-1;
+    position int64: the token's place in batch-major order (b S + s), a permutation of 0..T-1, which
+    settles ties alike in every layout;
+    source int64: which of the topology's sources the token came from.
+    """
+
+    kinds: Tensor
+    valid: Tensor
+    exempt: Tensor
+    segment: Tensor
+    position: Tensor
+    source: Tensor
+
+    @classmethod
+    def all_text(cls, count: int, device: torch.device | str) -> Tokens:
+        """``count`` valid text tokens of one source, in batch-major order."""
+        index = torch.arange(count, device=device)
+        zero = torch.zeros_like(index)
+        return cls(zero.to(torch.int8), zero == 0, zero != 0, zero, index, zero)
+
+    @classmethod
+    def batch_major(cls, modality: Modality, source: Tensor | None = None) -> Tokens:
+        """Tokens in the order b S + s, as Hugging Face and DeepSpeed lay them out."""
+        position = torch.arange(modality.kinds.numel(), device=modality.kinds.device)
+        return cls._ordered(modality, position, source)
+
+    @classmethod
+    def sequence_major(cls, modality: Modality, source: Tensor | None = None) -> Tokens:
+        """Tokens in the order s B + b, as Megatron lays them out."""
+        rows, columns = modality.kinds.shape
+        count = torch.arange(rows * columns, device=modality.kinds.device)
+        return cls._ordered(modality, count.view(rows, columns).t().flatten(), source)
+
+    @classmethod
+    def _ordered(cls, modality: Modality, position: Tensor, source: Tensor | None) -> Tokens:
+        if source is not None:
+            expect("source", source, (position.numel(),), (torch.int64,), position.device)
+        # Segment numbers are only compared, so a rank among them (their first token's place) will
+        # do, and keeps them below T whatever numbers the user chose.
+        kinds = modality.kinds.flatten()
+        _, segment = torch.sort(modality.segments.flatten(), stable=True)
+        values = modality.segments.flatten()[segment]
+        starts = torch.ones_like(values, dtype=torch.bool)
+        starts[1:] = values[1:] != values[:-1]
+        dense = torch.empty_like(values).scatter_(0, segment, starts.cumsum(0) - 1)
+        return cls(
+            kinds=kinds[position],
+            valid=modality.valid.flatten()[position],
+            exempt=modality.exempt.flatten()[position],
+            segment=dense[position],
+            position=position,
+            source=torch.zeros_like(position) if source is None else source,
+        )
+
+    @property
+    def visual(self) -> Tensor:
+        """Valid tokens whose features are weighed: every kind but text. bool [T]"""
+        return (self.kinds != TEXT) & self.valid
+
+
+_current: ContextVar[Modality | None] = ContextVar("macs_modality", default=None)
+
+
+def current_modality() -> Modality | None:
+    """The modality of the forward pass under way, if any was set."""
+    return _current.get()
+
+
+@contextmanager
+def modality(
+    mask: Tensor | Modality,
+    *,
+    valid: Tensor | None = None,
+    segments: Tensor | None = None,
+    exempt: Tensor | None = None,
+) -> Iterator[Modality]:
+    """Tell every MACS layer in this block which token is which.
+
+    ``mask`` [B, S] is bool (True: image token) or integer kinds; the other arguments are those of
+    ``Modality.of``. Blocks nest; each thread and asyncio task has its own.
+    """
+    value = mask if isinstance(mask, Modality) else Modality.of(
+        mask, valid=valid, segments=segments, exempt=exempt
+    )
+    token = _current.set(value)
+    try:
+        yield value
+    finally:
+        _current.reset(token)

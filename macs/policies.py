@@ -1,0 +1,141 @@
+"""MACS and the baselines it is compared with, by name, behind one interface.
+
+A policy has ``plan(hidden, experts, weights, scores, tokens) -> Plan`` and ``slots``, the width of
+its plans. Token drop and rank-balanced are the planner at other settings; so every policy runs
+through the same code and the same adapters, and a comparison is one of policies alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .capacity import measure
+from .config import MACSConfig, check_name
+from .fixed_point import UNIT
+from .modality import Tokens
+from .plan import Plan, describe
+from .planner import Constants, Planner
+from .routing import score_scale
+from .topology import Topology
+
+
+class Policy(Protocol):
+    """What an engine adapter needs."""
+
+    config: MACSConfig
+    topology: Topology
+    top_k: int
+
+    @property
+    def slots(self) -> int: ...
+
+    def plan(
+        self,
+        hidden: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        scores: Tensor,
+        tokens: Tokens | None = None,
+    ) -> Plan: ...
+
+
+COUNTED: dict[str, Any] = {
+    "basis": "tokens",
+    "modality_strength": 0.0,
+    "weighting": "constant",
+    "visual_weight": 1.0,
+    "cost": "one",
+    "priority": "score",
+}
+"""Settings under which a token is a token, whatever its modality."""
+
+
+class Vanilla(Planner):
+    """The router's top-k, dropless: the plan is the choice, and only counted."""
+
+    def plan(
+        self,
+        hidden: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        scores: Tensor,
+        tokens: Tokens | None = None,
+    ) -> Plan:
+        tokens = self._check(hidden, experts, weights, scores, tokens)
+        sources = len(self.topology.sources)
+        weight = torch.full_like(tokens.position, UNIT)
+        table = measure(
+            tokens.source, tokens.valid, tokens.visual, weight, weight, experts,
+            sources, self.topology.num_experts,
+        )
+        nowhere, nobody = torch.zeros_like(experts, dtype=torch.bool), torch.zeros_like(tokens.valid)
+        idle = torch.zeros(sources, dtype=torch.bool, device=hidden.device)
+        own = torch.ones(self.top_k, dtype=torch.bool, device=hidden.device)
+        statistics = describe(
+            tokens, table, experts, weights, experts, nowhere, own, nobody, idle, idle
+        )
+        return Plan(experts, weights, nowhere, statistics)
+
+
+class ExpandedDrop(Planner):
+    """Capacity-Aware Inference's expanded drop (arXiv 2503.05066).
+
+    A token's candidates are its top-k and *all* experts on its own rank; each expert then keeps its
+    best by score, up to capacity. A token may end with more than k experts, or fewer. An added
+    expert's weight is s_c * sum(w) / sum(s), so that scores and weights keep their proportion.
+    """
+
+    @property
+    def slots(self) -> int:
+        return self.top_k + self.topology.experts_per_rank
+
+    def _extend(
+        self, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens, constants: Constants
+    ) -> tuple[Tensor, Tensor]:
+        local = constants.local_experts[tokens.source]
+        used = torch.zeros_like(scores, dtype=torch.bool).scatter(1, experts.clamp(min=0), experts >= 0)
+        open_ = ~used.gather(1, local) & tokens.valid[:, None] & ~tokens.exempt[:, None]
+        own = torch.ones(experts.shape[1], dtype=torch.bool, device=experts.device)
+        scale = score_scale(experts, weights, scores, own)
+        added = scores.gather(1, local)
+        open_ &= added > 0
+        extra = torch.where(open_, local, -1)
+        extra_weights = torch.where(open_, added.to(weights.dtype) * scale, 0).to(weights.dtype)
+        return torch.cat([experts, extra], 1), torch.cat([weights, extra_weights], 1)
+
+    def _left_alone(self, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        own = torch.arange(experts.shape[1], device=experts.device) < self.top_k
+        return torch.where(own, experts, -1), torch.where(own, weights, torch.zeros_like(weights))
+
+
+POLICIES = ("vanilla", "token-drop", "expanded-drop", "rank-balanced", "macs")
+
+
+def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, **extras: Any) -> Planner:
+    """The policy of that name; ``extras`` are ``Planner``'s keyword arguments.
+
+    Baselines take ``capacity_factor``, ``scope``, ``min_tokens``, ``renormalize``, ``drop_padding``
+    and the two bounds from the config, and set the rest themselves:
+
+    vanilla        the router's choice
+    token-drop     capacity ceil(gamma T k / E) for each expert, highest scores stay
+    expanded-drop  the same, with the experts of the token's own rank as further candidates
+    rank-balanced  capacity for each rank, the next-best expert of a rank with room takes the rest
+    macs           the config as it is
+    """
+    check_name("policy", name, POLICIES)
+    if name == "macs":
+        return Planner(config, topology, top_k, **extras)
+    extras = {**extras, "modality_bias": None, "similarity": None}
+    counted = config.updated(**COUNTED, level="expert", reroute="none", similarity="none")
+    if name == "vanilla":
+        return Vanilla(counted.updated(scope="local"), topology, top_k, **extras)
+    if name == "token-drop":
+        return Planner(counted, topology, top_k, **extras)
+    if name == "expanded-drop":
+        return ExpandedDrop(counted, topology, top_k, **extras)
+    balanced = counted.updated(level="rank", reroute="group", reroute_rounds=config.reroute_rounds)
+    return Planner(balanced, topology, top_k, **extras)

@@ -1,0 +1,198 @@
+"""Calibration: how much of each modality every expert serves, measured once, kept in a file.
+
+Shapes: L MoE layers, E experts. The file is safetensors with a JSON header: nothing in it is ever
+executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, expect
+from .config import MACSConfig
+from .modality import Tokens
+
+FORMAT = "macs-profile-1"
+LARGEST_FILE = 1 << 30
+
+
+def router_fingerprint(router_weight: Tensor) -> str:
+    """What tells one router from another: router_weight [E, D] -> 16 hex digits.
+
+    Taken over the weights in bfloat16, so that a model has one fingerprint in either precision.
+    """
+    expect("router_weight", router_weight, (None, None), FLOATS)
+    numbers = router_weight.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16)
+    shape = str(tuple(numbers.shape)).encode()
+    return hashlib.sha256(shape + bytes(numbers.flatten().numpy().tobytes())).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Which expert serves which modality, for every MoE layer of one model.
+
+    visual, text: int64 [L, E], assignments of visual and of text tokens to each expert on the
+    calibration set. fingerprints: L strings of ``router_fingerprint``. top_k: the router's k.
+    similarity: float32 [L, E, E] in 0..1, if one was measured.
+    """
+
+    visual: Tensor
+    text: Tensor
+    fingerprints: tuple[str, ...]
+    top_k: int
+    similarity: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        expect("profile.visual", self.visual, (None, None), (torch.int64,))
+        layers, experts = self.visual.shape
+        expect("profile.text", self.text, (layers, experts), (torch.int64,))
+        for name, counts in (("visual", self.visual), ("text", self.text)):
+            if bool((counts < 0).any()):
+                raise ValueError(f"profile.{name}: found a negative count")
+        if len(self.fingerprints) != layers:
+            raise ValueError(
+                f"profile.fingerprints: found {len(self.fingerprints)}, expected {layers}, one a layer"
+            )
+        if not 1 <= self.top_k <= experts:
+            raise ValueError(f"profile.top_k: found {self.top_k}, expected 1 to {experts}")
+        if self.similarity is not None:
+            expect("profile.similarity", self.similarity, (layers, experts, experts), (torch.float32,))
+            if not bool(((self.similarity >= 0) & (self.similarity <= 1)).all()):
+                raise ValueError("profile.similarity: found values outside 0..1")
+
+    @property
+    def num_layers(self) -> int:
+        return self.visual.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.visual.shape[1]
+
+    def visual_preference(self) -> Tensor:
+        """q_j = f_v / (f_v + f_t), float64 [L, E]: 1 serves visual tokens alone, 0 text alone.
+
+        f_v(j), f_t(j): the share of all visual, of all text assignments of the layer that go to j.
+        0.5 where an expert saw nothing.
+        """
+        visual = self.visual.double() / self.visual.sum(1, keepdim=True).clamp(min=1)
+        text = self.text.double() / self.text.sum(1, keepdim=True).clamp(min=1)
+        both = visual + text
+        return torch.where(both > 0, visual / both.clamp(min=1e-300), 0.5)
+
+    def bias(self, config: MACSConfig) -> Tensor:
+        """The modality bias m_j of every expert, float64 [L, E] in -1..1.
+
+        hard: +1 if q_j >= 0.5 + tau, -1 if q_j <= 0.5 - tau, else 0. soft: 2 q_j - 1.
+        """
+        preference = self.visual_preference()
+        if config.bias == "soft":
+            return 2 * preference - 1
+        high = (preference >= 0.5 + config.bias_threshold).double()
+        low = (preference <= 0.5 - config.bias_threshold).double()
+        return high - low
+
+    def check_layer(self, layer: int, router_weight: Tensor, top_k: int) -> None:
+        """Raise unless layer ``layer`` (from 0) of this profile was measured on this very router."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(
+                f"profile: has {self.num_layers} MoE layers, the model asks for layer {layer}; "
+                "it was measured on another model"
+            )
+        if router_weight.shape[0] != self.num_experts or top_k != self.top_k:
+            raise ValueError(
+                f"profile: measured with {self.num_experts} experts and top-{self.top_k}, the model has "
+                f"{router_weight.shape[0]} experts and top-{top_k}; it was measured on another model"
+            )
+        found = router_fingerprint(router_weight)
+        if found != self.fingerprints[layer]:
+            raise ValueError(
+                f"profile: layer {layer} was measured on a router with fingerprint "
+                f"{self.fingerprints[layer]}, the model's is {found}; it was measured on another model"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile to one safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {"visual": self.visual.cpu().contiguous(), "text": self.text.cpu().contiguous()}
+        if self.similarity is not None:
+            tensors["similarity"] = self.similarity.cpu().contiguous()
+        header = {"fingerprints": list(self.fingerprints), "top_k": self.top_k}
+        save_file(tensors, str(path), metadata={"format": FORMAT, "macs": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile; one that is truncated, foreign or tampered with is a ``ValueError``."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"profile {path}: found {path.stat().st_size} bytes, at most {LARGEST_FILE}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                names = set(file.keys())
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(
+                        f"profile {path}: found format {metadata.get('format')!r}, expected {FORMAT!r}"
+                    )
+                if not {"visual", "text"} <= names <= {"visual", "text", "similarity"}:
+                    raise ValueError(
+                        f"profile {path}: found tensors {sorted(names)}, expected visual, text "
+                        "and perhaps similarity"
+                    )
+                tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"profile {path}: not a whole safetensors file: {error}") from error
+        fingerprints, top_k = _read_header(path, metadata.get("macs", ""))
+        return cls(
+            visual=tensors["visual"],
+            text=tensors["text"],
+            fingerprints=fingerprints,
+            top_k=top_k,
+            similarity=tensors.get("similarity"),
+        )
+
+
+def _read_header(path: Path, text: str) -> tuple[tuple[str, ...], int]:
+    try:
+        header = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"profile {path}: its header is not JSON: {error}") from error
+    if not isinstance(header, dict) or set(header) != {"fingerprints", "top_k"}:
+        raise ValueError(f"profile {path}: its header must have the fields fingerprints and top_k")
+    fingerprints, top_k = header["fingerprints"], header["top_k"]
+    if not isinstance(fingerprints, list) or not all(isinstance(one, str) for one in fingerprints):
+        raise ValueError(f"profile {path}: header field fingerprints must be a list of strings")
+    if not isinstance(top_k, int) or isinstance(top_k, bool):
+        raise ValueError(f"profile {path}: header field top_k must be a whole number")
+    return tuple(fingerprints), top_k
+
+
+class Calibration:
+    """Counts, on the layer's device, who each expert of one layer serves. Nothing is synchronised."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self._counts: Tensor | None = None
+
+    def observe(self, experts: Tensor, tokens: Tokens) -> None:
+        """Count experts int64 [T, k] of the layer's tokens."""
+        kind = torch.where(tokens.valid, tokens.visual.long(), 2)[:, None]
+        kind = torch.where(experts >= 0, kind, 2)
+        cell = (kind * self.num_experts + experts.clamp(min=0)).flatten()
+        if self._counts is None:
+            self._counts = torch.zeros(3 * self.num_experts, dtype=torch.int64, device=experts.device)
+        self._counts.scatter_add_(0, cell, torch.ones_like(cell))
+
+    def counts(self) -> Tensor:
+        """Assignments of text [0] and visual [1] tokens, int64 [2, E]."""
+        if self._counts is None:
+            raise ValueError("calibration: no tokens were observed; was the model run?")
+        return self._counts.view(3, self.num_experts)[:2]

@@ -1,0 +1,69 @@
+"""Semantic weights: how much a token counts (the paper's entropy-weighted load).
+
+Shapes: T tokens, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .fixed_point import ENTROPY_UNIT, UNIT, to_fixed
+
+FLAT_SPREAD = 1e-5
+"""A standard deviation of entropy below this (nats) is no spread at all."""
+
+
+def feature_entropy(hidden: Tensor) -> Tensor:
+    """H = -sum p ln p with p = softmax(z) of each token's features z, in nats.
+
+    hidden [T, D], any float dtype -> float32 [T]; NaN where the features are not finite.
+    """
+    shifted = hidden.float() - hidden.amax(-1, keepdim=True).float()
+    p = shifted.softmax(-1)
+    # With z shifted to a maximum of 0, H = ln sum(e^z) - sum(p z) and the largest p is 1 / sum(e^z).
+    # One exponential, and a batched product that keeps no p z: half the time of the log-softmax form.
+    dot = torch.bmm(p[:, None, :], shifted[:, :, None])[:, 0, 0]
+    return -p.amax(-1).log() - dot
+
+
+def normalize_entropy(
+    entropy: Tensor, included: Tensor, group: Tensor, groups: int, epsilon: float = 1e-6
+) -> Tensor:
+    """H~ = (H - mu) / (sigma + epsilon), with mu and population sigma of each group.
+
+    entropy float32 [T], included bool [T] (tokens that have a say), group int64 [T] in
+    0..groups-1 -> float32 [T]; 0 in a group whose sigma is under ``FLAT_SPREAD``.
+
+    Moments are integer sums, so they do not depend on the order of the tokens.
+    """
+    fixed = torch.where(included, to_fixed(entropy, ENTROPY_UNIT), 0)
+    zeros = torch.zeros(groups, dtype=torch.int64, device=entropy.device)
+    count = zeros.scatter_add(0, group, included.long()).clamp(min=1)
+    mean = zeros.scatter_add(0, group, fixed).double() / count
+    # Deviations from the *rounded* mean are integers; the remainder is put right afterwards.
+    center = mean.round()
+    deviation = torch.where(included, fixed - center.long()[group], 0)
+    square = zeros.scatter_add(0, group, deviation * deviation).double() / count
+    sigma = (square - (mean - center) ** 2).clamp(min=0).sqrt() / ENTROPY_UNIT
+    scale = torch.where(sigma < FLAT_SPREAD, 0.0, 1 / (sigma + epsilon))
+    return ((fixed / ENTROPY_UNIT - mean[group] / ENTROPY_UNIT) * scale[group]).float()
+
+
+def entropy_weights(
+    entropy: Tensor, visual: Tensor, group: Tensor, groups: int, sharpness: float
+) -> Tensor:
+    """w = sigmoid(-delta H~) for visual tokens, 1 for the others, in fixed point.
+
+    entropy float32 [T], visual bool [T], group int64 [T] -> int64 [T] in 1..UNIT. A visual token
+    whose features are not finite gets the lowest weight and has no say in the moments.
+    """
+    finite = torch.isfinite(entropy)
+    normalized = normalize_entropy(entropy, visual & finite, group, groups)
+    weight = to_fixed(torch.sigmoid(-sharpness * normalized), UNIT).clamp(1, UNIT)
+    return torch.where(visual, torch.where(finite, weight, 1), UNIT)
+
+
+def constant_weights(visual: Tensor, visual_weight: float) -> Tensor:
+    """The same weight for every visual token: visual bool [T] -> int64 [T], fixed point."""
+    return torch.where(visual, max(1, round(visual_weight * UNIT)), UNIT)
