@@ -16,6 +16,7 @@ from .plan import Plan, PlanStatistics
 from .planner import Planner, router_similarity
 from .policies import POLICIES, Policy, build_policy
 from .profile import Calibration, Profile, router_fingerprint
+from .runtime import LayerRuntime, Runtime
 from .topology import Topology
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Calibration",
     "LayerRecorder",
     "LayerReport",
+    "LayerRuntime",
     "MACSConfig",
     "Modality",
     "Plan",
@@ -37,6 +39,7 @@ __all__ = [
     "Planner",
     "Policy",
     "Profile",
+    "Runtime",
     "Tokens",
     "Topology",
     "build_policy",

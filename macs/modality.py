@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,6 +72,17 @@ class Modality:
         )
 
 
+    @cached_property
+    def batch_major(self) -> Tokens:
+        """``Tokens.batch_major`` of one source, made once for all layers of a forward pass."""
+        return Tokens.batch_major(self)
+
+    @cached_property
+    def sequence_major(self) -> Tokens:
+        """``Tokens.sequence_major`` of one source, made once for all layers of a forward pass."""
+        return Tokens.sequence_major(self)
+
+
 def runs(kinds: Tensor) -> Tensor:
     """Number the unbroken runs of equal kinds, kinds [B, S] -> int64 [B, S], none across rows."""
     starts = torch.ones_like(kinds, dtype=torch.bool)
@@ -103,37 +115,36 @@ class Tokens:
         return cls(zero.to(torch.int8), zero == 0, zero != 0, zero, index, zero)
 
     @classmethod
-    def batch_major(cls, modality: Modality, source: Tensor | None = None) -> Tokens:
-        """Tokens in the order b S + s, as Hugging Face and DeepSpeed lay them out."""
+    def batch_major(cls, modality: Modality, sources: int = 1) -> Tokens:
+        """Tokens in the order b S + s, as Hugging Face and DeepSpeed lay them out.
+
+        ``sources`` above 1 divides the sequences evenly among so many sources.
+        """
         position = torch.arange(modality.kinds.numel(), device=modality.kinds.device)
-        return cls._ordered(modality, position, source)
+        return cls._ordered(modality, position, sources)
 
     @classmethod
-    def sequence_major(cls, modality: Modality, source: Tensor | None = None) -> Tokens:
-        """Tokens in the order s B + b, as Megatron lays them out."""
+    def sequence_major(cls, modality: Modality, sources: int = 1) -> Tokens:
+        """Tokens in the order s B + b, as Megatron lays them out; otherwise as ``batch_major``."""
+        count = torch.arange(modality.kinds.numel(), device=modality.kinds.device)
+        return cls._ordered(modality, count.view(modality.kinds.shape).t().flatten(), sources)
+
+    @classmethod
+    def _ordered(cls, modality: Modality, position: Tensor, sources: int) -> Tokens:
+        # Segments are only told apart, so a rank among them will do, and stays below T whatever
+        # numbers the user chose.
+        values, order = torch.sort(modality.segments.flatten(), stable=True)
+        starts = torch.zeros_like(values)
+        starts[1:] = (values[1:] != values[:-1]).long()
+        segment = torch.empty_like(values).scatter_(0, order, starts.cumsum(0))
         rows, columns = modality.kinds.shape
-        count = torch.arange(rows * columns, device=modality.kinds.device)
-        return cls._ordered(modality, count.view(rows, columns).t().flatten(), source)
-
-    @classmethod
-    def _ordered(cls, modality: Modality, position: Tensor, source: Tensor | None) -> Tokens:
-        if source is not None:
-            expect("source", source, (position.numel(),), (torch.int64,), position.device)
-        # Segment numbers are only compared, so a rank among them (their first token's place) will
-        # do, and keeps them below T whatever numbers the user chose.
-        kinds = modality.kinds.flatten()
-        _, segment = torch.sort(modality.segments.flatten(), stable=True)
-        values = modality.segments.flatten()[segment]
-        starts = torch.ones_like(values, dtype=torch.bool)
-        starts[1:] = values[1:] != values[:-1]
-        dense = torch.empty_like(values).scatter_(0, segment, starts.cumsum(0) - 1)
         return cls(
-            kinds=kinds[position],
+            kinds=modality.kinds.flatten()[position],
             valid=modality.valid.flatten()[position],
             exempt=modality.exempt.flatten()[position],
-            segment=dense[position],
+            segment=segment[position],
             position=position,
-            source=torch.zeros_like(position) if source is None else source,
+            source=(position // max(1, columns)) * sources // max(1, rows),
         )
 
     @property

@@ -97,24 +97,25 @@ class Profile:
         low = (preference <= 0.5 - config.bias_threshold).double()
         return high - low
 
-    def check_layer(self, layer: int, router_weight: Tensor, top_k: int) -> None:
-        """Raise unless layer ``layer`` (from 0) of this profile was measured on this very router."""
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(
-                f"profile: has {self.num_layers} MoE layers, the model asks for layer {layer}; "
-                "it was measured on another model"
-            )
-        if router_weight.shape[0] != self.num_experts or top_k != self.top_k:
+    def row_of(self, router_weight: Tensor, top_k: int) -> int:
+        """Which row of this profile was measured on this very router; none is a ``ValueError``.
+
+        Rows are found by the router's fingerprint, so it does not matter how an engine numbers its
+        layers or spreads them over pipeline stages.
+        """
+        experts = router_weight.shape[0]
+        if experts != self.num_experts or top_k != self.top_k:
             raise ValueError(
                 f"profile: measured with {self.num_experts} experts and top-{self.top_k}, the model has "
-                f"{router_weight.shape[0]} experts and top-{top_k}; it was measured on another model"
+                f"{experts} experts and top-{top_k}; it was measured on another model"
             )
         found = router_fingerprint(router_weight)
-        if found != self.fingerprints[layer]:
+        if found not in self.fingerprints:
             raise ValueError(
-                f"profile: layer {layer} was measured on a router with fingerprint "
-                f"{self.fingerprints[layer]}, the model's is {found}; it was measured on another model"
+                f"profile: no layer of it was measured on a router with fingerprint {found}; "
+                "it was measured on another model"
             )
+        return self.fingerprints.index(found)
 
     def save(self, path: str | Path) -> None:
         """Write the profile to one safetensors file."""

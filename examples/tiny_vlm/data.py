@@ -123,7 +123,7 @@ def draw_picture(rng: np.random.Generator, split: str) -> Picture:
         digits[quadrant] = digit
         images = _digits(split)[digit]
         glyph = Image.fromarray((images[rng.integers(len(images))] * 255).astype(np.uint8))
-        size = int(rng.integers(30, 43))
+        size = int(rng.integers(46, 55))
         glyph = glyph.resize((size, size), Image.Resampling.BICUBIC)
         glyph = glyph.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
         alpha = np.clip(np.asarray(glyph) / 255.0 * 1.1, 0, 1)[:, :, None]

@@ -1,0 +1,237 @@
+"""MACS in a running model: one object that all its MoE layers share, and all state there is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import MACSConfig
+from .metrics import LayerRecorder, LayerReport
+from .modality import Modality, Tokens, current_modality
+from .plan import Plan
+from .planner import Planner, router_similarity
+from .policies import build_policy
+from .profile import Calibration, Profile, router_fingerprint
+from .topology import Topology
+
+logger = logging.getLogger(__name__)
+
+
+class Runtime:
+    """The policy of a model's MoE layers, to be switched, calibrated and read while it runs.
+
+    config, policy, profile: what ``use`` takes. virtual_ranks: plan as if there were so many
+    expert-parallel ranks, with the batch divided among them; for measuring, in one process, what
+    several would do. Only where the engine itself has one.
+    """
+
+    def __init__(
+        self,
+        config: MACSConfig | None = None,
+        *,
+        policy: str = "macs",
+        profile: Profile | None = None,
+        virtual_ranks: int = 1,
+    ) -> None:
+        self.enabled = True
+        self.recording = True
+        self.virtual_ranks = virtual_ranks
+        self.layers: list[LayerRuntime] = []
+        self.calibrating = False
+        self._warned: set[str] = set()
+        self.use(policy, config, profile)
+
+    def use(
+        self, policy: str = "macs", config: MACSConfig | None = None, profile: Profile | None = None
+    ) -> None:
+        """Switch policy, settings and profile for every layer, from the next forward pass on.
+
+        Forgets what was recorded. Call it on every rank alike.
+        """
+        self.policy = policy
+        self.config = MACSConfig() if config is None else config
+        self.profile = profile
+        # An unknown policy or a profile that lacks something is told here, not in a forward pass.
+        build_policy(policy, self.config.updated(similarity="none"), Topology(1), 1)
+        if self.config.similarity == "profile" and (profile is None or profile.similarity is None):
+            raise ValueError("config.similarity: found 'profile', but no profile has a similarity matrix")
+        for layer in self.layers:
+            layer.reset()
+
+    def add_layer(
+        self,
+        router_weight: Callable[[], Tensor],
+        topology: Topology,
+        top_k: int,
+        group: dist.ProcessGroup | None = None,
+    ) -> LayerRuntime:
+        """Register a MoE layer; for engine adapters.
+
+        ``router_weight`` returns the router's rows [E, D] once weights are loaded. ``group`` holds
+        the processes whose tokens meet in this layer's experts.
+        """
+        if self.virtual_ranks > 1:
+            if topology.num_ranks > 1:
+                raise ValueError(
+                    f"virtual_ranks: found {self.virtual_ranks}, but the engine itself has "
+                    f"{topology.num_ranks} expert-parallel ranks"
+                )
+            topology = Topology(
+                topology.num_experts, self.virtual_ranks, sources=tuple(range(self.virtual_ranks))
+            )
+        layer = LayerRuntime(self, router_weight, topology, top_k, group)
+        self.layers.append(layer)
+        return layer
+
+    @contextmanager
+    def calibration(self) -> Iterator[None]:
+        """Within this block the model runs as the engine has it, and every layer counts whom its
+        experts serve; ``measured_profile`` then has the result."""
+        for layer in self.layers:
+            layer.calibration = Calibration(layer.topology.num_experts)
+        self.calibrating = True
+        try:
+            yield
+        finally:
+            self.calibrating = False
+
+    def measured_profile(self, group: dist.ProcessGroup | None = None) -> Profile:
+        """The profile of the last ``calibration`` block, summed over the group's members."""
+        if not self.layers:
+            raise ValueError("calibration: the model has no MACS layer")
+        counts = torch.stack([layer.calibration.counts() for layer in self.layers])  # [L, 2, E]
+        if group is not None:
+            dist.all_reduce(counts, group=group)
+        counts = counts.cpu()
+        return Profile(
+            visual=counts[:, 1].contiguous(),
+            text=counts[:, 0].contiguous(),
+            fingerprints=tuple(router_fingerprint(layer.router_weight()) for layer in self.layers),
+            top_k=self.layers[0].top_k,
+        )
+
+    def reports(self, group: dist.ProcessGroup | None = None) -> list[LayerReport]:
+        """What every layer recorded, in the order of the layers; see ``LayerRecorder.read``."""
+        return [layer.recorder.read(group) for layer in self.layers]
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        for layer in self.layers:
+            layer.recorder.clear()
+
+    def say_once(self, message: str) -> None:
+        """Log a message the first time it is given."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+class LayerRuntime:
+    """One MoE layer's part: its planner, its records, and the scores on their way to the planner."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        router_weight: Callable[[], Tensor],
+        topology: Topology,
+        top_k: int,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.runtime = runtime
+        self.router_weight = router_weight
+        self.topology = topology
+        self.top_k = top_k
+        self.group = group
+        self.calibration = Calibration(topology.num_experts)
+        self._scores: Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the planner and the records; needed when the model's weights change."""
+        self._planner: Planner | None = None
+        self.recorder = LayerRecorder(self.topology, self.top_k)
+
+    @property
+    def awaits_scores(self) -> bool:
+        """Whether the router's scores are of any use now."""
+        return self.runtime.enabled or self.runtime.calibrating
+
+    def offer_scores(self, scores: Tensor) -> None:
+        """From the router: scores [T, E] of the tokens that are about to be dispatched."""
+        self._scores = scores
+
+    def take_scores(self) -> Tensor | None:
+        """For the dispatcher: the scores offered since the last call, if any."""
+        scores, self._scores = self._scores, None
+        return scores
+
+    @property
+    def planner(self) -> Planner:
+        """The layer's planner; made on first use, when the router's weights are there."""
+        if self._planner is None:
+            runtime, config = self.runtime, self.runtime.config
+            bias, similarity = None, None
+            if runtime.profile is not None:
+                row = runtime.profile.row_of(self.router_weight(), self.top_k)
+                bias = runtime.profile.bias(config)[row]
+                if config.similarity == "profile" and runtime.profile.similarity is not None:
+                    similarity = runtime.profile.similarity[row]
+            elif runtime.policy == "macs" and config.modality_strength > 0:
+                runtime.say_once("MACS: no profile; no expert has a modality bias")
+            if config.similarity == "router":
+                similarity = router_similarity(self.router_weight())
+            self._planner = build_policy(
+                runtime.policy,
+                config,
+                self.topology,
+                self.top_k,
+                modality_bias=bias,
+                similarity=similarity,
+                group=self.group,
+            )
+        return self._planner
+
+    def tokens(self, batch: int, length: int, sequence_major: bool, device: torch.device) -> Tokens:
+        """The layer's tokens, B x S = batch x length of them, from the modality around the call.
+
+        A mask of another shape or device is an error; no mask at all makes every token text.
+        """
+        modality = current_modality()
+        if modality is None:
+            self.runtime.say_once(
+                "MACS: no modality mask around this forward pass; every token counts as text"
+            )
+            modality = Modality.of(torch.zeros(batch, length, dtype=torch.bool, device=device))
+        found = tuple(modality.kinds.shape)
+        if found != (batch, length):
+            raise ValueError(
+                f"modality mask: found shape {found}, the layer has {batch} sequences of {length} tokens"
+            )
+        if modality.kinds.device != device:
+            raise ValueError(
+                f"modality mask: found on {modality.kinds.device}, the hidden states are on {device}"
+            )
+        sources = len(self.topology.sources)
+        if sources > 1:
+            order = Tokens.sequence_major if sequence_major else Tokens.batch_major
+            return order(modality, sources)
+        return modality.sequence_major if sequence_major else modality.batch_major
+
+    def plan(
+        self, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens
+    ) -> Plan | None:
+        """The plan of ``Planner.plan``; none while MACS is off or calibrating."""
+        if self.runtime.calibrating:
+            self.calibration.observe(experts, tokens)
+            return None
+        if not self.runtime.enabled:
+            return None
+        plan = self.planner.plan(hidden, experts, weights, scores, tokens)
+        if self.runtime.recording:
+            self.recorder.record(plan.statistics)
+        return plan

@@ -1,0 +1,31 @@
+"""MACS for Megatron-Core: token dispatchers, a router and a layer that plan before they dispatch.
+
+    runtime = macs.Runtime(macs.MACSConfig())
+    spec = megatron_macs.with_macs(get_gpt_layer_local_spec(...), runtime)
+    model = GPTModel(config, spec, ...)
+    megatron_macs.attach_modality(model, image_token_id=...)
+"""
+
+try:
+    import megatron.core  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "megatron_macs needs megatron-core: pip install 'macs-moe[megatron]'"
+    ) from error
+
+from .cpu import cpu_engine
+from .dispatcher import MACSAllGatherTokenDispatcher, MACSAlltoAllTokenDispatcher
+from .hooks import attach_modality
+from .layer import MACSMoELayer
+from .router import MACSTopKRouter
+from .spec import with_macs
+
+__all__ = [
+    "MACSAllGatherTokenDispatcher",
+    "MACSAlltoAllTokenDispatcher",
+    "MACSMoELayer",
+    "MACSTopKRouter",
+    "attach_modality",
+    "cpu_engine",
+    "with_macs",
+]

@@ -1,0 +1,126 @@
+"""Megatron-Core on a CPU, for examples and tests: the names of CUDA it cannot do without.
+
+Megatron is written for CUDA, yet its layers, dispatchers and static inference engine compute
+nothing that a CPU cannot. This context puts harmless stand-ins where it asks for a device, a stream
+or an event, and takes every one of them back on leaving.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+
+class _Inert:
+    """A stream or event that does nothing, at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return self if event is None else event
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, event: Any) -> float:
+        return 0.0
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor factory that makes on the CPU what it is asked to make on a CUDA device."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _with_number_splits(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """``all_to_all_single`` whose split sizes may be tensors, as they are where CUDA synchronises."""
+
+    def numbers(splits: Any) -> Any:
+        return splits.tolist() if isinstance(splits, Tensor) else splits
+
+    @functools.wraps(collective)
+    def run(
+        output: Tensor, input: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None,
+        *args: Any, **kwargs: Any,
+    ) -> Any:
+        return collective(
+            output, input, numbers(output_split_sizes), numbers(input_split_sizes), *args, **kwargs
+        )
+
+    return run
+
+
+def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self
+
+
+FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like")
+
+
+@contextmanager
+def cpu_engine() -> Iterator[None]:
+    """Within this context Megatron-Core runs on the CPU; on leaving, every symbol is as before.
+
+    A ``RuntimeError`` where CUDA is available: there Megatron needs no help, and a stand-in would
+    only hide it.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("cpu_engine: CUDA is available; Megatron runs on it without this context")
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    inert, cpu = _Inert(), torch.device("cpu")
+    replacements: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "current_device", lambda: cpu),
+        (torch.cuda, "current_stream", lambda device=None: inert),
+        (torch.cuda, "stream", lambda stream=None: nullcontext()),
+        (torch.cuda, "Stream", _Inert),
+        (torch.cuda, "Event", _Inert),
+        (torch.cuda, "synchronize", lambda device=None: None),
+        (Tensor, "cuda", _return_self),
+        (torch.nn.Module, "cuda", _return_self),
+        (CudaRNGStatesTracker, "fork", lambda self, *args, **kwargs: nullcontext()),
+        (
+            torch.distributed,
+            "all_to_all_single",
+            _with_number_splits(torch.distributed.all_to_all_single),
+        ),
+    ]
+    # Streams that Megatron keeps on its classes, once made: the inert ones must not outlive this.
+    replacements += [
+        (MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None),
+        (SharedExpertMLP, "stream", None),
+    ]
+    replacements += [(torch, name, _on_cpu(getattr(torch, name))) for name in FACTORIES]
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Megatron 0.16 asks whether this is None, but names it only where transformer-engine is.
+        replacements.append((moe_utils, "te_general_gemm", None))
+    with ExitStack() as stack:
+        for owner, name, value in replacements:
+            stack.enter_context(mock.patch.object(owner, name, value, create=not hasattr(owner, name)))
+        yield

@@ -1,0 +1,81 @@
+"""Megatron's token dispatchers, planning before anything is sent.
+
+``dispatch_preprocess`` sees hidden states, routing map and weights together, before any
+communication: the plan replaces map and weights there, and the engine's own dispatch, all-to-all
+and combine do the rest.
+
+Shapes: S tokens of B sequences, T = S B tokens in the order s B + b, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
+from torch import Tensor
+
+from macs import LayerRuntime
+
+
+class _PlansFirst(MoETokenDispatcher):
+    """Plans, then does what the dispatcher behind it in the class's order does."""
+
+    macs: LayerRuntime
+    planned = False
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states [S, B, D], routing_map bool [T, E], probs [T, E]: as the base class."""
+        routing_map, probs, self.planned = replan(self.macs, hidden_states, routing_map, probs)
+        return super().dispatch_preprocess(hidden_states, routing_map, probs)
+
+
+class MACSAllGatherTokenDispatcher(_PlansFirst, MoEAllGatherTokenDispatcher):
+    """The all-gather dispatcher: every rank gets all tokens, and computes its planned ones."""
+
+
+class MACSAlltoAllTokenDispatcher(_PlansFirst, MoEAlltoAllTokenDispatcher):
+    """The all-to-all dispatcher: what is dropped is neither sent nor computed."""
+
+    def preprocess(self, routing_map: Tensor) -> Tensor:
+        """Split sizes of the all-to-all, for as many rows as the plan kept."""
+        tokens_per_expert = super().preprocess(routing_map)
+        if self.planned:
+            # The base class takes T k rows for granted. The count is on the device; it comes to the
+            # host with the split sizes, at the sync point the engine has for its own dropping.
+            self.num_out_tokens = routing_map.sum()
+            self._maybe_update_cuda_sync_point("before_permutation_1")
+        return tokens_per_expert
+
+
+def replan(
+    layer: LayerRuntime, hidden: Tensor, routing_map: Tensor, probs: Tensor
+) -> tuple[Tensor, Tensor, bool]:
+    """The planned routing map bool [T, E] and probs [T, E], and whether there is a plan at all.
+
+    In ``train()`` mode, with MACS off, or while it calibrates, they are the ones passed in.
+    """
+    scores = layer.take_scores()
+    if scores is None:
+        return routing_map, probs, False
+    length, batch = hidden.shape[:2]
+    tokens = layer.tokens(batch, length, sequence_major=True, device=hidden.device)
+    experts = chosen_experts(routing_map, layer.top_k)
+    weights = probs.gather(1, experts.clamp(min=0))
+    plan = layer.plan(hidden.flatten(0, 1), experts, weights, scores, tokens)
+    if plan is None:
+        return routing_map, probs, False
+    return (*plan.as_map(routing_map.shape[1]), True)
+
+
+def chosen_experts(routing_map: Tensor, top_k: int) -> Tensor:
+    """Column numbers of the map's true entries: bool [T, E] -> int64 [T, k], ascending, -1: none."""
+    rows, num_experts = routing_map.shape
+    column = torch.where(routing_map, routing_map.cumsum(1) - 1, top_k).clamp(max=top_k)
+    expert = torch.arange(num_experts, device=routing_map.device).expand(rows, -1)
+    chosen = torch.full((rows, top_k + 1), -1, dtype=torch.int64, device=routing_map.device)
+    return chosen.scatter_(1, column, expert)[:, :top_k].contiguous()

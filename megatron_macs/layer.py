@@ -1,0 +1,129 @@
+"""Megatron's MoE layer with MACS in its router and its dispatcher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from macs import Runtime, Topology
+
+from .dispatcher import MACSAllGatherTokenDispatcher, MACSAlltoAllTokenDispatcher
+from .router import MACSTopKRouter
+
+DISPATCHERS = {
+    "allgather": MACSAllGatherTokenDispatcher,
+    "alltoall": MACSAlltoAllTokenDispatcher,
+}
+
+
+class MACSMoELayer(MoELayer):
+    """``MoELayer`` that plans between routing and dispatch; made by ``with_macs``.
+
+    Takes the base class's arguments and ``runtime``, the object all MACS layers of a model share.
+    A setting that cannot be honoured is a ``ValueError`` here, not in the middle of a forward pass.
+    Weights and state dict are the base class's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        runtime: Runtime,
+        pg_collection: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if pg_collection is None:
+            pg_collection = get_default_pg_collection()
+        check_config(config, runtime, pg_collection)
+        super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
+        if not isinstance(self.router, MACSTopKRouter):
+            raise ValueError(
+                f"MACSMoELayer: found router {type(self.router).__name__}, expected MACSTopKRouter; "
+                "build the layer's spec with megatron_macs.with_macs"
+            )
+        topology = Topology(
+            num_experts=config.num_moe_experts,
+            num_ranks=utils.get_pg_size(self.ep_group),
+            sources=(utils.get_pg_rank(self.ep_group),),
+        )
+        self.macs = runtime.add_layer(
+            lambda: self.router.weight, topology, config.moe_router_topk, self.ep_group
+        )
+        self.router.macs = self.macs
+        self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
+            self.num_local_experts,
+            self.local_expert_indices,
+            config=self.config,
+            pg_collection=pg_collection,
+        )
+        self.token_dispatcher.macs = self.macs
+        if self.use_shared_expert and self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+
+def check_config(config: TransformerConfig, runtime: Runtime, pg_collection: Any) -> None:
+    """Raise a ``ValueError`` that names the setting MACS cannot work with, and why."""
+
+    def refuse(field: str, why: str) -> None:
+        value = getattr(config, field)
+        raise ValueError(f"{field} = {value!r} cannot be used with MACS: {why}")
+
+    if config.num_moe_experts is None:
+        raise ValueError("num_moe_experts is not set: MACS needs a model with experts")
+    ep_size = utils.get_pg_size(pg_collection.ep)
+    if config.num_moe_experts % ep_size:
+        raise ValueError(
+            f"num_moe_experts = {config.num_moe_experts} is not divisible by the expert-parallel size {ep_size}"
+        )
+    if config.moe_token_dispatcher_type not in DISPATCHERS:
+        refuse("moe_token_dispatcher_type", f"expected one of {', '.join(DISPATCHERS)}")
+    if config.moe_expert_capacity_factor is not None:
+        refuse(
+            "moe_expert_capacity_factor",
+            "with it the router drops on its own, before MACS plans; use MACS's capacity_factor",
+        )
+    if config.moe_pad_expert_input_to_capacity:
+        refuse("moe_pad_expert_input_to_capacity", "it needs moe_expert_capacity_factor")
+    if config.moe_router_padding_for_quantization:
+        refuse("moe_router_padding_for_quantization", "it adds rows after the plan")
+    if config.moe_latent_size:
+        refuse("moe_latent_size", "the dispatcher would see projected features, not the layer's input")
+    if getattr(config, "moe_enable_routing_replay", False):
+        refuse("moe_enable_routing_replay", "a replayed routing is not to be planned anew")
+    if config.moe_router_score_function not in ("softmax", "sigmoid"):
+        refuse("moe_router_score_function", "expected softmax or sigmoid")
+    if config.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing"):
+        refuse("moe_router_load_balancing_type", "its choice does not follow from the scores alone")
+    if config.moe_router_num_groups is not None and runtime.config.reroute == "group":
+        refuse("moe_router_num_groups", "rerouting over the group would leave the token's groups; use reroute: rank")
+    if getattr(config, "transformer_impl", None) == "inference_optimized":
+        refuse("transformer_impl", "its dispatchers are not supported yet")
+    if utils.get_pg_size(pg_collection.tp) > 1 and (config.sequence_parallel or ep_size > 1):
+        refuse(
+            "tensor_model_parallel_size",
+            "sequence parallelism, which it brings to MoE layers, splits the modality mask; not supported yet",
+        )
+    if config.context_parallel_size > 1:
+        refuse("context_parallel_size", "it splits sequences, and with them the modality mask")
+    graphs = [str(one) for one in _graph_scopes(config)]
+    if any("moe_preprocess" in one for one in graphs) and config.moe_token_dispatcher_type == "alltoall":
+        refuse(
+            _graph_field(config),
+            "the number of rows sent is known only after the plan, inside what moe_preprocess captures",
+        )
+
+
+def _graph_field(config: TransformerConfig) -> str:
+    """Its name in this Megatron: cuda_graph_scope in 0.16, cuda_graph_modules later."""
+    return "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
+
+
+def _graph_scopes(config: TransformerConfig) -> list[Any]:
+    scopes = getattr(config, _graph_field(config), None)
+    if scopes is None:
+        return []
+    return list(scopes) if isinstance(scopes, (list, tuple, set)) else [scopes]

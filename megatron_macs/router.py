@@ -1,0 +1,34 @@
+"""Megatron's top-k router, keeping the scores of all experts for the planner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from macs import LayerRuntime
+
+
+class MACSTopKRouter(TopKRouter):
+    """Routes as its base class does, and hands the full scores on in ``eval()`` mode.
+
+    ``macs`` is set by ``MACSMoELayer``; without it this is the base class.
+    """
+
+    macs: LayerRuntime | None = None
+
+    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """probs [T, E] and routing_map [T, E] of the base class, from logits [S, B, E]."""
+        routed = super().routing(logits, *args, **kwargs)
+        if self.macs is not None and not self.training and self.macs.awaits_scores:
+            self.macs.offer_scores(full_scores(logits.flatten(0, -2), self.score_function))
+        return routed
+
+
+def full_scores(logits: Tensor, score_function: str) -> Tensor:
+    """Scores of every expert, without correction bias: logits [T, E] -> float32 [T, E] in 0..1."""
+    if score_function == "softmax":
+        return torch.softmax(logits, dim=-1, dtype=torch.float32)
+    return torch.sigmoid(logits.float())

@@ -1,0 +1,90 @@
+"""Layer specs with MACS in the place of the MoE layer."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from macs import MACSConfig, Runtime
+
+from .layer import MACSMoELayer
+from .router import MACSTopKRouter
+
+
+def with_macs(spec: Any, runtime: Runtime | MACSConfig, *, pg_collection: Any = None) -> Any:
+    """A copy of a layer spec or block spec whose MoE layers are MACS layers.
+
+    spec: what Megatron's ``get_gpt_layer_local_spec``, ``get_gpt_decoder_block_spec`` and the like
+    return. runtime: a ``macs.Runtime``, or a ``MACSConfig`` to make one from (it is then found as
+    ``model.decoder.layers[i].mlp.macs.runtime``). pg_collection: process groups for the layers, for
+    Megatron 0.16, which hands its own to no subclass of ``MoELayer``; none is the global ones.
+
+    Raises if the spec holds no MoE layer, or one that is already somebody's subclass.
+    """
+    if isinstance(runtime, MACSConfig):
+        runtime = Runtime(runtime)
+    spec = copy.deepcopy(spec)
+    if not _swap_in(spec, runtime, pg_collection):
+        raise ValueError("with_macs: found no MoE layer in the spec; is num_experts set?")
+    return spec
+
+
+def _swap_in(spec: Any, runtime: Runtime, pg_collection: Any) -> int:
+    """Swap every MoE layer below ``spec``, in place; how many there were."""
+    submodules = getattr(spec, "submodules", None)
+    if hasattr(spec, "layer_specs"):  # TransformerBlockSubmodules
+        return sum(_swap_in(layer, runtime, pg_collection) for layer in spec.layer_specs)
+    if submodules is None or not hasattr(submodules, "mlp"):
+        return 0
+    swapped = _macs_mlp(submodules.mlp, runtime, pg_collection)
+    if swapped is None:
+        return 0
+    submodules.mlp = swapped
+    return 1
+
+
+def _macs_mlp(mlp: Any, runtime: Runtime, pg_collection: Any) -> Any:
+    """The MACS form of a layer's ``mlp`` slot; none if the slot holds no MoE layer.
+
+    The slot is a ``ModuleSpec`` up to Megatron 0.16 and a ``functools.partial`` from 0.17 on.
+    """
+    if isinstance(mlp, ModuleSpec):
+        if not (isinstance(mlp.module, type) and issubclass(mlp.module, MoELayer)):
+            return None
+        _check_base(mlp.module)
+        params = {**(mlp.params or {}), "runtime": runtime}
+        if pg_collection is not None:
+            params["pg_collection"] = pg_collection
+        return ModuleSpec(
+            module=MACSMoELayer,
+            params=params,
+            submodules=_macs_submodules(mlp.submodules),
+            metainfo=mlp.metainfo,
+        )
+    if isinstance(mlp, functools.partial) and isinstance(mlp.func, type) and issubclass(mlp.func, MoELayer):
+        _check_base(mlp.func)
+        keywords = {**mlp.keywords, "runtime": runtime}
+        keywords["submodules"] = _macs_submodules(keywords["submodules"])
+        return functools.partial(MACSMoELayer, *mlp.args, **keywords)
+    return None
+
+
+def _check_base(module: type) -> None:
+    if module is not MoELayer:
+        raise ValueError(
+            f"with_macs: found {module.__name__} in the spec, expected MoELayer; a subclass of it "
+            "cannot be replaced without losing what it adds"
+        )
+
+
+def _macs_submodules(submodules: Any) -> Any:
+    router = getattr(submodules, "router", TopKRouter)
+    if router is not TopKRouter:
+        raise ValueError(f"with_macs: found router {router!r} in the spec, expected TopKRouter")
+    submodules.router = MACSTopKRouter
+    return submodules
