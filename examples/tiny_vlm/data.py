@@ -57,10 +57,15 @@ PICTURE_PREFIX = encode(
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what is on it: ``pixels`` uint8 [128, 128, 3], digit by quadrant (-1: none)."""
+    """A picture and what is on it.
+
+    pixels uint8 [128, 128, 3]; digits by quadrant, -1: none; patches int [64], the digit that an
+    image token shows, -1: background.
+    """
 
     pixels: np.ndarray
     digits: tuple[int, int, int, int]
+    patches: np.ndarray
 
     @property
     def present(self) -> list[int]:
@@ -118,6 +123,7 @@ def draw_picture(rng: np.random.Generator, split: str) -> Picture:
     canvas = canvas.copy()
 
     digits = [-1, -1, -1, -1]
+    shown = np.full((PICTURE_SIZE, PICTURE_SIZE), -1)
     for quadrant in rng.permutation(4)[: rng.integers(1, 4)]:
         digit = int(rng.integers(10))
         digits[quadrant] = digit
@@ -133,7 +139,13 @@ def draw_picture(rng: np.random.Generator, split: str) -> Picture:
         colour = rng.uniform(180, 255, size=3)
         spot = canvas[y : y + size, x : x + size]
         canvas[y : y + size, x : x + size] = spot * (1 - alpha) + colour * alpha
-    return Picture(np.clip(canvas, 0, 255).astype(np.uint8), (digits[0], digits[1], digits[2], digits[3]))
+        shown[y : y + size, x : x + size] = digit
+    side = PICTURE_SIZE // round(IMAGE_TOKENS**0.5)
+    return Picture(
+        pixels=np.clip(canvas, 0, 255).astype(np.uint8),
+        digits=(digits[0], digits[1], digits[2], digits[3]),
+        patches=shown[side // 2 :: side, side // 2 :: side].flatten(),
+    )
 
 
 def two_digits(number: int) -> str:
@@ -226,6 +238,7 @@ class TrainingBatch:
     """B sequences of S tokens, P of them pictures (the first P rows).
 
     ids, labels  int64 [B, S]    positions int64 [B, S]    attends bool [B, S, S]
+    patches      int64 [B, S]    what an image token itself should say it shows: a digit or "none"
     pixels       uint8 [P, 128, 128, 3]
     """
 
@@ -233,6 +246,7 @@ class TrainingBatch:
     labels: np.ndarray
     positions: np.ndarray
     attends: np.ndarray
+    patches: np.ndarray
     pixels: np.ndarray
 
 
@@ -258,7 +272,8 @@ def _picture_layout() -> tuple[np.ndarray, np.ndarray]:
 def draw_training_batch(seed: int, step: int, pictures: int, texts: int) -> TrainingBatch:
     """The batch of a training step; the same (seed, step) gives the same batch."""
     rng = np.random.default_rng([seed, 3, step])
-    ids, labels, pixels = [], [], []
+    ids, labels, patches, pixels = [], [], [], []
+    named = np.array(encode("0 1 2 3 4 5 6 7 8 9 none"))  # -1 is the last
     turns = PICTURE_TASKS + ("where", "exists")
     for _ in range(pictures):
         picture = draw_picture(rng, "train")
@@ -270,6 +285,9 @@ def draw_training_batch(seed: int, step: int, pictures: int, texts: int) -> Trai
             row_labels += [IGNORE] * len(question) + answer + [IGNORE] * spare
         ids.append(row)
         labels.append(row_labels)
+        shows = np.full(SEQUENCE_TOKENS, IGNORE)
+        shows[2 : 2 + IMAGE_TOKENS] = named[picture.patches]
+        patches.append(shows)
         pixels.append(picture.pixels)
     for index in range(texts):
         # A random amount of filler, as the fixed prompt length of the test split asks for.
@@ -277,9 +295,12 @@ def draw_training_batch(seed: int, step: int, pictures: int, texts: int) -> Trai
         row, row_labels = draw_text(rng, "train", TEXT_TASKS[index % 2], SEQUENCE_TOKENS - spare)
         ids.append(encode(FILLER) * spare + row)
         labels.append([IGNORE] * spare + row_labels)
+        patches.append(np.full(SEQUENCE_TOKENS, IGNORE))
 
     picture_positions, picture_attends = _picture_layout()
     causal = np.tril(np.ones((SEQUENCE_TOKENS, SEQUENCE_TOKENS), bool))
     positions = np.stack([picture_positions] * pictures + [np.arange(SEQUENCE_TOKENS)] * texts)
     attends = np.stack([picture_attends] * pictures + [causal] * texts)
-    return TrainingBatch(np.array(ids), np.array(labels), positions, attends, np.stack(pixels))
+    return TrainingBatch(
+        np.array(ids), np.array(labels), positions, attends, np.stack(patches), np.stack(pixels)
+    )

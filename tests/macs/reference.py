@@ -1,0 +1,232 @@
+"""The algorithm once more: slow, plain Python, float64, written from the formulas alone.
+
+Nothing of ``macs`` but its constants is used here, so that a mistake in one is not in the other.
+Fixed-point numbers are exact fractions of a token: weights and capacities are rounded to 1/65536.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+UNIT = 65536
+PRIORITY = 1 << 24
+
+
+def entropy(features):
+    """H = -sum p ln p, p = softmax(features); NaN if a feature is not finite."""
+    if not all(math.isfinite(value) for value in features):
+        return math.nan
+    top = max(features)
+    terms = [math.exp(value - top) for value in features]
+    total = sum(terms)
+    return -sum(term / total * (math.log(term) - math.log(total)) for term in terms if term > 0)
+
+
+def normalized(entropies, groups, included):
+    """(H - mu) / (sigma + 1e-6) in each group; 0 where there is no spread."""
+    result = []
+    for own, group in zip(entropies, groups, strict=True):
+        members = [
+            h for h, g, say in zip(entropies, groups, included, strict=True) if g == group and say
+        ]
+        if not members:
+            result.append(0.0)
+            continue
+        mean = sum(members) / len(members)
+        sigma = math.sqrt(sum((h - mean) ** 2 for h in members) / len(members))
+        result.append(0.0 if sigma < 1e-5 else (own - mean) / (sigma + 1e-6))
+    return result
+
+
+def weights(entropies, visual, groups, sharpness):
+    """sigmoid(-sharpness * H~) for visual tokens, 1 for text, the least for what is not finite."""
+    finite = [math.isfinite(h) for h in entropies]
+    included = [v and f for v, f in zip(visual, finite, strict=True)]
+    safe = [h if f else 0.0 for h, f in zip(entropies, finite, strict=True)]
+    values = []
+    for is_visual, is_finite, z in zip(visual, finite, normalized(safe, groups, included), strict=True):
+        if not is_visual:
+            values.append(1.0)
+        elif not is_finite:
+            values.append(1 / UNIT)
+        else:
+            values.append(1 / (1 + math.exp(min(700.0, sharpness * z))))
+    return values
+
+
+def visual_ratio(weight, visual):
+    total = sum(weight)
+    return sum(w for w, v in zip(weight, visual, strict=True) if v) / total if total else 0.5
+
+
+def capacities(config, weight, visual, top_k, bias):
+    """C_j of every expert, in tokens."""
+    experts = len(bias)
+    load = len(weight) if config.basis == "tokens" else sum(weight)
+    base = math.ceil(config.capacity_factor * top_k / experts * load)
+    lean = visual_ratio(weight, visual) - 0.5
+    factors = [1 + config.modality_strength * m * lean for m in bias]
+    if config.conserve:
+        factors = [f * experts / sum(factors) for f in factors]
+    everything = len(weight) * top_k
+    return [max(config.min_capacity, min(base * f, everything)) for f in factors]
+
+
+def apportion(total, claims):
+    """Largest remainder; ties to the lower claimant."""
+    claimed = sum(claims)
+    if claimed == 0:
+        return [0] * len(claims)
+    exact = [Fraction(total * claim, claimed) for claim in claims]
+    shares = [math.floor(value) for value in exact]
+    by_remainder = sorted(range(len(claims)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def quotas(capacity, demand):
+    """quota[source][pool] of capacity[pool], for demand[source][pool]."""
+    sources, pools = range(len(demand)), range(len(capacity))
+    result = [[0] * len(capacity) for _ in sources]
+    overflow = [0 for _ in sources]
+    for p in pools:
+        asked = [demand[s][p] for s in sources]
+        if sum(asked) > capacity[p]:
+            for s, share in enumerate(apportion(capacity[p], asked)):
+                result[s][p] = share
+                overflow[s] += asked[s] - share
+    for p in pools:
+        asked = [demand[s][p] for s in sources]
+        if sum(asked) <= capacity[p]:
+            for s, extra in enumerate(apportion(capacity[p] - sum(asked), overflow)):
+                result[s][p] = asked[s] + extra
+    return result
+
+
+def priority(rule, score, weight):
+    """An integer from 0 to 2 ** 24; weight in 1/65536."""
+    value = {"score": score, "weight": weight / UNIT, "product": weight / UNIT * score}[rule]
+    return min(PRIORITY, max(0, round(value * PRIORITY)))
+
+
+class Case:
+    """One source's tokens, in batch-major order, and the room it has.
+
+    experts[t] ascending, scores[t][j], cost[t] and weight[t] in 1/65536, room[pool] likewise,
+    row_room[rank] in rows or none, pool[j], rank[j], similarity[i][j].
+    """
+
+    def __init__(self, experts, scores, cost, weight, room, row_room, pool, rank, similarity, rule,
+                 exempt=None):
+        self.experts, self.scores, self.cost, self.weight = experts, scores, cost, weight
+        self.pool, self.rank, self.similarity, self.rule = pool, rank, similarity, rule
+        self.room = list(room)
+        self.row_room = None if row_room is None else list(row_room)
+        self.exempt = exempt or [False] * len(experts)
+        self.placed = {}  # (token, slot) -> expert
+        self.rerouted = set()
+
+    def assignments(self):
+        return [(t, i) for t, row in enumerate(self.experts) for i in range(len(row)) if row[i] >= 0]
+
+    def order(self, assignment):
+        t, i = assignment
+        own = priority(self.rule, self.scores[t][self.experts[t][i]], self.weight[t])
+        return (-(PRIORITY + 1) if self.exempt[t] else -own, t, i)
+
+    def admit(self):
+        """Longest prefix of each pool, then of each rank."""
+        kept = []
+        for p in sorted(set(self.pool)):
+            used, full = 0, False
+            for t, i in sorted((a for a in self.assignments()
+                                if self.pool[self.experts[a[0]][a[1]]] == p), key=self.order):
+                used += self.cost[t]
+                full = full or used > self.room[p]
+                if not full or self.exempt[t]:
+                    kept.append((t, i))
+        if self.row_room is not None:
+            within = []
+            for r in sorted(set(self.rank)):
+                mine = sorted((a for a in kept if self.rank[self.experts[a[0]][a[1]]] == r), key=self.order)
+                within += [a for n, a in enumerate(mine) if n < self.row_room[r] or self.exempt[a[0]]]
+            kept = within
+        for t, i in kept:
+            self.take(t, i, self.experts[t][i])
+
+    def take(self, t, i, expert):
+        self.placed[t, i] = expert
+        self.room[self.pool[expert]] -= self.cost[t]
+        if self.row_room is not None:
+            self.row_room[self.rank[expert]] -= 1
+
+    def reroute(self, rounds, where):
+        spent = set()
+        for _ in range(rounds):
+            proposals = []
+            for t in range(len(self.experts)):
+                waiting = [a for a in self.assignments()
+                           if a[0] == t and a not in self.placed and a not in spent]
+                if not waiting:
+                    continue
+                asks = min(waiting, key=self.order)
+                found = self.best(t, self.experts[t][asks[1]], where)
+                if found is None:
+                    spent.add(asks)
+                else:
+                    rank = priority(self.rule, self.scores[t][found], self.weight[t])
+                    proposals.append((-rank, t, asks[1], found))
+            accepted = []
+            for p in sorted(set(self.pool)):
+                used, full = 0, False
+                for proposal in sorted(q for q in proposals if self.pool[q[3]] == p):
+                    used += self.cost[proposal[1]]
+                    full = full or used > self.room[p]
+                    if not full:
+                        accepted.append(proposal)
+            if self.row_room is not None:
+                accepted = [q for r in sorted(set(self.rank))
+                            for n, q in enumerate(sorted(a for a in accepted if self.rank[a[3]] == r))
+                            if n < self.row_room[r]]
+            for _, t, i, expert in accepted:
+                self.take(t, i, expert)
+                self.rerouted.add((t, i))
+
+    def best(self, t, home, where):
+        """The open candidate of most score times similarity; ties to the lower expert."""
+        taken = {e for e in self.experts[t] if e >= 0}
+        taken |= {e for (token, _), e in self.placed.items() if token == t}
+        options = []
+        for j in range(len(self.pool)):
+            if where == "rank" and self.rank[j] != self.rank[home]:
+                continue
+            value = self.scores[t][j] * self.similarity[home][j]
+            open_ = j not in taken and value > 0 and self.room[self.pool[j]] >= self.cost[t]
+            if self.row_room is not None:
+                open_ = open_ and self.row_room[self.rank[j]] >= 1
+            if open_:
+                options.append((-value, j))
+        return min(options)[1] if options else None
+
+    def limit_drops(self, mass, max_drop):
+        """mass[(t, i)] in 1/1048576; the fewest of the dropped, best first, come back."""
+        everyone = self.assignments()
+        dropped = sorted((a for a in everyone if a not in self.placed), key=self.order)
+        excess = sum(mass[a] for a in dropped) - math.floor(sum(mass[a] for a in everyone) * max_drop)
+        if self.row_room is not None:
+            room = list(self.row_room)
+            allowed = []
+            for a in dropped:
+                r = self.rank[self.experts[a[0]][a[1]]]
+                room[r] -= 1
+                if room[r] >= 0:
+                    allowed.append(a)
+            dropped = allowed
+        back = 0
+        for t, i in dropped:
+            if back >= excess:
+                break
+            back += mass[t, i]
+            self.take(t, i, self.experts[t][i])
