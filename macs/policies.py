@@ -18,7 +18,7 @@ from .fixed_point import UNIT
 from .modality import Tokens
 from .plan import Plan, describe
 from .planner import Constants, Planner
-from .routing import score_scale
+from .routing import weight_of_score
 from .topology import Topology
 
 
@@ -85,7 +85,7 @@ class ExpandedDrop(Planner):
 
     A token's candidates are its top-k and *all* experts on its own rank; each expert then keeps its
     best by score, up to capacity. A token may end with more than k experts, or fewer. An added
-    expert's weight is s_c * sum(w) / sum(s), so that scores and weights keep their proportion.
+    expert's combine weight follows its score, as a rerouted one's does.
     """
 
     @property
@@ -99,11 +99,10 @@ class ExpandedDrop(Planner):
         used = torch.zeros_like(scores, dtype=torch.bool).scatter(1, experts.clamp(min=0), experts >= 0)
         open_ = ~used.gather(1, local) & tokens.valid[:, None] & ~tokens.exempt[:, None]
         own = torch.ones(experts.shape[1], dtype=torch.bool, device=experts.device)
-        scale = score_scale(experts, weights, scores, own)
         added = scores.gather(1, local)
         open_ &= added > 0
         extra = torch.where(open_, local, -1)
-        extra_weights = torch.where(open_, added.to(weights.dtype) * scale, 0).to(weights.dtype)
+        extra_weights = torch.where(open_, weight_of_score(added, experts, weights, scores, own), 0)
         return torch.cat([experts, extra], 1), torch.cat([weights, extra_weights], 1)
 
     def _left_alone(self, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -307,13 +307,13 @@ def combine_weights(
 ) -> Tensor:
     """Combine weights of the placed assignments, float [T, k], 0 where dropped.
 
-    Kept ones pass through untouched. A rerouted one gets ``score_scale`` times its new expert's
-    score. ``renormalize`` scales what a changed token holds back to its former sum. own bool [k]
-    marks the router's own columns.
+    Kept ones pass through untouched. A rerouted one gets ``weight_of_score`` of its new expert.
+    ``renormalize`` scales what a changed token holds back to its former sum. own bool [k] marks the
+    router's own columns.
     """
-    candidate = scores.gather(1, placement.experts.clamp(min=0)).to(weights.dtype)
+    candidate = scores.gather(1, placement.experts.clamp(min=0))
     result = torch.where(
-        placement.rerouted, candidate * score_scale(experts, weights, scores, own), weights
+        placement.rerouted, weight_of_score(candidate, experts, weights, scores, own), weights
     )
     lost = planned & (placement.experts < 0)
     result = torch.where(lost, torch.zeros_like(result), result)
@@ -327,9 +327,16 @@ def combine_weights(
     return result
 
 
-def score_scale(experts: Tensor, weights: Tensor, scores: Tensor, own: Tensor) -> Tensor:
-    """sum(w) / sum(s) over a token's own k: what turns a score into a combine weight. [T, 1]"""
+def weight_of_score(
+    score: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, own: Tensor
+) -> Tensor:
+    """Combine weight of an expert that joins a token with ``score`` [T, m]: s_c sum(w) / sum(s).
+
+    The sums are over the token's own k, so scores and weights keep their proportion. Never more
+    than sum(w), as a correction bias or scores that vanish could have it.
+    """
     real = (experts >= 0) & own
     total = torch.where(real, weights, 0).sum(1, keepdim=True)
-    score = torch.where(real, scores.gather(1, experts.clamp(min=0)), 0).sum(1, keepdim=True)
-    return (total / score.clamp(min=torch.finfo(score.dtype).tiny)).to(weights.dtype)
+    score_sum = torch.where(real, scores.gather(1, experts.clamp(min=0)), 0).sum(1, keepdim=True)
+    share = (score / score_sum.clamp(min=torch.finfo(score_sum.dtype).tiny)).clamp(max=1.0)
+    return share.to(weights.dtype) * total

@@ -1,0 +1,150 @@
+"""Every formula against the slow reference in plain Python."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import reference
+from support.cases import configs, routings
+
+from macs.capacity import LoadTable, effective_visual_ratio, expert_capacity, measure, quotas
+from macs.fixed_point import UNIT, apportion
+from macs.weighting import constant_weights, entropy_weights, feature_entropy, normalize_entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_entropy(dtype, size):
+    generator = torch.Generator().manual_seed(size)
+    scale = torch.tensor([[0.0], [0.1], [1.0], [10.0], [100.0]])
+    hidden = (torch.randn(5, size, generator=generator) * scale).to(dtype)
+    expected = [reference.entropy(row) for row in hidden.double().tolist()]
+    found = feature_entropy(hidden)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.tensor(expected).double(), atol=2e-5, rtol=2e-5)
+
+
+def test_entropy_bounds():
+    flat, peaked = torch.zeros(1, 16), torch.zeros(1, 16)
+    peaked[0, 3] = 1000.0
+    assert feature_entropy(flat).item() == pytest.approx(math.log(16))
+    assert feature_entropy(peaked).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_entropy_of_what_is_not_finite(bad):
+    hidden = torch.randn(3, 8)
+    hidden[1, 2] = bad
+    assert torch.isnan(feature_entropy(hidden)).tolist() == [False, True, False]
+
+
+@given(st.data())
+def test_normalized_entropy_and_weights(data):
+    count = data.draw(st.integers(1, 20))
+    groups = data.draw(st.integers(1, 4))
+    entropies = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.25, 2.0, 6.9, math.nan]), min_size=count, max_size=count))
+    group = data.draw(st.lists(st.integers(0, groups - 1), min_size=count, max_size=count))
+    visual = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    sharpness = data.draw(st.sampled_from([-2.0, 0.0, 1.0, 3.0]))
+    tensor = torch.tensor(entropies, dtype=torch.float32)
+    found = entropy_weights(tensor, torch.tensor(visual), torch.tensor(group), groups, sharpness)
+    expected = reference.weights(entropies, visual, group, sharpness)
+    assert found.dtype == torch.int64
+    assert int(found.min()) >= 1 and int(found.max()) <= UNIT
+    torch.testing.assert_close(found.double() / UNIT, torch.tensor(expected).double(), atol=5e-5, rtol=0)
+
+
+def test_entropy_is_normalized_within_its_group_alone():
+    entropy = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0])
+    group = torch.tensor([0, 0, 1, 1, 2])
+    included = torch.tensor([True] * 5)
+    found = normalize_entropy(entropy, included, group, 3)
+    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.0]), atol=1e-4, rtol=0)
+
+
+def test_no_spread_gives_one_half():
+    entropy = torch.full((5,), 3.3) + torch.arange(5) * 1e-6
+    weight = entropy_weights(entropy, torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.int64), 1, 1.0)
+    assert weight.tolist() == [UNIT // 2] * 5
+
+
+def test_salient_tokens_weigh_more():
+    hidden = torch.zeros(4, 32)
+    hidden[0, 0] = hidden[1, 1] = 20.0  # peaked: low entropy
+    weight = entropy_weights(
+        feature_entropy(hidden), torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int64), 1, 1.0
+    )
+    assert weight[0] > UNIT // 2 > weight[2]
+
+
+def test_constant_weights():
+    visual = torch.tensor([True, False])
+    assert constant_weights(visual, 0.25).tolist() == [UNIT // 4, UNIT]
+    assert constant_weights(visual, 1e-4).tolist() == [7, UNIT]
+
+
+@given(routings(config=configs(scope="local")))
+@settings(max_examples=150)
+def test_loads_ratio_and_capacity(case):
+    tokens, config = case.tokens, case.config
+    weight = constant_weights(tokens.visual, 0.3)
+    cost = weight if config.cost == "weight" else torch.full_like(weight, UNIT)
+    sources, experts = len(case.topology.sources), case.topology.num_experts
+    table = measure(tokens.source, tokens.valid, tokens.visual, weight, cost, case.experts, sources, experts)
+    ratio = effective_visual_ratio(table)
+    capacity = expert_capacity(table, config, case.top_k, torch.tensor(case.bias, dtype=torch.float64))
+    for s in range(sources):
+        mine = [t for t in range(len(weight)) if tokens.source[t] == s and tokens.valid[t]]
+        for j in range(experts):
+            asked = [t for t in mine if j in case.experts[t].tolist()]
+            assert table.cost[s, j] == sum(int(cost[t]) for t in asked)
+            assert table.rows[s, j] == len(asked)
+        assert table.tokens[s] == len(mine)
+        own = [int(weight[t]) / UNIT for t in mine]
+        visual = [bool(tokens.visual[t]) for t in mine]
+        assert ratio[s].item() == pytest.approx(reference.visual_ratio(own, visual), abs=1e-12)
+        expected = reference.capacities(config, own, visual, case.top_k, case.bias)
+        torch.testing.assert_close(
+            capacity[s].double() / UNIT, torch.tensor(expected).double(), atol=2 / UNIT, rtol=0
+        )
+
+
+def test_visual_experts_grow_with_the_visual_ratio():
+    from macs import MACSConfig
+
+    one = torch.tensor([1000])
+    bias = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    for visual, order in ((900, 1), (100, -1)):
+        table = LoadTable(one, one * UNIT, torch.tensor([visual * UNIT]), one[:, None] * 0, one[:, None] * 0)
+        high, middle, low = expert_capacity(table, MACSConfig(), 1, bias)[0].tolist()
+        assert (high - middle) * order > 0 > (low - middle) * order
+        assert middle == 334 * UNIT
+
+
+amounts = st.integers(0, 2**40)
+
+
+@given(st.lists(amounts, min_size=1, max_size=6), amounts)
+def test_apportion(claims, total):
+    total = min(total, sum(claims))
+    found = apportion(torch.tensor([total]), torch.tensor(claims)[:, None])[:, 0].tolist()
+    assert found == reference.apportion(total, claims)
+    assert sum(found) == (total if sum(claims) else 0)
+
+
+@given(st.data())
+def test_quotas(data):
+    sources, pools = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+    number = st.integers(0, 50)
+    demand = data.draw(st.lists(st.lists(number, min_size=pools, max_size=pools), min_size=sources, max_size=sources))
+    capacity = data.draw(st.lists(number, min_size=pools, max_size=pools))
+    found = quotas(torch.tensor(capacity), torch.tensor(demand))
+    assert found.tolist() == reference.quotas(capacity, demand)
+    assert bool((found.sum(0) <= torch.tensor(capacity)).all())
+
+
+def test_load_table_survives_the_wire():
+    tables = torch.arange(2 * 11).view(2, 11)
+    assert torch.equal(LoadTable.unpack(tables).pack(), tables)

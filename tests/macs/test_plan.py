@@ -1,0 +1,421 @@
+"""Whole plans: against the slow reference, and every invariant of the design as a property."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from support import reference
+from support.cases import configs, routings
+
+from macs import MACSConfig, Planner, Tokens, Topology, build_policy
+from macs.capacity import LoadTable, expert_capacity, measure, quotas
+from macs.fixed_point import MASS_UNIT, UNIT, to_fixed
+from macs.weighting import constant_weights, entropy_weights, feature_entropy
+
+MANY = settings(max_examples=250)
+
+
+def planner_of(case, **changes):
+    return Planner(
+        case.config.updated(**changes),
+        case.topology,
+        case.top_k,
+        modality_bias=case.bias,
+        similarity=case.similarity,
+    )
+
+
+def plan_of(case, **changes):
+    return planner_of(case, **changes).plan(
+        case.hidden, case.experts, case.weights, case.scores, case.tokens
+    )
+
+
+def semantic_weights(case, config):
+    tokens = case.tokens
+    if config.weighting == "constant":
+        return constant_weights(tokens.visual, config.visual_weight)
+    if config.normalization == "batch":
+        group, groups = tokens.source * 4 + tokens.kinds, 4 * len(case.topology.sources)
+    else:
+        count = len(tokens.kinds)
+        group, groups = tokens.source * count + tokens.segment, count * len(case.topology.sources)
+    return entropy_weights(
+        feature_entropy(case.hidden), tokens.visual, group, groups, config.entropy_sharpness
+    )
+
+
+def rooms(case, config, weight, cost):
+    """Room of pools and rows of ranks, by source, and who plans: from checked parts."""
+    tokens, topology = case.tokens, case.topology
+    sources, experts, ranks = len(topology.sources), topology.num_experts, topology.num_ranks
+    table = measure(tokens.source, tokens.valid, tokens.visual, weight, cost, case.experts, sources, experts)
+    scope = table.total() if config.scope == "group" else table
+    bias = torch.tensor(case.bias, dtype=torch.float64)
+    capacity = expert_capacity(scope, config, case.top_k, bias).tolist()
+    pool = list(range(experts)) if config.level == "expert" else list(topology.expert_rank)
+
+    def pooled(by_expert, of):
+        return [[sum(row[j] for j in range(experts) if of[j] == p) for p in range(max(of) + 1)] for row in by_expert]
+
+    room = pooled(capacity, pool)
+    factor = config.max_load_factor
+    rows = None
+    if factor is not None:
+        rows = [[int(factor * (t * case.top_k / ranks))] * ranks for t in scope.tokens.tolist()]
+    if config.scope == "group":
+        room = reference.quotas(room[0], pooled(table.cost.tolist(), pool))
+        if rows is not None:
+            rows = reference.quotas(rows[0], pooled(table.rows.tolist(), list(topology.expert_rank)))
+    active = [t >= config.min_tokens for t in scope.tokens.tolist()]
+    return room, rows, active * (sources if config.scope == "group" else 1), pool
+
+
+@given(routings(config=configs(reroute_rounds=2)))
+@settings(max_examples=400)
+def test_plan_is_the_reference_plan(case):
+    config, tokens = case.config, case.tokens
+    weight = semantic_weights(case, config)
+    cost = weight if config.cost == "weight" else torch.full_like(weight, UNIT)
+    room, rows, active, pool = rooms(case, config, weight, cost)
+    plan = plan_of(case)
+    mass = to_fixed(case.weights, MASS_UNIT).tolist()
+    for s in range(len(case.topology.sources)):
+        mine = [t for t in tokens.position.argsort().tolist() if tokens.source[t] == s and tokens.valid[t]]
+        expected = reference.Case(
+            experts=[case.experts[t].tolist() for t in mine],
+            scores=[case.scores[t].tolist() for t in mine],
+            cost=[int(cost[t]) for t in mine],
+            weight=[int(weight[t]) for t in mine],
+            room=room[s],
+            row_room=None if rows is None else rows[s],
+            pool=pool,
+            rank=list(case.topology.expert_rank),
+            similarity=case.similarity.tolist(),
+            rule=config.priority,
+            exempt=[bool(tokens.exempt[t]) for t in mine],
+        )
+        if active[s]:
+            expected.admit()
+            if config.reroute != "none":
+                expected.reroute(config.reroute_rounds, config.reroute)
+            if config.max_drop is not None:
+                masses = {(n, i): mass[t][i] for n, t in enumerate(mine) for i in range(case.top_k)}
+                expected.limit_drops(masses, config.max_drop)
+        for n, t in enumerate(mine):
+            for i in range(case.top_k):
+                want = expected.placed.get((n, i), -1) if active[s] else int(case.experts[t, i])
+                assert plan.experts[t, i] == want
+                assert bool(plan.rerouted[t, i]) == ((n, i) in expected.rerouted)
+                check_weight(case, plan, t, i, config)
+
+
+def check_weight(case, plan, t, i, config):
+    """Kept weights pass through; rerouted ones follow the score; dropped ones are 0."""
+    total, score = case.weights[t].sum(), case.scores[t][case.experts[t]].sum()
+    raw = []
+    for slot in range(case.top_k):
+        expert = int(plan.experts[t, slot])
+        if expert < 0:
+            raw.append(0.0)
+        elif plan.rerouted[t, slot]:
+            share = float(case.scores[t, expert] / score) if score > 0 else 1.0
+            raw.append(min(1.0, share) * float(total))
+        else:
+            raw.append(float(case.weights[t, slot]))
+    changed = bool((plan.experts[t] != case.experts[t]).any())
+    if config.renormalize and changed:
+        scale = float(total) / sum(raw) if sum(raw) else 0.0
+        assert float(plan.weights[t, i]) == pytest.approx(raw[i] * scale, rel=1e-5)
+    elif plan.rerouted[t, i]:
+        assert float(plan.weights[t, i]) == pytest.approx(raw[i], rel=1e-5)
+    else:
+        assert float(plan.weights[t, i]) == raw[i]
+
+
+def loads(case, plan, source, cost, of):
+    """Cost by pool of one source's valid, not exempt and exempt, assignments."""
+    found = Counter()
+    for t in range(len(cost)):
+        if case.tokens.source[t] == source and case.tokens.valid[t]:
+            for expert in plan.experts[t].tolist():
+                if expert >= 0:
+                    found[of[expert]] += int(cost[t])
+    return found
+
+
+@given(routings(config=configs(max_drop=None, min_tokens=0), exempt=False))
+@MANY
+def test_nothing_is_over_its_capacity(case):
+    config = case.config
+    weight = semantic_weights(case, config)
+    cost = weight if config.cost == "weight" else torch.full_like(weight, UNIT)
+    room, rows, _, pool = rooms(case, config, weight, cost)
+    plan = plan_of(case)
+    for s in range(len(case.topology.sources)):
+        for p, load in loads(case, plan, s, cost, pool).items():
+            assert load <= room[s][p]
+        if rows is not None:
+            for r, count in loads(case, plan, s, [1] * len(cost), case.topology.expert_rank).items():
+                assert count <= rows[s][r]
+    assert int(plan.statistics.unmet) == 0
+
+
+@given(routings(config=configs()))
+@MANY
+def test_every_assignment_is_kept_rerouted_or_dropped_once(case):
+    plan = plan_of(case)
+    valid = case.tokens.valid[:, None]
+    kept = (plan.experts == case.experts) & valid
+    rerouted, dropped = plan.rerouted & valid, (plan.experts < 0) & valid
+    assert bool(((kept.int() + rerouted.int() + dropped.int()) == valid.int()).all())
+    found = plan.statistics
+    assert (int(found.kept), int(found.rerouted), int(found.dropped)) == (
+        int(kept.sum()), int(rerouted.sum()), int(dropped.sum()))
+    assert int(found.load_before.sum()) == int(valid.sum()) * case.top_k
+    assert int(found.load_after.sum()) == int(kept.sum() + rerouted.sum())
+    total = float(found.kept_mass + found.rerouted_mass + found.dropped_mass)
+    assert total == pytest.approx(float(case.weights[case.tokens.valid].sum()), abs=1e-6)
+
+
+@given(routings(config=configs()))
+@MANY
+def test_no_token_holds_an_expert_twice(case):
+    for row in plan_of(case).experts.tolist():
+        held = [expert for expert in row if expert >= 0]
+        assert len(set(held)) == len(held)
+
+
+@given(routings(config=configs(capacity_factor=1e6, max_load_factor=None, drop_padding=False, level="expert")))
+@MANY
+def test_with_nothing_over_capacity_the_plan_is_the_input(case):
+    plan = plan_of(case)
+    assert torch.equal(plan.experts, case.experts)
+    assert torch.equal(plan.weights, case.weights)
+    assert not bool(plan.rerouted.any())
+
+
+@given(routings(config=configs()))
+@MANY
+def test_same_input_same_plan(case):
+    first, second = plan_of(case), plan_of(case)
+    assert torch.equal(first.experts, second.experts) and torch.equal(first.weights, second.weights)
+
+
+@given(routings(config=configs(), distinct=True), st.randoms(use_true_random=False))
+@MANY
+def test_permuting_tokens_permutes_the_plan(case, random):
+    # Distinct priorities: by score, and no two tokens' scores are equal.
+    config = case.config.updated(priority="score")
+    order = list(range(len(case.hidden)))
+    random.shuffle(order)
+    order = torch.tensor(order)
+    tokens = Tokens(**{name: value[order] for name, value in vars(case.tokens).items()})
+    tokens = replace(tokens, position=torch.arange(len(order)))
+    permuted = replace(
+        case,
+        config=config,
+        hidden=case.hidden[order],
+        experts=case.experts[order],
+        weights=case.weights[order],
+        scores=case.scores[order],
+        tokens=tokens,
+    )
+    first, second = plan_of(replace(case, config=config)), plan_of(permuted)
+    assert torch.equal(first.experts[order], second.experts)
+    assert torch.equal(first.weights[order], second.weights)
+
+
+@given(routings(config=configs()))
+@MANY
+def test_columns_may_come_in_any_order(case):
+    flipped = replace(case, experts=case.experts.flip(1), weights=case.weights.flip(1))
+    first, second = plan_of(case), plan_of(flipped)
+    assert torch.equal(first.experts, second.experts.flip(1))
+    assert torch.equal(first.weights, second.weights.flip(1))
+
+
+@given(routings(config=configs(
+    reroute="none", modality_strength=0.0, max_drop=None, max_load_factor=None, min_tokens=0)),
+    st.sampled_from([(0.3, 0.5), (0.5, 1.0), (1.0, 1.1), (1.0, 3.0)]))
+@MANY
+def test_a_larger_capacity_factor_never_drops_more(case, factors):
+    low, high = (plan_of(case, capacity_factor=factor).experts for factor in factors)
+    assert not bool(((high < 0) & (low >= 0)).any())
+
+
+@given(routings(kinds=(0,), exempt=False, config=configs(
+    level="expert", reroute="none", modality_strength=0.0, max_drop=None, max_load_factor=None,
+    min_tokens=0, min_capacity=0.0, priority="score", scope="local")))
+@MANY
+def test_text_alone_gives_count_based_capacity(case):
+    plan = plan_of(case)
+    dropped = build_policy("token-drop", case.config, case.topology, case.top_k).plan(
+        case.hidden, case.experts, case.weights, case.scores, case.tokens
+    )
+    assert torch.equal(plan.experts, dropped.experts)
+    for s in range(len(case.topology.sources)):
+        mine = [t for t in range(len(case.hidden)) if case.tokens.source[t] == s and case.tokens.valid[t]]
+        limit = -(-case.config.capacity_factor * len(mine) * case.top_k // case.topology.num_experts)
+        for j in range(case.topology.num_experts):
+            asked = [t for t in mine if j in case.experts[t].tolist()]
+            best = sorted(asked, key=lambda t: (-case.scores[t, j], case.tokens.position[t]))[: int(limit)]
+            assert sorted(best) == [t for t in mine if j in plan.experts[t].tolist()]
+
+
+@given(routings(config=configs(scope="group")))
+@MANY
+def test_sources_in_one_process_are_as_many_processes(case):
+    """Each source planned alone, given the table that a gather would bring, plans the same."""
+    whole = plan_of(case)
+    sources = len(case.topology.sources)
+    tables: list[LoadTable] = []
+
+    class Recording(Planner):
+        def _gather(self, table):
+            tables.append(table)
+            return super()._gather(table)
+
+    class Given(Planner):
+        everyone: LoadTable
+        mine: slice
+
+        def _gather(self, table):
+            return self.everyone, self.mine
+
+    def alone(kind, s):
+        rows = (case.tokens.source == s).nonzero()[:, 0]
+        tokens = Tokens(**{name: value[rows] for name, value in vars(case.tokens).items()})
+        tokens = replace(tokens, source=torch.zeros_like(tokens.source), position=tokens.position.argsort().argsort())
+        topology = replace(case.topology, sources=(case.topology.sources[s],))
+        planner = kind(case.config, topology, case.top_k, modality_bias=case.bias, similarity=case.similarity)
+        if kind is Given:
+            planner.everyone, planner.mine = everyone, slice(s, s + 1)
+        if case.config.normalization == "image":
+            tokens = replace(tokens, segment=torch.unique(tokens.segment, return_inverse=True)[1])
+        return rows, planner.plan(
+            case.hidden[rows], case.experts[rows], case.weights[rows], case.scores[rows], tokens
+        )
+
+    for s in range(sources):
+        alone(Recording, s)
+    everyone = LoadTable.unpack(torch.cat([table.pack() for table in tables]))
+    for s in range(sources):
+        rows, plan = alone(Given, s)
+        assert torch.equal(plan.experts, whole.experts[rows])
+        assert torch.equal(plan.weights, whole.weights[rows])
+
+
+@given(routings(config=configs(max_load_factor=None), exempt=False))
+@MANY
+def test_max_drop_is_kept(case):
+    assume(case.config.max_drop is not None)
+    plan = plan_of(case)
+    mass = to_fixed(case.weights, MASS_UNIT)
+    for s in range(len(case.topology.sources)):
+        mine = ((case.tokens.source == s) & case.tokens.valid)[:, None]
+        dropped = int(torch.where(mine & (plan.experts < 0), mass, 0).sum())
+        assert dropped <= float(case.config.max_drop) * int(torch.where(mine, mass, 0).sum())
+
+
+@given(routings(config=configs()))
+@MANY
+def test_exempt_and_padding_are_left_alone(case):
+    plan = plan_of(case)
+    tokens = case.tokens
+    spared = tokens.exempt & tokens.valid
+    assert torch.equal(plan.experts[spared], case.experts[spared])
+    padding = ~tokens.valid
+    if case.config.drop_padding:
+        active = plan.experts[padding] < 0
+        assert bool(active.all()) or int(plan.statistics.planned) < int(plan.statistics.sources)
+    else:
+        assert torch.equal(plan.experts[padding], case.experts[padding])
+        assert torch.equal(plan.weights[padding], case.weights[padding])
+
+
+def test_few_tokens_are_left_alone():
+    config = MACSConfig(min_tokens=10, capacity_factor=0.1)
+    for count, touched in ((9, False), (10, True)):
+        scores = torch.full((count, 4), 0.25)
+        plan = Planner(config, Topology(4), 1).plan(
+            torch.randn(count, 8), torch.zeros(count, 1, dtype=torch.int64), torch.ones(count, 1), scores
+        )
+        assert bool((plan.experts != 0).any()) == touched
+        assert int(plan.statistics.planned) == touched
+
+
+def test_a_bound_on_rows_goes_before_a_bound_on_drops():
+    config = MACSConfig(min_tokens=0, max_drop=0.0, max_load_factor=0.5, reroute="none")
+    plan = Planner(config, Topology(2, 2), 1).plan(
+        torch.randn(8, 4), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1), torch.full((8, 2), 0.5)
+    )
+    assert int((plan.experts == 0).sum()) == 2
+    assert int(plan.statistics.unmet) == 1
+
+
+def test_rerouting_prefers_score_times_similarity_on_the_same_rank():
+    similarity = torch.eye(6)
+    similarity[0] = torch.tensor([1.0, 0.9, 0.3, 1.0, 1.0, 1.0])
+    scores = torch.tensor([[0.5, 0.1, 0.25, 0.1, 0.04, 0.01]]).repeat(4, 1)
+    planner = Planner(
+        MACSConfig(min_tokens=0, capacity_factor=1.5), Topology(6, 2), 1, similarity=similarity
+    )
+    experts = torch.zeros(4, 1, dtype=torch.int64)
+    plan = planner.plan(torch.randn(4, 4), experts, torch.ones(4, 1), scores)
+    # One stays; expert 1 (0.1 x 0.9) beats 2 (0.25 x 0.3) and takes one; 2 takes one; 3 is elsewhere.
+    assert plan.experts[:, 0].tolist() == [0, 1, 2, -1]
+    torch.testing.assert_close(plan.weights[:, 0], torch.tensor([1.0, 0.2, 0.5, 0.0]))
+
+
+def test_a_token_that_loses_everything_is_finite():
+    config = MACSConfig(min_tokens=0, capacity_factor=0.001, min_capacity=0.0, renormalize=True, reroute="none", max_load_factor=0.001)
+    plan = Planner(config, Topology(4), 2).plan(
+        torch.randn(3, 4), torch.tensor([[0, 1]] * 3), torch.rand(3, 2), torch.rand(3, 4)
+    )
+    assert bool((plan.experts < 0).all()) and bool((plan.weights == 0).all())
+
+
+@pytest.mark.parametrize("name", ["vanilla", "token-drop", "expanded-drop", "rank-balanced", "macs"])
+@pytest.mark.parametrize("count", [0, 1, 65])
+def test_policies_take_any_number_of_tokens(name, count):
+    policy = build_policy(name, MACSConfig(min_tokens=0), Topology(8, 4), 8)
+    experts = torch.arange(8).expand(count, 8).contiguous()
+    plan = policy.plan(torch.randn(count, 5), experts, torch.rand(count, 8), torch.rand(count, 8))
+    assert plan.experts.shape == plan.weights.shape == (count, policy.slots)
+    assert plan.experts.dtype == torch.int64 and plan.weights.dtype == torch.float32
+
+
+@given(routings(config=configs(level="expert", min_tokens=0), max_tokens=16))
+@MANY
+def test_expanded_drop(case):
+    """Best by score of each expert among top-k and the token's own rank's experts."""
+    policy = build_policy("expanded-drop", case.config.updated(
+        max_drop=None, max_load_factor=None, scope="local", min_capacity=0.0), case.topology, case.top_k)
+    plan = policy.plan(case.hidden, case.experts, case.weights, case.scores, case.tokens)
+    tokens, ranks = case.tokens, case.topology.expert_rank
+    for s, home in enumerate(case.topology.sources):
+        mine = [t for t in range(len(case.hidden)) if tokens.source[t] == s and tokens.valid[t]]
+        limit = int(-(-case.config.capacity_factor * len(mine) * case.top_k // case.topology.num_experts))
+        for j in range(case.topology.num_experts):
+            asks = [t for t in mine if j in case.experts[t].tolist()
+                    or (ranks[j] == home and case.scores[t, j] > 0 and not tokens.exempt[t])]
+            # A token's own choices come before its added ones where scores and tokens are equal.
+            best = sorted(asks, key=lambda t: (not tokens.exempt[t], -case.scores[t, j], tokens.position[t]))
+            kept = set(best[:limit]) | {t for t in asks if tokens.exempt[t]}
+            assert kept == {t for t in mine if j in plan.experts[t].tolist()}
+
+
+def test_rank_balanced_fills_the_ranks_evenly():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(64, 8, generator=generator) + torch.tensor([2.0, 2, 0, 0, 0, 0, 0, 0])
+    scores = scores / scores.sum(1, keepdim=True)
+    weights, experts = scores.topk(2)
+    policy = build_policy("rank-balanced", MACSConfig(min_tokens=0, reroute_rounds=4), Topology(8, 4), 2)
+    plan = policy.plan(torch.randn(64, 4), experts, weights, scores)
+    rows = plan.statistics.load_after.view(4, 2).sum(1)
+    assert int(plan.statistics.load_before.view(4, 2).sum(1).max()) > 100
+    assert rows.tolist() == [32, 32, 32, 32]

@@ -1,0 +1,110 @@
+"""Random routings for the property tests: small, full of ties, and exactly representable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from macs import MACSConfig, Tokens, Topology
+
+
+@dataclass
+class Routing:
+    """Inputs of ``Planner.plan`` and of the planner itself."""
+
+    config: MACSConfig
+    topology: Topology
+    top_k: int
+    hidden: Tensor
+    experts: Tensor
+    weights: Tensor
+    scores: Tensor
+    tokens: Tokens
+    bias: list[float]
+    similarity: Tensor
+    extra: dict = field(default_factory=dict)
+
+
+@st.composite
+def routings(draw, config=None, max_tokens=12, sources=None, kinds=(0, 1, 2), padding=True, exempt=True,
+             distinct=False):
+    """A routing whose scores are multiples of 1/1024 and similarities multiples of 1/64.
+
+    config: a strategy of ``MACSConfig`` values. distinct: no two scores of an expert are equal.
+    """
+    ranks = draw(st.sampled_from([1, 2, 4]))
+    experts = ranks * draw(st.integers(1, 3))
+    top_k = draw(st.integers(1, min(experts, 4)))
+    count = draw(st.integers(1, max_tokens))
+    own = draw(st.integers(1, ranks)) if sources is None else min(sources, ranks)
+    seed = draw(st.integers(0, 2**32 - 1))
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    if distinct:
+        scores = torch.rand(count, experts, generator=generator)
+    else:
+        levels = draw(st.sampled_from([3, 8, 600]))
+        scores = integers(0 if levels == 8 else 1, levels + 1, count, experts).float() / 1024
+    order = torch.rand(count, experts, generator=generator).argsort(1)[:, :top_k]
+    hot = draw(st.booleans())
+    chosen = order.sort(1).values if not hot else torch.arange(top_k).expand(count, -1).clone()
+    hidden = torch.randn(count, 6, generator=generator) * draw(st.sampled_from([0.0, 1.0, 4.0]))
+    weights = (integers(1, 64, count, top_k).float() / 64)
+    place = torch.randperm(count, generator=generator)
+    modality = torch.tensor(kinds)[integers(0, len(kinds), count)].to(torch.int8)
+    valid = torch.rand(count, generator=generator) > (0.2 if padding and draw(st.booleans()) else -1)
+    spared = torch.rand(count, generator=generator) < (0.1 if exempt and draw(st.booleans()) else -1)
+    expert_rank = tuple(torch.randperm(experts, generator=generator).remainder(ranks).tolist())
+    similarity = integers(0, 65, experts, experts).float() / 64
+    return Routing(
+        config=draw(config) if config is not None else MACSConfig(min_tokens=0),
+        topology=Topology(experts, ranks, expert_rank, tuple(range(own))),
+        top_k=top_k,
+        hidden=hidden,
+        experts=chosen,
+        weights=weights,
+        scores=scores,
+        tokens=Tokens(
+            kinds=modality,
+            valid=valid,
+            exempt=spared,
+            segment=integers(0, count, count),
+            position=place,
+            source=integers(0, own, count),
+        ),
+        bias=[float(value) for value in integers(-1, 2, experts)],
+        similarity=similarity,
+    )
+
+
+def configs(**fixed):
+    """Any setting of the planner, some of them fixed."""
+    choices = {
+        "capacity_factor": st.sampled_from([0.25, 0.5, 0.8, 1.0, 1.3, 2.0]),
+        "basis": st.sampled_from(["tokens", "effective"]),
+        "modality_strength": st.sampled_from([0.0, 0.5, 1.0]),
+        "conserve": st.booleans(),
+        "min_capacity": st.sampled_from([0.0, 1.0, 2.0]),
+        "weighting": st.sampled_from(["entropy", "constant"]),
+        "visual_weight": st.sampled_from([0.25, 0.5, 1.0]),
+        "normalization": st.sampled_from(["batch", "image"]),
+        "cost": st.sampled_from(["weight", "one"]),
+        "priority": st.sampled_from(["score", "weight", "product"]),
+        "level": st.sampled_from(["expert", "rank"]),
+        "scope": st.sampled_from(["local", "group"]),
+        "reroute": st.sampled_from(["rank", "group", "none"]),
+        "reroute_rounds": st.sampled_from([1, 2, 3]),
+        "renormalize": st.booleans(),
+        "min_tokens": st.sampled_from([0, 0, 0, 6]),
+        "max_drop": st.sampled_from([None, None, 0.0, 0.1, 0.3]),
+        "max_load_factor": st.sampled_from([None, None, 0.5, 1.0, 1.2]),
+        "drop_padding": st.booleans(),
+    }
+    choices.update({name: st.just(value) for name, value in fixed.items()})
+    return st.fixed_dictionaries(choices).map(lambda values: MACSConfig(**values))
