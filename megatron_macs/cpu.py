@@ -1,4 +1,4 @@
-"""Megatron-Core on a CPU, for examples and tests: the names of CUDA it cannot do without.
+"""Megatron-Core on a CPU, for examples and tests: stand-ins for what it asks of CUDA.
 
 Megatron is written for CUDA, yet its layers, dispatchers and static inference engine compute
 nothing that a CPU cannot. This context puts harmless stand-ins where it asks for a device, a stream
@@ -42,19 +42,6 @@ class _Inert:
         return 0.0
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """A tensor factory that makes on the CPU what it is asked to make on a CUDA device."""
-
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> Any:
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "cuda":
-            kwargs["device"] = "cpu"
-        return factory(*args, **kwargs)
-
-    return make
-
-
 def _with_number_splits(collective: Callable[..., Any]) -> Callable[..., Any]:
     """``all_to_all_single`` whose split sizes may be tensors, as they are where CUDA synchronises."""
 
@@ -75,9 +62,6 @@ def _with_number_splits(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self
-
-
-FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like")
 
 
 @contextmanager
@@ -116,7 +100,6 @@ def cpu_engine() -> Iterator[None]:
         (MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None),
         (SharedExpertMLP, "stream", None),
     ]
-    replacements += [(torch, name, _on_cpu(getattr(torch, name))) for name in FACTORIES]
     if not hasattr(moe_utils, "te_general_gemm"):
         # Megatron 0.16 asks whether this is None, but names it only where transformer-engine is.
         replacements.append((moe_utils, "te_general_gemm", None))

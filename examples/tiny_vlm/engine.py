@@ -1,0 +1,150 @@
+"""Megatron's static inference engine around the tiny model, and a clock for its MoE layers."""
+
+from __future__ import annotations
+
+import inspect
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.engines.static_engine import StaticInferenceEngine
+from megatron.core.inference.inference_request import InferenceRequest
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+    GPTInferenceWrapper,
+)
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+    TextGenerationController,
+)
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import nn
+
+from .data import ANSWER_TOKENS, PROMPT_TOKENS, Sample
+from .megatron import PictureEncoder, TinyVLM
+from .vocabulary import END, UNKNOWN, VOCABULARY
+
+
+class WordTokenizer:
+    """What Megatron's engine asks of a tokenizer, for the tiny model's words."""
+
+    bos = None
+    eod = VOCABULARY[END]
+    vocab_size = len(VOCABULARY)
+    _words = tuple(VOCABULARY)
+
+    def tokenize(self, text: str) -> list[int]:
+        return [VOCABULARY[word] for word in text.split()]
+
+    def detokenize(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(self._words[i] if i < len(self._words) else UNKNOWN for i in ids)
+
+
+class Engine:
+    """``generate``: prompts and pictures in, answers out, through ``StaticInferenceEngine``.
+
+    Every expert-parallel rank must call it equally often, with batches of its own.
+    """
+
+    def __init__(self, model: TinyVLM, pictures: PictureEncoder, largest_batch: int) -> None:
+        self.model = model
+        self.pictures = pictures
+        controller = TextGenerationController(
+            _inference_wrapper(model, largest_batch, PROMPT_TOKENS + ANSWER_TOKENS), WordTokenizer()
+        )
+        # Newer versions make theirs part of the constructor's work, older ones of the caller's.
+        controller.pp_group = getattr(controller, "pp_group", None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.engine = StaticInferenceEngine(controller, max_batch_size=largest_batch, legacy=True)
+
+    def generate(self, samples: Sequence[Sample], tokens: int = ANSWER_TOKENS) -> list[list[int]]:
+        """The answer to every sample: token ids up to and with the end token.
+
+        All prompts have ``PROMPT_TOKENS`` tokens, so that they prefill in one step; and every answer
+        takes ``tokens`` steps, so that ranks stay in step.
+        """
+        parameters = SamplingParams(top_k=1, num_tokens_to_generate=tokens)
+        parameters.add_attributes({"no_early_termination": True})
+        requests = [
+            InferenceRequest(
+                request_id=self.engine.get_new_request_id(),
+                prompt="",
+                prompt_tokens=list(sample.prompt),
+                sampling_params=parameters,
+            )
+            for sample in samples
+        ]
+        with self.model.pictures(self.pictures(samples)):
+            results = self.engine.generate(inference_requests=requests)
+        return [_up_to_end(result.generated_tokens.tolist()) for result in results]
+
+
+def _up_to_end(ids: list[int]) -> list[int]:
+    end = VOCABULARY[END]
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def _inference_wrapper(model: TinyVLM, largest_batch: int, longest: int) -> GPTInferenceWrapper:
+    """The engine's view of the model; its constructor changed between Megatron 0.16 and 0.19."""
+    context = StaticInferenceContext(largest_batch, longest)
+    if "inference_wrapper_config" not in inspect.signature(GPTInferenceWrapper.__init__).parameters:
+        return GPTInferenceWrapper(model, context)
+    from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
+        InferenceWrapperConfig,
+    )
+
+    config = InferenceWrapperConfig(
+        hidden_size=model.config.hidden_size,
+        params_dtype=model.config.params_dtype,
+        inference_batch_times_seqlen_threshold=-1,
+        padded_vocab_size=model.vocab_size,
+        inference_max_requests=largest_batch,
+        inference_max_seq_length=longest,
+    )
+    return GPTInferenceWrapper(model, config, context)
+
+
+class LayerClock:
+    """Wall time of a model's MoE layers in prompts (calls on more than one token a sequence)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+
+    @contextmanager
+    def running(self) -> Iterator[list[float]]:
+        """Yields a list that holds, on leaving, the milliseconds of every call of a layer."""
+        times: list[float] = []
+        started: list[float] = []
+
+        def before(module: nn.Module, args: tuple) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            started.append(time.perf_counter())
+
+        def after(module: nn.Module, args: tuple, output: object) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            elapsed = (time.perf_counter() - started.pop()) * 1e3
+            if args[0].shape[0] > 1:
+                times.append(elapsed)
+
+        handles = [layer.register_forward_pre_hook(before) for layer in self.layers]
+        handles += [layer.register_forward_hook(after) for layer in self.layers]
+        try:
+            yield times
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def slowest_rank(milliseconds: float) -> float:
+    """The largest of all ranks' values."""
+    value = torch.tensor([milliseconds], dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        value = value.cuda()
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
