@@ -19,6 +19,12 @@ class MACSTopKRouter(TopKRouter):
 
     macs: LayerRuntime | None = None
 
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [S, B, E] of input [S, B, D]; unlike the base class, of no tokens too."""
+        if input.numel() == 0:
+            return input.new_empty(*input.shape[:-1], self.config.num_moe_experts)
+        return super().gating(input)
+
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """probs [T, E] and routing_map [T, E] of the base class, from logits [S, B, E]."""
         routed = super().routing(logits, *args, **kwargs)

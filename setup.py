@@ -1,0 +1,43 @@
+"""Packaging of macs, megatron_macs and (as they come) further engine adapters."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# Upper bounds are the releases the tests run on: engines change their insides with every minor
+# release, and so does transformers (5.23 breaks DeepSpeed's AutoEP).
+MEGATRON = ["megatron-core>=0.16.1,<0.20"]
+DEEPSPEED = ["deepspeed>=0.19.4,<0.20"]
+TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
+EXAMPLES = [
+    "pillow>=10",
+    "rich>=13",
+    "scikit-image>=0.24,<1",
+    "scikit-learn>=1.5,<2",
+    "tqdm>=4.66",
+    "transformers>=5.17,<5.18",
+]
+TEST = ["hypothesis>=6.100", "mypy>=1.11", "pytest>=8", "ruff>=0.8", "types-PyYAML"]
+
+setup(
+    name="macs-moe",
+    version="0.1.0",
+    description="Modality-aware capacity scaling: balanced expert-parallel inference for multimodal MoE models",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["macs", "macs.*", "megatron_macs", "megatron_macs.*"]),
+    package_data={"macs": ["py.typed"], "megatron_macs": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6,<2.14", "numpy", "safetensors>=0.4", "pyyaml>=6"],
+    extras_require={
+        "megatron": MEGATRON,
+        "deepspeed": DEEPSPEED,
+        "te": TRANSFORMER_ENGINE,
+        "examples": EXAMPLES,
+        "test": TEST + EXAMPLES,
+        "all": MEGATRON + DEEPSPEED + EXAMPLES + TEST,
+    },
+)

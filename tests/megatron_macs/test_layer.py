@@ -1,0 +1,130 @@
+"""The MoE layer with MACS on real Megatron-Core layers, over 1, 2 and 4 gloo processes."""
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+from support.workers import RankFailed
+
+JOBS = "support.megatron_jobs"
+POLICIES = ("token-drop", "expanded-drop", "rank-balanced", "macs")
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, dispatcher, world):
+    for same in pool.run(f"{JOBS}:unbounded_is_stock", world, dispatcher, 4, 2, {}):
+        assert same == dict.fromkeys(same, True)
+
+
+def test_sigmoid_scores_are_stock_bit_for_bit(pool):
+    changes = {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5}
+    for same in pool.run(f"{JOBS}:unbounded_is_stock", 2, "alltoall", 4, 2, changes):
+        assert same == dict.fromkeys(same, True)
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_layer_computes_what_the_plan_says(pool, dispatcher, policy):
+    results = pool.run(f"{JOBS}:planned_output", 2, dispatcher, policy, {"capacity_factor": 0.8}, 3, 9, 8, 3, 1)
+    for result in results:
+        assert result["error"] < 1e-5
+        assert result["statistics"]["dropped"] + result["statistics"]["rerouted"] > 0
+        if dispatcher == "alltoall":
+            # What is dropped is neither sent nor computed; what is rerouted travels once.
+            assert result["rows_sent"] == [result["rows_planned"]]
+
+
+def test_vanilla_sends_every_row(pool):
+    for result in pool.run(f"{JOBS}:planned_output", 2, "alltoall", "vanilla", {}, 3, 9, 8, 3, 1):
+        assert result["rows_sent"] == [3 * 9 * 3] and result["error"] < 1e-5
+
+
+@pytest.mark.parametrize("level", ["expert", "rank"])
+@pytest.mark.parametrize("reroute", ["rank", "group"])
+def test_one_process_plans_what_two_plan_in_group_scope(pool, level, reroute):
+    settings = {"scope": "group", "capacity_factor": 0.6, "level": level, "reroute": reroute}
+    two = pool.run(f"{JOBS}:planned_output", 2, "alltoall", "macs", settings, 3, 9, 8, 3, 1)
+    one = pool.run(f"{JOBS}:planned_output", 1, "alltoall", "macs", settings, 3, 9, 8, 3, 2)[0]
+    assert two[0]["experts"] + two[1]["experts"] == one["experts"]
+    assert two[0]["weights"] + two[1]["weights"] == one["weights"]
+    moved = sum(result["statistics"]["dropped"] + result["statistics"]["rerouted"] for result in two)
+    assert moved == one["statistics"]["dropped"] + one["statistics"]["rerouted"] > 0
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_rank_may_have_an_expert_of_its_own(pool, world):
+    settings = {"scope": "group", "level": "rank", "reroute": "group"}
+    for result in pool.run(f"{JOBS}:planned_output", world, "alltoall", "macs", settings, 2, 9, world, 1, 1):
+        assert result["error"] < 1e-5
+
+
+@pytest.mark.parametrize("scope", ["local", "group"])
+@pytest.mark.parametrize("lengths", [[9, 0], [0, 9], [1, 30]])
+def test_ranks_may_have_uneven_tokens_or_none(pool, scope, lengths):
+    results = pool.run(f"{JOBS}:uneven_tokens", 2, {"scope": scope, "capacity_factor": 0.5}, lengths)
+    for (shape, finite, _), length in zip(results, lengths, strict=True):
+        assert shape == (length, 1, 16) and finite
+
+
+@pytest.mark.parametrize("kind", ["one token", "no visual tokens", "all visual", "k is E", "not finite"])
+def test_odd_batches(pool, kind):
+    for settings in ({}, {"level": "rank", "reroute": "group"}, {"normalization": "image"}):
+        found = pool.run(f"{JOBS}:odd_batch", 1, kind, settings)[0]
+        bad = 2 if kind == "not finite" else 0
+        assert found["nonfinite"] == bad
+        assert found["finite"] >= found["tokens"] - bad
+        if kind == "no visual tokens":
+            assert found["visual"] == 0 and found["R_v"] == 0.0
+        if kind == "all visual":
+            assert found["visual"] == found["tokens"] and found["R_v"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("length", "modality mask: found shape (2, 7), the layer has 2 sequences of 8 tokens"),
+        ("batch", "modality mask: found shape (1, 8), the layer has 2 sequences of 8 tokens"),
+        ("dtype", "modality mask: found torch.float32, expected torch.bool or"),
+        ("device", "modality mask: found on meta, the hidden states are on cpu"),
+        ("shape", "modality mask: found shape (16,), expected (any, any)"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_an_error_and_hangs_nobody(pool, kind, message):
+    with pytest.raises(RankFailed) as caught:
+        pool.run(f"{JOBS}:bad_mask", 2, kind, [0], timeout=100)
+    assert message in caught.value.errors[0][1]
+    # The other rank learns from the closed connection that its peer is gone.
+    assert caught.value.errors[1] is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({"moe_expert_capacity_factor": 1.0}, {}, "moe_expert_capacity_factor = 1.0 cannot be used with MACS"),
+        ({"moe_token_dispatcher_type": "flex", "dispatcher": "flex"}, {}, "expected one of allgather, alltoall"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "moe_router_load_balancing_type = 'sinkhorn'"),
+        (
+            {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
+            {"reroute": "group"},
+            "moe_router_num_groups = 2 cannot be used with MACS",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused(pool, changes, settings, message):
+    with pytest.raises(RankFailed) as caught:
+        pool.run(f"{JOBS}:refused", 1, changes, settings)
+    kind, found, _ = caught.value.errors[0]
+    assert kind == "ValueError" and message in found
+
+
+def test_a_profile_is_measured_over_all_ranks_and_belongs_to_one_model(pool, tmp_path):
+    first, second = pool.run(f"{JOBS}:calibrate_and_use", 2, str(tmp_path))
+    assert first["visual"] == second["visual"] and first["text"] == second["text"]
+    assert sum(first["visual"][0]) == first["expected"] + second["expected"]
+    assert sum(first["visual"][0]) + sum(first["text"][0]) == 2 * 2 * 8 * 2
+    assert "it was measured on another model" in first["refusal"]
+
+
+def test_weights_and_state_dict_are_stock(pool):
+    assert pool.run(f"{JOBS}:parameters_are_stock", 1) == [True]

@@ -1,0 +1,110 @@
+"""A pool of worker processes for multi-process tests, started once and used by all of them.
+
+Importing an engine takes seconds a process; the pool pays that once. A job is an importable
+function; ``Pool.run`` calls it on every rank of a fresh gloo process group.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import traceback
+from datetime import timedelta
+from typing import Any
+
+
+class RankFailed(Exception):
+    """A job raised on some rank; ``errors`` has (type name, message, traceback) or none by rank."""
+
+    def __init__(self, errors: list[tuple[str, str, str] | None]) -> None:
+        self.errors = errors
+        shown = [f"rank {rank}: {error[2]}" for rank, error in enumerate(errors) if error]
+        super().__init__("\n".join(shown))
+
+
+class Hung(Exception):
+    """Some rank did not answer in time."""
+
+
+def _serve(connection: Any, path: list[str]) -> None:
+    sys.path[:] = path
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        task = connection.recv()
+        if task is None:
+            return
+        module, name, arguments, rank, world, store = task
+        try:
+            job = getattr(importlib.import_module(module), name)
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world),
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=30),
+            )
+            connection.send((True, job(*arguments)))
+        except BaseException as error:
+            connection.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+        finally:
+            # A rank that failed leaves the group at once, as its process would by ending, so that no
+            # other waits for it. Connections close when nothing refers to the groups any more.
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            gc.collect()
+
+
+class Pool:
+    """Workers on this machine; more are started as jobs need them."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Any]] = []
+
+    def run(self, job: str, world: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+        """Call ``job`` ("module:function") on ``world`` ranks; its results by rank.
+
+        ``RankFailed`` if it raises anywhere, ``Hung`` if a rank does not answer in ``timeout`` s.
+        """
+        module, name = job.split(":")
+        while len(self._workers) < world:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs, list(sys.path)), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in range(world):
+                task = (module, name, arguments, rank, world, os.path.join(folder, "store"))
+                self._workers[rank][1].send(task)
+            replies = []
+            for rank in range(world):
+                if not self._workers[rank][1].poll(timeout):
+                    self.close()
+                    raise Hung(f"{job}: rank {rank} of {world} did not answer in {timeout:g} s")
+                replies.append(self._workers[rank][1].recv())
+        if not all(done for done, _ in replies):
+            raise RankFailed([None if done else value for done, value in replies])
+        return [value for _, value in replies]
+
+    def close(self) -> None:
+        """End every worker."""
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
