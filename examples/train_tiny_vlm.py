@@ -32,7 +32,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancin
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--pictures", type=int, default=12, help="pictures in a batch")
     parser.add_argument("--texts", type=int, default=8, help="texts in a batch")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the cosine")

@@ -170,7 +170,7 @@ def ask(rng: np.random.Generator, picture: Picture, task: str) -> tuple[list[int
         absent = sorted(set(range(10)) - set(present))
         wanted = rng.random() < 0.5
         digit = int(rng.choice(present if wanted else absent))
-        question, answer = f"is there a {digit} here ?", "yes" if wanted else "no"
+        question, answer = f"tell me is there a {digit}", "yes" if wanted else "no"
     else:
         raise ValueError(f"task: expected one of {', '.join(PICTURE_TASKS)}; found {task!r}")
     return encode(question), encode(f"{answer} {END}")

@@ -11,7 +11,7 @@ VISION_START, IMAGE, VIDEO, VISION_END = "<vision>", "<image>", "<video>", "</vi
 _SPECIAL = [FILLER, BEGIN, END, UNKNOWN, VISION_START, IMAGE, VIDEO, VISION_END]
 _WORDS = (
     "0 1 2 3 4 5 6 7 8 9 + = ? a b c d e f g h i j k l m n o p "
-    "what is at top bottom left right how many digits are there the largest digit sum here "
+    "what is at top bottom left right how many digits are there the largest digit sum tell me "
     "yes no none"
 ).split()
 
