@@ -29,23 +29,26 @@ def with_macs(spec: Any, runtime: Runtime | MACSConfig, *, pg_collection: Any = 
     if isinstance(runtime, MACSConfig):
         runtime = Runtime(runtime)
     spec = copy.deepcopy(spec)
-    if not _swap_in(spec, runtime, pg_collection):
+    slots = {id(slot): slot for slot in _layer_submodules(spec)}  # layers may share one object
+    swapped = 0
+    for slot in slots.values():
+        mlp = _macs_mlp(slot.mlp, runtime, pg_collection)
+        if mlp is not None:
+            slot.mlp = mlp
+            swapped += 1
+    if not swapped:
         raise ValueError("with_macs: found no MoE layer in the spec; is num_experts set?")
     return spec
 
 
-def _swap_in(spec: Any, runtime: Runtime, pg_collection: Any) -> int:
-    """Swap every MoE layer below ``spec``, in place; how many there were."""
-    submodules = getattr(spec, "submodules", None)
+def _layer_submodules(spec: Any) -> list[Any]:
+    """The submodules, with their ``mlp`` slot, of a layer spec or of every layer of a block spec."""
     if hasattr(spec, "layer_specs"):  # TransformerBlockSubmodules
-        return sum(_swap_in(layer, runtime, pg_collection) for layer in spec.layer_specs)
-    if submodules is None or not hasattr(submodules, "mlp"):
-        return 0
-    swapped = _macs_mlp(submodules.mlp, runtime, pg_collection)
-    if swapped is None:
-        return 0
-    submodules.mlp = swapped
-    return 1
+        return [slot for layer in spec.layer_specs for slot in _layer_submodules(layer)]
+    submodules = getattr(spec, "submodules", None)
+    if hasattr(submodules, "layer_specs"):
+        return _layer_submodules(submodules)
+    return [submodules] if hasattr(submodules, "mlp") else []
 
 
 def _macs_mlp(mlp: Any, runtime: Runtime, pg_collection: Any) -> Any:

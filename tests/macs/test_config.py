@@ -1,0 +1,78 @@
+"""Settings: ranges, names, files, presets."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from macs import PRESETS, MACSConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"capacity_facter": 1.0}, "unknown field 'capacity_facter'; did you mean 'capacity_factor'?"),
+        ({"capacity_factor": 0.0}, "config.capacity_factor: found 0.0, expected a value from 0.001 to 1e+06"),
+        ({"capacity_factor": "1"}, "config.capacity_factor: found '1', expected a number"),
+        ({"capacity_factor": True}, "config.capacity_factor: found True, expected a number"),
+        ({"capacity_factor": float("nan")}, "config.capacity_factor: found nan"),
+        ({"capacity_factor": float("inf")}, "config.capacity_factor: found inf"),
+        ({"level": "ranks"}, "config.level: found 'ranks', expected one of expert, rank; did you mean 'rank'?"),
+        ({"reroute": None}, "config.reroute: found None"),
+        ({"conserve": 1}, "config.conserve: found 1, expected true or false"),
+        ({"min_tokens": 1.5}, "config.min_tokens: found 1.5, expected a whole number"),
+        ({"reroute_rounds": 0}, "config.reroute_rounds: found 0, expected a value from 1 to 16"),
+        ({"max_drop": 1.1}, "config.max_drop: found 1.1, expected a value from 0 to 1"),
+        ({"preset": "papers"}, "unknown preset 'papers'; did you mean 'paper'?"),
+    ],
+)
+def test_what_is_wrong_is_named(values, message):
+    with pytest.raises(ValueError, match="config") as caught:
+        MACSConfig.from_dict(values)
+    assert message in str(caught.value)
+
+
+def test_optional_bounds_may_be_absent():
+    assert MACSConfig(max_drop=None, max_load_factor=None).max_drop is None
+
+
+def test_a_preset_is_a_base_for_changes():
+    config = MACSConfig.from_dict({"preset": "pooled", "capacity_factor": 1.2})
+    assert config.level == "rank" and config.capacity_factor == 1.2
+    assert MACSConfig.preset("paper") == MACSConfig()
+    assert all(MACSConfig.preset(name) for name in PRESETS)
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml", "yml"])
+def test_files(tmp_path, suffix):
+    path = tmp_path / f"macs.{suffix}"
+    text = json.dumps({"capacity_factor": 1.5, "max_drop": None}) if suffix == "json" else "capacity_factor: 1.5\n"
+    path.write_text(text)
+    assert MACSConfig.from_file(path) == MACSConfig(capacity_factor=1.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("macs.json", "{", "not valid JSON"),
+        ("macs.yaml", "a: [", "not valid YAML"),
+        ("macs.yaml", "- 1", "expected a mapping"),
+        ("macs.toml", "", "expected a .json, .yaml or .yml file"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match="config") as caught:
+        MACSConfig.from_file(path)
+    assert message in str(caught.value)
+
+
+def test_an_empty_yaml_file_is_the_default(tmp_path):
+    path = tmp_path / "macs.yaml"
+    path.write_text("# nothing\n")
+    assert MACSConfig.from_file(path) == MACSConfig()
+
+
+def test_every_setting_says_what_it_is():
+    assert all(setting.metadata["help"] for setting in fields(MACSConfig))

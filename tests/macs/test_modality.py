@@ -1,0 +1,98 @@
+"""The modality mask: what it accepts, how it travels, how it is laid out."""
+
+import threading
+
+import pytest
+import torch
+
+from macs import IMAGE, TEXT, VIDEO, Modality, Tokens, current_modality, modality
+
+
+def test_runs_of_one_kind_are_pictures():
+    mask = torch.tensor([[1, 1, 0, 1, 2, 2], [1, 1, 0, 0, 0, 1]])
+    segments = Modality.of(mask).segments
+    assert segments.tolist() == [[0, 0, 1, 2, 3, 3], [4, 4, 5, 5, 5, 6]]
+
+
+def test_bool_masks_mean_images():
+    found = Modality.of(torch.tensor([[True, False]]))
+    assert found.kinds.tolist() == [[IMAGE, TEXT]] and found.valid.all() and not found.exempt.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mask": torch.ones(3)}, ValueError, "modality mask: found shape (3,), expected (any, any)"),
+        ({"mask": torch.ones(1, 3)}, TypeError, "modality mask: found torch.float32, expected torch.bool"),
+        ({"mask": [[True]]}, TypeError, "modality mask: found list, expected a torch.Tensor"),
+        (
+            {"mask": torch.ones(1, 3, dtype=torch.bool), "valid": torch.ones(1, 2, dtype=torch.bool)},
+            ValueError,
+            "valid: found shape (1, 2), expected (1, 3)",
+        ),
+        (
+            {"mask": torch.ones(1, 3, dtype=torch.bool), "exempt": torch.ones(1, 3)},
+            TypeError,
+            "exempt: found torch.float32, expected torch.bool",
+        ),
+        (
+            {"mask": torch.ones(1, 3, dtype=torch.bool), "segments": torch.ones(1, 3, device="meta").long()},
+            ValueError,
+            "segments: found on meta, expected on cpu",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(arguments, error, message):
+    with pytest.raises(error) as caught:
+        Modality.of(**arguments)
+    assert message in str(caught.value)
+
+
+def test_layouts():
+    mask = torch.tensor([[IMAGE, TEXT, TEXT], [TEXT, VIDEO, VIDEO]])
+    found = Modality.of(mask, valid=torch.tensor([[True] * 3, [True, True, False]]))
+    batch, sequence = found.batch_major, found.sequence_major
+    assert batch.kinds.tolist() == [1, 0, 0, 0, 2, 2] and batch.position.tolist() == [0, 1, 2, 3, 4, 5]
+    # Megatron's order: token 0 of both sequences, then token 1, then token 2.
+    assert sequence.kinds.tolist() == [1, 0, 0, 2, 0, 2] and sequence.position.tolist() == [0, 3, 1, 4, 2, 5]
+    assert sequence.valid.tolist() == [True] * 5 + [False]
+    assert sequence.visual.tolist() == [True, False, False, True, False, False]
+    assert batch.segment.tolist() == [0, 1, 1, 2, 3, 3]
+    assert found.batch_major is batch  # made once for all layers
+
+
+def test_sources_divide_the_sequences():
+    found = Modality.of(torch.zeros(4, 2, dtype=torch.bool))
+    assert Tokens.batch_major(found, 2).source.tolist() == [0] * 4 + [1] * 4
+    assert Tokens.sequence_major(found, 2).source.tolist() == [0, 0, 1, 1] * 2
+
+
+def test_any_segment_numbers_will_do():
+    segments = torch.tensor([[-5, 10**12, -5, 7]])
+    found = Modality.of(torch.ones(1, 4, dtype=torch.bool), segments=segments)
+    assert found.batch_major.segment.tolist() == [0, 2, 0, 1]
+
+
+def test_blocks_nest_and_end():
+    first, second = torch.zeros(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
+    assert current_modality() is None
+    with modality(first):
+        with pytest.raises(RuntimeError), modality(second):
+            assert current_modality().kinds.tolist() == [[1, 1]]
+            raise RuntimeError
+        assert current_modality().kinds.tolist() == [[0, 0]]
+    assert current_modality() is None
+
+
+def test_threads_have_their_own():
+    found = []
+    with modality(torch.ones(1, 1, dtype=torch.bool)):
+        thread = threading.Thread(target=lambda: found.append(current_modality()))
+        thread.start()
+        thread.join()
+    assert found == [None]
+
+
+def test_no_tokens_at_all():
+    tokens = Modality.of(torch.zeros(0, 4, dtype=torch.bool)).sequence_major
+    assert tokens.kinds.shape == (0,) and tokens.source.shape == (0,)

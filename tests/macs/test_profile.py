@@ -1,0 +1,126 @@
+"""Calibration profiles: measuring, classifying, files, and files that are none."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from macs import Calibration, MACSConfig, Modality, Profile, router_fingerprint
+
+ROUTER = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+def profile(**changes):
+    values = {
+        "visual": torch.tensor([[90, 5, 5, 0]]),
+        "text": torch.tensor([[5, 5, 90, 0]]),
+        "fingerprints": (router_fingerprint(ROUTER),),
+        "top_k": 2,
+    }
+    return Profile(**{**values, **changes})
+
+
+def test_calibration_counts_whom_experts_serve():
+    mask = torch.tensor([[1, 0, 2, 1]])
+    tokens = Modality.of(mask, valid=torch.tensor([[True, True, True, False]])).batch_major
+    calibration = Calibration(3)
+    for _ in range(2):
+        calibration.observe(torch.tensor([[0, 1], [1, 2], [0, -1], [2, 1]]), tokens)
+    assert calibration.counts().tolist() == [[0, 2, 2], [4, 2, 0]]
+
+
+def test_calibration_without_a_run_says_so():
+    with pytest.raises(ValueError, match="no tokens were observed"):
+        Calibration(3).counts()
+
+
+def test_bias():
+    found = profile()
+    # q = f_v / (f_v + f_t): 0.9/0.95, 0.05/0.1, 0.05/0.95, and 0.5 where nothing was seen.
+    torch.testing.assert_close(
+        found.visual_preference(), torch.tensor([[0.9 / 0.95, 0.5, 0.05 / 0.95, 0.5]]).double()
+    )
+    assert found.bias(MACSConfig()).tolist() == [[1.0, 0.0, -1.0, 0.0]]
+    assert found.bias(MACSConfig(bias_threshold=0.46)).tolist() == [[0.0, 0.0, 0.0, 0.0]]
+    soft = found.bias(MACSConfig(bias="soft"))[0].tolist()
+    assert soft == pytest.approx([0.8 / 0.95, 0, -0.85 / 0.95, 0], abs=0.06)
+
+
+def test_round_trip(tmp_path):
+    for similarity in (None, torch.rand(1, 4, 4)):
+        first = profile(similarity=similarity)
+        first.save(tmp_path / "p.safetensors")
+        second = Profile.load(tmp_path / "p.safetensors")
+        assert torch.equal(first.visual, second.visual) and torch.equal(first.text, second.text)
+        assert (first.fingerprints, first.top_k) == (second.fingerprints, second.top_k)
+        assert (similarity is None) == (second.similarity is None)
+
+
+def test_a_row_is_found_by_its_router():
+    assert profile().row_of(ROUTER, 2) == 0
+    assert profile().row_of(ROUTER.bfloat16(), 2) == 0
+    for router, top_k in ((ROUTER + 1, 2), (ROUTER[:3], 2), (ROUTER, 1)):
+        with pytest.raises(ValueError, match="it was measured on another model"):
+            profile().row_of(router, top_k)
+
+
+def test_truncated(tmp_path):
+    path = tmp_path / "p.safetensors"
+    profile().save(path)
+    whole = path.read_bytes()
+    for size in (0, 4, 40, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            Profile.load(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('executed')",))
+
+
+def test_hostile(tmp_path):
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        Profile.load(path)
+    good = {"visual": torch.ones(1, 4).long(), "text": torch.ones(1, 4).long()}
+    header = {"fingerprints": ["x"], "top_k": 2}
+
+    def written(tensors=good, header=header, form="macs-profile-1"):
+        text = header if isinstance(header, str) else json.dumps(header)
+        save_file(tensors, str(path), metadata={"format": form, "macs": text})
+        return path
+
+    Profile.load(written())
+    cases = [
+        (written, {"form": "other"}, "found format 'other', expected 'macs-profile-1'"),
+        (written, {"tensors": {"visual": good["visual"]}}, "found tensors ['visual']"),
+        (written, {"tensors": {**good, "code": torch.ones(1)}}, "found tensors ['code', 'text', 'visual']"),
+        (written, {"header": "{"}, "its header is not JSON"),
+        (written, {"header": "[" * 100000}, "its header is not JSON"),
+        (written, {"header": {"top_k": 2}}, "its header must have the fields"),
+        (written, {"header": {**header, "fingerprints": "x"}}, "fingerprints must be a list of strings"),
+        (written, {"header": {**header, "top_k": True}}, "top_k must be a whole number"),
+        (written, {"header": {**header, "top_k": 9}}, "profile.top_k: found 9, expected 1 to 4"),
+        (written, {"header": {**header, "fingerprints": []}}, "profile.fingerprints: found 0, expected 1"),
+        (written, {"tensors": {**good, "text": good["text"].float()}}, "profile.text: found torch.float32"),
+        (written, {"tensors": {**good, "text": -good["text"]}}, "profile.text: found a negative count"),
+        (written, {"tensors": {**good, "text": torch.ones(2, 4).long()}}, "profile.text: found shape (2, 4)"),
+        (
+            written,
+            {"tensors": {**good, "similarity": torch.full((1, 4, 4), 2.0)}},
+            "profile.similarity: found values outside 0..1",
+        ),
+    ]
+    for write, changes, message in cases:
+        with pytest.raises((ValueError, TypeError)) as caught:
+            Profile.load(write(**changes))
+        assert message in str(caught.value), changes
+
+
+def test_a_missing_file_is_the_systems_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Profile.load(tmp_path / "none.safetensors")
