@@ -24,7 +24,7 @@ TEST = ["hypothesis>=6.100", "mypy>=1.11", "pytest>=8", "ruff>=0.8", "types-PyYA
 setup(
     name="macs-moe",
     version="0.1.0",
-    description="Modality-aware capacity scaling: balanced expert-parallel inference for multimodal MoE models",
+    description="Modality-aware capacity scaling: balanced expert parallelism for multimodal MoE inference",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -161,7 +161,10 @@ class Experiment:
         return found
 
     def layer_times(
-        self, batch: list[data.Sample], chosen: dict[str, tuple[str, MACSConfig]], profile: Profile,
+        self,
+        batch: list[data.Sample],
+        chosen: dict[str, tuple[str, MACSConfig]],
+        profile: Profile,
         progress: Progress,
     ) -> dict[str, float]:
         """Median milliseconds of a MoE layer in prefill, on the slowest rank, policies in turn.
@@ -206,7 +209,9 @@ class Experiment:
                 reports[title] = [report.prefill for report in self.runtime.reports(self.group)]
             times = self.layer_times(batches[0], chosen, profile, progress)
         return {
-            title: summarize(asked, answers[title], answers[VANILLA], reports[title], times[title], times[VANILLA])
+            title: summarize(
+                asked, answers[title], answers[VANILLA], reports[title], times[title], times[VANILLA]
+            )
             for title in chosen
         }
 
@@ -228,9 +233,15 @@ def question_tokens(question: str) -> list[int]:
     tokenizer = build_tokenizer()
     ids = tokenizer.encode(question, add_special_tokens=False)
     if tokenizer.unk_token_id in ids:
-        unknown = [word for word in question.split() if tokenizer.encode(word, add_special_tokens=False)[0] == tokenizer.unk_token_id]
+        unknown = [
+            word
+            for word in question.split()
+            if tokenizer.encode(word, add_special_tokens=False)[0] == tokenizer.unk_token_id
+        ]
         known = [word for word in tokenizer.get_vocab() if word.isalpha() and len(word) > 1]
-        raise SystemExit(f"--question: the model does not know {unknown}; it knows: {' '.join(sorted(known))}")
+        raise SystemExit(
+            f"--question: the model does not know {unknown}; it knows: {' '.join(sorted(known))}"
+        )
     room = data.QUESTION_TOKENS - len(ids)
     if room < 0:
         raise SystemExit(f"--question: found {len(ids)} tokens, at most {data.QUESTION_TOKENS} fit")
@@ -238,8 +249,12 @@ def question_tokens(question: str) -> list[int]:
 
 
 def summarize(
-    asked: list[data.Sample], answers: list[list[int]], vanilla: list[list[int]], reports: list,
-    milliseconds: float, vanilla_milliseconds: float,
+    asked: list[data.Sample],
+    answers: list[list[int]],
+    vanilla: list[list[int]],
+    reports: list,
+    milliseconds: float,
+    vanilla_milliseconds: float,
 ) -> Results:
     """The figures of one policy: means over samples, or over layers and batches of prompts."""
     accuracy = {}
@@ -248,7 +263,9 @@ def summarize(
         accuracy[task] = statistics.mean(hits) if hits else float("nan")
 
     def mean(values: list) -> float:
-        return float(torch.cat([torch.as_tensor(value, dtype=torch.float64).flatten() for value in values]).mean())
+        return float(
+            torch.cat([torch.as_tensor(value, dtype=torch.float64).flatten() for value in values]).mean()
+        )
 
     shares = [report.shares() for report in reports]
     return Results(

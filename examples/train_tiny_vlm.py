@@ -67,9 +67,7 @@ def training_loss(model: torch.nn.Module, batch: data.TrainingBatch, device: str
     )
     pictures = {name: tensor.to(device) for name, tensor in tiny.picture_inputs(batch.pixels).items()}
     words = model.model.language_model.embed_tokens
-    features = model.model.visual(
-        pictures["pixel_values"], grid_thw=pictures["image_grid_thw"]
-    ).pooler_output
+    features = model.model.visual(pictures["pixel_values"], grid_thw=pictures["image_grid_thw"]).pooler_output
     image = ids == model.config.image_token_id
     # The inner model: the outer one cannot balance under a four-dimensional attention mask.
     outputs = model.model(

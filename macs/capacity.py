@@ -46,8 +46,14 @@ class LoadTable:
 
 
 def measure(
-    source: Tensor, valid: Tensor, visual: Tensor, weight: Tensor, cost: Tensor, experts: Tensor,
-    num_sources: int, num_experts: int,
+    source: Tensor,
+    valid: Tensor,
+    visual: Tensor,
+    weight: Tensor,
+    cost: Tensor,
+    experts: Tensor,
+    num_sources: int,
+    num_experts: int,
 ) -> LoadTable:
     """Effective load L_j = sum of the costs of the assignments to j, per source, and its totals.
 

@@ -189,7 +189,9 @@ def check_name(kind: str, name: Any, valid: tuple[str, ...]) -> None:
     if name in valid:
         return
     nearest = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.0)
-    raise ValueError(f"config: unknown {kind} {name!r}; did you mean {nearest[0]!r}? Valid: {', '.join(valid)}")
+    raise ValueError(
+        f"config: unknown {kind} {name!r}; did you mean {nearest[0]!r}? Valid: {', '.join(valid)}"
+    )
 
 
 def _check(name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> None:

@@ -71,7 +71,6 @@ class Modality:
             exempt=~everything if exempt is None else exempt,
         )
 
-
     @cached_property
     def batch_major(self) -> Tokens:
         """``Tokens.batch_major`` of one source, made once for all layers of a forward pass."""
@@ -174,8 +173,10 @@ def modality(
     ``mask`` [B, S] is bool (True: image token) or integer kinds; the other arguments are those of
     ``Modality.of``. Blocks nest; each thread and asyncio task has its own.
     """
-    value = mask if isinstance(mask, Modality) else Modality.of(
-        mask, valid=valid, segments=segments, exempt=exempt
+    value = (
+        mask
+        if isinstance(mask, Modality)
+        else Modality.of(mask, valid=valid, segments=segments, exempt=exempt)
     )
     token = _current.set(value)
     try:

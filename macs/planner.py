@@ -142,7 +142,9 @@ class Planner:
         if experts_in.shape[1] > self.top_k:
             extra = torch.arange(self.top_k, experts_in.shape[1], device=hidden.device)
             back = torch.cat([back, extra.expand(len(back), -1)], 1)
-        return Plan(placed.gather(1, back), placed_weights.gather(1, back), rerouted.gather(1, back), statistics)
+        return Plan(
+            placed.gather(1, back), placed_weights.gather(1, back), rerouted.gather(1, back), statistics
+        )
 
     # What a policy may do differently.
 
@@ -217,9 +219,7 @@ class Planner:
         first = self.group.rank() * len(packed)
         return LoadTable.unpack(everyone), slice(first, first + len(packed))
 
-    def _room(
-        self, table: LoadTable, mine: slice, constants: Constants
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _room(self, table: LoadTable, mine: slice, constants: Constants) -> tuple[Tensor, Tensor, Tensor]:
         """Room of each pool [S, P] and rank [S, R] for this process's sources; who plans, bool [S]."""
         config, ranks = self.config, self.topology.num_ranks
         shared = config.scope == "group"
@@ -258,8 +258,14 @@ class Planner:
         weight, nonfinite = self._weights(hidden, tokens)
         cost = weight if config.cost == "weight" else torch.full_like(weight, UNIT)
         table = measure(
-            tokens.source, tokens.valid, tokens.visual, weight, cost, experts,
-            len(topology.sources), topology.num_experts,
+            tokens.source,
+            tokens.valid,
+            tokens.visual,
+            weight,
+            cost,
+            experts,
+            len(topology.sources),
+            topology.num_experts,
         )
         everyone, mine = self._gather(table)
         room, row_room, active = self._room(everyone, mine, constants)

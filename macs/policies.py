@@ -68,15 +68,19 @@ class Vanilla(Planner):
         sources = len(self.topology.sources)
         weight = torch.full_like(tokens.position, UNIT)
         table = measure(
-            tokens.source, tokens.valid, tokens.visual, weight, weight, experts,
-            sources, self.topology.num_experts,
+            tokens.source,
+            tokens.valid,
+            tokens.visual,
+            weight,
+            weight,
+            experts,
+            sources,
+            self.topology.num_experts,
         )
         nowhere, nobody = torch.zeros_like(experts, dtype=torch.bool), torch.zeros_like(tokens.valid)
         idle = torch.zeros(sources, dtype=torch.bool, device=hidden.device)
         own = torch.ones(self.top_k, dtype=torch.bool, device=hidden.device)
-        statistics = describe(
-            tokens, table, experts, weights, experts, nowhere, own, nobody, idle, idle
-        )
+        statistics = describe(tokens, table, experts, weights, experts, nowhere, own, nobody, idle, idle)
         return Plan(experts, weights, nowhere, statistics)
 
 

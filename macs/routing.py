@@ -162,7 +162,7 @@ def reroute(
     best candidate, by score times similarity, among those with room that it does not use and may
     use; pools accept proposals in priority order while there is room. Ties go to the lower expert.
     """
-    tokens, k = demand.experts.shape
+    k = demand.experts.shape[1]
     used = torch.zeros_like(demand.scores, dtype=torch.bool)
     # A token's own experts are out: it has them, or they had no room for it.
     used = used.scatter(1, demand.experts.clamp(min=0), demand.experts >= 0)
@@ -172,7 +172,9 @@ def reroute(
         best = torch.where(waiting, demand.priority, -1).argmax(1, keepdim=True)
         asks = waiting.gather(1, best)
         home = demand.experts.gather(1, best).clamp(min=0)
-        expert, score, found = _best_candidate(demand, placement, home, candidates, similarity, used, bounded_rows)
+        expert, score, found = _best_candidate(
+            demand, placement, home, candidates, similarity, used, bounded_rows
+        )
         # No candidate now is none ever: room only shrinks. Let the token's next one have its turn.
         waiting = waiting & ~((slots == best) & asks & ~found)
         rank = _proposal_priority(demand, score, priority)
@@ -186,9 +188,7 @@ def reroute(
             kept=placement.kept,
             rerouted=placement.rerouted | moved,
             room=_take(demand, placement.room, demand.pool_of_expert, taken, demand.cost[:, None]),
-            row_room=_take(
-                demand, placement.row_room, demand.rank_of_expert, taken, torch.ones_like(taken)
-            ),
+            row_room=_take(demand, placement.row_room, demand.rank_of_expert, taken, torch.ones_like(taken)),
         )
     return placement
 
@@ -327,9 +327,7 @@ def combine_weights(
     return result
 
 
-def weight_of_score(
-    score: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, own: Tensor
-) -> Tensor:
+def weight_of_score(score: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, own: Tensor) -> Tensor:
     """Combine weight of an expert that joins a token with ``score`` [T, m]: s_c sum(w) / sum(s).
 
     The sums are over the token's own k, so scores and weights keep their proportion. Never more

@@ -50,9 +50,7 @@ def normalize_entropy(
     return ((fixed / ENTROPY_UNIT - mean[group] / ENTROPY_UNIT) * scale[group]).float()
 
 
-def entropy_weights(
-    entropy: Tensor, visual: Tensor, group: Tensor, groups: int, sharpness: float
-) -> Tensor:
+def entropy_weights(entropy: Tensor, visual: Tensor, group: Tensor, groups: int, sharpness: float) -> Tensor:
     """w = sigmoid(-delta H~) for visual tokens, 1 for the others, in fixed point.
 
     entropy float32 [T], visual bool [T], group int64 [T] -> int64 [T] in 1..UNIT. A visual token

@@ -1,17 +1,15 @@
 """MACS for Megatron-Core: token dispatchers, a router and a layer that plan before they dispatch.
 
-    runtime = macs.Runtime(macs.MACSConfig())
-    spec = megatron_macs.with_macs(get_gpt_layer_local_spec(...), runtime)
-    model = GPTModel(config, spec, ...)
-    megatron_macs.attach_modality(model, image_token_id=...)
+runtime = macs.Runtime(macs.MACSConfig())
+spec = megatron_macs.with_macs(get_gpt_layer_local_spec(...), runtime)
+model = GPTModel(config, spec, ...)
+megatron_macs.attach_modality(model, image_token_id=...)
 """
 
 try:
     import megatron.core  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        "megatron_macs needs megatron-core: pip install 'macs-moe[megatron]'"
-    ) from error
+    raise ImportError("megatron_macs needs megatron-core: pip install 'macs-moe[megatron]'") from error
 
 from .cpu import cpu_engine
 from .dispatcher import MACSAllGatherTokenDispatcher, MACSAlltoAllTokenDispatcher

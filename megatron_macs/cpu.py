@@ -50,8 +50,12 @@ def _with_number_splits(collective: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(collective)
     def run(
-        output: Tensor, input: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None,
-        *args: Any, **kwargs: Any,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         return collective(
             output, input, numbers(output_split_sizes), numbers(input_split_sizes), *args, **kwargs

@@ -77,7 +77,7 @@ def check_config(config: TransformerConfig, runtime: Runtime, pg_collection: Any
     ep_size = utils.get_pg_size(pg_collection.ep)
     if config.num_moe_experts % ep_size:
         raise ValueError(
-            f"num_moe_experts = {config.num_moe_experts} is not divisible by the expert-parallel size {ep_size}"
+            f"num_moe_experts = {config.num_moe_experts} is not divisible by expert parallelism {ep_size}"
         )
     if config.moe_token_dispatcher_type not in DISPATCHERS:
         refuse("moe_token_dispatcher_type", f"expected one of {', '.join(DISPATCHERS)}")
@@ -99,13 +99,16 @@ def check_config(config: TransformerConfig, runtime: Runtime, pg_collection: Any
     if config.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing"):
         refuse("moe_router_load_balancing_type", "its choice does not follow from the scores alone")
     if config.moe_router_num_groups is not None and runtime.config.reroute == "group":
-        refuse("moe_router_num_groups", "rerouting over the group would leave the token's groups; use reroute: rank")
+        refuse(
+            "moe_router_num_groups",
+            "rerouting over the group would leave the token's groups; use reroute: rank",
+        )
     if getattr(config, "transformer_impl", None) == "inference_optimized":
         refuse("transformer_impl", "its dispatchers are not supported yet")
     if utils.get_pg_size(pg_collection.tp) > 1 and (config.sequence_parallel or ep_size > 1):
         refuse(
             "tensor_model_parallel_size",
-            "sequence parallelism, which it brings to MoE layers, splits the modality mask; not supported yet",
+            "the sequence parallelism it brings to MoE layers splits the modality mask; not supported yet",
         )
     if config.context_parallel_size > 1:
         refuse("context_parallel_size", "it splits sequences, and with them the modality mask")

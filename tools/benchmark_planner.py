@@ -150,8 +150,14 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     return {
         "shape": {key: value for key, value in vars(arguments).items() if isinstance(value, int)},
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "megatron": megatron.core.__version__},
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "megatron": megatron.core.__version__,
+        },
         "milliseconds": medians,
         "interquartile": spreads,
         "share_of_stock_layer": {name: value / medians["stock layer"] for name, value in medians.items()},
@@ -163,10 +169,15 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     console = Console()
-    with nullcontext() if torch.cuda.is_available() else cpu_engine(), tempfile.TemporaryDirectory() as folder:
+    with (
+        nullcontext() if torch.cuda.is_available() else cpu_engine(),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1,
+            store=dist.FileStore(f"{folder}/store", 1),
+            rank=0,
+            world_size=1,
         )
         parallel_state.initialize_model_parallel()
         found = measure(arguments, console)

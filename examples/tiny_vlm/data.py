@@ -25,9 +25,7 @@ QUESTION_TOKENS = 6  # every picture question has as many
 ANSWER_TOKENS = 3  # at most: two digits and the end
 PROMPT_TOKENS = 1 + 1 + IMAGE_TOKENS + 1 + QUESTION_TOKENS  # of every prompt, text ones too
 QUESTIONS_PER_PICTURE = 7
-SEQUENCE_TOKENS = PROMPT_TOKENS - QUESTION_TOKENS + QUESTIONS_PER_PICTURE * (
-    QUESTION_TOKENS + ANSWER_TOKENS
-)
+SEQUENCE_TOKENS = PROMPT_TOKENS - QUESTION_TOKENS + QUESTIONS_PER_PICTURE * (QUESTION_TOKENS + ANSWER_TOKENS)
 IGNORE = -100  # label of a position that is not learned from
 
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
@@ -50,9 +48,7 @@ PHOTOGRAPHS = (
     "rocket.jpg",
 )
 
-PICTURE_PREFIX = encode(
-    f"{BEGIN} {VISION_START} " + f"{IMAGE} " * IMAGE_TOKENS + VISION_END
-)
+PICTURE_PREFIX = encode(f"{BEGIN} {VISION_START} " + f"{IMAGE} " * IMAGE_TOKENS + VISION_END)
 
 
 @dataclass(frozen=True)
@@ -185,9 +181,7 @@ def _addition(rng: np.random.Generator, split: str) -> tuple[str, str]:
             return f"{two_digits(first)} + {two_digits(second)} =", two_digits(first + second)
 
 
-def draw_text(
-    rng: np.random.Generator, split: str, task: str, tokens: int
-) -> tuple[list[int], list[int]]:
+def draw_text(rng: np.random.Generator, split: str, task: str, tokens: int) -> tuple[list[int], list[int]]:
     """A text of exactly ``tokens`` ids (filler in front), and labels for the answers in it.
 
     Arithmetic is a run of additions, recall a list of letters with digits and then queries for
@@ -258,12 +252,8 @@ def _picture_layout() -> tuple[np.ndarray, np.ndarray]:
     alone, so training sees exactly what a single-question prompt looks like.
     """
     prefix, turn = len(PICTURE_PREFIX), QUESTION_TOKENS + ANSWER_TOKENS
-    block = np.concatenate(
-        [np.zeros(prefix, int), 1 + np.repeat(np.arange(QUESTIONS_PER_PICTURE), turn)]
-    )
-    positions = np.concatenate(
-        [np.arange(prefix), np.tile(prefix + np.arange(turn), QUESTIONS_PER_PICTURE)]
-    )
+    block = np.concatenate([np.zeros(prefix, int), 1 + np.repeat(np.arange(QUESTIONS_PER_PICTURE), turn)])
+    positions = np.concatenate([np.arange(prefix), np.tile(prefix + np.arange(turn), QUESTIONS_PER_PICTURE)])
     causal = np.tril(np.ones((len(block), len(block)), bool))
     attends = causal & ((block[None, :] == 0) | (block[None, :] == block[:, None]))
     return positions, attends
@@ -274,7 +264,7 @@ def draw_training_batch(seed: int, step: int, pictures: int, texts: int) -> Trai
     rng = np.random.default_rng([seed, 3, step])
     ids, labels, patches, pixels = [], [], [], []
     named = np.array(encode("0 1 2 3 4 5 6 7 8 9 none"))  # -1 is the last
-    turns = PICTURE_TASKS + ("where", "exists")
+    turns = (*PICTURE_TASKS, "where", "exists")
     for _ in range(pictures):
         picture = draw_picture(rng, "train")
         row, row_labels = list(PICTURE_PREFIX), [IGNORE] * len(PICTURE_PREFIX)

@@ -12,7 +12,17 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .data import PICTURE_SIZE, Sample
-from .vocabulary import BEGIN, END, FILLER, IMAGE, VIDEO, VISION_END, VISION_START, VOCABULARY, VOCABULARY_SIZE
+from .vocabulary import (
+    BEGIN,
+    END,
+    FILLER,
+    IMAGE,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCABULARY,
+    VOCABULARY_SIZE,
+)
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2

@@ -79,7 +79,9 @@ def test_splits_share_no_digit_no_sum_and_no_crop():
 
 def test_a_seed_fixes_the_data():
     for first, second in zip(
-        data.draw_samples(4, "test", data.TASKS, 14), data.draw_samples(4, "test", data.TASKS, 14), strict=True
+        data.draw_samples(4, "test", data.TASKS, 14),
+        data.draw_samples(4, "test", data.TASKS, 14),
+        strict=True,
     ):
         assert first.prompt == second.prompt and np.array_equal(first.pixels, second.pixels)
     first, second = (data.draw_training_batch(1, 7, 3, 4) for _ in range(2))

@@ -64,16 +64,31 @@ def test_real_pictures_one_process_plans_what_two_plan(pool):
 
 def main_job(*arguments):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--master-port", str(free_port()), str(ROOT / "examples" / "megatron_inference.py"), *arguments,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        str(ROOT / "examples" / "megatron_inference.py"),
+        *arguments,
     ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
 def test_the_main_job(tmp_path):
     done = main_job(
-        "--samples", "56", "--batch", "28", "--repeats", "1", "--json", str(tmp_path / "out.json"),
-        "--profile", str(tmp_path / "profile.safetensors"),
+        "--samples",
+        "56",
+        "--batch",
+        "28",
+        "--repeats",
+        "1",
+        "--json",
+        str(tmp_path / "out.json"),
+        "--profile",
+        str(tmp_path / "profile.safetensors"),
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "profile.safetensors").exists()
@@ -96,8 +111,16 @@ def test_the_main_job_on_ones_own_picture(tmp_path):
     config = tmp_path / "macs.yaml"
     config.write_text("preset: pooled\ncapacity_factor: 1.1\n")
     arguments = [
-        "--picture", str(tmp_path / "own.png"), "--policy", "macs", "--config", str(config),
-        "--profile", str(tmp_path / "profile.safetensors"), "--batch", "28",
+        "--picture",
+        str(tmp_path / "own.png"),
+        "--policy",
+        "macs",
+        "--config",
+        str(config),
+        "--profile",
+        str(tmp_path / "profile.safetensors"),
+        "--batch",
+        "28",
     ]
     done = main_job(*arguments, "--question", "how many digits are there ?")
     assert done.returncode == 0, done.stderr

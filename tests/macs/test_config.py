@@ -17,7 +17,10 @@ from macs import PRESETS, MACSConfig
         ({"capacity_factor": True}, "config.capacity_factor: found True, expected a number"),
         ({"capacity_factor": float("nan")}, "config.capacity_factor: found nan"),
         ({"capacity_factor": float("inf")}, "config.capacity_factor: found inf"),
-        ({"level": "ranks"}, "config.level: found 'ranks', expected one of expert, rank; did you mean 'rank'?"),
+        (
+            {"level": "ranks"},
+            "config.level: found 'ranks', expected one of expert, rank; did you mean 'rank'?",
+        ),
         ({"reroute": None}, "config.reroute: found None"),
         ({"conserve": 1}, "config.conserve: found 1, expected true or false"),
         ({"min_tokens": 1.5}, "config.min_tokens: found 1.5, expected a whole number"),
@@ -46,7 +49,11 @@ def test_a_preset_is_a_base_for_changes():
 @pytest.mark.parametrize("suffix", ["json", "yaml", "yml"])
 def test_files(tmp_path, suffix):
     path = tmp_path / f"macs.{suffix}"
-    text = json.dumps({"capacity_factor": 1.5, "max_drop": None}) if suffix == "json" else "capacity_factor: 1.5\n"
+    text = (
+        json.dumps({"capacity_factor": 1.5, "max_drop": None})
+        if suffix == "json"
+        else "capacity_factor: 1.5\n"
+    )
     path.write_text(text)
     assert MACSConfig.from_file(path) == MACSConfig(capacity_factor=1.5)
 

@@ -44,7 +44,9 @@ def test_entropy_of_what_is_not_finite(bad):
 def test_normalized_entropy_and_weights(data):
     count = data.draw(st.integers(1, 20))
     groups = data.draw(st.integers(1, 4))
-    entropies = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.25, 2.0, 6.9, math.nan]), min_size=count, max_size=count))
+    entropies = data.draw(
+        st.lists(st.sampled_from([0.0, 0.5, 1.25, 2.0, 6.9, math.nan]), min_size=count, max_size=count)
+    )
     group = data.draw(st.lists(st.integers(0, groups - 1), min_size=count, max_size=count))
     visual = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
     sharpness = data.draw(st.sampled_from([-2.0, 0.0, 1.0, 3.0]))
@@ -66,7 +68,9 @@ def test_entropy_is_normalized_within_its_group_alone():
 
 def test_no_spread_gives_one_half():
     entropy = torch.full((5,), 3.3) + torch.arange(5) * 1e-6
-    weight = entropy_weights(entropy, torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.int64), 1, 1.0)
+    weight = entropy_weights(
+        entropy, torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.int64), 1, 1.0
+    )
     assert weight.tolist() == [UNIT // 2] * 5
 
 
@@ -138,7 +142,9 @@ def test_apportion(claims, total):
 def test_quotas(data):
     sources, pools = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
     number = st.integers(0, 50)
-    demand = data.draw(st.lists(st.lists(number, min_size=pools, max_size=pools), min_size=sources, max_size=sources))
+    demand = data.draw(
+        st.lists(st.lists(number, min_size=pools, max_size=pools), min_size=sources, max_size=sources)
+    )
     capacity = data.draw(st.lists(number, min_size=pools, max_size=pools))
     found = quotas(torch.tensor(capacity), torch.tensor(demand))
     assert found.tolist() == reference.quotas(capacity, demand)

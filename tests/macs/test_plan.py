@@ -11,7 +11,7 @@ from support import reference
 from support.cases import configs, routings
 
 from macs import MACSConfig, Planner, Tokens, Topology, build_policy
-from macs.capacity import LoadTable, expert_capacity, measure, quotas
+from macs.capacity import LoadTable, expert_capacity, measure
 from macs.fixed_point import MASS_UNIT, UNIT, to_fixed
 from macs.weighting import constant_weights, entropy_weights, feature_entropy
 
@@ -29,9 +29,7 @@ def planner_of(case, **changes):
 
 
 def plan_of(case, **changes):
-    return planner_of(case, **changes).plan(
-        case.hidden, case.experts, case.weights, case.scores, case.tokens
-    )
+    return planner_of(case, **changes).plan(case.hidden, case.experts, case.weights, case.scores, case.tokens)
 
 
 def semantic_weights(case, config):
@@ -59,7 +57,10 @@ def rooms(case, config, weight, cost):
     pool = list(range(experts)) if config.level == "expert" else list(topology.expert_rank)
 
     def pooled(by_expert, of):
-        return [[sum(row[j] for j in range(experts) if of[j] == p) for p in range(max(of) + 1)] for row in by_expert]
+        return [
+            [sum(row[j] for j in range(experts) if of[j] == p) for p in range(max(of) + 1)]
+            for row in by_expert
+        ]
 
     room = pooled(capacity, pool)
     factor = config.max_load_factor
@@ -174,7 +175,10 @@ def test_every_assignment_is_kept_rerouted_or_dropped_once(case):
     assert bool(((kept.int() + rerouted.int() + dropped.int()) == valid.int()).all())
     found = plan.statistics
     assert (int(found.kept), int(found.rerouted), int(found.dropped)) == (
-        int(kept.sum()), int(rerouted.sum()), int(dropped.sum()))
+        int(kept.sum()),
+        int(rerouted.sum()),
+        int(dropped.sum()),
+    )
     assert int(found.load_before.sum()) == int(valid.sum()) * case.top_k
     assert int(found.load_after.sum()) == int(kept.sum() + rerouted.sum())
     total = float(found.kept_mass + found.rerouted_mass + found.dropped_mass)
@@ -189,7 +193,9 @@ def test_no_token_holds_an_expert_twice(case):
         assert len(set(held)) == len(held)
 
 
-@given(routings(config=configs(capacity_factor=1e6, max_load_factor=None, drop_padding=False, level="expert")))
+@given(
+    routings(config=configs(capacity_factor=1e6, max_load_factor=None, drop_padding=False, level="expert"))
+)
 @MANY
 def test_with_nothing_over_capacity_the_plan_is_the_input(case):
     plan = plan_of(case)
@@ -238,18 +244,37 @@ def test_columns_may_come_in_any_order(case):
     assert torch.equal(first.weights, second.weights.flip(1))
 
 
-@given(routings(config=configs(
-    reroute="none", modality_strength=0.0, max_drop=None, max_load_factor=None, min_tokens=0)),
-    st.sampled_from([(0.3, 0.5), (0.5, 1.0), (1.0, 1.1), (1.0, 3.0)]))
+@given(
+    routings(
+        config=configs(
+            reroute="none", modality_strength=0.0, max_drop=None, max_load_factor=None, min_tokens=0
+        )
+    ),
+    st.sampled_from([(0.3, 0.5), (0.5, 1.0), (1.0, 1.1), (1.0, 3.0)]),
+)
 @MANY
 def test_a_larger_capacity_factor_never_drops_more(case, factors):
     low, high = (plan_of(case, capacity_factor=factor).experts for factor in factors)
     assert not bool(((high < 0) & (low >= 0)).any())
 
 
-@given(routings(kinds=(0,), exempt=False, config=configs(
-    level="expert", reroute="none", modality_strength=0.0, max_drop=None, max_load_factor=None,
-    min_tokens=0, min_capacity=0.0, priority="score", scope="local")))
+@given(
+    routings(
+        kinds=(0,),
+        exempt=False,
+        config=configs(
+            level="expert",
+            reroute="none",
+            modality_strength=0.0,
+            max_drop=None,
+            max_load_factor=None,
+            min_tokens=0,
+            min_capacity=0.0,
+            priority="score",
+            scope="local",
+        ),
+    )
+)
 @MANY
 def test_text_alone_gives_count_based_capacity(case):
     plan = plan_of(case)
@@ -289,7 +314,9 @@ def test_sources_in_one_process_are_as_many_processes(case):
     def alone(kind, s):
         rows = (case.tokens.source == s).nonzero()[:, 0]
         tokens = Tokens(**{name: value[rows] for name, value in vars(case.tokens).items()})
-        tokens = replace(tokens, source=torch.zeros_like(tokens.source), position=tokens.position.argsort().argsort())
+        tokens = replace(
+            tokens, source=torch.zeros_like(tokens.source), position=tokens.position.argsort().argsort()
+        )
         topology = replace(case.topology, sources=(case.topology.sources[s],))
         planner = kind(case.config, topology, case.top_k, modality_bias=case.bias, similarity=case.similarity)
         if kind is Given:
@@ -361,9 +388,7 @@ def test_rerouting_prefers_score_times_similarity_on_the_same_rank():
     similarity = torch.eye(6)
     similarity[0] = torch.tensor([1.0, 0.9, 0.3, 1.0, 1.0, 1.0])
     scores = torch.tensor([[0.5, 0.1, 0.25, 0.1, 0.04, 0.01]]).repeat(4, 1)
-    planner = Planner(
-        MACSConfig(min_tokens=0, capacity_factor=1.5), Topology(6, 2), 1, similarity=similarity
-    )
+    planner = Planner(MACSConfig(min_tokens=0, capacity_factor=1.5), Topology(6, 2), 1, similarity=similarity)
     experts = torch.zeros(4, 1, dtype=torch.int64)
     plan = planner.plan(torch.randn(4, 4), experts, torch.ones(4, 1), scores)
     # One stays; expert 1 (0.1 x 0.9) beats 2 (0.25 x 0.3) and takes one; 2 takes one; 3 is elsewhere.
@@ -372,7 +397,14 @@ def test_rerouting_prefers_score_times_similarity_on_the_same_rank():
 
 
 def test_a_token_that_loses_everything_is_finite():
-    config = MACSConfig(min_tokens=0, capacity_factor=0.001, min_capacity=0.0, renormalize=True, reroute="none", max_load_factor=0.001)
+    config = MACSConfig(
+        min_tokens=0,
+        capacity_factor=0.001,
+        min_capacity=0.0,
+        renormalize=True,
+        reroute="none",
+        max_load_factor=0.001,
+    )
     plan = Planner(config, Topology(4), 2).plan(
         torch.randn(3, 4), torch.tensor([[0, 1]] * 3), torch.rand(3, 2), torch.rand(3, 4)
     )
@@ -393,16 +425,24 @@ def test_policies_take_any_number_of_tokens(name, count):
 @MANY
 def test_expanded_drop(case):
     """Best by score of each expert among top-k and the token's own rank's experts."""
-    policy = build_policy("expanded-drop", case.config.updated(
-        max_drop=None, max_load_factor=None, scope="local", min_capacity=0.0), case.topology, case.top_k)
+    policy = build_policy(
+        "expanded-drop",
+        case.config.updated(max_drop=None, max_load_factor=None, scope="local", min_capacity=0.0),
+        case.topology,
+        case.top_k,
+    )
     plan = policy.plan(case.hidden, case.experts, case.weights, case.scores, case.tokens)
     tokens, ranks = case.tokens, case.topology.expert_rank
     for s, home in enumerate(case.topology.sources):
         mine = [t for t in range(len(case.hidden)) if tokens.source[t] == s and tokens.valid[t]]
         limit = int(-(-case.config.capacity_factor * len(mine) * case.top_k // case.topology.num_experts))
         for j in range(case.topology.num_experts):
-            asks = [t for t in mine if j in case.experts[t].tolist()
-                    or (ranks[j] == home and case.scores[t, j] > 0 and not tokens.exempt[t])]
+            asks = [
+                t
+                for t in mine
+                if j in case.experts[t].tolist()
+                or (ranks[j] == home and case.scores[t, j] > 0 and not tokens.exempt[t])
+            ]
             # A token's own choices come before its added ones where scores and tokens are equal.
             best = sorted(asks, key=lambda t: (not tokens.exempt[t], -case.scores[t, j], tokens.position[t]))
             kept = set(best[:limit]) | {t for t in asks if tokens.exempt[t]}

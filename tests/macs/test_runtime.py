@@ -7,7 +7,16 @@ import pytest
 import torch
 
 import macs
-from macs import LayerRecorder, MACSConfig, Planner, Profile, Runtime, Topology, build_policy, router_similarity
+from macs import (
+    LayerRecorder,
+    MACSConfig,
+    Planner,
+    Profile,
+    Runtime,
+    Topology,
+    build_policy,
+    router_similarity,
+)
 
 ROUTER = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 
@@ -58,7 +67,7 @@ def test_reports_add_up_and_clear():
     assert sum(shares[name] for name in ("kept", "rerouted", "dropped")) == pytest.approx(1)
     assert sum(shares[f"{name}_mass"] for name in ("kept", "rerouted", "dropped")) == pytest.approx(1)
     with pytest.raises(AttributeError, match="scalars: sources, planned"):
-        report.nothing
+        _ = report.nothing
     runtime.clear()
     assert len(runtime.reports()[0].rows) == 0
     runtime.recording = False
@@ -85,11 +94,15 @@ def test_virtual_ranks_need_one_real_rank():
 
 def test_a_profile_moves_capacity():
     counts = torch.tensor([[9, 1, 1, 9]])
-    profile = Profile(counts, counts.flip(1) * torch.tensor([1, 20, 20, 1]), (macs.router_fingerprint(ROUTER),), 2)
+    profile = Profile(
+        counts, counts.flip(1) * torch.tensor([1, 20, 20, 1]), (macs.router_fingerprint(ROUTER),), 2
+    )
     runtime = Runtime(MACSConfig(min_tokens=0), profile=profile)
     layer = runtime.add_layer(lambda: ROUTER, Topology(4), 2)
     assert layer.planner._bias.tolist() == [1.0, -1.0, -1.0, 1.0]
-    stranger = Runtime(MACSConfig(min_tokens=0), profile=profile).add_layer(lambda: ROUTER + 1, Topology(4), 2)
+    stranger = Runtime(MACSConfig(min_tokens=0), profile=profile).add_layer(
+        lambda: ROUTER + 1, Topology(4), 2
+    )
     with pytest.raises(ValueError, match="measured on another model"):
         run(stranger)
 
@@ -99,7 +112,8 @@ def test_without_a_mask_every_token_is_text_and_it_says_so_once(caplog):
     layer = runtime.add_layer(lambda: ROUTER, Topology(4), 2)
     run(layer), run(layer)
     assert [record.message for record in caplog.records].count(
-        "MACS: no modality mask around this forward pass; every token counts as text") == 1
+        "MACS: no modality mask around this forward pass; every token counts as text"
+    ) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,8 +121,16 @@ def test_without_a_mask_every_token_is_text_and_it_says_so_once(caplog):
     [
         (lambda h, e, w, s: (h[0], e, w, s), ValueError, "hidden: found shape (8,), expected (any, any)"),
         (lambda h, e, w, s: (h.long(), e, w, s), TypeError, "hidden: found torch.int64"),
-        (lambda h, e, w, s: (h, e[:, :1], w, s), ValueError, "experts: found shape (32, 1), expected (32, 2)"),
-        (lambda h, e, w, s: (h, e.int(), w, s), TypeError, "experts: found torch.int32, expected torch.int64"),
+        (
+            lambda h, e, w, s: (h, e[:, :1], w, s),
+            ValueError,
+            "experts: found shape (32, 1), expected (32, 2)",
+        ),
+        (
+            lambda h, e, w, s: (h, e.int(), w, s),
+            TypeError,
+            "experts: found torch.int32, expected torch.int64",
+        ),
         (lambda h, e, w, s: (h, e, w[1:], s), ValueError, "weights: found shape (31, 2), expected (32, 2)"),
         (lambda h, e, w, s: (h, e, w, s[:, 1:]), ValueError, "scores: found shape (32, 3), expected (32, 4)"),
         (lambda h, e, w, s: (h, e, w, s.to("meta")), ValueError, "scores: found on meta, expected on cpu"),
@@ -130,8 +152,14 @@ def test_the_planner_names_what_does_not_fit(change, error, message):
         (lambda: Topology(4, 2, sources=(2,)), "topology.sources: found (2,), expected ranks from 0 to 1"),
         (lambda: Topology(0), "found 0 experts on 1 ranks"),
         (lambda: Planner(MACSConfig(), Topology(4), 5), "top_k: found 5, expected 1 to 4"),
-        (lambda: Planner(MACSConfig(), Topology(4), 2, modality_bias=[0.0]), "modality_bias: found shape (1,)"),
-        (lambda: Planner(MACSConfig(), Topology(4), 2, similarity=torch.ones(2, 2)), "similarity: found shape (2, 2)"),
+        (
+            lambda: Planner(MACSConfig(), Topology(4), 2, modality_bias=[0.0]),
+            "modality_bias: found shape (1,)",
+        ),
+        (
+            lambda: Planner(MACSConfig(), Topology(4), 2, similarity=torch.ones(2, 2)),
+            "similarity: found shape (2, 2)",
+        ),
         (lambda: Planner(MACSConfig(similarity="profile"), Topology(4), 2), "no similarity matrix"),
         (lambda: build_policy("drop", MACSConfig(), Topology(4), 2), "unknown policy 'drop'"),
     ],

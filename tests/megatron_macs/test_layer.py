@@ -26,7 +26,9 @@ def test_sigmoid_scores_are_stock_bit_for_bit(pool):
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_layer_computes_what_the_plan_says(pool, dispatcher, policy):
-    results = pool.run(f"{JOBS}:planned_output", 2, dispatcher, policy, {"capacity_factor": 0.8}, 3, 9, 8, 3, 1)
+    results = pool.run(
+        f"{JOBS}:planned_output", 2, dispatcher, policy, {"capacity_factor": 0.8}, 3, 9, 8, 3, 1
+    )
     for result in results:
         assert result["error"] < 1e-5
         assert result["statistics"]["dropped"] + result["statistics"]["rerouted"] > 0
@@ -101,8 +103,16 @@ def test_a_mask_that_does_not_fit_is_an_error_and_hangs_nobody(pool, kind, messa
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({"moe_expert_capacity_factor": 1.0}, {}, "moe_expert_capacity_factor = 1.0 cannot be used with MACS"),
-        ({"moe_token_dispatcher_type": "flex", "dispatcher": "flex"}, {}, "expected one of allgather, alltoall"),
+        (
+            {"moe_expert_capacity_factor": 1.0},
+            {},
+            "moe_expert_capacity_factor = 1.0 cannot be used with MACS",
+        ),
+        (
+            {"moe_token_dispatcher_type": "flex", "dispatcher": "flex"},
+            {},
+            "expected one of allgather, alltoall",
+        ),
         ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "moe_router_load_balancing_type = 'sinkhorn'"),
         (
             {"moe_router_num_groups": 2, "moe_router_group_topk": 1},

@@ -29,8 +29,9 @@ class Routing:
 
 
 @st.composite
-def routings(draw, config=None, max_tokens=12, sources=None, kinds=(0, 1, 2), padding=True, exempt=True,
-             distinct=False):
+def routings(
+    draw, config=None, max_tokens=12, sources=None, kinds=(0, 1, 2), padding=True, exempt=True, distinct=False
+):
     """A routing whose scores are multiples of 1/1024 and similarities multiples of 1/64.
 
     config: a strategy of ``MACSConfig`` values. distinct: no two scores of an expert are equal.
@@ -55,7 +56,7 @@ def routings(draw, config=None, max_tokens=12, sources=None, kinds=(0, 1, 2), pa
     hot = draw(st.booleans())
     chosen = order.sort(1).values if not hot else torch.arange(top_k).expand(count, -1).clone()
     hidden = torch.randn(count, 6, generator=generator) * draw(st.sampled_from([0.0, 1.0, 4.0]))
-    weights = (integers(1, 64, count, top_k).float() / 64)
+    weights = integers(1, 64, count, top_k).float() / 64
     place = torch.randperm(count, generator=generator)
     modality = torch.tensor(kinds)[integers(0, len(kinds), count)].to(torch.int8)
     valid = torch.rand(count, generator=generator) > (0.2 if padding and draw(st.booleans()) else -1)

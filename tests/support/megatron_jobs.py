@@ -127,7 +127,11 @@ def unbounded_is_stock(dispatcher: str, experts: int, top_k: int, changes: dict)
     same = {}
     for name, policy, settings in (
         ("macs", "macs", {"capacity_factor": 1e6, "min_tokens": 0}),
-        ("macs pooled in a group", "macs", {"capacity_factor": 1e6, "min_tokens": 0, "level": "rank", "scope": "group"}),
+        (
+            "macs pooled in a group",
+            "macs",
+            {"capacity_factor": 1e6, "min_tokens": 0, "level": "rank", "scope": "group"},
+        ),
         ("token-drop", "token-drop", {"capacity_factor": 1e6, "min_tokens": 0}),
         ("rank-balanced", "rank-balanced", {"capacity_factor": 1e6, "min_tokens": 0}),
         ("vanilla", "vanilla", {}),
@@ -153,15 +157,25 @@ def unbounded_is_stock(dispatcher: str, experts: int, top_k: int, changes: dict)
 
 
 @on_megatron
-def planned_output(dispatcher: str, policy: str, settings: dict, rows: int, length: int,
-                   experts: int, top_k: int, virtual_ranks: int) -> dict[str, Any]:
+def planned_output(
+    dispatcher: str,
+    policy: str,
+    settings: dict,
+    rows: int,
+    length: int,
+    experts: int,
+    top_k: int,
+    virtual_ranks: int,
+) -> dict[str, Any]:
     """A layer's output, plan and traffic, and what the plan says the output must be."""
     rank, world = dist.get_rank(), dist.get_world_size()
     config = layer_config(dispatcher, experts, top_k)
     runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}), policy=policy, virtual_ranks=virtual_ranks)
     layer = build_layer(runtime, config)
     log = PlanLog(runtime)
-    parts = [batch_of(source, rows, length) for source in (range(virtual_ranks) if virtual_ranks > 1 else [rank])]
+    parts = [
+        batch_of(source, rows, length) for source in (range(virtual_ranks) if virtual_ranks > 1 else [rank])
+    ]
     hidden = torch.cat([part[0] for part in parts], 1)
     mask = torch.cat([part[1] for part in parts], 0)
     sent: list[int] = []
@@ -236,9 +250,13 @@ def odd_batch(kind: str, settings: dict) -> dict[str, float]:
         output, _ = layer(hidden)
     report = runtime.reports()[0]
     finite = torch.isfinite(output).flatten(0, 1).all(1)
-    return {"finite": int(finite.sum()), "tokens": hidden.shape[0] * hidden.shape[1],
-            "nonfinite": float(report.nonfinite.sum()), "visual": float(report.visual.sum()),
-            "R_v": float(report.visual_ratio[0])}
+    return {
+        "finite": int(finite.sum()),
+        "tokens": hidden.shape[0] * hidden.shape[1],
+        "nonfinite": float(report.nonfinite.sum()),
+        "visual": float(report.visual.sum()),
+        "R_v": float(report.visual_ratio[0]),
+    }
 
 
 @on_megatron
@@ -262,7 +280,10 @@ def bad_mask(kind: str, ranks: list[int]) -> None:
 @on_megatron
 def refused(changes: dict, settings: dict) -> None:
     """Build a layer with settings that MACS must refuse."""
-    build_layer(Runtime(MACSConfig(**settings)), layer_config(**{"dispatcher": "alltoall", "experts": 4, "top_k": 2, **changes}))
+    build_layer(
+        Runtime(MACSConfig(**settings)),
+        layer_config(**{"dispatcher": "alltoall", "experts": 4, "top_k": 2, **changes}),
+    )
 
 
 @on_megatron
@@ -303,5 +324,12 @@ def parameters_are_stock() -> bool:
     config = layer_config("alltoall", 4, 2)
     runtime = Runtime()
     layers = build_layer(None, config), build_layer(runtime, config)
-    first, second = ([(name, tuple(p.shape)) for name, p in layer.state_dict().items() if p is not None and hasattr(p, "shape")] for layer in layers)
+    first, second = (
+        [
+            (name, tuple(p.shape))
+            for name, p in layer.state_dict().items()
+            if p is not None and hasattr(p, "shape")
+        ]
+        for layer in layers
+    )
     return first == second

@@ -27,9 +27,7 @@ def normalized(entropies, groups, included):
     """(H - mu) / (sigma + 1e-6) in each group; 0 where there is no spread."""
     result = []
     for own, group in zip(entropies, groups, strict=True):
-        members = [
-            h for h, g, say in zip(entropies, groups, included, strict=True) if g == group and say
-        ]
+        members = [h for h, g, say in zip(entropies, groups, included, strict=True) if g == group and say]
         if not members:
             result.append(0.0)
             continue
@@ -118,8 +116,9 @@ class Case:
     row_room[rank] in rows or none, pool[j], rank[j], similarity[i][j].
     """
 
-    def __init__(self, experts, scores, cost, weight, room, row_room, pool, rank, similarity, rule,
-                 exempt=None):
+    def __init__(
+        self, experts, scores, cost, weight, room, row_room, pool, rank, similarity, rule, exempt=None
+    ):
         self.experts, self.scores, self.cost, self.weight = experts, scores, cost, weight
         self.pool, self.rank, self.similarity, self.rule = pool, rank, similarity, rule
         self.room = list(room)
@@ -141,8 +140,9 @@ class Case:
         kept = []
         for p in sorted(set(self.pool)):
             used, full = 0, False
-            for t, i in sorted((a for a in self.assignments()
-                                if self.pool[self.experts[a[0]][a[1]]] == p), key=self.order):
+            for t, i in sorted(
+                (a for a in self.assignments() if self.pool[self.experts[a[0]][a[1]]] == p), key=self.order
+            ):
                 used += self.cost[t]
                 full = full or used > self.room[p]
                 if not full or self.exempt[t]:
@@ -167,8 +167,9 @@ class Case:
         for _ in range(rounds):
             proposals = []
             for t in range(len(self.experts)):
-                waiting = [a for a in self.assignments()
-                           if a[0] == t and a not in self.placed and a not in spent]
+                waiting = [
+                    a for a in self.assignments() if a[0] == t and a not in self.placed and a not in spent
+                ]
                 if not waiting:
                     continue
                 asks = min(waiting, key=self.order)
@@ -187,9 +188,12 @@ class Case:
                     if not full:
                         accepted.append(proposal)
             if self.row_room is not None:
-                accepted = [q for r in sorted(set(self.rank))
-                            for n, q in enumerate(sorted(a for a in accepted if self.rank[a[3]] == r))
-                            if n < self.row_room[r]]
+                accepted = [
+                    q
+                    for r in sorted(set(self.rank))
+                    for n, q in enumerate(sorted(a for a in accepted if self.rank[a[3]] == r))
+                    if n < self.row_room[r]
+                ]
             for _, t, i, expert in accepted:
                 self.take(t, i, expert)
                 self.rerouted.add((t, i))
