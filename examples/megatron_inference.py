@@ -342,10 +342,11 @@ def main() -> None:
             ranks = dist.get_world_size()
             caption = (
                 f"Megatron-Core {megatron.core.__version__}, {arguments.dispatcher}, {ranks} expert-parallel "
-                f"ranks on {device}; {arguments.samples} held-out questions in batches of {arguments.batch}.\n"
-                "Busiest expert: over the mean expert. Busiest rank: rows over vanilla's mean rank. Before and\n"
-                "after planning. R_v: effective visual ratio. Times: medians, slowest rank, vanilla is stock.\n"
-                "An equal capacity factor is not an equal load: compare policies by their busiest rank."
+                f"ranks, {device}; {arguments.samples}\nheld-out questions in batches of {arguments.batch}. "
+                "Busiest expert: load over the mean\nexpert's; busiest rank: rows over vanilla's mean rank; "
+                "before and after\nplanning. R_v: effective visual ratio. Times: medians, slowest rank, "
+                "vanilla is\nstock. An equal capacity factor is not an equal load: compare policies by\n"
+                "their busiest rank."
             )
             console.print(results_table(results, caption))
             if arguments.json is not None and dist.get_rank() == 0:

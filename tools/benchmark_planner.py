@@ -184,7 +184,8 @@ def main() -> None:
         dist.destroy_process_group()
     shape = found["shape"]
     table = Table(
-        caption=f"T {shape['tokens']}, D {shape['hidden']}, FFN {shape['ffn']} (gated), E {shape['experts']}, "
+        caption=f"T {shape['tokens']}, D {shape['hidden']}, FFN {shape['ffn']} (gated), "
+        f"E {shape['experts']}, "
         f"k {shape['top_k']}; {found['device']}; medians of {shape['repeats']}",
         caption_justify="left",
     )
