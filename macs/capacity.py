@@ -114,17 +114,21 @@ def expert_capacity(table: LoadTable, config: MACSConfig, top_k: int, modality_b
     return capacity.clamp(min=round(config.min_capacity * UNIT))
 
 
-def quotas(capacity: Tensor, demand: Tensor) -> Tensor:
+def quotas(capacity: Tensor, demand: Tensor, grain: int = 1) -> Tensor:
     """Each source's part of the group's capacities: capacity [P], demand [S, P] -> int64 [S, P].
+
+    Parts are multiples of ``grain``, as demand must be: a part of a token is of no use to a source
+    where every token costs the same.
 
     Where demand exceeds capacity, in proportion to demand. Elsewhere a source gets all it asks for,
     and the room to spare goes to the sources by how much they overflow in other pools, for that is
     what they will want to reroute. The parts of a pool never sum to more than its capacity.
     """
+    capacity, demand = capacity // grain, demand // grain
     asked = demand.sum(0)
     shares = apportion(capacity, demand)
     over = asked > capacity
     overflow = torch.where(over, demand - shares, 0).sum(1)
     spare = torch.where(over, 0, capacity - asked)
     extra = apportion(spare, overflow[:, None].expand_as(demand))
-    return torch.where(over, shares, demand + extra)
+    return torch.where(over, shares, demand + extra) * grain

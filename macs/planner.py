@@ -238,7 +238,7 @@ class Planner:
         if shared:
             cost = pooled(table.cost, constants.pool_of_expert, pools)
             rows = pooled(table.rows, constants.rank_of_expert, ranks)
-            room = quotas(room[0], cost)[mine]
+            room = quotas(room[0], cost, UNIT if config.cost == "one" else 1)[mine]
             row_room = quotas(row_room[0], rows)[mine]
             active = active.expand(len(table.tokens))[mine]
         return room, row_room, active

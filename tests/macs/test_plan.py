@@ -68,7 +68,10 @@ def rooms(case, config, weight, cost):
     if factor is not None:
         rows = [[int(factor * (t * case.top_k / ranks))] * ranks for t in scope.tokens.tolist()]
     if config.scope == "group":
-        room = reference.quotas(room[0], pooled(table.cost.tolist(), pool))
+        grain = UNIT if config.cost == "one" else 1
+        whole = [capacity // grain for capacity in room[0]]
+        asked = [[cost // grain for cost in row] for row in pooled(table.cost.tolist(), pool)]
+        room = [[quota * grain for quota in row] for row in reference.quotas(whole, asked)]
         if rows is not None:
             rows = reference.quotas(rows[0], pooled(table.rows.tolist(), list(topology.expert_rank)))
     active = [t >= config.min_tokens for t in scope.tokens.tolist()]
