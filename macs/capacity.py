@@ -92,7 +92,7 @@ def even_share(table: LoadTable, config: MACSConfig, top_k: int, num_experts: in
     Rounded up as count-based capacity is, so that text alone gives exactly that.
     """
     load = table.tokens.double() if config.basis == "tokens" else table.weight.double() / UNIT
-    return (config.capacity_factor * top_k / num_experts * load).ceil()
+    return (config.capacity_factor * (load * top_k) / num_experts).ceil()
 
 
 def expert_capacity(table: LoadTable, config: MACSConfig, top_k: int, modality_bias: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def capacities(config, weight, visual, top_k, bias):
     """C_j of every expert, in tokens."""
     experts = len(bias)
     load = len(weight) if config.basis == "tokens" else sum(weight)
-    base = math.ceil(config.capacity_factor * top_k / experts * load)
+    base = math.ceil(config.capacity_factor * (load * top_k) / experts)
     lean = visual_ratio(weight, visual) - 0.5
     factors = [1 + config.modality_strength * m * lean for m in bias]
     if config.conserve:
