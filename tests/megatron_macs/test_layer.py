@@ -128,6 +128,13 @@ def test_settings_that_cannot_work_together_are_refused(pool, changes, settings,
     assert kind == "ValueError" and message in found
 
 
+def test_experts_that_do_not_divide_are_refused(pool):
+    with pytest.raises(RankFailed) as caught:
+        pool.run(f"{JOBS}:refused", 2, {"experts": 3}, {})
+    for _, found, _ in caught.value.errors:
+        assert "multiple" in found or "divisible" in found
+
+
 def test_a_profile_is_measured_over_all_ranks_and_belongs_to_one_model(pool, tmp_path):
     first, second = pool.run(f"{JOBS}:calibrate_and_use", 2, str(tmp_path))
     assert first["visual"] == second["visual"] and first["text"] == second["text"]
