@@ -139,11 +139,10 @@ class Experiment:
         there = [path.exists()]
         dist.broadcast_object_list(there, src=0)
         if not there[0]:
-            self.console.print(f"calibrating: no profile at {path}")
+            self.console.print(f"no profile at {path}: measuring one")
             samples = data.draw_samples(1, "validation", data.TASKS, 4 * self.share * self.ranks)
-            with self.runtime.calibration():
-                for batch in self.mine(samples):
-                    self.engine.generate(batch)
+            with Progress(console=self.console, transient=True) as progress, self.runtime.calibration():
+                self.answers(self.mine(samples), progress, "calibrating")
             profile = self.runtime.measured_profile(self.group)
             if self.rank == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +152,7 @@ class Experiment:
 
     def answers(self, batches: list[list[data.Sample]], progress: Progress, title: str) -> list[list[int]]:
         """Every answer of this rank's batches under the policy in use."""
-        bar = progress.add_task(f"{title}: answering", total=len(batches))
+        bar = progress.add_task(title, total=len(batches))
         found = []
         for batch in batches:
             found += self.engine.generate(batch)
@@ -202,7 +201,7 @@ class Experiment:
             raise SystemExit("--samples: fewer than one batch; raise it or lower --batch")
         asked = self.gathered([sample for batch in batches for sample in batch])
         answers, reports = {}, {}
-        with Progress(console=self.console, disable=self.rank != 0) as progress:
+        with Progress(console=self.console) as progress:
             for title, (policy, config) in chosen.items():
                 self.runtime.use(policy, config, profile)
                 answers[title] = self.gathered(self.answers(batches, progress, title))
