@@ -74,13 +74,14 @@ def parse_arguments() -> argparse.Namespace:
 def settings_by_name(arguments: argparse.Namespace) -> dict[str, tuple[str, MACSConfig]]:
     """Column title -> policy and settings, vanilla first."""
     changes = {} if arguments.capacity_factor is None else {"capacity_factor": arguments.capacity_factor}
+    base = MACSConfig() if arguments.config is None else MACSConfig.from_file(arguments.config)
     if arguments.config is not None:
-        macs_settings = {"macs": MACSConfig.from_file(arguments.config)}
+        macs_settings = {"macs": base}
     else:
         macs_settings = {f"macs {name}": MACSConfig.preset(name) for name in PRESETS}
-    chosen: dict[str, tuple[str, MACSConfig]] = {VANILLA: (VANILLA, MACSConfig())}
+    chosen: dict[str, tuple[str, MACSConfig]] = {VANILLA: (VANILLA, base)}
     for policy in arguments.policy or ("token-drop", "expanded-drop", "macs"):
-        entries = macs_settings if policy == "macs" else {policy: MACSConfig()}
+        entries = macs_settings if policy == "macs" else {policy: base}
         chosen |= {title: (policy, config.updated(**changes)) for title, config in entries.items()}
     return chosen
 

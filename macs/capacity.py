@@ -86,31 +86,39 @@ def effective_visual_ratio(table: LoadTable) -> Tensor:
     return torch.where(table.weight > 0, ratio, 0.5)
 
 
-def even_share(table: LoadTable, config: MACSConfig, top_k: int, num_experts: int) -> Tensor:
-    """C_base: gamma T k / E, or gamma (sum w) k / E, in whole tokens, rounded up. float64 [S]
+def pool_capacity(
+    table: LoadTable,
+    config: MACSConfig,
+    top_k: int,
+    modality_bias: Tensor,
+    pool_of_expert: Tensor,
+    pools: int,
+) -> Tensor:
+    """Capacity of every pool, int64 [S, P]: C_base (1 + rho m (R_v - 0.5)), at least ``min_capacity``.
 
-    Rounded up as count-based capacity is, so that text alone gives exactly that.
-    """
-    load = table.tokens.double() if config.basis == "tokens" else table.weight.double() / UNIT
-    return (config.capacity_factor * (load * top_k) / num_experts).ceil()
-
-
-def expert_capacity(table: LoadTable, config: MACSConfig, top_k: int, modality_bias: Tensor) -> Tensor:
-    """C_j = C_base (1 + rho m_j (R_v - 0.5)), at least ``min_capacity``. int64 [S, E]
-
-    modality_bias float64 [E] is m_j, in -1..1. With ``conserve`` the capacities are rescaled to sum
-    to E C_base before the lower clamp.
+    modality_bias float64 [E] is m_j in -1..1; pool_of_expert int64 [E] in 0..P-1. C_base is the even
+    share of the pool's n experts, gamma T k n / E (or gamma sum(w) k n / E), in whole tokens, rounded
+    up as count-based capacity is, so that text alone gives exactly that. With ``conserve`` the
+    factors are rescaled to sum to E. A pool of several experts has the mean of their factors.
     """
     num_experts = len(modality_bias)
-    base = even_share(table, config, top_k, num_experts)
     lean = effective_visual_ratio(table) - 0.5
     factor = 1 + config.modality_strength * lean[:, None] * modality_bias
     if config.conserve:
-        factor = factor * (num_experts / factor.sum(1, keepdim=True))
-    capacity = (base[:, None] * factor * UNIT).round()
-    # More than every assignment is never needed; the bound keeps later products in range.
-    everything = (table.tokens * top_k * UNIT).double()[:, None]
-    capacity = torch.minimum(capacity, everything).long()
+        factor = factor * (num_experts / factor.sum(1, keepdim=True).clamp(min=1e-9))
+    # Integers from here on: the order in which a pool's experts are summed must not matter.
+    fixed = (factor * UNIT).round().long()
+    members = torch.zeros(pools, dtype=torch.int64, device=fixed.device)
+    members = members.index_add(0, pool_of_expert, torch.ones_like(pool_of_expert))
+    pooled = fixed.new_zeros(len(fixed), pools).index_add(1, pool_of_expert, fixed)
+
+    load = table.tokens.double() if config.basis == "tokens" else table.weight.double() / UNIT
+    share = config.capacity_factor * (load * top_k)[:, None] * members / num_experts
+    # The small step down keeps the noise of the division from adding a token to a share that is whole.
+    # Bounds keep the products in range; more room than for every assignment is never needed.
+    everything = (table.tokens * top_k)[:, None]
+    base = torch.minimum((share - 1e-9).ceil(), 1024.0 * everything).long()
+    capacity = torch.minimum(base * pooled // members, everything * UNIT)
     return capacity.clamp(min=round(config.min_capacity * UNIT))
 
 

@@ -82,7 +82,8 @@ class MACSConfig:
     )
     level: str = _setting(
         "expert",
-        "what has a capacity: each expert, or the pooled experts of each rank",
+        "what has a capacity: each expert, or the pooled experts of each rank (a full rank then has "
+        "no room for reroute = rank; take group)",
         choices=("expert", "rank"),
     )
     scope: str = _setting(

@@ -32,10 +32,12 @@ class LayerRecorder:
 
     def record(self, statistics: PlanStatistics) -> None:
         """Add one step."""
-        row = statistics.pack()
+        row = statistics.pack().detach()
         if self._ring is None or self._next is None:
-            self._ring = torch.zeros(self.steps, self._width, dtype=torch.float64, device=row.device)
-            self._next = torch.zeros(1, dtype=torch.int64, device=row.device)
+            # Ordinary tensors even where an engine records in inference mode: they outlive it.
+            with torch.inference_mode(False):
+                self._ring = torch.zeros(self.steps, self._width, dtype=torch.float64, device=row.device)
+                self._next = torch.zeros(1, dtype=torch.int64, device=row.device)
         self._ring.index_copy_(0, self._next % self.steps, row[None])
         self._next += 1
 

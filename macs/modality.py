@@ -8,11 +8,10 @@ Shapes: B sequences of S tokens, T = B S tokens of a layer, in the layer's own o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,6 +37,7 @@ class Modality:
     valid: Tensor
     segments: Tensor
     exempt: Tensor
+    _layouts: dict[tuple[str, int], Tokens] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -51,11 +51,18 @@ class Modality:
         """From a mask [B, S]: bool (True is an image token) or integers (kinds).
 
         Without ``segments`` every unbroken run of one non-text kind in a sequence is one picture.
-        A wrong shape, dtype or device is an error that names the argument.
+        A wrong shape, dtype or device is an error that names the argument; so is an unknown kind in a
+        mask on the CPU (on a GPU, where looking would wait for it, it becomes the nearest known one).
         """
         expect("modality mask", mask, (None, None), (torch.bool, *INTEGERS))
         shape, device = tuple(mask.shape), mask.device
-        kinds = mask.to(torch.int8)
+        if mask.device.type == "cpu" and mask.numel():
+            low, high = int(mask.min()), int(mask.max())
+            if low < 0 or high >= KINDS:
+                raise ValueError(
+                    f"modality mask: found kinds from {low} to {high}, expected 0 to {KINDS - 1}"
+                )
+        kinds = (mask if mask.dtype == torch.bool else mask.clamp(0, KINDS - 1)).to(torch.int8)
         if segments is None:
             segments = runs(kinds)
         else:
@@ -71,15 +78,19 @@ class Modality:
             exempt=~everything if exempt is None else exempt,
         )
 
-    @cached_property
-    def batch_major(self) -> Tokens:
-        """``Tokens.batch_major`` of one source, made once for all layers of a forward pass."""
-        return Tokens.batch_major(self)
+    def batch_major(self, sources: int = 1) -> Tokens:
+        """``Tokens.batch_major``, made once for all layers of a forward pass."""
+        return self._layout(Tokens.batch_major, sources)
 
-    @cached_property
-    def sequence_major(self) -> Tokens:
-        """``Tokens.sequence_major`` of one source, made once for all layers of a forward pass."""
-        return Tokens.sequence_major(self)
+    def sequence_major(self, sources: int = 1) -> Tokens:
+        """``Tokens.sequence_major``, made once for all layers of a forward pass."""
+        return self._layout(Tokens.sequence_major, sources)
+
+    def _layout(self, make: Callable[[Modality, int], Tokens], sources: int) -> Tokens:
+        key = (make.__name__, sources)
+        if key not in self._layouts:
+            self._layouts[key] = make(self, sources)
+        return self._layouts[key]
 
 
 def runs(kinds: Tensor) -> Tensor:
@@ -173,11 +184,12 @@ def modality(
     ``mask`` [B, S] is bool (True: image token) or integer kinds; the other arguments are those of
     ``Modality.of``. Blocks nest; each thread and asyncio task has its own.
     """
-    value = (
-        mask
-        if isinstance(mask, Modality)
-        else Modality.of(mask, valid=valid, segments=segments, exempt=exempt)
-    )
+    if isinstance(mask, Modality):
+        if valid is not None or segments is not None or exempt is not None:
+            raise ValueError("modality: valid, segments and exempt are already part of a Modality")
+        value = mask
+    else:
+        value = Modality.of(mask, valid=valid, segments=segments, exempt=exempt)
     token = _current.set(value)
     try:
         yield value

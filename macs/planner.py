@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
-from .capacity import LoadTable, expert_capacity, measure, quotas
+from .capacity import LoadTable, measure, pool_capacity, quotas
 from .checks import FLOATS, expect
 from .config import MACSConfig
 from .fixed_point import MASS_UNIT, UNIT, to_fixed
@@ -109,6 +110,8 @@ class Planner:
         In group scope every member of the group must call this, with T = 0 if it has no tokens.
         """
         tokens = self._check(hidden, experts, weights, scores, tokens)
+        if self._gathers == 1 and len(hidden) < self.config.min_tokens:
+            return self._untouched(experts, weights, tokens)  # known without looking, as in decoding
         constants = self._constants(hidden.device)
         # Columns ascend by expert within the plan, whatever order the engine's router gave.
         experts_in, column = experts.sort(1)
@@ -144,6 +147,32 @@ class Planner:
             back = torch.cat([back, extra.expand(len(back), -1)], 1)
         return Plan(
             placed.gather(1, back), placed_weights.gather(1, back), rerouted.gather(1, back), statistics
+        )
+
+    def _untouched(self, experts: Tensor, weights: Tensor, tokens: Tokens) -> Plan:
+        """The router's choice as a plan, with its loads counted and every token weighing one."""
+        sources = len(self.topology.sources)
+        weight = torch.full_like(tokens.position, UNIT)
+        table = measure(
+            tokens.source,
+            tokens.valid,
+            tokens.visual,
+            weight,
+            weight,
+            experts,
+            sources,
+            self.topology.num_experts,
+        )
+        nowhere, nobody = torch.zeros_like(experts, dtype=torch.bool), torch.zeros_like(tokens.valid)
+        idle = torch.zeros(sources, dtype=torch.bool, device=experts.device)
+        own = torch.ones(self.top_k, dtype=torch.bool, device=experts.device)
+        statistics = describe(tokens, table, experts, weights, experts, nowhere, own, nobody, idle, idle)
+        more = self.slots - self.top_k
+        return Plan(
+            functional.pad(experts, (0, more), value=-1),
+            functional.pad(weights, (0, more)),
+            functional.pad(nowhere, (0, more)),
+            statistics,
         )
 
     # What a policy may do differently.
@@ -208,10 +237,15 @@ class Planner:
         weight = entropy_weights(entropy, tokens.visual, group, groups, self.config.entropy_sharpness)
         return weight, ~torch.isfinite(entropy)
 
+    @property
+    def _gathers(self) -> int:
+        """How many processes share the capacities."""
+        return 1 if self.group is None else self.group.size()
+
     def _gather(self, table: LoadTable) -> tuple[LoadTable, slice]:
         """Everyone's loads, and which rows are this process's."""
         mine = slice(0, len(self.topology.sources))
-        if self.group is None or self.group.size() == 1:
+        if self.group is None or self._gathers == 1:
             return table, mine
         packed = table.pack()
         everyone = packed.new_empty(self.group.size() * len(packed), packed.shape[1])
@@ -225,13 +259,14 @@ class Planner:
         shared = config.scope == "group"
         scope = table.total() if shared else table
         active = scope.tokens >= config.min_tokens
-        capacity = expert_capacity(scope, config, self.top_k, constants.modality_bias)
         pools = ranks if config.level == "rank" else self.topology.num_experts
+        room = pool_capacity(
+            scope, config, self.top_k, constants.modality_bias, constants.pool_of_expert, pools
+        )
 
         def pooled(by_expert: Tensor, of_expert: Tensor, size: int) -> Tensor:
             return by_expert.new_zeros(len(by_expert), size).index_add(1, of_expert, by_expert)
 
-        room = pooled(capacity, constants.pool_of_expert, pools)
         factor = config.max_load_factor
         even_rows = scope.tokens.double() * self.top_k / ranks
         row_room = (even_rows * (1.0 if factor is None else factor)).floor().long()[:, None].expand(-1, ranks)
@@ -307,18 +342,9 @@ class Planner:
         if config.max_drop is not None:
             own = torch.arange(experts.shape[1], device=experts.device) < self.top_k
             mass = torch.where(real & own, to_fixed(weights, MASS_UNIT), 0)
-            placement = limit_drops(demand, placement, mass, config.max_drop, bounded)
-            unmet = unmet | self._drops_too_much(demand, placement, mass, config.max_drop)
+            placement, too_many = limit_drops(demand, placement, mass, config.max_drop, bounded)
+            unmet = unmet | too_many
         return placement, table, nonfinite, active, unmet & active
-
-    @staticmethod
-    def _drops_too_much(demand: Demand, placement: Placement, mass: Tensor, max_drop: float) -> Tensor:
-        source = demand.source[:, None].expand_as(mass).flatten()
-        zeros = mass.new_zeros(demand.room.shape[0])
-        total = zeros.scatter_add(0, source, torch.where(demand.planned, mass, 0).flatten())
-        gone = demand.planned & (placement.experts < 0)
-        missing = zeros.scatter_add(0, source, torch.where(gone, mass, 0).flatten())
-        return missing > (total.double() * max_drop).floor().long()
 
 
 def router_similarity(router_weight: Tensor) -> Tensor:

@@ -12,11 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .capacity import measure
 from .config import MACSConfig, check_name
-from .fixed_point import UNIT
 from .modality import Tokens
-from .plan import Plan, describe
+from .plan import Plan
 from .planner import Constants, Planner
 from .routing import weight_of_score
 from .topology import Topology
@@ -45,6 +43,7 @@ class Policy(Protocol):
 COUNTED: dict[str, Any] = {
     "basis": "tokens",
     "modality_strength": 0.0,
+    "min_capacity": 0.0,
     "weighting": "constant",
     "visual_weight": 1.0,
     "cost": "one",
@@ -64,24 +63,7 @@ class Vanilla(Planner):
         scores: Tensor,
         tokens: Tokens | None = None,
     ) -> Plan:
-        tokens = self._check(hidden, experts, weights, scores, tokens)
-        sources = len(self.topology.sources)
-        weight = torch.full_like(tokens.position, UNIT)
-        table = measure(
-            tokens.source,
-            tokens.valid,
-            tokens.visual,
-            weight,
-            weight,
-            experts,
-            sources,
-            self.topology.num_experts,
-        )
-        nowhere, nobody = torch.zeros_like(experts, dtype=torch.bool), torch.zeros_like(tokens.valid)
-        idle = torch.zeros(sources, dtype=torch.bool, device=hidden.device)
-        own = torch.ones(self.top_k, dtype=torch.bool, device=hidden.device)
-        statistics = describe(tokens, table, experts, weights, experts, nowhere, own, nobody, idle, idle)
-        return Plan(experts, weights, nowhere, statistics)
+        return self._untouched(experts, weights, self._check(hidden, experts, weights, scores, tokens))
 
 
 class ExpandedDrop(Planner):

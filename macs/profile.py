@@ -78,12 +78,14 @@ class Profile:
         """q_j = f_v / (f_v + f_t), float64 [L, E]: 1 serves visual tokens alone, 0 text alone.
 
         f_v(j), f_t(j): the share of all visual, of all text assignments of the layer that go to j.
-        0.5 where an expert saw nothing.
+        0.5 where an expert saw nothing, and in a layer that saw one modality alone: that says nothing
+        about its experts.
         """
         visual = self.visual.double() / self.visual.sum(1, keepdim=True).clamp(min=1)
         text = self.text.double() / self.text.sum(1, keepdim=True).clamp(min=1)
         both = visual + text
-        return torch.where(both > 0, visual / both.clamp(min=1e-300), 0.5)
+        seen = (both > 0) & (self.visual.sum(1, keepdim=True) > 0) & (self.text.sum(1, keepdim=True) > 0)
+        return torch.where(seen, visual / both.clamp(min=1e-300), 0.5)
 
     def bias(self, config: MACSConfig) -> Tensor:
         """The modality bias m_j of every expert, float64 [L, E] in -1..1.
@@ -189,7 +191,8 @@ class Calibration:
         kind = torch.where(experts >= 0, kind, 2)
         cell = (kind * self.num_experts + experts.clamp(min=0)).flatten()
         if self._counts is None:
-            self._counts = torch.zeros(3 * self.num_experts, dtype=torch.int64, device=experts.device)
+            with torch.inference_mode(False):  # it outlives the engine's inference mode
+                self._counts = torch.zeros(3 * self.num_experts, dtype=torch.int64, device=experts.device)
         self._counts.scatter_add_(0, cell, torch.ones_like(cell))
 
     def counts(self) -> Tensor:

@@ -245,15 +245,16 @@ def _accept(
 
 def limit_drops(
     demand: Demand, placement: Placement, mass: Tensor, max_drop: float, bounded_rows: bool
-) -> Placement:
+) -> tuple[Placement, Tensor]:
     """Re-admit the best of the dropped, to their own experts, until few enough are dropped.
 
     mass int64 [T, k] is every assignment's combine weight. For each source: the fewest of the
     dropped, in priority order, are taken back so that the rest holds at most ``max_drop`` of its
-    mass. A bound on rows comes first: what it shuts out stays out.
+    mass. A bound on rows comes first: what it shuts out stays out. Also returns for which sources
+    more than that stays dropped, bool [S].
     """
     sources = demand.room.shape[0]
-    dropped = demand.planned & (placement.experts < 0)
+    dropped = demand.planned & (placement.experts < 0) & (mass > 0)
     place, places = demand.place.flatten(), demand.experts.numel()
     open_ = dropped
     if bounded_rows:
@@ -264,12 +265,11 @@ def limit_drops(
 
     source = demand.source[:, None].expand_as(dropped)
 
-    def by_source(values: Tensor) -> Tensor:
-        return values.new_zeros(sources).scatter_add(0, source.flatten(), values.flatten())
+    def by_source(who: Tensor) -> Tensor:
+        flat = torch.where(who, mass, 0).flatten()
+        return flat.new_zeros(sources).scatter_add(0, source.flatten(), flat)
 
-    total = by_source(torch.where(demand.planned, mass, 0))
-    missing = by_source(torch.where(dropped, mass, 0))
-    excess = missing - (total.double() * max_drop).floor().long()
+    excess = by_source(dropped) - (by_source(demand.planned).double() * max_drop).floor().long()
     # Taken back: everyone before whom the mass taken back is still short of the excess.
     pool = torch.where(open_, source, sources).flatten()
     key = sort_key(pool, sources, demand.priority.flatten(), place, places)
@@ -281,19 +281,15 @@ def limit_drops(
     short = before < torch.cat([excess, excess.new_full((1,), -1)])[sorted_pool]
     back = torch.empty_like(short).scatter_(0, order, short).view(dropped.shape) & open_
     taken = torch.where(back, demand.experts, -1)
-    return replace(
+    cost = demand.cost[:, None].expand(taken.shape)
+    limited = replace(
         placement,
         experts=torch.where(back, demand.experts, placement.experts),
         kept=placement.kept | back,
+        room=_take(demand, placement.room, demand.pool_of_expert, taken, cost),
         row_room=_take(demand, placement.row_room, demand.rank_of_expert, taken, torch.ones_like(taken)),
-        room=_take(
-            demand,
-            placement.room,
-            demand.pool_of_expert,
-            taken,
-            demand.cost[:, None].expand(taken.shape),
-        ),
     )
+    return limited, excess > by_source(back)
 
 
 def combine_weights(

@@ -53,13 +53,12 @@ class Runtime:
 
         Forgets what was recorded. Call it on every rank alike.
         """
-        self.policy = policy
-        self.config = MACSConfig() if config is None else config
-        self.profile = profile
-        # An unknown policy or a profile that lacks something is told here, not in a forward pass.
-        build_policy(policy, self.config.updated(similarity="none"), Topology(1), 1)
-        if self.config.similarity == "profile" and (profile is None or profile.similarity is None):
+        config = MACSConfig() if config is None else config
+        # An unknown policy, or a profile that lacks something, is told here and changes nothing.
+        build_policy(policy, config.updated(similarity="none"), Topology(1), 1)
+        if config.similarity == "profile" and (profile is None or profile.similarity is None):
             raise ValueError("config.similarity: found 'profile', but no profile has a similarity matrix")
+        self.policy, self.config, self.profile = policy, config, profile
         for layer in self.layers:
             layer.reset()
 
@@ -217,10 +216,7 @@ class LayerRuntime:
                 f"modality mask: found on {modality.kinds.device}, the hidden states are on {device}"
             )
         sources = len(self.topology.sources)
-        if sources > 1:
-            order = Tokens.sequence_major if sequence_major else Tokens.batch_major
-            return order(modality, sources)
-        return modality.sequence_major if sequence_major else modality.batch_major
+        return modality.sequence_major(sources) if sequence_major else modality.batch_major(sources)
 
     def plan(
         self, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens

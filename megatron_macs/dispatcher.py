@@ -43,6 +43,8 @@ class MACSAlltoAllTokenDispatcher(_PlansFirst, MoEAlltoAllTokenDispatcher):
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """Split sizes of the all-to-all, for as many rows as the plan kept."""
+        # The base class only ever moves its sync point earlier; a step without a plan must have its own.
+        self.cuda_sync_point = "no_sync"
         tokens_per_expert = super().preprocess(routing_map)
         if self.planned:
             # The base class takes T k rows for granted. The count is on the device; it comes to the

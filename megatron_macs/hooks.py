@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from macs import AUDIO, IMAGE, TEXT, VIDEO, Modality, modality
+from macs import AUDIO, IMAGE, TEXT, VIDEO, Modality, current_modality, modality
 
 
 class ModalityHook:
@@ -42,7 +42,9 @@ class ModalityHook:
         stack = ExitStack()
         self._open.append(stack)
         input_ids = self._signature.bind_partial(*args, **kwargs).arguments.get("input_ids")
-        if input_ids is not None:
+        outer = current_modality()
+        # What the caller said of these very tokens goes before what their ids say.
+        if input_ids is not None and (outer is None or outer.kinds.shape != input_ids.shape):
             stack.enter_context(modality(self.modality_of(input_ids)))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -61,7 +63,8 @@ def attach_modality(
 
     At least one of the modality's token ids is needed. ``padding_token_id`` marks padding, which
     has no weight and no say; leave it out if prompts are not padded. Every pipeline stage must be
-    called with the ids, as Megatron's inference engines do. Returns a handle with ``remove``.
+    called with the ids, as Megatron's inference engines do. A ``macs.modality`` block of the same [B, S]
+    around the call goes first, so that it can exempt tokens. Returns a handle with ``remove``.
     """
     given = {image_token_id: IMAGE, video_token_id: VIDEO, audio_token_id: AUDIO}
     token_ids = {token: kind for token, kind in given.items() if token is not None}

@@ -38,7 +38,7 @@ class MACSMoELayer(MoELayer):
     ) -> None:
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
-        check_config(config, runtime, pg_collection)
+        check_config(config, pg_collection)
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
         if not isinstance(self.router, MACSTopKRouter):
             raise ValueError(
@@ -65,7 +65,7 @@ class MACSMoELayer(MoELayer):
             self.token_dispatcher.set_shared_experts(self.shared_experts)
 
 
-def check_config(config: TransformerConfig, runtime: Runtime, pg_collection: Any) -> None:
+def check_config(config: TransformerConfig, pg_collection: Any) -> None:
     """Raise a ``ValueError`` that names the setting MACS cannot work with, and why."""
 
     def refuse(field: str, why: str) -> None:
@@ -98,10 +98,10 @@ def check_config(config: TransformerConfig, runtime: Runtime, pg_collection: Any
         refuse("moe_router_score_function", "expected softmax or sigmoid")
     if config.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing"):
         refuse("moe_router_load_balancing_type", "its choice does not follow from the scores alone")
-    if config.moe_router_num_groups is not None and runtime.config.reroute == "group":
+    if config.moe_router_num_groups is not None:
         refuse(
             "moe_router_num_groups",
-            "rerouting over the group would leave the token's groups; use reroute: rank",
+            "rerouting would leave a token's groups; not supported yet",
         )
     if getattr(config, "transformer_impl", None) == "inference_optimized":
         refuse("transformer_impl", "its dispatchers are not supported yet")
@@ -113,10 +113,13 @@ def check_config(config: TransformerConfig, runtime: Runtime, pg_collection: Any
     if config.context_parallel_size > 1:
         refuse("context_parallel_size", "it splits sequences, and with them the modality mask")
     graphs = [str(one) for one in _graph_scopes(config)]
-    if any("moe_preprocess" in one for one in graphs) and config.moe_token_dispatcher_type == "alltoall":
+    captured = config.cuda_graph_impl != "none" and (
+        not graphs or any("moe_preprocess" in one for one in graphs)
+    )
+    if captured and config.moe_token_dispatcher_type == "alltoall":
         refuse(
             _graph_field(config),
-            "the number of rows sent is known only after the plan, inside what moe_preprocess captures",
+            "the number of rows sent is known only after the plan, inside what the graph captures",
         )
 
 

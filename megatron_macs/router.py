@@ -28,8 +28,10 @@ class MACSTopKRouter(TopKRouter):
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """probs [T, E] and routing_map [T, E] of the base class, from logits [S, B, E]."""
         routed = super().routing(logits, *args, **kwargs)
-        if self.macs is not None and not self.training and self.macs.awaits_scores:
-            self.macs.offer_scores(full_scores(logits.flatten(0, -2), self.score_function))
+        if self.macs is not None:
+            self.macs.take_scores()  # what an interrupted forward pass may have left
+            if not self.training and self.macs.awaits_scores:
+                self.macs.offer_scores(full_scores(logits.flatten(0, -2), self.score_function))
         return routed
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import reference
 from support.cases import configs, routings
 
-from macs.capacity import LoadTable, effective_visual_ratio, expert_capacity, measure, quotas
+from macs.capacity import LoadTable, effective_visual_ratio, measure, pool_capacity, quotas
 from macs.fixed_point import UNIT, apportion
 from macs.weighting import constant_weights, entropy_weights, feature_entropy, normalize_entropy
 
@@ -24,6 +24,20 @@ def test_entropy(dtype, size):
     found = feature_entropy(hidden)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), torch.tensor(expected).double(), atol=2e-5, rtol=2e-5)
+
+
+def test_entropy_heeds_neither_autocast_nor_default_dtype():
+    hidden = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    expected = feature_entropy(hidden)
+    visual, group = torch.ones(64, dtype=torch.bool), torch.zeros(64, dtype=torch.int64)
+    weights = entropy_weights(expected, visual, group, 1, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(feature_entropy(hidden), expected)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(entropy_weights(expected, visual, group, 1, 1.0), weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_entropy_bounds():
@@ -98,7 +112,10 @@ def test_loads_ratio_and_capacity(case):
     sources, experts = len(case.topology.sources), case.topology.num_experts
     table = measure(tokens.source, tokens.valid, tokens.visual, weight, cost, case.experts, sources, experts)
     ratio = effective_visual_ratio(table)
-    capacity = expert_capacity(table, config, case.top_k, torch.tensor(case.bias, dtype=torch.float64))
+    ranks = list(case.topology.expert_rank)
+    pool = list(range(experts)) if config.level == "expert" else ranks
+    bias = torch.tensor(case.bias, dtype=torch.float64)
+    capacity = pool_capacity(table, config, case.top_k, bias, torch.tensor(pool), max(pool) + 1)
     for s in range(sources):
         mine = [t for t in range(len(weight)) if tokens.source[t] == s and tokens.valid[t]]
         for j in range(experts):
@@ -109,9 +126,9 @@ def test_loads_ratio_and_capacity(case):
         own = [int(weight[t]) / UNIT for t in mine]
         visual = [bool(tokens.visual[t]) for t in mine]
         assert ratio[s].item() == pytest.approx(reference.visual_ratio(own, visual), abs=1e-12)
-        expected = reference.capacities(config, own, visual, case.top_k, case.bias)
+        expected = reference.capacities(config, own, visual, case.top_k, case.bias, pool)
         torch.testing.assert_close(
-            capacity[s].double() / UNIT, torch.tensor(expected).double(), atol=2 / UNIT, rtol=0
+            capacity[s].double() / UNIT, torch.tensor(expected).double(), atol=1e-3, rtol=1e-5
         )
 
 
@@ -122,9 +139,21 @@ def test_visual_experts_grow_with_the_visual_ratio():
     bias = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
     for visual, order in ((900, 1), (100, -1)):
         table = LoadTable(one, one * UNIT, torch.tensor([visual * UNIT]), one[:, None] * 0, one[:, None] * 0)
-        high, middle, low = expert_capacity(table, MACSConfig(), 1, bias)[0].tolist()
+        high, middle, low = pool_capacity(table, MACSConfig(), 1, bias, torch.arange(3), 3)[0].tolist()
         assert (high - middle) * order > 0 > (low - middle) * order
         assert middle == 334 * UNIT
+
+
+def test_a_ranks_pool_is_its_even_share():
+    """Rounded up once a rank, not once an expert: gamma bounds the rank."""
+    from macs import MACSConfig
+
+    one, none = torch.tensor([100]), torch.zeros(1, 256, dtype=torch.int64)
+    table = LoadTable(one, one * UNIT, one * 0, none, none)
+    bias, ranks = torch.zeros(256, dtype=torch.float64), torch.arange(256) // 32
+    for factor, rows in ((1.0, 100), (1.05, 105), (1.1, 110), (1.101, 111)):
+        found = pool_capacity(table, MACSConfig(capacity_factor=factor), 8, bias, ranks, 8)
+        assert found.tolist() == [[rows * UNIT] * 8]
 
 
 amounts = st.integers(0, 2**40)

@@ -48,17 +48,28 @@ def test_what_does_not_fit_is_named(arguments, error, message):
     assert message in str(caught.value)
 
 
+def test_unknown_kinds_are_named():
+    with pytest.raises(ValueError, match="found kinds from 0 to 256, expected 0 to 3"):
+        Modality.of(torch.tensor([[0, 256]]))
+
+
+def test_a_modality_is_complete():
+    found = Modality.of(torch.zeros(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="already part of a Modality"), modality(found, exempt=found.valid):
+        pass
+
+
 def test_layouts():
     mask = torch.tensor([[IMAGE, TEXT, TEXT], [TEXT, VIDEO, VIDEO]])
     found = Modality.of(mask, valid=torch.tensor([[True] * 3, [True, True, False]]))
-    batch, sequence = found.batch_major, found.sequence_major
+    batch, sequence = found.batch_major(), found.sequence_major()
     assert batch.kinds.tolist() == [1, 0, 0, 0, 2, 2] and batch.position.tolist() == [0, 1, 2, 3, 4, 5]
     # Megatron's order: token 0 of both sequences, then token 1, then token 2.
     assert sequence.kinds.tolist() == [1, 0, 0, 2, 0, 2] and sequence.position.tolist() == [0, 3, 1, 4, 2, 5]
     assert sequence.valid.tolist() == [True] * 5 + [False]
     assert sequence.visual.tolist() == [True, False, False, True, False, False]
     assert batch.segment.tolist() == [0, 1, 1, 2, 3, 3]
-    assert found.batch_major is batch  # made once for all layers
+    assert found.batch_major() is batch  # made once for all layers
 
 
 def test_sources_divide_the_sequences():
@@ -70,7 +81,7 @@ def test_sources_divide_the_sequences():
 def test_any_segment_numbers_will_do():
     segments = torch.tensor([[-5, 10**12, -5, 7]])
     found = Modality.of(torch.ones(1, 4, dtype=torch.bool), segments=segments)
-    assert found.batch_major.segment.tolist() == [0, 2, 0, 1]
+    assert found.batch_major().segment.tolist() == [0, 2, 0, 1]
 
 
 def test_blocks_nest_and_end():
@@ -95,5 +106,5 @@ def test_threads_have_their_own():
 
 
 def test_no_tokens_at_all():
-    tokens = Modality.of(torch.zeros(0, 4, dtype=torch.bool)).sequence_major
+    tokens = Modality.of(torch.zeros(0, 4, dtype=torch.bool)).sequence_major()
     assert tokens.kinds.shape == (0,) and tokens.source.shape == (0,)

@@ -12,7 +12,7 @@ from support import reference
 from support.cases import configs, routings
 
 from macs import MACSConfig, Planner, Tokens, Topology, build_policy
-from macs.capacity import LoadTable, expert_capacity, measure
+from macs.capacity import LoadTable, measure, pool_capacity
 from macs.fixed_point import MASS_UNIT, UNIT, to_fixed
 from macs.weighting import constant_weights, entropy_weights, feature_entropy
 
@@ -54,8 +54,8 @@ def rooms(case, config, weight, cost):
     table = measure(tokens.source, tokens.valid, tokens.visual, weight, cost, case.experts, sources, experts)
     scope = table.total() if config.scope == "group" else table
     bias = torch.tensor(case.bias, dtype=torch.float64)
-    capacity = expert_capacity(scope, config, case.top_k, bias).tolist()
     pool = list(range(experts)) if config.level == "expert" else list(topology.expert_rank)
+    room = pool_capacity(scope, config, case.top_k, bias, torch.tensor(pool), max(pool) + 1).tolist()
 
     def pooled(by_expert, of):
         return [
@@ -63,7 +63,6 @@ def rooms(case, config, weight, cost):
             for row in by_expert
         ]
 
-    room = pooled(capacity, pool)
     factor = config.max_load_factor
     rows = None
     if factor is not None:
@@ -303,12 +302,15 @@ def test_sources_in_one_process_are_as_many_processes(case):
     sources = len(case.topology.sources)
     tables: list[LoadTable] = []
 
-    class Recording(Planner):
+    class Member(Planner):
+        _gathers = 2  # as in a group: the total decides, and every member gathers
+
+    class Recording(Member):
         def _gather(self, table):
             tables.append(table)
             return super()._gather(table)
 
-    class Given(Planner):
+    class Given(Member):
         everyone: LoadTable
         mine: slice
 

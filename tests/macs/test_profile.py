@@ -24,7 +24,7 @@ def profile(**changes):
 
 def test_calibration_counts_whom_experts_serve():
     mask = torch.tensor([[1, 0, 2, 1]])
-    tokens = Modality.of(mask, valid=torch.tensor([[True, True, True, False]])).batch_major
+    tokens = Modality.of(mask, valid=torch.tensor([[True, True, True, False]])).batch_major()
     calibration = Calibration(3)
     for _ in range(2):
         calibration.observe(torch.tensor([[0, 1], [1, 2], [0, -1], [2, 1]]), tokens)
@@ -46,6 +46,12 @@ def test_bias():
     assert found.bias(MACSConfig(bias_threshold=0.46)).tolist() == [[0.0, 0.0, 0.0, 0.0]]
     soft = found.bias(MACSConfig(bias="soft"))[0].tolist()
     assert soft == pytest.approx([0.8 / 0.95, 0, -0.85 / 0.95, 0], abs=0.06)
+
+
+def test_one_modality_alone_says_nothing():
+    found = profile(visual=torch.zeros(1, 4, dtype=torch.int64))
+    assert found.bias(MACSConfig()).tolist() == [[0.0] * 4]
+    assert found.bias(MACSConfig(bias="soft")).tolist() == [[0.0] * 4]
 
 
 def test_round_trip(tmp_path):

@@ -85,6 +85,31 @@ def test_the_recorder_keeps_the_latest_steps_in_order():
     assert recorder.read().tokens.tolist() == [3, 4, 5]
 
 
+def test_records_outlive_inference_mode_and_keep_no_graph():
+    runtime = Runtime(MACSConfig(min_tokens=0))
+    layer = runtime.add_layer(lambda: ROUTER, Topology(4, 2), 2)
+    with torch.inference_mode():
+        run(layer)
+    hidden, experts, weights, scores = inputs()
+    tokens = layer.tokens(1, 32, sequence_major=False, device=hidden.device)
+    layer.plan(hidden, experts, weights.requires_grad_(), scores.requires_grad_(), tokens)
+    runtime.clear()
+    run(layer)
+    assert not runtime.reports()[0].rows.requires_grad
+    with runtime.calibration():
+        with torch.inference_mode():
+            run(layer)
+        run(layer)
+    assert int(runtime.measured_profile().visual.sum() + runtime.measured_profile().text.sum()) == 2 * 32 * 2
+
+
+def test_a_refused_switch_changes_nothing():
+    runtime = Runtime(MACSConfig(capacity_factor=2.0))
+    with pytest.raises(ValueError, match="unknown policy"):
+        runtime.use("drop", MACSConfig(capacity_factor=3.0))
+    assert (runtime.policy, runtime.config.capacity_factor) == ("macs", 2.0)
+
+
 def test_virtual_ranks_need_one_real_rank():
     runtime = Runtime(virtual_ranks=2)
     assert runtime.add_layer(lambda: ROUTER, Topology(4), 2).topology.sources == (0, 1)
@@ -188,7 +213,7 @@ def test_macs_needs_torch_alone():
     code = (
         "import sys\n"
         "class Only:\n"
-        "    blocked = {'yaml', 'safetensors', 'triton', 'megatron', 'deepspeed', 'rich', 'transformers'}\n"
+        "    blocked = {'yaml', 'safetensors', 'megatron', 'deepspeed', 'rich', 'transformers'}\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in self.blocked: raise ImportError(name)\n"
         "sys.meta_path.insert(0, Only())\n"

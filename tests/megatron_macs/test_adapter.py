@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from macs import AUDIO, IMAGE, TEXT, VIDEO, MACSConfig, Runtime, current_modality
+from macs import AUDIO, IMAGE, TEXT, VIDEO, MACSConfig, Runtime, current_modality, modality
 from megatron_macs import MACSMoELayer, MACSTopKRouter, attach_modality, cpu_engine, with_macs
 from megatron_macs.dispatcher import chosen_experts
 from megatron_macs.router import full_scores
@@ -98,6 +98,15 @@ def test_the_hook_reads_the_ids_of_every_call():
     assert current_modality() is None  # also when the model fails
     hook.remove()
     assert model(ids) is None
+
+
+def test_what_the_caller_says_goes_first():
+    model = Model()
+    attach_modality(model, image_token_id=5)
+    ids = torch.tensor([[5, 1]])
+    with modality(ids == 5, exempt=ids == 1):
+        assert model(ids).exempt.tolist() == [[False, True]]
+        assert model(ids[:, :1]).kinds.tolist() == [[IMAGE]]  # another shape is another batch
 
 
 def test_the_hook_needs_something_to_look_for():

@@ -116,7 +116,7 @@ def test_a_mask_that_does_not_fit_is_an_error_and_hangs_nobody(pool, kind, messa
         ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "moe_router_load_balancing_type = 'sinkhorn'"),
         (
             {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
-            {"reroute": "group"},
+            {},
             "moe_router_num_groups = 2 cannot be used with MACS",
         ),
     ],

@@ -58,17 +58,22 @@ def visual_ratio(weight, visual):
     return sum(w for w, v in zip(weight, visual, strict=True) if v) / total if total else 0.5
 
 
-def capacities(config, weight, visual, top_k, bias):
-    """C_j of every expert, in tokens."""
+def capacities(config, weight, visual, top_k, bias, pool):
+    """The capacity of every pool, in tokens; pool[j] is the pool of expert j."""
     experts = len(bias)
     load = len(weight) if config.basis == "tokens" else sum(weight)
-    base = math.ceil(config.capacity_factor * (load * top_k) / experts)
     lean = visual_ratio(weight, visual) - 0.5
     factors = [1 + config.modality_strength * m * lean for m in bias]
     if config.conserve:
-        factors = [f * experts / sum(factors) for f in factors]
-    everything = len(weight) * top_k
-    return [max(config.min_capacity, min(base * f, everything)) for f in factors]
+        total = sum(factors)
+        factors = [f * experts / total for f in factors]
+    result = []
+    for p in range(max(pool) + 1):
+        members = [factors[j] for j in range(experts) if pool[j] == p]
+        share = math.ceil(config.capacity_factor * load * top_k * len(members) / experts - 1e-9)
+        room = min(share * sum(members) / len(members), len(weight) * top_k)
+        result.append(max(config.min_capacity, room))
+    return result
 
 
 def apportion(total, claims):
