@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.inference import utils as inference_utils
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -40,6 +41,10 @@ def on_megatron(job):
                     return job(*arguments)
             finally:
                 parallel_state.destroy_model_parallel()
+                # Newer engines leave this on in the process, which the next job shares.
+                mode = getattr(inference_utils, "InferenceMode", None)
+                if mode is not None:
+                    mode.unset_active()
 
     return run
 
