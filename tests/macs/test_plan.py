@@ -241,10 +241,11 @@ def test_permuting_tokens_permutes_the_plan(case, random):
 @given(routings(config=configs()))
 @MANY
 def test_columns_may_come_in_any_order(case):
-    flipped = replace(case, experts=case.experts.flip(1), weights=case.weights.flip(1))
-    first, second = plan_of(case), plan_of(flipped)
-    assert torch.equal(first.experts, second.experts.flip(1))
-    assert torch.equal(first.weights, second.weights.flip(1))
+    # A rotation: unlike a reversal it is not its own inverse.
+    rotated = replace(case, experts=case.experts.roll(1, 1), weights=case.weights.roll(1, 1))
+    first, second = plan_of(case), plan_of(rotated)
+    assert torch.equal(first.experts, second.experts.roll(-1, 1))
+    assert torch.equal(first.weights, second.weights.roll(-1, 1))
 
 
 @given(
@@ -368,6 +369,31 @@ def test_exempt_and_padding_are_left_alone(case):
     else:
         assert torch.equal(plan.experts[padding], case.experts[padding])
         assert torch.equal(plan.weights[padding], case.weights[padding])
+
+
+def test_exempt_tokens_stay_whatever_the_bounds():
+    config = MACSConfig(min_tokens=0, capacity_factor=0.001, max_load_factor=0.5, reroute="none")
+    tokens = replace(Tokens.all_text(6, "cpu"), exempt=torch.tensor([True] * 4 + [False] * 2))
+    plan = Planner(config, Topology(2, 2), 1).plan(
+        torch.randn(6, 4),
+        torch.zeros(6, 1, dtype=torch.int64),
+        torch.ones(6, 1),
+        torch.full((6, 2), 0.5),
+        tokens,
+    )
+    assert plan.experts[:, 0].tolist() == [0, 0, 0, 0, -1, -1]
+    assert int(plan.statistics.unmet) == 1  # four rows where the bound is one
+
+
+def test_a_bound_on_drops_brings_back_no_expert_the_policy_added():
+    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).repeat(8, 1)
+    experts = torch.tensor([[2, 3]]).repeat(8, 1)
+    config = MACSConfig(min_tokens=0, max_drop=0.0)
+    policy = build_policy("expanded-drop", config, Topology(4, 1), 2)
+    plan = policy.plan(torch.randn(8, 4), experts, torch.full((8, 2), 0.5), scores)
+    # Experts 2 and 3 take everyone back; 0 and 1, which score higher but nobody chose, stay within
+    # their capacity.
+    assert plan.statistics.load_after.tolist() == [4, 4, 8, 8]
 
 
 def test_few_tokens_are_left_alone():
