@@ -339,10 +339,11 @@ def main() -> None:
         else:
             results = experiment.run()
             device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-            ranks = dist.get_world_size()
+            ranks, batch = experiment.ranks, experiment.share * experiment.ranks
+            asked = arguments.samples // batch * batch
             caption = (
                 f"Megatron-Core {megatron.core.__version__}, {arguments.dispatcher}, {ranks} expert-parallel "
-                f"ranks, {device}; {arguments.samples}\nheld-out questions in batches of {arguments.batch}. "
+                f"ranks, {device}; {asked}\nheld-out questions in batches of {batch}. "
                 "Busiest expert: load over the mean\nexpert's; busiest rank: rows over vanilla's mean rank; "
                 "before and after\nplanning. R_v: effective visual ratio. Times: medians, slowest rank, "
                 "vanilla is\nstock. An equal capacity factor is not an equal load: compare policies by\n"

@@ -14,7 +14,7 @@ from .metrics import LayerRecorder, LayerReport
 from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, Tokens, current_modality, modality
 from .plan import Plan, PlanStatistics
 from .planner import Planner, router_similarity
-from .policies import POLICIES, Policy, build_policy
+from .policies import POLICIES, build_policy
 from .profile import Calibration, Profile, router_fingerprint
 from .runtime import LayerRuntime, Runtime
 from .topology import Topology
@@ -37,7 +37,6 @@ __all__ = [
     "Plan",
     "PlanStatistics",
     "Planner",
-    "Policy",
     "Profile",
     "Runtime",
     "Tokens",

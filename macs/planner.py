@@ -59,6 +59,9 @@ class Planner:
     whose shape depends on values. The first call on a device puts the constants there.
     """
 
+    plans = True
+    """False for a policy that leaves every layer alone."""
+
     def __init__(
         self,
         config: MACSConfig,
@@ -110,7 +113,7 @@ class Planner:
         In group scope every member of the group must call this, with T = 0 if it has no tokens.
         """
         tokens = self._check(hidden, experts, weights, scores, tokens)
-        if self._gathers == 1 and len(hidden) < self.config.min_tokens:
+        if not self.plans or (self._gathers == 1 and len(hidden) < self.config.min_tokens):
             return self._untouched(experts, weights, tokens)  # known without looking, as in decoding
         constants = self._constants(hidden.device)
         # Columns ascend by expert within the plan, whatever order the engine's router gave.

@@ -7,38 +7,16 @@ through the same code and the same adapters, and a comparison is one of policies
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import MACSConfig, check_name
 from .modality import Tokens
-from .plan import Plan
 from .planner import Constants, Planner
 from .routing import weight_of_score
 from .topology import Topology
-
-
-class Policy(Protocol):
-    """What an engine adapter needs."""
-
-    config: MACSConfig
-    topology: Topology
-    top_k: int
-
-    @property
-    def slots(self) -> int: ...
-
-    def plan(
-        self,
-        hidden: Tensor,
-        experts: Tensor,
-        weights: Tensor,
-        scores: Tensor,
-        tokens: Tokens | None = None,
-    ) -> Plan: ...
-
 
 COUNTED: dict[str, Any] = {
     "basis": "tokens",
@@ -55,15 +33,7 @@ COUNTED: dict[str, Any] = {
 class Vanilla(Planner):
     """The router's top-k, dropless: the plan is the choice, and only counted."""
 
-    def plan(
-        self,
-        hidden: Tensor,
-        experts: Tensor,
-        weights: Tensor,
-        scores: Tensor,
-        tokens: Tokens | None = None,
-    ) -> Plan:
-        return self._untouched(experts, weights, self._check(hidden, experts, weights, scores, tokens))
+    plans = False
 
 
 class ExpandedDrop(Planner):
@@ -103,7 +73,7 @@ def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, 
     """The policy of that name; ``extras`` are ``Planner``'s keyword arguments.
 
     Baselines take ``capacity_factor``, ``scope``, ``min_tokens``, ``renormalize``, ``drop_padding``
-    and the two bounds from the config, and set the rest themselves:
+    and the two bounds from the config, and set the rest themselves (vanilla heeds none of them):
 
     vanilla        the router's choice
     token-drop     capacity ceil(gamma T k / E) for each expert, highest scores stay
