@@ -10,6 +10,7 @@ Letters in shapes, here and in every module:
 """
 
 from .config import PRESETS, MACSConfig
+from .hooks import ModalityHook, attach_modality
 from .metrics import LayerRecorder, LayerReport
 from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, Tokens, current_modality, modality
 from .plan import Plan, PlanStatistics
@@ -17,6 +18,7 @@ from .planner import Planner, router_similarity
 from .policies import POLICIES, build_policy
 from .profile import Calibration, Profile, router_fingerprint
 from .runtime import LayerRuntime, Runtime
+from .scoring import full_scores
 from .topology import Topology
 
 __version__ = "0.1.0"
@@ -34,6 +36,7 @@ __all__ = [
     "LayerRuntime",
     "MACSConfig",
     "Modality",
+    "ModalityHook",
     "Plan",
     "PlanStatistics",
     "Planner",
@@ -41,8 +44,10 @@ __all__ = [
     "Runtime",
     "Tokens",
     "Topology",
+    "attach_modality",
     "build_policy",
     "current_modality",
+    "full_scores",
     "modality",
     "router_fingerprint",
     "router_similarity",

@@ -200,21 +200,39 @@ class LayerRuntime:
 
         A mask of another shape or device is an error; no mask at all makes every token text.
         """
-        modality = current_modality()
-        if modality is None:
-            self.runtime.say_once(
-                "MACS: no modality mask around this forward pass; every token counts as text"
-            )
-            modality = Modality.of(torch.zeros(batch, length, dtype=torch.bool, device=device))
+        modality = self._modality(batch, length, device)
         found = tuple(modality.kinds.shape)
         if found != (batch, length):
             raise ValueError(
                 f"modality mask: found shape {found}, the layer has {batch} sequences of {length} tokens"
             )
+        return self._laid_out(modality, sequence_major)
+
+    def counted_tokens(self, count: int, sequence_major: bool, device: torch.device) -> Tokens:
+        """As ``tokens``, for an engine that says only how many tokens, B S = count, there are."""
+        modality = self._modality(1, count, device)
+        if modality.kinds.numel() != count:
+            raise ValueError(
+                f"modality mask: found shape {tuple(modality.kinds.shape)}, {modality.kinds.numel()} tokens; "
+                f"the layer has {count}"
+            )
+        return self._laid_out(modality, sequence_major)
+
+    def _modality(self, batch: int, length: int, device: torch.device) -> Modality:
+        """The modality around the call; all text, [batch, length], where there is none."""
+        modality = current_modality()
+        if modality is None:
+            self.runtime.say_once(
+                "MACS: no modality mask around this forward pass; every token counts as text"
+            )
+            return Modality.of(torch.zeros(batch, length, dtype=torch.bool, device=device))
         if modality.kinds.device != device:
             raise ValueError(
                 f"modality mask: found on {modality.kinds.device}, the hidden states are on {device}"
             )
+        return modality
+
+    def _laid_out(self, modality: Modality, sequence_major: bool) -> Tokens:
         sources = len(self.topology.sources)
         return modality.sequence_major(sources) if sequence_major else modality.batch_major(sources)
 

@@ -11,9 +11,10 @@ try:
 except ImportError as error:
     raise ImportError("megatron_macs needs megatron-core: pip install 'macs-moe[megatron]'") from error
 
+from macs import attach_modality
+
 from .cpu import cpu_engine
 from .dispatcher import MACSAllGatherTokenDispatcher, MACSAlltoAllTokenDispatcher
-from .hooks import attach_modality
 from .layer import MACSMoELayer
 from .router import MACSTopKRouter
 from .spec import with_macs

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from macs import LayerRuntime
+from macs import LayerRuntime, full_scores
 
 
 class MACSTopKRouter(TopKRouter):
@@ -33,10 +32,3 @@ class MACSTopKRouter(TopKRouter):
             if not self.training and self.macs.awaits_scores:
                 self.macs.offer_scores(full_scores(logits.flatten(0, -2), self.score_function))
         return routed
-
-
-def full_scores(logits: Tensor, score_function: str) -> Tensor:
-    """Scores of every expert, without correction bias: logits [T, E] -> float32 [T, E] in 0..1."""
-    if score_function == "softmax":
-        return torch.softmax(logits, dim=-1, dtype=torch.float32)
-    return torch.sigmoid(logits.float())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support import reference
 from support.cases import configs, routings
 
+from macs import full_scores
 from macs.capacity import LoadTable, effective_visual_ratio, measure, pool_capacity, quotas
 from macs.fixed_point import UNIT, apportion
 from macs.weighting import constant_weights, entropy_weights, feature_entropy, normalize_entropy
@@ -183,3 +184,18 @@ def test_quotas(data):
 def test_load_table_survives_the_wire():
     tables = torch.arange(2 * 11).view(2, 11)
     assert torch.equal(LoadTable.unpack(tables).pack(), tables)
+
+
+def test_scores_are_the_unbiased_softmax_or_sigmoid():
+    logits = torch.randn(3, 4).bfloat16()
+    assert torch.equal(full_scores(logits, "softmax"), torch.softmax(logits.float(), -1))
+    assert torch.equal(full_scores(logits, "sigmoid"), torch.sigmoid(logits.float()))
+
+
+def test_experts_a_token_may_not_use_score_nothing():
+    logits = torch.randn(3, 4)
+    eligible = torch.tensor([True, False, True, True]).expand(3, 4)
+    found = full_scores(logits, "sigmoid", eligible)
+    assert (found[:, 1] == 0).all() and torch.equal(found[:, 2], torch.sigmoid(logits[:, 2]))
+    with pytest.raises(ValueError, match="score function: found 'relu', expected softmax or sigmoid"):
+        full_scores(logits, "relu")

@@ -15,10 +15,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from macs import AUDIO, IMAGE, TEXT, VIDEO, MACSConfig, Runtime, current_modality, modality
-from megatron_macs import MACSMoELayer, MACSTopKRouter, attach_modality, cpu_engine, with_macs
+from macs import MACSConfig, Runtime
+from megatron_macs import MACSMoELayer, MACSTopKRouter, cpu_engine, with_macs
 from megatron_macs.dispatcher import chosen_experts
-from megatron_macs.router import full_scores
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU shim refuses to run where CUDA is")
 
@@ -69,51 +68,6 @@ def test_block_specs_are_swapped_layer_by_layer():
 def test_chosen_experts_ascend_and_mark_what_is_missing():
     routing_map = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     assert chosen_experts(routing_map, 2).tolist() == [[0, 2], [3, -1], [-1, -1], [0, 1]]
-
-
-def test_scores_are_the_unbiased_softmax_or_sigmoid():
-    logits = torch.randn(3, 4).bfloat16()
-    assert torch.equal(full_scores(logits, "softmax"), torch.softmax(logits.float(), -1))
-    assert torch.equal(full_scores(logits, "sigmoid"), torch.sigmoid(logits.float()))
-
-
-class Model(nn.Module):
-    def forward(self, input_ids, position_ids=None):
-        if input_ids is not None and input_ids[0, 0] == 99:
-            raise RuntimeError("in the model")
-        return current_modality()
-
-
-def test_the_hook_reads_the_ids_of_every_call():
-    model = Model()
-    hook = attach_modality(model, image_token_id=5, video_token_id=6, audio_token_id=7, padding_token_id=0)
-    ids = torch.tensor([[0, 5, 6, 7, 1]])
-    for found in (model(ids), model(input_ids=ids)):
-        assert found.kinds.tolist() == [[TEXT, IMAGE, VIDEO, AUDIO, TEXT]]
-        assert found.valid.tolist() == [[False, True, True, True, True]]
-    assert model(torch.tensor([[1]])).kinds.shape == (1, 1)  # a decoding step
-    assert model(None) is None and current_modality() is None
-    with pytest.raises(RuntimeError, match="in the model"):
-        model(torch.tensor([[99]]))
-    assert current_modality() is None  # also when the model fails
-    hook.remove()
-    assert model(ids) is None
-
-
-def test_what_the_caller_says_goes_first():
-    model = Model()
-    attach_modality(model, image_token_id=5)
-    ids = torch.tensor([[5, 1]])
-    with modality(ids == 5, exempt=ids == 1):
-        assert model(ids).exempt.tolist() == [[False, True]]
-        assert model(ids[:, :1]).kinds.tolist() == [[IMAGE]]  # another shape is another batch
-
-
-def test_the_hook_needs_something_to_look_for():
-    with pytest.raises(ValueError, match="found none"):
-        attach_modality(Model())
-    with pytest.raises(ValueError, match="takes no input_ids"):
-        attach_modality(nn.Linear(1, 1), image_token_id=1)
 
 
 def symbols():

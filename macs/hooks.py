@@ -1,0 +1,129 @@
+"""Which token is which, from what a model is called with, at every forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, current_modality, modality
+
+TOKEN_ID_NAMES = {
+    IMAGE: ("image_token_id", "image_token_index", "media_placeholder_token_id"),
+    VIDEO: ("video_token_id", "video_token_index"),
+    AUDIO: ("audio_token_id", "audio_token_index"),
+}
+"""What the configs of multimodal models call the token that stands for one piece of a modality."""
+
+
+def token_kinds_of(config: Any) -> dict[int, int]:
+    """Token id -> kind, as far as a model's config (any object or none) tells."""
+    found: dict[int, int] = {}
+    for kind, names in TOKEN_ID_NAMES.items():
+        for name in names:
+            token = getattr(config, name, None)
+            if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+                found.setdefault(token, kind)
+    return found
+
+
+class ModalityHook:
+    """The hooks ``attach_modality`` set; ``remove`` takes them off."""
+
+    def __init__(self, model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> None:
+        self._token_kinds = token_kinds
+        self._padding_id = padding_id
+        self._signature = inspect.signature(model.forward)
+        self._open: list[ExitStack] = []
+        self._handles = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def modality_of(
+        self,
+        input_ids: Tensor | None,
+        mm_token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Modality | None:
+        """The modality of the tokens of a call; none if nothing tells.
+
+        input_ids int [B, S]; mm_token_type_ids int [B, S], a processor's own kinds, which go before
+        what the ids say; attention_mask [B, S' >= S], 0 for padding: its last S columns belong to
+        these tokens, the ones before to a cache. A mask of another rank says nothing of padding.
+        """
+        if mm_token_type_ids is not None and mm_token_type_ids.dim() == 2:
+            kinds = mm_token_type_ids
+        elif input_ids is not None and self._token_kinds:
+            kinds = torch.full_like(input_ids, TEXT, dtype=torch.int8)
+            for token_id, kind in self._token_kinds.items():
+                kinds = kinds.masked_fill(input_ids == token_id, kind)
+        else:
+            return None
+        valid = torch.ones_like(kinds, dtype=torch.bool)
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            valid = valid & (attention_mask[:, attention_mask.shape[1] - kinds.shape[1] :] != 0)
+        if self._padding_id is not None and input_ids is not None:
+            valid = valid & (input_ids != self._padding_id)
+        return Modality.of(kinds.to(torch.int8), valid=valid)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack = ExitStack()
+        self._open.append(stack)
+        bound = self._signature.bind_partial(*args, **kwargs)
+        names = ("input_ids", "mm_token_type_ids", "attention_mask")
+        found = self.modality_of(*(bound.arguments.get(name) for name in names))
+        outer = current_modality()
+        # What the caller said of these very tokens goes before what their ids say.
+        if found is not None and (outer is None or outer.kinds.shape != found.kinds.shape):
+            stack.enter_context(modality(found))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._open.pop().close()
+
+
+def attach_modality(
+    model: nn.Module,
+    *,
+    image_token_id: int | None = None,
+    video_token_id: int | None = None,
+    audio_token_id: int | None = None,
+    padding_token_id: int | None = None,
+) -> ModalityHook:
+    """Set the modality mask around every forward pass of a model that takes ``input_ids`` [B, S].
+
+    Token ids that are not given are read from ``model.config`` where it has them (Hugging Face);
+    ``mm_token_type_ids`` and a two-dimensional ``attention_mask`` are heeded where the model is called
+    with them. ``padding_token_id`` marks padding in prompts that come without such a mask; padding has
+    no weight and no say. Every pipeline stage must be called with the ids, as Megatron's inference
+    engines do. A ``macs.modality`` block of the same [B, S] around the call goes first, so that it can
+    exempt tokens. Returns a handle with ``remove``.
+
+    Raises a ``ValueError`` where nothing would tell visual tokens from text.
+    """
+    given = {image_token_id: IMAGE, video_token_id: VIDEO, audio_token_id: AUDIO}
+    named = {token: kind for token, kind in given.items() if token is not None}
+    # The config speaks for the kinds the caller did not name.
+    known = {
+        token: kind
+        for token, kind in token_kinds_of(getattr(model, "config", None)).items()
+        if kind not in named.values() and token not in named
+    }
+    parameters = inspect.signature(model.forward).parameters
+    if not (named or known or "mm_token_type_ids" in parameters):
+        raise ValueError(
+            "attach_modality: expected image_token_id, video_token_id or audio_token_id, as an argument or "
+            f"in the model's config; found none, and {type(model).__name__}.forward takes no "
+            "mm_token_type_ids"
+        )
+    if "input_ids" not in parameters:
+        raise ValueError(f"attach_modality: {type(model).__name__}.forward takes no input_ids")
+    return ModalityHook(model, {**known, **named}, padding_token_id)
