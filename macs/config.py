@@ -136,25 +136,7 @@ class MACSConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> MACSConfig:
         """A config from a ``.json``, ``.yaml`` or ``.yml`` file (YAML needs pyyaml)."""
-        path = Path(path)
-        text = path.read_text()
-        if path.suffix == ".json":
-            try:
-                values = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"config {path}: not valid JSON: {error}") from error
-        elif path.suffix in (".yaml", ".yml"):
-            try:
-                import yaml
-            except ImportError as error:
-                raise ImportError(f"config {path}: YAML needs pyyaml: pip install pyyaml") from error
-            try:
-                values = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(f"config {path}: not valid YAML: {error}") from error
-        else:
-            raise ValueError(f"config {path}: expected a .json, .yaml or .yml file")
-        return cls.from_dict({} if values is None else values)
+        return cls.from_dict(read_mapping(path))
 
     @classmethod
     def preset(cls, name: str) -> MACSConfig:
@@ -184,6 +166,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "modality_strength": 0.0,
     },
 }
+
+
+def read_mapping(path: str | Path) -> Any:
+    """What a ``.json``, ``.yaml`` or ``.yml`` file holds, normally a mapping; nothing is an empty one."""
+    path = Path(path)
+    text = path.read_text()
+    if path.suffix == ".json":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"config {path}: not valid JSON: {error}") from error
+    elif path.suffix in (".yaml", ".yml"):
+        try:
+            import yaml
+        except ImportError as error:
+            raise ImportError(f"config {path}: YAML needs pyyaml: pip install pyyaml") from error
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"config {path}: not valid YAML: {error}") from error
+    else:
+        raise ValueError(f"config {path}: expected a .json, .yaml or .yml file")
+    return {} if values is None else values
 
 
 def check_name(kind: str, name: Any, valid: tuple[str, ...]) -> None:

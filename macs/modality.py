@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -156,6 +156,10 @@ class Tokens:
             position=position,
             source=(position // max(1, columns)) * sources // max(1, rows),
         )
+
+    def only(self, used: Tensor) -> Tokens:
+        """These tokens, of which only those in ``used`` bool [T] are no padding."""
+        return replace(self, valid=self.valid & used)
 
     @property
     def visual(self) -> Tensor:

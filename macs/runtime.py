@@ -58,6 +58,8 @@ class Runtime:
         build_policy(policy, config.updated(similarity="none"), Topology(1), 1)
         if config.similarity == "profile" and (profile is None or profile.similarity is None):
             raise ValueError("config.similarity: found 'profile', but no profile has a similarity matrix")
+        for layer in self.layers:
+            layer.check(policy, config)
         self.policy, self.config, self.profile = policy, config, profile
         for layer in self.layers:
             layer.reset()
@@ -68,12 +70,16 @@ class Runtime:
         topology: Topology,
         top_k: int,
         group: dist.ProcessGroup | None = None,
+        check: Callable[[str, MACSConfig], None] | None = None,
     ) -> LayerRuntime:
         """Register a MoE layer; for engine adapters.
 
         ``router_weight`` returns the router's rows [E, D] once weights are loaded. ``group`` holds
-        the processes whose tokens meet in this layer's experts.
+        the processes whose tokens meet in this layer's experts. ``check`` raises a ``ValueError`` for a
+        policy and settings that the engine cannot honour here, now or when ``use`` asks for them.
         """
+        if check is not None:
+            check(self.policy, self.config)
         if self.virtual_ranks > 1:
             if topology.num_ranks > 1:
                 raise ValueError(
@@ -83,7 +89,7 @@ class Runtime:
             topology = Topology(
                 topology.num_experts, self.virtual_ranks, sources=tuple(range(self.virtual_ranks))
             )
-        layer = LayerRuntime(self, router_weight, topology, top_k, group)
+        layer = LayerRuntime(self, router_weight, topology, top_k, group, check)
         self.layers.append(layer)
         return layer
 
@@ -140,12 +146,14 @@ class LayerRuntime:
         topology: Topology,
         top_k: int,
         group: dist.ProcessGroup | None,
+        check: Callable[[str, MACSConfig], None] | None,
     ) -> None:
         self.runtime = runtime
         self.router_weight = router_weight
         self.topology = topology
         self.top_k = top_k
         self.group = group
+        self._check = check
         self.calibration = Calibration(topology.num_experts)
         self._scores: Tensor | None = None
         self.reset()
@@ -154,6 +162,11 @@ class LayerRuntime:
         """Forget the planner and the records; needed when the model's weights change."""
         self._planner: Planner | None = None
         self.recorder = LayerRecorder(self.topology, self.top_k)
+
+    def check(self, policy: str, config: MACSConfig) -> None:
+        """Raise a ``ValueError`` if the engine cannot honour this policy or these settings here."""
+        if self._check is not None:
+            self._check(policy, config)
 
     @property
     def awaits_scores(self) -> bool:

@@ -1,0 +1,65 @@
+"""Which versions of DeepSpeed and transformers the adapter can build on, told by what they have."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+NEEDED_DEEPSPEED = "0.19.8"
+KNOWN_TRANSFORMERS = "5.17.0"
+AUTOEP_LAYER = "deepspeed.module_inject.auto_ep_layer"
+SYMBOLS = (
+    ("deepspeed.moe.sharded_moe", "top1gating"),
+    ("deepspeed.moe.sharded_moe", "TopKGate"),
+    (AUTOEP_LAYER, "_split_plan_from_expert_counts"),
+    (AUTOEP_LAYER, "AutoEPMoELayer._forward"),
+    (AUTOEP_LAYER, "AutoEPMoELayer._finalize_output"),
+)
+
+
+def check_deepspeed() -> None:
+    """Raise an ``ImportError`` that names what the installed DeepSpeed lacks, and the version needed."""
+    import deepspeed
+
+    missing = [f"{module}.{path}" for module, path in SYMBOLS if not _has(module, path)]
+    if not missing:
+        gate = importlib.import_module("deepspeed.moe.sharded_moe").TopKGate
+        if "sparse_routes" not in inspect.signature(gate.forward).parameters:
+            missing = ["the sparse_routes argument of deepspeed.moe.sharded_moe.TopKGate.forward"]
+    if missing:
+        raise ImportError(
+            f"deepspeed_macs needs deepspeed>={NEEDED_DEEPSPEED},<0.20; found "
+            f"{getattr(deepspeed, '__version__', 'an unknown version')}, which lacks {', '.join(missing)}"
+        )
+
+
+def _has(module: str, path: str) -> bool:
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError:
+        return False
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found is not None
+
+
+def check_transformers() -> None:
+    """Raise an ``ImportError`` if the installed transformers is too new for AutoEP.
+
+    AutoEP looks models' recorded outputs up by class name, in a plain dictionary of transformers.
+    """
+    try:
+        import transformers
+        from transformers.utils import output_capturing
+    except ImportError:
+        return  # AutoEP says itself what it needs
+    registry = getattr(output_capturing, "_CAN_RECORD_REGISTRY", None)
+    if type(registry) is not dict:
+        import deepspeed
+
+        raise ImportError(
+            f"transformers {transformers.__version__} is too new for the AutoEP of DeepSpeed "
+            f"{deepspeed.__version__}: its registry of recorded outputs is no plain dictionary any more. "
+            f"{KNOWN_TRANSFORMERS} is known to work: pip install 'transformers=={KNOWN_TRANSFORMERS}'"
+        )
