@@ -105,11 +105,14 @@ class MACSTopKGate(TopKGate):
         capacity = loads_of(experts, num_experts).amax()
         if self.macs.group is not None and dist.get_world_size(self.macs.group) > 1:
             dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.macs.group)
-        if groups._get_expert_model_parallel_world_size() == 1:
-            # The layer divides the C rows among tensor-parallel ranks, whose tokens are the same.
-            shares = 1 if groups.mpu is None else bwc_tensor_model_parallel_world_size(mpu=groups.mpu)
-            capacity = (capacity + shares - 1) // shares * shares
-        return capacity
+        # The layer divides the C rows among tensor-parallel ranks, whose tokens are the same.
+        shares = tensor_parallel_size()
+        return (capacity + shares - 1) // shares * shares
+
+
+def tensor_parallel_size() -> int:
+    """Ranks that hold the same tokens, each with a part of the layers outside the experts."""
+    return 1 if groups.mpu is None else bwc_tensor_model_parallel_world_size(mpu=groups.mpu)
 
 
 def loads_of(experts: Tensor, num_experts: int) -> Tensor:

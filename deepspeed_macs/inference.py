@@ -16,7 +16,6 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.utils import groups
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from macs import MACSConfig, Runtime, Topology, attach_modality
@@ -25,7 +24,7 @@ from macs.config import read_mapping
 from .autoep import MACSAutoEPMoELayer, check_options
 from .compat import check_transformers
 from .config import EXPERT_PARALLEL, MACSBlock, take_block
-from .gate import MACSTopKGate
+from .gate import MACSTopKGate, tensor_parallel_size
 from .models import expert_parallel_settings
 
 Block = MACSBlock | Mapping[str, Any]
@@ -208,7 +207,7 @@ def _adopt_gate(layer: MOELayer, runtime: Runtime, block: MACSBlock) -> None:
                 "has: capacity pooled over a rank (level = rank, rank-balanced, max_load_factor) does not "
                 "shorten its steps; use level = expert"
             )
-        shares = 1 if groups.mpu is None else bwc_tensor_model_parallel_world_size(mpu=groups.mpu)
+        shares = tensor_parallel_size()
         if config.scope == "group" and shares > 1 and groups._get_expert_model_parallel_world_size() == 1:
             raise ValueError(
                 "config.scope = 'group' cannot be used with MACS here: the expert-parallel group holds "

@@ -1,0 +1,291 @@
+"""Jobs for worker processes: DeepSpeed's MoE layers, stock and with MACS, on one or more ranks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import types
+import warnings
+from contextlib import contextmanager
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import nn
+
+import deepspeed_macs
+from macs import Runtime
+
+HIDDEN, FFN = 16, 24
+IMAGE_TOKEN = 5
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)
+
+
+def on_deepspeed(job):
+    """Run a job with DeepSpeed on the worker's process group, and forget its groups afterwards."""
+
+    @functools.wraps(job)
+    def run(*arguments: Any) -> Any:
+        deepspeed.init_distributed("gloo", dist_init_required=False, verbose=False)
+        try:
+            with torch.inference_mode():
+                return job(*arguments)
+        finally:
+            forget_groups()
+
+    return run
+
+
+def forget_groups() -> None:
+    """DeepSpeed keeps its process groups in module globals; the next job has other ones."""
+    for name, value in list(vars(groups).items()):
+        if name.startswith("_") and "GROUP" in name:
+            if isinstance(value, dict):
+                value.clear()
+            elif not callable(value):
+                setattr(groups, name, None)
+    groups.mpu = None
+    groups.expert_tensor_parallel_world_size = 1
+    deepspeed.comm.comm.cdb = None
+    deepspeed.inference.engine.InferenceEngine.inference_mp_group = None
+
+
+def drawn(seed: int, shape: Any) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, FFN), nn.Linear(FFN, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.up(x)))
+
+
+class Model(nn.Module):
+    """One MoE layer on embedded ids; weights depend on the expert, not on the rank it lives on."""
+
+    def __init__(self, experts: int, k: int, ep_size: int, **settings: Any) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, HIDDEN)
+        self.moe = MoE(HIDDEN, Expert(), num_experts=experts, k=k, ep_size=ep_size, **settings)
+        local = experts // ep_size
+        first = (dist.get_rank() % ep_size) * local
+        with torch.no_grad():
+            self.embed.weight.copy_(drawn(1, (32, HIDDEN)))
+            self.moe.deepspeed_moe.gate.wg.weight.copy_(drawn(0, (experts, HIDDEN)) / 2)
+            for expert, module in enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts, first):
+                fill_expert(module, expert)
+
+    def forward(self, input_ids: torch.Tensor, used_token: torch.Tensor | None = None) -> torch.Tensor:
+        return self.moe(self.embed(input_ids), used_token)[0]
+
+
+def fill_expert(module: Expert, expert: int) -> Expert:
+    for number, parameter in enumerate(module.parameters()):
+        parameter.copy_(drawn(100 * expert + number, parameter.shape) / 4)
+    return module
+
+
+DROPLESS = {"drop_tokens": False, "use_rts": False, "top2_2nd_expert_sampling": False}
+
+
+def batch_of(rank: int, rows: int, length: int) -> torch.Tensor:
+    """Token ids [B, S] of a rank; ids of one kind are frequent, so that experts are unevenly hot."""
+    generator = torch.Generator().manual_seed(7 + rank)
+    ids = torch.randint(0, 32, (rows, length), generator=generator)
+    return torch.where(torch.rand(rows, length, generator=generator) < 0.5, IMAGE_TOKEN, ids)
+
+
+def stock_engine(experts: int, k: int, **settings: Any) -> Any:
+    """DeepSpeed's own, its expert-parallel groups joined as ``deepspeed.initialize`` would."""
+    world = dist.get_world_size()
+    model = Model(experts, k, world, **{**DROPLESS, **settings})
+    model.moe.set_deepspeed_parallelism()
+    return deepspeed.init_inference(model, config={"dtype": "fp32", "moe": {"ep_size": world}}).eval()
+
+
+def macs_engine(experts: int, k: int, block: dict[str, Any], **settings: Any) -> Any:
+    world = dist.get_world_size()
+    config = {
+        "dtype": "fp32",
+        "moe": {"ep_size": world},
+        "macs": {"image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block},
+    }
+    return deepspeed_macs.init_inference(Model(experts, k, world, **settings), config).eval()
+
+
+class PlanLog:
+    """Keeps the plans of every layer of a runtime, and how each is laid out."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.plans: list[Any] = []
+        for layer in runtime.layers:
+            inner = layer.plan
+
+            def plan(*arguments: Any, inner: Any = inner) -> Any:
+                self.plans.append(inner(*arguments))
+                return self.plans[-1]
+
+            layer.plan = plan
+
+
+@contextmanager
+def counted_traffic():
+    """Rows of every all-to-all of floating point numbers, as this rank hands them to the collective."""
+    rows: list[int] = []
+    real = dist.all_to_all_single
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        source = named["input"] if "input" in named else arguments[1]
+        if source.is_floating_point():
+            rows.append(source.numel() // source.shape[-1])
+        return real(*arguments, **named)
+
+    dist.all_to_all_single = counting
+    try:
+        yield rows
+    finally:
+        dist.all_to_all_single = real
+
+
+@on_deepspeed
+def gate_unbounded_is_stock(experts: int, k: int) -> dict[str, bool]:
+    """Stock output against MACS with room for everything, and against vanilla and MACS off."""
+    ids = batch_of(dist.get_rank(), 3, 9)
+    stock = stock_engine(experts, k)(ids)
+    same = {}
+    for name, block in (
+        ("macs", {"capacity_factor": 1e6}),
+        ("macs in a group", {"capacity_factor": 1e6, "scope": "group"}),
+        ("pooled", {"capacity_factor": 1e6, "preset": "pooled"}),
+        ("token-drop", {"capacity_factor": 1e6, "policy": "token-drop"}),
+        ("vanilla", {"policy": "vanilla"}),
+        ("few tokens", {"capacity_factor": 0.1, "min_tokens": 1000}),
+    ):
+        # The gate's own settings are DeepSpeed's defaults: dropping, random selection, noise.
+        same[name] = torch.equal(macs_engine(experts, k, block)(ids), stock)
+    engine = macs_engine(experts, k, {"capacity_factor": 0.1}, **DROPLESS)
+    same["bounded differs"] = not torch.equal(engine(ids), stock)
+    with engine.macs.calibration():
+        same["calibrating"] = torch.equal(engine(ids), stock)
+    engine.macs.enabled = False
+    same["off"] = torch.equal(engine(ids), stock)
+    engine.macs.enabled = True
+    engine.train()
+    same["training"] = torch.equal(engine(ids), stock)
+    return same
+
+
+@on_deepspeed
+def gate_planned_output(policy: str, settings: dict, experts: int, k: int) -> dict[str, Any]:
+    """A layer's output, plan and traffic, and what the plan says the output must be."""
+    ids = batch_of(dist.get_rank(), 3, 9)
+    engine = macs_engine(experts, k, {"policy": policy, **settings})
+    log = PlanLog(engine.macs)
+    computed = []
+    layer = engine.module.moe.deepspeed_moe
+    layer.experts.register_forward_pre_hook(lambda _, args: computed.append(args[0].numel() // HIDDEN))
+    with counted_traffic() as sent:
+        output = engine(ids)
+    plan = log.plans[0]
+    flat = engine.module.embed(ids).flatten(0, 1)
+    expected = torch.zeros_like(flat)
+    for expert in range(experts):
+        weight = torch.where(plan.experts == expert, plan.weights, 0).sum(1)
+        expected += fill_expert(Expert(), expert)(flat) * weight[:, None]
+    loads = torch.bincount(plan.experts[plan.experts >= 0], minlength=experts)
+    statistics = {name: float(getattr(plan.statistics, name)) for name in plan.statistics.scalar_names()}
+    return {
+        "error": float((output.flatten(0, 1) - expected).abs().max()),
+        "experts": plan.experts.tolist(),
+        "weights": plan.weights.tolist(),
+        "fullest": int(loads.max()),
+        "sent": sent,
+        "computed": computed,
+        "statistics": statistics,
+    }
+
+
+@on_deepspeed
+def gate_uneven_tokens(lengths: list[int], block: dict, settings: dict, k: int) -> list[Any]:
+    """One sequence a rank, of different lengths, perhaps none; two forward passes."""
+    length = lengths[dist.get_rank()]
+    engine = macs_engine(4, k, block, **settings)
+    outputs = [engine(batch_of(dist.get_rank(), 1, n)) for n in (length, max(0, length - 1))]
+    return [tuple(outputs[0].shape), all(bool(torch.isfinite(output).all()) for output in outputs)]
+
+
+@on_deepspeed
+def gate_is_deterministic(block: dict) -> bool:
+    """Two runs of a k = 2 gate with DeepSpeed's default noise, with different random states."""
+    engine = macs_engine(4, 2, block)
+    ids = batch_of(dist.get_rank(), 3, 9)
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        outputs.append(engine(ids))
+    return torch.equal(*outputs)
+
+
+@contextmanager
+def flat_gathers():
+    """gloo, unlike NCCL, wants both sides of an all-gather in one shape; DeepSpeed's are not."""
+    real = deepspeed.comm.all_gather_into_tensor
+    deepspeed.comm.all_gather_into_tensor = lambda output, source, group=None: real(
+        output, source.flatten(), group=group
+    )
+    try:
+        yield
+    finally:
+        deepspeed.comm.all_gather_into_tensor = real
+
+
+@on_deepspeed
+def gate_under_tensor_parallelism(k: int, settings: dict) -> dict[str, Any]:
+    """Every rank a tensor-parallel rank with the same tokens, and experts spread over all of them."""
+    world = dist.get_world_size()
+    ids = batch_of(0, 3, 9)
+    # Rerouting that does not ask where experts live, so that one process can say what must come out.
+    block = {"capacity_factor": 0.7, "reroute": "group", **settings}
+    block = {"image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block}
+    alone = Model(4, k, 1)
+    deepspeed_macs.add_macs(alone, block)
+    expected = alone.eval()(ids)
+    group = dist.new_group(list(range(world)))
+    groups.mpu = types.SimpleNamespace(
+        get_tensor_model_parallel_world_size=lambda: world,
+        get_tensor_model_parallel_rank=dist.get_rank,
+        get_tensor_model_parallel_group=lambda: group,
+        get_model_parallel_world_size=lambda: world,
+        get_model_parallel_rank=dist.get_rank,
+        get_model_parallel_group=lambda: group,
+        get_data_parallel_world_size=lambda: 1,
+        get_data_parallel_rank=lambda: 0,
+        get_data_parallel_group=lambda: None,
+    )
+    shared = Model(4, k, world)
+    groups._create_expert_and_data_parallel(world)
+    shared.moe.deepspeed_moe._set_ep_group(groups._get_expert_parallel_group(f"ep_size_{world}"))
+    runtime = deepspeed_macs.add_macs(shared, block)
+    computed = []
+    shared.moe.deepspeed_moe.experts.register_forward_pre_hook(
+        lambda _, args: computed.append(args[0].shape[2])
+    )
+    with flat_gathers():
+        output = shared.eval()(ids)
+    return {
+        "error": float((output - expected).abs().max()),
+        "rows": computed,
+        "fullest": int(runtime.reports()[0].loads("after").max()),
+        "dropped": float(runtime.reports()[0].dropped.sum()),
+    }
