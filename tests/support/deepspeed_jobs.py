@@ -15,12 +15,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import nn
 
 import deepspeed_macs
+from deepspeed_macs.models import expert_parallel_settings
 from macs import Runtime
+
+from . import hf_models
 
 HIDDEN, FFN = 16, 24
 IMAGE_TOKEN = 5
@@ -34,11 +38,13 @@ def on_deepspeed(job):
 
     @functools.wraps(job)
     def run(*arguments: Any) -> Any:
+        os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as a launcher would
         deepspeed.init_distributed("gloo", dist_init_required=False, verbose=False)
         try:
             with torch.inference_mode():
                 return job(*arguments)
         finally:
+            del os.environ["LOCAL_RANK"]
             forget_groups()
 
     return run
@@ -289,3 +295,152 @@ def gate_under_tensor_parallelism(k: int, settings: dict) -> dict[str, Any]:
         "fullest": int(runtime.reports()[0].loads("after").max()),
         "dropped": float(runtime.reports()[0].dropped.sum()),
     }
+
+
+def autoep_engine(name: str, macs_block: dict[str, Any] | None, **expert_parallel: Any) -> Any:
+    """A Hugging Face model under AutoEP, stock where there is no block."""
+    model = hf_models.build(name)
+    settings = {"enabled": True, "autoep_size": dist.get_world_size(), **expert_parallel}
+    if macs_block is None:  # stock AutoEP has to be told where a multimodal model keeps its experts
+        settings = expert_parallel_settings(model.config, settings)
+    config = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": settings}
+    if macs_block is not None:
+        named = {} if name in hf_models.MULTIMODAL else {"image_token_id": hf_models.IMAGE_TOKEN}
+        config["macs"] = {"min_tokens": 0, **named, **macs_block}
+    engine = deepspeed_macs.initialize(model=model, config=config)[0]
+    engine.eval()  # which, unlike other modules', returns nothing
+    return engine
+
+
+def logits_of(engine: Any, ids: torch.Tensor) -> torch.Tensor:
+    return engine(input_ids=ids, use_cache=False).logits
+
+
+@on_deepspeed
+def autoep_unbounded_is_stock(name: str, expert_parallel: dict[str, Any]) -> dict[str, Any]:
+    """Stock AutoEP against one process of Hugging Face, and MACS with room for all against stock."""
+    ids = hf_models.token_ids(dist.get_rank())
+    hugging_face = hf_models.build(name)(input_ids=ids, use_cache=False).logits
+    stock = logits_of(autoep_engine(name, None, **expert_parallel), ids)
+    same = {}
+    for title, block in (
+        ("macs", {"capacity_factor": 1e6}),
+        ("pooled in a group", {"capacity_factor": 1e6, "preset": "pooled", "scope": "group"}),
+        ("token-drop", {"capacity_factor": 1e6, "policy": "token-drop"}),
+        ("vanilla", {"policy": "vanilla"}),
+        ("few tokens", {"capacity_factor": 0.1, "min_tokens": 1000}),
+    ):
+        same[title] = torch.equal(logits_of(autoep_engine(name, block, **expert_parallel), ids), stock)
+    engine = autoep_engine(name, {"capacity_factor": 0.3, "reroute": "none"}, **expert_parallel)
+    same["bounded differs"] = not torch.equal(logits_of(engine, ids), stock)
+    with engine.macs.calibration():
+        same["calibrating"] = torch.equal(logits_of(engine, ids), stock)
+    engine.macs.enabled = False
+    same["off"] = torch.equal(logits_of(engine, ids), stock)
+    engine.macs.enabled = True
+    for module in engine.modules():  # the layers alone, so that nothing else of the model changes
+        if isinstance(module, AutoEPMoELayer):
+            module.train()
+    same["training"] = torch.equal(logits_of(engine, ids), stock)
+    return {"off by": float((stock - hugging_face).abs().max()), "same": same}
+
+
+@on_deepspeed
+def autoep_planned_output(
+    name: str, policy: str, settings: dict[str, Any], expert_parallel: dict[str, Any]
+) -> dict[str, Any]:
+    """The first MoE layer's output, plan and traffic, and what the plan says the output must be."""
+    world = dist.get_world_size()
+    ids = hf_models.token_ids(dist.get_rank())
+    block = {"policy": policy, **settings}
+    engine = autoep_engine(name, block, **expert_parallel)
+    layer = next(module for module in engine.modules() if isinstance(module, AutoEPMoELayer))
+    log = PlanLog(engine.macs)
+    computed, seen = [], []
+    layer.experts.register_forward_pre_hook(lambda _, args: computed.append(int(args[1].sum())))
+    layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    with counted_traffic() as sent:
+        logits = logits_of(engine, ids)
+    plan, (hidden, output) = log.plans[0], seen[0]
+    flat, output = hidden.flatten(0, 1), (output[0] if isinstance(output, tuple) else output)
+    weights = []
+    for weight in (layer.experts.w1, layer.experts.w2, layer.experts.w3):
+        parts = [torch.empty_like(weight) for _ in range(world)]
+        dist.all_gather(parts, weight.data)
+        weights.append(torch.cat(parts))
+    expected = torch.zeros_like(flat)
+    for expert, (gate, down, up) in enumerate(zip(*weights, strict=True)):
+        weight = torch.where(plan.experts == expert, plan.weights, 0).sum(1, keepdim=True)
+        chosen = (plan.experts == expert).any(1, keepdim=True)
+        x = flat * weight if layer.score_apply == "pre" else flat
+        value = (nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+        expected += torch.where(chosen, value if layer.score_apply == "pre" else value * weight, 0)
+    if layer.shared_experts is not None:
+        shared = layer.shared_experts(flat)
+        if layer.shared_experts_gate is not None:
+            shared = torch.sigmoid(layer.shared_experts_gate(flat)) * shared
+        expected += shared
+    statistics = {n: float(getattr(plan.statistics, n)) for n in plan.statistics.scalar_names()}
+    return {
+        "error": float((output.flatten(0, 1) - expected).abs().max()),
+        "finite": bool(torch.isfinite(logits).all()),
+        "experts": plan.experts.tolist(),
+        "weights": plan.weights.tolist(),
+        "kept_rows": int((plan.experts >= 0).sum()),
+        "to_rank": [
+            int((plan.experts // layer.num_local_experts == rank)[plan.experts >= 0].sum())
+            for rank in range(world)
+        ],
+        "sent": sent[:2],
+        "computed": computed[0],
+        "padding": 8 * layer.num_local_experts,
+        "statistics": statistics,
+    }
+
+
+@on_deepspeed
+def autoep_rerouted_within_groups(name: str) -> dict[str, Any]:
+    """Under group-limited routing nothing is rerouted to a group the token may not use."""
+    engine = autoep_engine(name, {"capacity_factor": 0.4, "reroute": "group"})
+    layer = next(module for module in engine.modules() if isinstance(module, AutoEPMoELayer))
+    router, log, seen = layer.router, PlanLog(engine.macs), []
+    router.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    logits_of(engine, hf_models.token_ids(dist.get_rank(), rows=6))
+    plan, (x, (_, chosen, _)) = log.plans[0], seen[0]
+    groups_of = torch.arange(router.num_experts) // (router.num_experts // router.num_expert_groups)
+    scores = torch.sigmoid(router.gate(x)) if router.score_func == "sigmoid" else router.gate(x).softmax(1)
+    if router.e_score_correction_bias is not None:
+        scores = scores + router.e_score_correction_bias
+    parts = scores.view(len(scores), router.num_expert_groups, -1)
+    best = parts.amax(2) if router.group_score_func == "max" else parts.topk(2, 2).values.sum(2)
+    allowed = torch.zeros_like(best, dtype=torch.bool)
+    allowed.scatter_(1, best.topk(router.num_limited_groups, 1).indices, True)
+    rows, columns = torch.nonzero(plan.rerouted, as_tuple=True)
+    went = groups_of[plan.experts[rows, columns]]
+    return {
+        "rerouted": len(rows),
+        "within": bool(allowed[rows, went].all()),
+        "chosen_within": bool(allowed.gather(1, groups_of[chosen]).all()),
+    }
+
+
+@on_deepspeed
+def autoep_uneven_tokens(lengths: list[int], block: dict[str, Any]) -> list[Any]:
+    """One sequence a rank, of different lengths."""
+    engine = autoep_engine("qwen3_moe", block)
+    logits = logits_of(engine, hf_models.token_ids(dist.get_rank(), 1, lengths[dist.get_rank()]))
+    return [tuple(logits.shape), bool(torch.isfinite(logits).all())]
+
+
+@on_deepspeed
+def autoep_virtual_plan(virtual_ranks: int) -> Any:
+    """The first layer's plan in group scope, of the same tokens on one process or on several."""
+    world = dist.get_world_size()
+    sources = range(virtual_ranks) if virtual_ranks > 1 else [dist.get_rank()]
+    ids = torch.cat([hf_models.token_ids(rank) for rank in sources])
+    block = {"scope": "group", "capacity_factor": 0.6, "virtual_ranks": virtual_ranks}
+    engine = autoep_engine("qwen3_moe", block)
+    log = PlanLog(engine.macs)
+    logits_of(engine, ids)
+    assert world == 1 or virtual_ranks == 1
+    return [log.plans[0].experts.tolist(), float(log.plans[0].statistics.rerouted)]

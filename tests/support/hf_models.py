@@ -1,0 +1,151 @@
+"""Tiny, randomly initialised models of the Hugging Face classes that AutoEP replaces MoE blocks in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCABULARY, IMAGE_TOKEN = 64, 5
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+LATENT_ATTENTION = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": 4,
+}
+DEEPSEEK = {
+    **SIZES,
+    **LATENT_ATTENTION,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+QWEN = {**SIZES, "intermediate_size": 24, "moe_intermediate_size": 12, "num_experts": 8, "head_dim": 8}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {**SIZES, "intermediate_size": 12, "num_local_experts": 8}),
+    "qwen3_moe": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}),
+    "qwen3_moe, weights not normalised": ("qwen3_moe", {**QWEN, "norm_topk_prob": False}),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {
+            **QWEN,
+            "shared_expert_intermediate_size": 12,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "layer_types": ["full_attention", "full_attention"],
+        },
+    ),
+    "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, "topk_method": "greedy"}),
+    "deepseek_v2, limited groups": (
+        "deepseek_v2",
+        {**DEEPSEEK, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, "n_group": 4, "topk_group": 2}),
+    "minimax_m3": (
+        "minimax_m3_vl_text",
+        {
+            **SIZES,
+            "head_dim": 8,
+            "rotary_dim": 4,
+            "intermediate_size": 12,
+            "dense_intermediate_size": 24,
+            "shared_intermediate_size": 12,
+            "num_local_experts": 8,
+            "mlp_layer_types": ["sparse", "sparse"],
+            "layer_types": ["full_attention", "full_attention"],
+        },
+    ),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe",
+        {
+            "text_config": {
+                **QWEN,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [2, 1, 1],
+                    "mrope_interleaved": True,
+                },
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+                "patch_size": 4,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [],
+            },
+            "image_token_id": IMAGE_TOKEN,
+            "video_token_id": 6,
+        },
+    ),
+    "internvl": (
+        "internvl",
+        {
+            "text_config": {**QWEN, "model_type": "qwen3_moe", "norm_topk_prob": True},
+            "vision_config": {**VISION, "image_size": [8, 8], "patch_size": [4, 4]},
+            "image_token_id": IMAGE_TOKEN,
+        },
+    ),
+    "kimi": (
+        "kimi_k25",
+        {
+            "text_config": {**DEEPSEEK, "model_type": "deepseek_v3", "n_group": 4, "topk_group": 2},
+            "vision_config": {**VISION, "patch_size": 4},
+            "image_token_id": IMAGE_TOKEN,
+            "video_token_id": 6,
+        },
+    ),
+}
+MULTIMODAL = ("qwen3_vl_moe", "internvl", "kimi")
+
+
+def build(name: str) -> nn.Module:
+    """The model, float32, the same weights every time, its routers uneven."""
+    kind, settings = CONFIGS[name]
+    config = CONFIG_MAPPING[kind](**settings)
+    torch.manual_seed(0)
+    maker = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
+    model = maker.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if path.endswith("e_score_correction_bias"):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) / 4)
+            elif ".mlp." in path and tensor.dim() > 1:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / 3)
+    return model.eval()
+
+
+def token_ids(rank: int, rows: int = 3, length: int = 12) -> Tensor:
+    """Ids [B, S] of a rank, about half of them the image token."""
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(7, VOCABULARY, (rows, length), generator=generator)
+    return torch.where(torch.rand(rows, length, generator=generator) < 0.5, IMAGE_TOKEN, ids)
