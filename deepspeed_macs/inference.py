@@ -93,7 +93,7 @@ def add_macs(model: nn.Module, macs: Block) -> Runtime:
         profile=block.load_profile(),
         virtual_ranks=block.virtual_ranks,
     )
-    if block.modality == "auto" and block.policy == "macs":
+    if block.modality == "auto":
         _find_modality(model, block)
     _join_groups(model)
     for layer in gates:
@@ -176,6 +176,8 @@ def _find_modality(model: nn.Module, block: MACSBlock) -> None:
             padding_token_id=block.padding_token_id,
         )
     except ValueError as error:
+        if block.policy != "macs":
+            return  # the baselines do not ask which token is which
         raise ValueError(
             f"config.macs: no way to find the visual tokens ({error}). Give image_token_id, or set "
             '"modality": "manual" and call the model within macs.modality(mask)'

@@ -56,21 +56,27 @@ class ModalityHook:
     ) -> Modality | None:
         """The modality of the tokens of a call; none if nothing tells.
 
-        input_ids int [B, S]; mm_token_type_ids int [B, S], a processor's own kinds, which go before
-        what the ids say; attention_mask [B, S' >= S], 0 for padding: its last S columns belong to
-        these tokens, the ones before to a cache. A mask of another rank says nothing of padding.
+        input_ids int [B, S]; mm_token_type_ids int [B, S' >= S], a processor's own kinds, which go before
+        what the ids say; attention_mask [B, S' >= S], 0 for padding. Of the wider ones the last S
+        columns belong to these tokens, those before to a cache. An attention mask of another rank says
+        nothing of padding.
         """
-        if mm_token_type_ids is not None and mm_token_type_ids.dim() == 2:
-            kinds = mm_token_type_ids
+        types = mm_token_type_ids
+        if types is not None and types.dim() != 2:
+            types = None
+        if types is not None and (input_ids is None or types.shape == input_ids.shape):
+            kinds = types
         elif input_ids is not None and self._token_kinds:
             kinds = torch.full_like(input_ids, TEXT, dtype=torch.int8)
             for token_id, kind in self._token_kinds.items():
                 kinds = kinds.masked_fill(input_ids == token_id, kind)
+        elif types is not None and input_ids is not None:
+            kinds = _last_columns(types, input_ids.shape[1])
         else:
             return None
         valid = torch.ones_like(kinds, dtype=torch.bool)
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            valid = valid & (attention_mask[:, attention_mask.shape[1] - kinds.shape[1] :] != 0)
+            valid = valid & (_last_columns(attention_mask, kinds.shape[1]) != 0)
         if self._padding_id is not None and input_ids is not None:
             valid = valid & (input_ids != self._padding_id)
         return Modality.of(kinds.to(torch.int8), valid=valid)
@@ -88,6 +94,10 @@ class ModalityHook:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._open.pop().close()
+
+
+def _last_columns(tensor: Tensor, count: int) -> Tensor:
+    return tensor[:, tensor.shape[1] - count :]
 
 
 def attach_modality(

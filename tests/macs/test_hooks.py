@@ -86,6 +86,14 @@ def test_a_model_without_token_ids_needs_its_processors_kinds():
     assert model(torch.tensor([[5, 1]]), mm_token_type_ids=torch.tensor([[1, 0]])).kinds.tolist() == [[1, 0]]
 
 
+@pytest.mark.parametrize("config", [{}, {"image_token_id": 5}])
+def test_a_processors_kinds_may_cover_what_is_in_the_cache(config):
+    model = Multimodal(**config)
+    attach_modality(model)
+    step = model(torch.tensor([[1], [5]]), mm_token_type_ids=torch.tensor([[1, 1, 0], [1, 0, 1]]))
+    assert step.kinds.tolist() == [[TEXT], [IMAGE]]
+
+
 def test_padding_follows_the_attention_mask_also_behind_a_cache():
     model = Multimodal(image_token_id=5)
     attach_modality(model)
