@@ -165,6 +165,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reroute": "group",
         "modality_strength": 0.0,
     },
+    # For engines that pad every expert to the fullest one (DeepSpeed's MoE layer): as pooled, but
+    # each expert by itself, with more proposals so that overflow finds room elsewhere.
+    "padded": {
+        "weighting": "constant",
+        "visual_weight": 0.2,
+        "cost": "one",
+        "priority": "product",
+        "reroute": "group",
+        "reroute_rounds": 4,
+        "modality_strength": 0.0,
+    },
 }
 
 

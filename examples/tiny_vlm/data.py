@@ -84,7 +84,7 @@ def _split_of(index: int) -> str:
 
 
 @cache
-def _photographs(split: str) -> list[np.ndarray]:
+def photographs(split: str) -> list[np.ndarray]:
     """Photographs, uint8 RGB, at least 440 pixels high: the right 30 % are kept for test."""
     folder = Path(skimage.__file__).parent / "data"
     photographs = []
@@ -109,7 +109,7 @@ def _digits(split: str) -> dict[int, np.ndarray]:
 
 def draw_picture(rng: np.random.Generator, split: str) -> Picture:
     """A dimmed crop of a photograph with one to three digits in different quadrants."""
-    photographs = _photographs(split)
+    photographs = photographs(split)
     photograph = photographs[rng.integers(len(photographs))]
     top = rng.integers(photograph.shape[0] - PICTURE_SIZE + 1)
     left = rng.integers(photograph.shape[1] - PICTURE_SIZE + 1)

@@ -73,7 +73,7 @@ def test_splits_share_no_digit_no_sum_and_no_crop():
         samples = data.draw_samples(0, split, ("arithmetic",), 300)
         sums[split] = {text(sample.prompt[-6:]) for sample in samples}
     assert not sums["train"] & sums["test"] and not sums["validation"] & sums["test"]
-    for train, test in zip(data._photographs("train"), data._photographs("test"), strict=True):
+    for train, test in zip(data.photographs("train"), data.photographs("test"), strict=True):
         assert train.shape[1] >= data.PICTURE_SIZE and test.shape[1] >= data.PICTURE_SIZE
 
 

@@ -149,3 +149,33 @@ def token_ids(rank: int, rows: int = 3, length: int = 12) -> Tensor:
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(7, VOCABULARY, (rows, length), generator=generator)
     return torch.where(torch.rand(rows, length, generator=generator) < 0.5, IMAGE_TOKEN, ids)
+
+
+def save_llava(folder: str) -> None:
+    """A checkpoint directory of a random LLaVA with a Qwen3-MoE inside, and its processor."""
+    from tiny_vlm.vocabulary import build_tokenizer
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    config = LlavaConfig(
+        text_config={**QWEN, "model_type": "qwen3_moe", "vocab_size": len(tokenizer), "norm_topk_prob": True},
+        vision_config={**VISION, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 4},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=(
+            "{% for message in messages %}{% for part in message.content %}"
+            "{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}"
+            "{% endfor %}{% endfor %}"
+        ),
+    ).save_pretrained(folder)

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.core.inference.utils import get_attention_mask
 from tiny_vlm import data
 from tiny_vlm import model as tiny
-from tiny_vlm.engine import Engine
 from tiny_vlm.megatron import PictureEncoder, build_megatron_model
+from tiny_vlm.megatron_engine import Engine
 
 import macs
 from macs import MACSConfig, Runtime

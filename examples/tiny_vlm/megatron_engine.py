@@ -1,15 +1,11 @@
-"""Megatron's static inference engine around the tiny model, and a clock for its MoE layers."""
+"""Megatron's static inference engine around the tiny model."""
 
 from __future__ import annotations
 
 import inspect
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
-import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.engines.static_engine import StaticInferenceEngine
 from megatron.core.inference.inference_request import InferenceRequest
@@ -20,10 +16,9 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import (
     TextGenerationController,
 )
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from torch import nn
 
 from .data import ANSWER_TOKENS, PROMPT_TOKENS, Sample
+from .experiment import up_to_end, words_of
 from .megatron import PictureEncoder, TinyVLM
 from .vocabulary import END, UNKNOWN, VOCABULARY
 
@@ -80,12 +75,11 @@ class Engine:
         ]
         with self.model.pictures(self.pictures(samples)):
             results = self.engine.generate(inference_requests=requests)
-        return [_up_to_end(result.generated_tokens.tolist()) for result in results]
+        return [up_to_end(result.generated_tokens.tolist()) for result in results]
 
-
-def _up_to_end(ids: list[int]) -> list[int]:
-    end = VOCABULARY[END]
-    return ids[: ids.index(end) + 1] if end in ids else ids
+    def words(self, ids: Sequence[int]) -> str:
+        """An answer as text."""
+        return words_of(ids)
 
 
 def _inference_wrapper(model: TinyVLM, largest_batch: int, longest: int) -> GPTInferenceWrapper:
@@ -106,45 +100,3 @@ def _inference_wrapper(model: TinyVLM, largest_batch: int, longest: int) -> GPTI
         inference_max_seq_length=longest,
     )
     return GPTInferenceWrapper(model, config, context)
-
-
-class LayerClock:
-    """Wall time of a model's MoE layers in prompts (calls on more than one token a sequence)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-
-    @contextmanager
-    def running(self) -> Iterator[list[float]]:
-        """Yields a list that holds, on leaving, the milliseconds of every call of a layer."""
-        times: list[float] = []
-        started: list[float] = []
-
-        def before(module: nn.Module, args: tuple) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            started.append(time.perf_counter())
-
-        def after(module: nn.Module, args: tuple, output: object) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            elapsed = (time.perf_counter() - started.pop()) * 1e3
-            if args[0].shape[0] > 1:
-                times.append(elapsed)
-
-        handles = [layer.register_forward_pre_hook(before) for layer in self.layers]
-        handles += [layer.register_forward_hook(after) for layer in self.layers]
-        try:
-            yield times
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def slowest_rank(milliseconds: float) -> float:
-    """The largest of all ranks' values."""
-    value = torch.tensor([milliseconds], dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        value = value.cuda()
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return float(value)

@@ -1,0 +1,102 @@
+"""The tiny model under DeepSpeed: as AutoEP makes it, or built from ``deepspeed.moe.layer.MoE``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Qwen3VLMoeForConditionalGeneration
+
+from .data import ANSWER_TOKENS, Sample
+from .experiment import up_to_end, words_of
+from .model import sample_inputs
+
+
+class Engine:
+    """``generate``: prompts and pictures in, answers out, by greedy decoding with a cache.
+
+    Every expert-parallel rank must call it equally often, with batches of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def generate(self, samples: Sequence[Sample], tokens: int = ANSWER_TOKENS) -> list[list[int]]:
+        """The answer to every sample: token ids up to and with the end token.
+
+        Every answer takes ``tokens`` steps, so that ranks stay in step. Positions are plain, as in
+        training; ``model.generate`` would make its own.
+        """
+        device = next(self.model.parameters()).device
+        inputs = {name: tensor.to(device) for name, tensor in sample_inputs(samples).items()}
+        length, cache, answers = inputs["input_ids"].shape[1], None, []
+        for step in range(tokens):
+            outputs = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = outputs.past_key_values
+            answers.append(outputs.logits[:, -1].argmax(-1, keepdim=True))
+            position = torch.full((3, len(samples), 1), length + step, device=device)
+            inputs = {"input_ids": answers[-1], "position_ids": position}
+        return [up_to_end(ids) for ids in torch.cat(answers, 1).tolist()]
+
+    def words(self, ids: Sequence[int]) -> str:
+        """An answer as text."""
+        return words_of(ids)
+
+
+class SwiGLU(nn.Module):
+    """An expert: hidden states [..., D] through D -> 2 F -> D."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(functional.silu(gate) * up)
+
+
+class MoEBlock(nn.Module):
+    """DeepSpeed's MoE layer where a decoder layer has its MLP: it returns hidden states alone."""
+
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [B, S, D] -> the same."""
+        return self.moe(hidden_states)[0]
+
+
+@torch.no_grad()
+def with_moe_layers(
+    model: Qwen3VLMoeForConditionalGeneration, rank: int, ranks: int
+) -> Qwen3VLMoeForConditionalGeneration:
+    """The model with every MoE block built from ``deepspeed.moe.layer.MoE``, the weights its own.
+
+    Its gate drops nothing and draws no lots, as the model was trained.
+    """
+    text = model.config.text_config
+    local = text.num_experts // ranks
+    for layer in model.model.language_model.layers:
+        source = layer.mlp
+        moe = MoE(
+            hidden_size=text.hidden_size,
+            expert=SwiGLU(text.hidden_size, text.moe_intermediate_size),
+            num_experts=text.num_experts,
+            ep_size=ranks,
+            k=text.num_experts_per_tok,
+            drop_tokens=False,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        )
+        moe.deepspeed_moe.gate.wg.weight.copy_(source.gate.weight)
+        for number, expert in enumerate(moe.deepspeed_moe.experts.deepspeed_experts, rank * local):
+            expert.gate_up.weight.copy_(source.experts.gate_up_proj[number])
+            expert.down.weight.copy_(source.experts.down_proj[number])
+        layer.mlp = MoEBlock(moe)
+    return model.eval()

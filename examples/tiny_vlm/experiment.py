@@ -1,0 +1,423 @@
+"""What the examples measure on the tiny model, whatever the engine: answers, loads and times by policy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from macs import MACSConfig, Profile, Runtime
+
+from . import data
+from . import model as tiny
+from .vocabulary import END, FILLER, VOCABULARY, build_tokenizer, encode
+
+PROFILE = Path("runs") / "tiny_vlm.profile.safetensors"
+VANILLA = "vanilla"
+PRESETS_SHOWN = {name: MACSConfig.preset(name) for name in ("paper", "pooled")}
+
+
+class Engine(Protocol):
+    """What an engine must do for an ``Experiment``."""
+
+    def generate(self, samples: Sequence[data.Sample], tokens: int = data.ANSWER_TOKENS) -> list[list[int]]:
+        """Greedy answers, token ids up to and with the end token; every rank calls it equally often."""
+
+    def words(self, ids: Sequence[int]) -> str:
+        """An answer as text."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments all examples share."""
+    parser.add_argument(
+        "--policy",
+        action="append",
+        choices=("token-drop", "expanded-drop", "rank-balanced", "macs"),
+        help="a policy to run beside vanilla; may be given several times (default: token-drop, "
+        "expanded-drop, and MACS at more than one setting)",
+    )
+    parser.add_argument("--config", type=Path, help="MACS settings, a .yaml or .json file")
+    parser.add_argument("--capacity-factor", type=float, help="gamma, for every policy")
+    parser.add_argument("--samples", type=int, default=896, help="questions to ask")
+    parser.add_argument("--batch", type=int, default=64, help="questions asked at once, over all ranks")
+    parser.add_argument("--repeats", type=int, default=9, help="prompts timed for each policy")
+    parser.add_argument("--checkpoint", type=Path, default=tiny.CHECKPOINT)
+    parser.add_argument("--profile", type=Path, default=PROFILE, help="made if it is not there")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--picture", type=Path, help="ask about this picture instead")
+    parser.add_argument("--question", help="what to ask about --picture")
+
+
+def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with a message if arguments do not go together."""
+    if (arguments.picture is None) != (arguments.question is None):
+        parser.error("--picture and --question go together")
+
+
+def share_of(arguments: argparse.Namespace) -> int:
+    """Questions a rank asks at once."""
+    return max(1, arguments.batch // dist.get_world_size())
+
+
+def up_to_end(ids: list[int]) -> list[int]:
+    """An answer without what follows its end token."""
+    end = VOCABULARY[END]
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def words_of(ids: Sequence[int]) -> str:
+    """An answer as words."""
+    words = tuple(VOCABULARY)
+    return " ".join(words[i] for i in ids if i < len(words) and words[i] != END)
+
+
+def settings_by_name(
+    arguments: argparse.Namespace, presets: dict[str, MACSConfig]
+) -> dict[str, tuple[str, MACSConfig]]:
+    """Column title -> policy and settings, vanilla first; ``presets`` where no file gives settings."""
+    changes = {} if arguments.capacity_factor is None else {"capacity_factor": arguments.capacity_factor}
+    base = MACSConfig() if arguments.config is None else MACSConfig.from_file(arguments.config)
+    if arguments.config is not None:
+        macs_settings = {"macs": base}
+    else:
+        macs_settings = {f"macs {name}": config for name, config in presets.items()}
+    chosen: dict[str, tuple[str, MACSConfig]] = {VANILLA: (VANILLA, base)}
+    for policy in arguments.policy or ("token-drop", "expanded-drop", "macs"):
+        entries = macs_settings if policy == "macs" else {policy: base}
+        chosen |= {title: (policy, config.updated(**changes)) for title, config in entries.items()}
+    return chosen
+
+
+@dataclass
+class Results:
+    """What one policy did. Times are milliseconds a layer, on the slowest rank."""
+
+    accuracy: dict[str, float]
+    agreement: float
+    imbalance_before: float
+    imbalance_after: float
+    straggler_before: float
+    straggler_after: float
+    rerouted: float
+    dropped: float
+    kept_mass: float
+    visual_ratio: float
+    layer_ms: float
+    time_ratio: float
+
+
+class LayerClock:
+    """Wall time of a model's MoE layers in prompts (calls on more than one token a sequence)."""
+
+    def __init__(self, model: nn.Module, kind: type[nn.Module], length_axis: int) -> None:
+        """``kind`` of layer, called with hidden states whose ``length_axis`` counts a sequence's tokens."""
+        self.layers = [module for module in model.modules() if isinstance(module, kind)]
+        self.length_axis = length_axis
+
+    @contextmanager
+    def running(self) -> Iterator[list[float]]:
+        """Yields a list that holds, on leaving, the milliseconds of every call of a layer."""
+        times: list[float] = []
+        started: list[float] = []
+
+        def before(module: nn.Module, args: tuple) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            started.append(time.perf_counter())
+
+        def after(module: nn.Module, args: tuple, output: object) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            elapsed = (time.perf_counter() - started.pop()) * 1e3
+            if args[0].shape[self.length_axis] > 1:
+                times.append(elapsed)
+
+        handles = [layer.register_forward_pre_hook(before) for layer in self.layers]
+        handles += [layer.register_forward_hook(after) for layer in self.layers]
+        try:
+            yield times
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def slowest_rank(milliseconds: float) -> float:
+    """The largest of all ranks' values."""
+    value = torch.tensor([milliseconds], dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        value = value.cuda()
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
+
+
+class Experiment:
+    """The model in its engine on every rank, and what is measured on it.
+
+    engine.generate answers samples; runtime is its MACS layers' own; clock times them; group holds
+    the expert-parallel ranks; presets are the settings of MACS to show. Every rank makes the same calls.
+    """
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        console: Console,
+        runtime: Runtime,
+        engine: Engine,
+        clock: LayerClock,
+        group: dist.ProcessGroup,
+        presets: dict[str, MACSConfig] | None = None,
+    ) -> None:
+        self.arguments = arguments
+        self.console = console
+        self.runtime = runtime
+        self.engine = engine
+        self.clock = clock
+        self.group = group
+        self.presets = PRESETS_SHOWN if presets is None else presets
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.share = share_of(arguments)
+
+    def mine(self, samples: list[data.Sample]) -> list[list[data.Sample]]:
+        """This rank's part of every batch; all ranks have equally many, of equal size."""
+        step = self.share * self.ranks
+        whole = len(samples) // step * step
+        return [samples[i + self.rank * self.share :][: self.share] for i in range(0, whole, step)]
+
+    def profile(self) -> Profile:
+        """The profile on disk, or, where there is none, one measured on validation samples."""
+        path = self.arguments.profile
+        there = [path.exists()]
+        dist.broadcast_object_list(there, src=0)
+        if not there[0]:
+            self.console.print(f"no profile at {path}: measuring one")
+            samples = self.questions(1, "validation", 4 * self.share * self.ranks)
+            with Progress(console=self.console, transient=True) as progress, self.runtime.calibration():
+                self.answers(self.mine(samples), progress, "calibrating")
+            profile = self.runtime.measured_profile(self.group)
+            if self.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                profile.save(path)
+            dist.barrier()
+        return Profile.load(path)
+
+    def answers(self, batches: list[list[data.Sample]], progress: Progress, title: str) -> list[list[int]]:
+        """Every answer of this rank's batches under the policy in use."""
+        bar = progress.add_task(title, total=len(batches))
+        found = []
+        for batch in batches:
+            found += self.engine.generate(batch)
+            progress.advance(bar)
+        return found
+
+    def layer_times(
+        self,
+        batch: list[data.Sample],
+        chosen: dict[str, tuple[str, MACSConfig]],
+        profile: Profile,
+        progress: Progress,
+    ) -> dict[str, float]:
+        """Median milliseconds of a MoE layer in prefill, on the slowest rank, policies in turn.
+
+        Vanilla is the engine's own layer: MACS is off, not merely idle. Nothing is recorded.
+        """
+        times: dict[str, list[float]] = {title: [] for title in chosen}
+        bar = progress.add_task("timing the layers", total=self.arguments.repeats + 1)
+        for repeat in range(self.arguments.repeats + 1):
+            for title, (policy, config) in chosen.items():
+                self.runtime.use(policy, config, profile)
+                self.runtime.enabled, self.runtime.recording = title != VANILLA, False
+                self.engine.generate(batch, tokens=1)  # warms the planner of this policy
+                with self.clock.running() as calls:
+                    self.engine.generate(batch, tokens=1)
+                slowest = slowest_rank(statistics.mean(calls))
+                if repeat > 0:
+                    times[title].append(slowest)
+            progress.advance(bar)
+        self.runtime.enabled, self.runtime.recording = True, True
+        return {title: statistics.median(values) for title, values in times.items()}
+
+    def gathered(self, value: list) -> list:
+        """Every rank's list, joined."""
+        parts: list[list] = [[] for _ in range(self.ranks)]
+        dist.all_gather_object(parts, value)
+        return [item for part in parts for item in part]
+
+    def run(self) -> dict[str, Results]:
+        """Every policy's results, over all ranks."""
+        chosen = settings_by_name(self.arguments, self.presets)
+        profile = self.profile()
+        batches = self.mine(self.questions(0, "test", self.arguments.samples))
+        if not batches:
+            raise SystemExit("--samples: fewer than one batch; raise it or lower --batch")
+        asked = self.gathered([sample for batch in batches for sample in batch])
+        answers, reports = {}, {}
+        with Progress(console=self.console) as progress:
+            for title, (policy, config) in chosen.items():
+                self.runtime.use(policy, config, profile)
+                answers[title] = self.gathered(self.answers(batches, progress, title))
+                reports[title] = [report.prefill for report in self.runtime.reports(self.group)]
+            times = self.layer_times(batches[0], chosen, profile, progress)
+        return {
+            title: summarize(
+                asked, answers[title], answers[VANILLA], reports[title], times[title], times[VANILLA]
+            )
+            for title in chosen
+        }
+
+    def questions(self, seed: int, split: str, count: int) -> list[data.Sample]:
+        """What is asked, the same on every rank."""
+        return data.draw_samples(seed, split, data.TASKS, count)
+
+    def own_question(self, picture: Path, question: str) -> data.Sample:
+        """A user's question about a user's picture."""
+        return data.Sample("own", question_tokens(question), [], tiny.open_picture(picture))
+
+    def ask(self, picture: Path, question: str) -> dict[str, str]:
+        """The answer to a user's question about a user's picture, by policy."""
+        sample = self.own_question(picture, question)
+        profile = self.profile()
+        answers = {}
+        for title, (policy, config) in settings_by_name(self.arguments, self.presets).items():
+            self.runtime.use(policy, config, profile)
+            answers[title] = self.engine.words(self.engine.generate([sample])[0])
+        return answers
+
+    def further_rows(self, titles: list[str]) -> dict[str, list[str]]:
+        """Rows that only this engine's table has: name -> a cell for each policy."""
+        return {}
+
+
+def question_tokens(question: str) -> list[int]:
+    """A typed question as a prompt about a picture; words the model never learned are an error."""
+    tokenizer = build_tokenizer()
+    ids = tokenizer.encode(question, add_special_tokens=False)
+    if tokenizer.unk_token_id in ids:
+        unknown = [
+            word
+            for word in question.split()
+            if tokenizer.encode(word, add_special_tokens=False)[0] == tokenizer.unk_token_id
+        ]
+        known = [word for word in tokenizer.get_vocab() if word.isalpha() and len(word) > 1]
+        raise SystemExit(
+            f"--question: the model does not know {unknown}; it knows: {' '.join(sorted(known))}"
+        )
+    room = data.QUESTION_TOKENS - len(ids)
+    if room < 0:
+        raise SystemExit(f"--question: found {len(ids)} tokens, at most {data.QUESTION_TOKENS} fit")
+    return encode(FILLER) * room + data.PICTURE_PREFIX + ids
+
+
+def summarize(
+    asked: list[data.Sample],
+    answers: list[list[int]],
+    vanilla: list[list[int]],
+    reports: list,
+    milliseconds: float,
+    vanilla_milliseconds: float,
+) -> Results:
+    """The figures of one policy: means over samples, or over layers and batches of prompts."""
+    accuracy = {}
+    for task in data.TASKS:
+        hits = [answer == s.answer for s, answer in zip(asked, answers, strict=True) if s.task == task]
+        if hits:
+            accuracy[task] = statistics.mean(hits)
+
+    def mean(values: list) -> float:
+        return float(
+            torch.cat([torch.as_tensor(value, dtype=torch.float64).flatten() for value in values]).mean()
+        )
+
+    shares = [report.shares() for report in reports]
+    return Results(
+        accuracy=accuracy,
+        agreement=statistics.mean(own == other for own, other in zip(answers, vanilla, strict=True)),
+        imbalance_before=mean([report.imbalance("before") for report in reports]),
+        imbalance_after=mean([report.imbalance("after") for report in reports]),
+        straggler_before=mean([report.straggler("before") for report in reports]),
+        straggler_after=mean([report.straggler("after") for report in reports]),
+        rerouted=mean([share["rerouted"] for share in shares]),
+        dropped=mean([share["dropped"] for share in shares]),
+        kept_mass=mean([share["kept_mass"] for share in shares]),
+        visual_ratio=mean([report.visual_ratio for report in reports]),
+        layer_ms=milliseconds,
+        time_ratio=milliseconds / vanilla_milliseconds,
+    )
+
+
+def results_table(
+    results: dict[str, Results], caption: str, further: dict[str, list[str]] | None = None
+) -> Table:
+    """One column a policy, one row a figure."""
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for title in results:
+        table.add_column(title.replace("-", " "), justify="right")
+
+    def row(name: str, cells: list[str], end: bool = False) -> None:
+        table.add_row(name, *cells, end_section=end)
+
+    values = list(results.values())
+    for task in values[0].accuracy:
+        row(f"{task}, accuracy", [f"{one.accuracy[task]:.3f}" for one in values])
+    for name, tasks in (("pictures", data.PICTURE_TASKS), ("texts", data.TEXT_TASKS)):
+        if set(tasks) <= set(values[0].accuracy):
+            means = [statistics.mean(one.accuracy[task] for task in tasks) for one in values]
+            row(f"mean of {name}", [f"{one:.3f}" for one in means])
+    row("same answer as vanilla", [f"{one.agreement:.3f}" for one in values], end=True)
+    row("busiest expert, before", [f"{one.imbalance_before:.2f}" for one in values])
+    row("busiest expert, after", [f"{one.imbalance_after:.2f}" for one in values])
+    row("busiest rank, before", [f"{one.straggler_before:.3f}" for one in values])
+    row("busiest rank, after", [f"{one.straggler_after:.3f}" for one in values])
+    row("rerouted", [f"{one.rerouted:.1%}" for one in values])
+    row("dropped", [f"{one.dropped:.1%}" for one in values])
+    row("kept mass", [f"{one.kept_mass:.3f}" for one in values])
+    row("R_v", [f"{one.visual_ratio:.3f}" for one in values], end=True)
+    row("MoE layer, ms", [f"{one.layer_ms:.1f}" for one in values])
+    row("time / vanilla", [f"{one.time_ratio:.2f}" for one in values])
+    for name, cells in (further or {}).items():
+        row(name, cells)
+    return table
+
+
+def describe_run(arguments: argparse.Namespace, engine: str, share: int) -> str:
+    """The caption of a table: what was run, and what its rows mean."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    ranks = dist.get_world_size()
+    batch = share * ranks
+    asked = arguments.samples // batch * batch
+    return (
+        f"{engine}, {ranks} expert-parallel ranks, {device}; {asked}\n"
+        f"questions in batches of {batch}. "
+        "Busiest expert: load over the mean\nexpert's; busiest rank: rows over vanilla's mean rank; "
+        "before and after\nplanning. R_v: effective visual ratio. Times: medians, slowest rank, "
+        "vanilla is\nstock. An equal capacity factor is not an equal load: compare policies by\n"
+        "their busiest rank."
+    )
+
+
+def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> None:
+    """Run what the arguments ask for and print it."""
+    console = experiment.console
+    if arguments.picture is not None:
+        for title, answer in experiment.ask(arguments.picture, arguments.question).items():
+            console.print(f"{title:>16}: {answer}")
+        return
+    results = experiment.run()
+    caption = describe_run(arguments, engine, experiment.share)
+    console.print(results_table(results, caption, experiment.further_rows(list(results))))
+    if arguments.json is not None and dist.get_rank() == 0:
+        found = {title: asdict(one) for title, one in results.items()}
+        arguments.json.write_text(json.dumps({"caption": caption, "results": found}, indent=1))
