@@ -109,8 +109,8 @@ def _digits(split: str) -> dict[int, np.ndarray]:
 
 def draw_picture(rng: np.random.Generator, split: str) -> Picture:
     """A dimmed crop of a photograph with one to three digits in different quadrants."""
-    photographs = photographs(split)
-    photograph = photographs[rng.integers(len(photographs))]
+    available = photographs(split)
+    photograph = available[rng.integers(len(available))]
     top = rng.integers(photograph.shape[0] - PICTURE_SIZE + 1)
     left = rng.integers(photograph.shape[1] - PICTURE_SIZE + 1)
     canvas = 0.5 * photograph[top : top + PICTURE_SIZE, left : left + PICTURE_SIZE]
