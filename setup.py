@@ -1,4 +1,4 @@
-"""Packaging of macs, megatron_macs and (as they come) further engine adapters."""
+"""Packaging of macs and its engine adapters, megatron_macs and deepspeed_macs."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 # Upper bounds are the releases the tests run on: engines change their insides with every minor
 # release, and so does transformers (5.23 breaks DeepSpeed's AutoEP).
 MEGATRON = ["megatron-core>=0.16.1,<0.20"]
-DEEPSPEED = ["deepspeed>=0.19.4,<0.20"]
+DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
 TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
 EXAMPLES = [
     "pillow>=10",
@@ -28,8 +28,8 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["macs", "macs.*", "megatron_macs", "megatron_macs.*"]),
-    package_data={"macs": ["py.typed"], "megatron_macs": ["py.typed"]},
+    packages=find_packages(include=["macs", "macs.*", "megatron_macs", "deepspeed_macs"]),
+    package_data={name: ["py.typed"] for name in ("macs", "megatron_macs", "deepspeed_macs")},
     python_requires=">=3.10",
     install_requires=["torch>=2.6,<2.14", "numpy", "safetensors>=0.4", "pyyaml>=6"],
     extras_require={

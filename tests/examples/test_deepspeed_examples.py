@@ -1,0 +1,88 @@
+"""The DeepSpeed examples, run as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+pytest.importorskip("skimage", reason="scikit-image is not installed")
+
+from support.hf_models import save_llava
+from support.workers import free_port
+from tiny_vlm import data
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--samples", "56", "--batch", "28", "--repeats", "1")
+
+
+def run(launcher, script, *arguments):
+    tools = Path(sys.executable).parent
+    port = str(free_port())
+    command = {
+        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", port],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", port],
+    }[launcher]
+    return subprocess.run(
+        [*command, str(ROOT / "examples" / script), *(str(one) for one in arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.mark.parametrize(
+    ("launcher", "script", "preset"),
+    [
+        ("torchrun", "deepspeed_qwen3_vl_moe.py", "pooled"),
+        ("deepspeed", "deepspeed_moe_inference.py", "padded"),
+    ],
+)
+def test_the_table(tmp_path, launcher, script, preset):
+    out = tmp_path / "out.json"
+    done = run(launcher, script, *SMALL, "--json", out, "--profile", tmp_path / "profile.safetensors")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert list(results) == ["vanilla", "token-drop", "expanded-drop", "macs paper", f"macs {preset}"]
+    for title, found in results.items():
+        assert set(found["accuracy"]) == set(data.TASKS)
+        assert found["kept_mass"] == pytest.approx(1.0) if title == "vanilla" else found["kept_mass"] < 1
+        assert found["layer_ms"] > 0
+    assert results["vanilla"]["agreement"] == 1.0 and results["vanilla"]["time_ratio"] == 1.0
+    assert results["token-drop"]["straggler_after"] < results["vanilla"]["straggler_after"]
+    if script == "deepspeed_moe_inference.py":
+        line = next(line for line in done.stdout.splitlines() if "rows computed / vanilla" in line)
+        rows = [float(cell) for cell in line.strip("│ \n").split("│")[1:]]
+        assert rows[0] == 1.0 and all(share < 1.0 for share in rows[1:])
+
+
+def test_a_checkpoint_of_ones_own(tmp_path):
+    save_llava(str(tmp_path / "model"))
+    arguments = ["--model", tmp_path / "model", "--tokens", "3", "--profile", tmp_path / "p.safetensors"]
+    out = tmp_path / "out.json"
+    done = run("torchrun", "deepspeed_qwen3_vl_moe.py", *arguments, *SMALL, "--json", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert results["vanilla"]["accuracy"] == {} and results["vanilla"]["agreement"] == 1.0
+    assert results["vanilla"]["visual_ratio"] > 0.3
+    assert results["macs pooled"]["straggler_after"] < results["vanilla"]["straggler_after"]
+    missing = run("torchrun", "deepspeed_qwen3_vl_moe.py", "--model", tmp_path / "nothing")
+    assert missing.returncode != 0 and "found no config.json" in missing.stderr + missing.stdout
+
+
+def test_a_picture_of_ones_own(tmp_path):
+    from PIL import Image
+
+    sample = data.draw_samples(11, "test", ("count",), 1)[0]
+    Image.fromarray(sample.pixels).save(tmp_path / "own.png")
+    arguments = ["--picture", tmp_path / "own.png", "--question", "how many digits are there ?"]
+    arguments += ["--policy", "macs", "--batch", "28", "--profile", tmp_path / "p.safetensors"]
+    done = run("torchrun", "deepspeed_qwen3_vl_moe.py", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.strip().startswith(("vanilla:", "macs"))]
+    assert len(lines) == 3 and all(line.split(":")[1].strip() in {"1", "2", "3", "4"} for line in lines)
