@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed.comm as dist
 import torch
 from deepspeed.module_inject import auto_ep_layer
 from deepspeed.module_inject.auto_ep_comm import COMM_BACKEND, DEEPEP_BACKEND
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, RouterOutput
+from deepspeed.moe import ep_tp_dispatch
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import Tensor, nn
 
@@ -87,6 +89,8 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
             self.tokens_per_expert.add_(routed.num_tokens_per_expert)
         if self.ep_size > 1 and self.comm_backend == DEEPEP_BACKEND:
             output = self._deepep_route(x, routed).reshape(batch, length, features)
+        elif folded_size(self) > 1:
+            output = self._folded_route(x, routed, (batch, length, features))
         else:
             output = self._route(x, routed, (batch, length, features))
         return self._finalize_output(output, x, hidden_states, features)
@@ -94,23 +98,13 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
     def _route(self, x: Tensor, routed: RouterOutput, shape: tuple[int, int, int]) -> Tensor:
         """Send rows to their experts and combine what comes back: x [T, D] -> ``shape`` [B, S, D]."""
         slots = routed.selected_experts.shape[1]
-        # By expert, and, within one, by token; what is dropped comes last and is cut off.
-        experts = routed.selected_experts.flatten()
-        rows = torch.argsort(torch.where(experts < 0, self.num_experts, experts), stable=True)
         local_counts, splits = self._splits(routed.num_tokens_per_expert)
-        rows = rows[: sum(splits[0])]
-        row_weights = routed.top_scores.flatten()[rows]
+        rows = self._rows_by_expert(routed)[: sum(splits[0])]
         sent = auto_ep_layer.apply_scores_before_experts_if_enabled(
-            x[rows // slots], row_weights, score_apply=self.score_apply
+            x[rows // slots], routed.top_scores.flatten()[rows], score_apply=self.score_apply
         )
-        if self.ep_size > 1:
-            sent = auto_ep_layer._AllToAllV.apply(self.ep_group, sent, *splits)
-        sent, order, aligned_counts, arrived = auto_ep_layer.permute_by_local_expert(sent, local_counts)
-        computed = auto_ep_layer.unpermute_by_local_expert(self.experts(sent, aligned_counts), order, arrived)
-        if self.ep_size > 1:
-            computed = auto_ep_layer._AllToAllV.apply(self.ep_group, computed, *reversed(splits))
         return auto_ep_layer.combine_from_routed(
-            computed,
+            self._compute(sent, local_counts, splits),
             top_scores=routed.top_scores,
             token_indices_sorted=rows,
             top_k=slots,
@@ -118,6 +112,62 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
             combine_impl=self.combine_impl,
             shape=shape,
         )
+
+    def _folded_route(self, x: Tensor, routed: RouterOutput, shape: tuple[int, int, int]) -> Tensor:
+        """As ``_route`` where tensor-parallel ranks hold the same tokens: each sends its part of the rows,
+        and all get all results."""
+        slots = routed.selected_experts.shape[1]
+        rows = self._rows_by_expert(routed)[: int(routed.num_tokens_per_expert.sum())]
+        experts = routed.selected_experts.flatten()[rows]
+        weights = routed.top_scores.flatten()[rows]
+        nothing = torch.zeros_like(rows, dtype=torch.bool)
+        payload = ep_tp_dispatch.RoutedAssignmentPayload(
+            token_indices=rows // slots,
+            expert_indices=experts,
+            assignment_indices=ep_tp_dispatch.assignment_ordinals_by_expert(experts),
+            capacity_slots=rows % slots,
+            combine_weights=weights if self.score_apply == "post" else torch.ones_like(weights),
+            drop_mask=nothing,
+            pad_mask=nothing,
+            input_splits=[0] * self.ep_size,
+            output_splits=[0] * self.ep_size,
+            extra={
+                "destination_ranks": experts // self.num_local_experts,
+                "top_scores": weights,
+                "num_tokens": torch.tensor(len(x), device=x.device),
+            },
+        )
+        tp_size = self.folding_group_handles.spec.tp_size
+        if self.validate_folding_routing:
+            ep_tp_dispatch.assert_tp_payload_consistent(payload, tp_group=self.tp_group, tp_size=tp_size)
+        part, context = ep_tp_dispatch.partition_assignments(
+            payload, tp_group=self.tp_group, tp_rank=dist.get_rank(group=self.tp_group), tp_size=tp_size
+        )
+        sent = auto_ep_layer.apply_scores_before_experts_if_enabled(
+            x[part.token_indices], part.extra["top_scores"], score_apply=self.score_apply
+        )
+        plan = auto_ep_layer.compute_split_plan_from_expert_indices(
+            part.expert_indices, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group
+        )
+        computed = self._compute(sent, plan.local_counts_by_source, (plan.input_splits, plan.output_splits))
+        return ep_tp_dispatch.restore_combined(
+            computed, context, tp_group=self.tp_group, validate_coverage=self.validate_folding_routing
+        ).reshape(shape)
+
+    def _rows_by_expert(self, routed: RouterOutput) -> Tensor:
+        """Assignments by expert and, within one, by token; what is dropped comes last. int64 [T k']"""
+        experts = routed.selected_experts.flatten()
+        return torch.argsort(torch.where(experts < 0, self.num_experts, experts), stable=True)
+
+    def _compute(self, sent: Tensor, local_counts: Tensor, splits: tuple[list[int], list[int]]) -> Tensor:
+        """Rows [N, D] there, through their experts, and back: [N, D]."""
+        if self.ep_size > 1:
+            sent = auto_ep_layer._AllToAllV.apply(self.ep_group, sent, *splits)
+        sent, order, aligned_counts, arrived = auto_ep_layer.permute_by_local_expert(sent, local_counts)
+        computed = auto_ep_layer.unpermute_by_local_expert(self.experts(sent, aligned_counts), order, arrived)
+        if self.ep_size > 1:
+            computed = auto_ep_layer._AllToAllV.apply(self.ep_group, computed, *reversed(splits))
+        return computed
 
     def _splits(self, loads: Tensor) -> tuple[Tensor, tuple[list[int], list[int]]]:
         """Arrivals by local expert, and the rows this rank sends to and gets from each rank.
@@ -136,14 +186,14 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
         return plan.local_counts_by_source, (plan.input_splits, plan.output_splits)
 
 
+def folded_size(layer: AutoEPMoELayer) -> int:
+    """Tensor-parallel ranks that hold the same tokens as this one, itself included."""
+    handles = layer.folding_group_handles
+    return 1 if handles is None else handles.spec.tp_size
+
+
 def check_options(layer: AutoEPMoELayer) -> None:
     """Raise a ``ValueError`` that names the option of AutoEP that MACS cannot work with, and why."""
-    folding = layer.folding_group_handles
-    if folding is not None and folding.spec.tp_size > 1:
-        raise ValueError(
-            f"tensor_parallel.autotp_size = {folding.spec.tp_size} cannot be used with MACS: AutoEP then "
-            "divides a token's assignments among tensor-parallel ranks; not supported yet"
-        )
     if layer.combine_impl == "fused_weighted_sum":
         raise ValueError(
             "expert_parallel.combine_impl = 'fused_weighted_sum' cannot be used with MACS: its kernel "

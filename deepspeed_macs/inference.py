@@ -21,7 +21,7 @@ from torch import nn
 from macs import MACSConfig, Runtime, Topology, attach_modality
 from macs.config import read_mapping
 
-from .autoep import MACSAutoEPMoELayer, check_options
+from .autoep import MACSAutoEPMoELayer, check_options, folded_size
 from .compat import check_transformers
 from .config import EXPERT_PARALLEL, MACSBlock, take_block
 from .gate import MACSTopKGate, tensor_parallel_size
@@ -209,12 +209,8 @@ def _adopt_gate(layer: MOELayer, runtime: Runtime, block: MACSBlock) -> None:
                 "has: capacity pooled over a rank (level = rank, rank-balanced, max_load_factor) does not "
                 "shorten its steps; use level = expert"
             )
-        shares = tensor_parallel_size()
-        if config.scope == "group" and shares > 1 and groups._get_expert_model_parallel_world_size() == 1:
-            raise ValueError(
-                "config.scope = 'group' cannot be used with MACS here: the expert-parallel group holds "
-                f"{shares} tensor-parallel ranks with the same tokens, whose quotas could differ; use 'local'"
-            )
+        if groups._get_expert_model_parallel_world_size() == 1:
+            _check_same_tokens(policy, config, tensor_parallel_size())
 
     topology = _topology(ranks * layer.num_local_experts, ranks, layer.ep_group)
     group = layer.ep_group if ranks > 1 else None
@@ -222,8 +218,25 @@ def _adopt_gate(layer: MOELayer, runtime: Runtime, block: MACSBlock) -> None:
     MACSTopKGate.adopt(gate, own, sequence_major=block.sequence_major, sampling=block.second_expert_sampling)
 
 
+def _check_same_tokens(policy: str, config: MACSConfig, ranks: int) -> None:
+    """Tensor-parallel ``ranks`` with the same tokens must plan alike, wherever their experts are."""
+    if ranks == 1:
+        return
+    why = f"the expert-parallel group holds {ranks} tensor-parallel ranks with the same tokens"
+    if config.scope == "group":
+        raise ValueError(
+            f"config.scope = 'group' cannot be used with MACS here: {why}, and their quotas could differ; "
+            "use 'local'"
+        )
+    if policy == "expanded-drop":
+        raise ValueError(
+            f"policy expanded-drop cannot be used here: {why}, and different experts of their own"
+        )
+
+
 def _adopt_autoep(layer: AutoEPMoELayer, runtime: Runtime) -> None:
     def check(policy: str, config: MACSConfig) -> None:
+        _check_same_tokens(policy, config, folded_size(layer))
         if policy == "expanded-drop" and layer.comm_backend == DEEPEP_BACKEND and layer.ep_size > 1:
             raise ValueError(
                 "policy expanded-drop cannot be used with expert_parallel.comm_backend = 'deepep': its "

@@ -1,6 +1,7 @@
 """AutoEP layers with MACS, in every model AutoEP knows and some it does not, over gloo processes."""
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -96,3 +97,18 @@ def test_one_process_plans_what_two_plan_in_group_scope(pool):
     (whole,) = pool.run(f"{JOBS}:autoep_virtual_plan", 1, 2)
     assert first[0] + second[0] == whole[0]
     assert first[1] + second[1] == whole[1] > 0
+
+
+@pytest.mark.parametrize("score_apply", ["post", "pre"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_folded_with_tensor_parallelism(pool, world, score_apply):
+    found = pool.run(f"{JOBS}:folded", world, score_apply, 2)
+    plain = pool.run(f"{JOBS}:not_folded", world, score_apply, 2)
+    for first, second, logits in zip(found[::2], found[1::2], plain[::2], strict=True):
+        assert first["same"] == second["same"] == dict.fromkeys(first["same"], True)
+        assert first["logits"] == second["logits"]  # tensor-parallel ranks agree
+        assert torch.allclose(torch.tensor(first["logits"]), torch.tensor(logits), atol=1e-5)
+        assert "policy expanded-drop cannot be used here" in first["refusal"]
+        # Together they send what the plan keeps, once, and less than stock does.
+        assert first["sent"] + second["sent"] == first["kept"] == second["kept"]
+        assert first["kept"] < first["stock sent"] + second["stock sent"] == 3 * 12 * 2

@@ -49,7 +49,7 @@ def test_without_macs_deepspeed_is_as_it_was(pool, block):
         ("no visual tokens", "config.macs: no way to find the visual tokens"),
         ("misspelt", "unknown macs field 'capacity_facter'; did you mean 'capacity_factor'?"),
         ("fused", "expert_parallel.combine_impl = 'fused_weighted_sum' cannot be used with MACS"),
-        ("folded", "tensor_parallel.autotp_size = 2 cannot be used with MACS"),
+        ("folded, in group scope", "config.scope = 'group' cannot be used with MACS here"),
         ("expanded drop over DeepEP", "policy expanded-drop cannot be used with"),
         ("transformers too new", "5.17.0 is known to work: pip install 'transformers==5.17.0'"),
         ("another model's profile", "it was measured on another model"),

@@ -76,6 +76,13 @@ def test_tensor_parallel_ranks_share_the_rows(pool, world, k):
         assert 0 <= rows * world - found["fullest"] < world
 
 
-def test_tensor_parallel_ranks_with_the_same_tokens_must_not_share_quotas(pool):
-    with pytest.raises(RankFailed, match=r"config.scope = 'group' cannot be used with MACS here"):
-        pool.run(f"{JOBS}:gate_under_tensor_parallelism", 2, 2, {"scope": "group"})
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scope": "group"}, "config.scope = 'group' cannot be used with MACS here"),
+        ({"policy": "expanded-drop"}, "policy expanded-drop cannot be used here"),
+    ],
+)
+def test_tensor_parallel_ranks_with_the_same_tokens_must_plan_alike(pool, settings, message):
+    with pytest.raises(RankFailed, match=message):
+        pool.run(f"{JOBS}:gate_under_tensor_parallelism", 2, 2, settings)

@@ -22,7 +22,7 @@ from torch import nn
 
 import deepspeed_macs
 from deepspeed_macs.models import expert_parallel_settings
-from macs import Runtime
+from macs import MACSConfig, Runtime
 
 from . import hf_models
 
@@ -61,6 +61,7 @@ def forget_groups() -> None:
     groups.mpu = None
     groups.expert_tensor_parallel_world_size = 1
     deepspeed.comm.comm.cdb = None
+    deepspeed.module_inject.layers.set_autotp_mode(training=False)
     deepspeed.inference.engine.InferenceEngine.inference_mp_group = None
 
 
@@ -297,13 +298,17 @@ def gate_under_tensor_parallelism(k: int, settings: dict) -> dict[str, Any]:
     }
 
 
-def autoep_engine(name: str, macs_block: dict[str, Any] | None, **expert_parallel: Any) -> Any:
+def autoep_engine(
+    name: str, macs_block: dict[str, Any] | None, tensor_parallel: int = 1, **expert_parallel: Any
+) -> Any:
     """A Hugging Face model under AutoEP, stock where there is no block."""
     model = hf_models.build(name)
     settings = {"enabled": True, "autoep_size": dist.get_world_size(), **expert_parallel}
     if macs_block is None:  # stock AutoEP has to be told where a multimodal model keeps its experts
         settings = expert_parallel_settings(model.config, settings)
     config = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": settings}
+    if tensor_parallel > 1:
+        config["tensor_parallel"] = {"autotp_size": tensor_parallel, "preset_model": name}
     if macs_block is not None:
         named = {} if name in hf_models.MULTIMODAL else {"image_token_id": hf_models.IMAGE_TOKEN}
         config["macs"] = {"min_tokens": 0, **named, **macs_block}
@@ -444,3 +449,43 @@ def autoep_virtual_plan(virtual_ranks: int) -> Any:
     logits_of(engine, ids)
     assert world == 1 or virtual_ranks == 1
     return [log.plans[0].experts.tolist(), float(log.plans[0].statistics.rerouted)]
+
+
+@on_deepspeed
+def not_folded(score_apply: str, tp_size: int) -> list[Any]:
+    """Logits of the same tokens, where no ranks are tensor-parallel, over as many ranks."""
+    engine = autoep_engine("mixtral", {"capacity_factor": 0.4, "reroute": "none"}, score_apply=score_apply)
+    return logits_of(engine, hf_models.token_ids(dist.get_rank() // tp_size)).tolist()
+
+
+@on_deepspeed
+def folded(score_apply: str, tp_size: int) -> dict[str, Any]:
+    """AutoEP folded with tensor parallelism, stock and with MACS, and the rows that travel."""
+    options = {"tensor_parallel": tp_size, "score_apply": score_apply, "validate_folding_routing": True}
+    ids = hf_models.token_ids(dist.get_rank() // tp_size)  # the same on tensor-parallel ranks
+    with counted_traffic() as stock_rows:
+        stock = logits_of(autoep_engine("mixtral", None, **options), ids)
+    same = {}
+    for title, block in (
+        ("macs", {"capacity_factor": 1e6}),
+        ("vanilla", {"policy": "vanilla"}),
+        ("few tokens", {"capacity_factor": 0.1, "min_tokens": 1000}),
+    ):
+        same[title] = torch.equal(logits_of(autoep_engine("mixtral", block, **options), ids), stock)
+    engine = autoep_engine("mixtral", {"capacity_factor": 0.4, "reroute": "none"}, **options)
+    log = PlanLog(engine.macs)
+    with counted_traffic() as rows:
+        bounded = logits_of(engine, ids)
+    try:  # whose additions depend on the rank, not on the tokens alone
+        engine.macs.use("expanded-drop", MACSConfig(capacity_factor=0.5, min_tokens=0))
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    return {
+        "same": same,
+        "logits": bounded.tolist(),
+        "sent": rows[0],
+        "stock sent": stock_rows[0],
+        "kept": int((log.plans[0].experts >= 0).sum()),
+        "refusal": refusal,
+    }

@@ -142,11 +142,11 @@ def refused(kind: str) -> None:
         layer = next(m for m in engine.modules() if isinstance(m, AutoEPMoELayer))
         layer.combine_impl = "fused_weighted_sum"  # a GPU's; AutoEP refuses it here only when it runs
         deepspeed_macs.add_macs(engine.module, {"modality": "manual"})
-    if kind == "folded":
+    if kind == "folded, in group scope":
         engine = autoep_engine("qwen3_moe", {})
         layer = next(m for m in engine.modules() if isinstance(m, AutoEPMoELayer))
         layer.folding_group_handles = types.SimpleNamespace(spec=types.SimpleNamespace(tp_size=2))
-        deepspeed_macs.add_macs(engine.module, {"modality": "manual"})
+        deepspeed_macs.add_macs(engine.module, {"modality": "manual", "scope": "group"})
     if kind == "expanded drop over DeepEP":
         engine = autoep_engine("qwen3_moe", {})
         for layer in engine.modules():
