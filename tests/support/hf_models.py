@@ -114,6 +114,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "image_token_id": IMAGE_TOKEN,
         },
     ),
+    "internvl, weights not normalised": (
+        "internvl",
+        {
+            "text_config": {**QWEN, "model_type": "qwen3_moe", "norm_topk_prob": False},
+            "vision_config": {**VISION, "image_size": [8, 8], "patch_size": [4, 4]},
+            "image_token_id": IMAGE_TOKEN,
+        },
+    ),
     "kimi": (
         "kimi_k25",
         {
@@ -124,7 +132,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-MULTIMODAL = ("qwen3_vl_moe", "internvl", "kimi")
+MULTIMODAL = ("qwen3_vl_moe", "internvl", "internvl, weights not normalised", "kimi")
 
 
 def build(name: str) -> nn.Module:
@@ -138,7 +146,7 @@ def build(name: str) -> nn.Module:
     with torch.no_grad():
         for path, tensor in (*model.named_parameters(), *model.named_buffers()):
             if path.endswith("e_score_correction_bias"):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) / 4)
+                tensor.copy_(torch.rand(tensor.shape, generator=generator))
             elif ".mlp." in path and tensor.dim() > 1:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) / 3)
     return model.eval()
