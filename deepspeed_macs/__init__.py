@@ -17,7 +17,7 @@ else:
 
 from macs import attach_modality
 
-from .autoep import MACSAutoEPMoELayer, MACSTokenChoiceTopKRouter
+from .autoep import MACSAutoEPMoELayer
 from .config import MACSBlock
 from .gate import MACSTopKGate
 from .inference import add_macs, init_inference, initialize, install
@@ -25,7 +25,6 @@ from .inference import add_macs, init_inference, initialize, install
 __all__ = [
     "MACSAutoEPMoELayer",
     "MACSBlock",
-    "MACSTokenChoiceTopKRouter",
     "MACSTopKGate",
     "add_macs",
     "attach_modality",

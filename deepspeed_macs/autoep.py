@@ -15,48 +15,12 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 from deepspeed.module_inject import auto_ep_layer
-from deepspeed.module_inject.auto_ep_comm import COMM_BACKEND, DEEPEP_BACKEND
+from deepspeed.module_inject.auto_ep_comm import DEEPEP_BACKEND
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, RouterOutput
 from deepspeed.moe import ep_tp_dispatch
-from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import Tensor, nn
 
-from macs import LayerRuntime, full_scores
-
-from .gate import loads_of
-
-
-class MACSTokenChoiceTopKRouter(TokenChoiceTopKRouter):
-    """Routes as its base class does, and hands the full scores on."""
-
-    macs: LayerRuntime | None = None
-
-    def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> weights [T, k], experts int64 [T, k], loads int32 [E] of the base class."""
-        if self.macs is None or self.training or not self.macs.awaits_scores:
-            return super().forward(x, expert_bias)
-        logits: list[Tensor] = []
-
-        def keep(gate: nn.Module, inputs: Any, output: Tensor) -> None:
-            logits.append(output)
-
-        handle = self.gate.register_forward_hook(keep)
-        try:
-            routed = super().forward(x, expert_bias)
-        finally:
-            handle.remove()
-        scores = full_scores(logits[0], self.score_func)
-        self.macs.offer_scores(scores.masked_fill(~self._eligible(scores, expert_bias), 0.0))
-        return routed
-
-    def _eligible(self, scores: Tensor, expert_bias: Tensor | None) -> Tensor:
-        """Which experts the token's groups hold, bool [T, E]; all, where routing knows no groups."""
-        if self.num_expert_groups is None:
-            return torch.ones_like(scores, dtype=torch.bool)
-        choice = scores
-        for bias in (expert_bias, self.e_score_correction_bias):
-            choice = choice if bias is None else choice + bias
-        return ~torch.isneginf(self._get_node_limited_routing_scores(choice))
+from macs import LayerRuntime, full_scores, loads_of
 
 
 class MACSAutoEPMoELayer(AutoEPMoELayer):
@@ -68,32 +32,54 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
     def adopt(cls, layer: AutoEPMoELayer, macs: LayerRuntime) -> None:
         """Turn an engine's layer into one of these, in place: weights, hooks and groups stay."""
         layer.__class__ = cls
-        layer.router.__class__ = MACSTokenChoiceTopKRouter
-        layer.macs = layer.router.macs = macs
+        layer.macs = macs
 
     def _forward(self, hidden_states: Tensor) -> Any:
         """hidden_states [B, S, D] -> what the base class returns."""
-        if self.macs is None or self.training or not self.macs.awaits_scores:
-            return super()._forward(hidden_states)
         batch, length, features = hidden_states.shape
+        if self.macs is None or self.training or not self.macs.acts_on(batch * length):
+            return super()._forward(hidden_states)
         tokens = self.macs.tokens(batch, length, sequence_major=False, device=hidden_states.device)
         x = hidden_states.reshape(-1, features)
-        weights, experts, _ = self.router(x, self.expert_bias)
-        scores = self.macs.take_scores()
-        assert scores is not None
+        weights, experts, counts, scores = self._scored_routes(x)
+        with torch.no_grad():
+            self.tokens_per_expert.add_(counts)  # the router's, as ever
         plan = self.macs.plan(x, experts, weights, scores, tokens)
         if plan is not None:
             experts, weights = plan.experts, plan.weights
-        routed = RouterOutput(weights, experts, loads_of(experts, self.num_experts).int())
-        with torch.no_grad():
-            self.tokens_per_expert.add_(routed.num_tokens_per_expert)
+            counts = loads_of(experts, self.num_experts).int()
+        routed = RouterOutput(weights, experts, counts)
+        shape = (batch, length, features)
         if self.ep_size > 1 and self.comm_backend == DEEPEP_BACKEND:
-            output = self._deepep_route(x, routed).reshape(batch, length, features)
+            output = self._deepep_route(x, routed).reshape(shape)
         elif folded_size(self) > 1:
-            output = self._folded_route(x, routed, (batch, length, features))
+            output = self._folded_route(x, routed, shape)
         else:
-            output = self._route(x, routed, (batch, length, features))
+            output = self._route(x, routed, shape)
         return self._finalize_output(output, x, hidden_states, features)
+
+    def _scored_routes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The router's choice for x [T, D]: weights [T, k], experts int64 [T, k], loads int32 [E]; and
+        the scores of all experts, float32 [T, E], 0 for those outside the token's groups."""
+        router, logits = self.router, []
+
+        def keep(gate: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if inputs[0] is x:
+                logits.append(output)
+
+        handle = router.gate.register_forward_hook(keep)
+        try:
+            weights, experts, counts = router(x, self.expert_bias)
+        finally:
+            handle.remove()
+        scores = full_scores(logits[0], router.score_func)
+        if router.num_expert_groups is not None:
+            choice = scores
+            for bias in (self.expert_bias, router.e_score_correction_bias):
+                choice = choice if bias is None else choice + bias
+            outside = torch.isneginf(router._get_node_limited_routing_scores(choice))
+            scores = scores.masked_fill(outside, 0.0)
+        return weights, experts, counts, scores
 
     def _route(self, x: Tensor, routed: RouterOutput, shape: tuple[int, int, int]) -> Tensor:
         """Send rows to their experts and combine what comes back: x [T, D] -> ``shape`` [B, S, D]."""
@@ -172,12 +158,13 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
     def _splits(self, loads: Tensor) -> tuple[Tensor, tuple[list[int], list[int]]]:
         """Arrivals by local expert, and the rows this rank sends to and gets from each rank.
 
-        The engine brings the splits to the host here, with or without MACS.
+        The number of rows comes to the host here, as with the engine's own splits; where there is one
+        rank the engine knows it beforehand, so that this is one synchronisation more.
         """
         if self.ep_size == 1:
             kept = [int(loads.sum())]
             return loads, (kept, kept)
-        if self.async_split_plan and self.comm_backend == COMM_BACKEND:
+        if self.async_split_plan:
             plan = self._wait_async_split_plan(self._start_async_split_plan(loads))
         else:
             plan = auto_ep_layer._split_plan_from_expert_counts(
@@ -198,4 +185,8 @@ def check_options(layer: AutoEPMoELayer) -> None:
         raise ValueError(
             "expert_parallel.combine_impl = 'fused_weighted_sum' cannot be used with MACS: its kernel "
             "takes T k rows for granted; leave it unset"
+        )
+    if layer.row_weighting_impl == "fused":
+        raise ValueError(
+            "expert_parallel.row_weighting_impl = 'fused' cannot be used with MACS: untried; leave it unset"
         )

@@ -9,20 +9,41 @@ from typing import Any
 NEEDED_DEEPSPEED = "0.19.8"
 KNOWN_TRANSFORMERS = "5.17.0"
 AUTOEP_LAYER = "deepspeed.module_inject.auto_ep_layer"
-SYMBOLS = (
-    ("deepspeed.moe.sharded_moe", "top1gating"),
-    ("deepspeed.moe.sharded_moe", "TopKGate"),
-    (AUTOEP_LAYER, "_split_plan_from_expert_counts"),
-    (AUTOEP_LAYER, "AutoEPMoELayer._forward"),
-    (AUTOEP_LAYER, "AutoEPMoELayer._finalize_output"),
-)
+SYMBOLS = {
+    "deepspeed.moe.sharded_moe": ("top1gating", "top2gating", "topkgating", "TopKGate", "MOELayer"),
+    "deepspeed.moe.ep_router": ("TokenChoiceTopKRouter._get_node_limited_routing_scores",),
+    "deepspeed.moe.ep_tp_dispatch": (
+        "RoutedAssignmentPayload",
+        "assert_tp_payload_consistent",
+        "assignment_ordinals_by_expert",
+        "partition_assignments",
+        "restore_combined",
+    ),
+    AUTOEP_LAYER: (
+        "_AllToAllV",
+        "_split_plan_from_expert_counts",
+        "apply_scores_before_experts_if_enabled",
+        "combine_from_routed",
+        "compute_split_plan_from_expert_indices",
+        "permute_by_local_expert",
+        "unpermute_by_local_expert",
+        "AutoEPMoELayer._deepep_route",
+        "AutoEPMoELayer._finalize_output",
+        "AutoEPMoELayer._forward",
+        "AutoEPMoELayer._start_async_split_plan",
+        "AutoEPMoELayer._wait_async_split_plan",
+    ),
+}
+"""What the adapter builds on, part of it the engine's own business: better missed here than mid-way."""
 
 
 def check_deepspeed() -> None:
     """Raise an ``ImportError`` that names what the installed DeepSpeed lacks, and the version needed."""
     import deepspeed
 
-    missing = [f"{module}.{path}" for module, path in SYMBOLS if not _has(module, path)]
+    missing = [
+        f"{module}.{path}" for module, paths in SYMBOLS.items() for path in paths if not _has(module, path)
+    ]
     if not missing:
         gate = importlib.import_module("deepspeed.moe.sharded_moe").TopKGate
         if "sparse_routes" not in inspect.signature(gate.forward).parameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,7 +35,7 @@ class MACSBlock:
 
     enabled: bool = True
     policy: str = "macs"
-    profile: str | None = None
+    profile: str | os.PathLike[str] | None = None
     modality: str = "auto"
     image_token_id: int | None = None
     video_token_id: int | None = None
@@ -56,14 +57,12 @@ class MACSBlock:
         settings = tuple(one.name for one in fields(MACSConfig))
         for name in values:
             check_name("macs field", name, (*own, "preset", *settings))
-        block = cls(
+        return cls(
             **{name: value for name, value in values.items() if name in own},
             settings=MACSConfig.from_dict({name: v for name, v in values.items() if name not in own}),
         )
-        block._check()
-        return block
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         def refuse(name: str, expected: str) -> None:
             raise ValueError(f"config.macs.{name}: found {getattr(self, name)!r}, expected {expected}")
 
@@ -79,7 +78,7 @@ class MACSBlock:
         count = self.virtual_ranks
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             refuse("virtual_ranks", "a number of ranks, 1 or more")
-        if self.profile is not None and not isinstance(self.profile, str):
+        if self.profile is not None and not isinstance(self.profile, (str, os.PathLike)):
             refuse("profile", "a path")
 
     def load_profile(self) -> Profile | None:
@@ -87,7 +86,7 @@ class MACSBlock:
         if self.profile is None:
             return None
         if not Path(self.profile).is_file():
-            raise ValueError(f"config.macs.profile: found no file {self.profile!r}")
+            raise ValueError(f"config.macs.profile: found no file {str(self.profile)!r}")
         return Profile.load(self.profile)
 
 

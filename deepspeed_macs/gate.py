@@ -20,7 +20,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor
 from torch.nn import functional
 
-from macs import LayerRuntime, full_scores
+from macs import LayerRuntime, full_scores, loads_of
 
 
 class MACSTopKGate(TopKGate):
@@ -54,19 +54,21 @@ class MACSTopKGate(TopKGate):
         [k', T], exp_counts [E]), -1 for what is dropped; without it (l_aux, weights [T, E, C], mask
         bool [T, E, C], exp_counts [E]). ``exp_counts`` are the router's, before the plan.
         """
-        if self.macs is None or self.training or not self.macs.awaits_scores:
+        if self.macs is None or self.training or not self.macs.on:
             return super().forward(input, used_token, sparse_routes, use_tutel)
         logits = functional.linear(input.float(), self.wg.weight.float())
-        scores = full_scores(logits, "softmax")
-        tokens = self.macs.counted_tokens(len(input), self.sequence_major, input.device)
         if used_token is not None:
             used_token = used_token.flatten().long()
-            tokens = tokens.only(used_token != 0)
         auxiliary, experts, weights, counts = self._routes(logits, used_token)
-        plan = self.macs.plan(input, experts, weights, scores, tokens)
-        if plan is not None:
-            experts, weights = plan.experts, plan.weights
-        num_experts = scores.shape[1]
+        num_experts = logits.shape[1]
+        if self.macs.acts_on(len(input)):
+            tokens = self.macs.counted_tokens(len(input), self.sequence_major, input.device)
+            if used_token is not None:
+                tokens = tokens.only(used_token != 0)
+            scores = full_scores(logits, "softmax")
+            plan = self.macs.plan(input, experts, weights, scores, tokens)
+            if plan is not None:
+                experts, weights = plan.experts, plan.weights
         capacity = self._rows(experts, num_experts)
         places = places_of(experts, num_experts, route_major=self.k == 2)
         if sparse_routes:
@@ -103,23 +105,11 @@ class MACSTopKGate(TopKGate):
         """
         assert self.macs is not None
         capacity = loads_of(experts, num_experts).amax()
-        if self.macs.group is not None and dist.get_world_size(self.macs.group) > 1:
+        if self.macs.group is not None:
             dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.macs.group)
         # The layer divides the C rows among tensor-parallel ranks, whose tokens are the same.
-        shares = tensor_parallel_size()
+        shares = bwc_tensor_model_parallel_world_size(groups.mpu)
         return (capacity + shares - 1) // shares * shares
-
-
-def tensor_parallel_size() -> int:
-    """Ranks that hold the same tokens, each with a part of the layers outside the experts."""
-    return 1 if groups.mpu is None else bwc_tensor_model_parallel_world_size(mpu=groups.mpu)
-
-
-def loads_of(experts: Tensor, num_experts: int) -> Tensor:
-    """Assignments of each expert: experts int64, any shape (-1: none) -> int64 [E]."""
-    column = torch.where(experts < 0, num_experts, experts).flatten()
-    loads = column.new_zeros(num_experts + 1).scatter_add(0, column, torch.ones_like(column))
-    return loads[:-1].contiguous()
 
 
 def places_of(experts: Tensor, num_experts: int, route_major: bool) -> Tensor:
@@ -132,8 +122,7 @@ def places_of(experts: Tensor, num_experts: int, route_major: bool) -> Tensor:
     listed = experts.t() if route_major else experts
     flat = torch.where(listed < 0, num_experts, listed).flatten()
     order = torch.argsort(flat, stable=True)
-    load = flat.new_zeros(num_experts + 1).scatter_add(0, flat, torch.ones_like(flat))
-    start = load.cumsum(0) - load
+    start = functional.pad(loads_of(listed, num_experts).cumsum(0), (1, 0))
     rank = torch.empty_like(flat).scatter_(0, order, torch.arange(len(flat), device=flat.device))
     place = torch.where(flat < num_experts, rank - start[flat], 0).view(listed.shape)
     return place.t() if route_major else place

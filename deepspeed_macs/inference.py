@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,21 +16,24 @@ import deepspeed.comm as dist
 from deepspeed.module_inject.auto_ep_comm import DEEPEP_BACKEND
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
-from deepspeed.moe.sharded_moe import MOELayer
+from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import groups
-from torch import nn
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+from torch import Tensor, nn
 
-from macs import MACSConfig, Runtime, Topology, attach_modality
+from macs import LayerRuntime, MACSConfig, Runtime, Topology, attach_modality
 from macs.config import read_mapping
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
 from .compat import check_transformers
 from .config import EXPERT_PARALLEL, MACSBlock, take_block
-from .gate import MACSTopKGate, tensor_parallel_size
+from .gate import MACSTopKGate
 from .models import expert_parallel_settings
 
 Block = MACSBlock | Mapping[str, Any]
+logger = logging.getLogger(__name__)
 
 # The engine's own, whatever ``install`` puts in their place later.
 _init_inference = deepspeed.init_inference
@@ -37,10 +43,10 @@ _initialize = deepspeed.initialize
 def init_inference(model: nn.Module, config: Any = None, **kwargs: Any) -> Any:
     """``deepspeed.init_inference``, whose config (or keyword arguments) may hold a ``"macs"`` block.
 
-    Returns DeepSpeed's engine; ``engine.macs`` is the ``macs.Runtime`` of its layers. Without a block,
-    or with ``"enabled": false``, this is DeepSpeed's function.
+    Returns DeepSpeed's engine, in ``eval()`` mode; ``engine.macs`` is the ``macs.Runtime`` of its
+    layers. Without a block, or with ``"enabled": false``, this is DeepSpeed's function.
     """
-    return _init_inference_with(None, model, config, **kwargs)
+    return _init_inference_with(_init_inference, None, model, config, **kwargs)
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -49,99 +55,162 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
 
     The config is a dictionary, a file, or ``args.deepspeed_config``. Returns DeepSpeed's tuple;
     ``engine.macs`` is the ``macs.Runtime`` of its layers. Without a block, or with ``"enabled":
-    false``, this is DeepSpeed's function. MACS acts in ``eval()`` mode only.
+    false``, this is DeepSpeed's function. MACS acts in ``eval()`` mode only: call ``engine.eval()``.
     """
-    return _initialize_with(None, *args, **kwargs)
+    return _initialize_with(_initialize, None, *args, **kwargs)
 
 
 def install(macs: Block | str | Path | None = None) -> Callable[[], None]:
     """Put these functions in the place of DeepSpeed's, for scripts that must not change.
 
-    ``macs``: a block, or the path of a JSON or YAML file with one, for scripts whose config has none.
-    Returns a function that puts DeepSpeed's own back.
+    ``macs``: a block, or the path of a JSON or YAML file with one, for the models with MoE layers of
+    scripts whose config has none. Returns a function that puts back what was there. A script that did
+    ``from deepspeed import initialize`` before this is not reached.
     """
     default = None if macs is None else _read_block(macs)
-    deepspeed.init_inference = lambda *args, **kwargs: _init_inference_with(default, *args, **kwargs)
-    deepspeed.initialize = lambda *args, **kwargs: _initialize_with(default, *args, **kwargs)
+    before = deepspeed.init_inference, deepspeed.initialize
+    deepspeed.init_inference = functools.partial(_init_inference_with, before[0], default)
+    deepspeed.initialize = functools.partial(_initialize_with, before[1], default)
 
     def uninstall() -> None:
-        deepspeed.init_inference, deepspeed.initialize = _init_inference, _initialize
+        deepspeed.init_inference, deepspeed.initialize = before
 
     return uninstall
 
 
-def add_macs(model: nn.Module, macs: Block) -> Runtime:
+def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) -> Runtime:
     """Give every MoE layer that DeepSpeed built in ``model`` a planner; for engines of one's own making.
 
-    Raises a ``ValueError`` if there is no such layer, if a setting cannot be honoured, or if nothing
-    would tell visual tokens from text. The layers are changed in place; weights stay as they are.
+    ``tensor_parallel_size``: ranks that get the same tokens, where DeepSpeed's ``groups.mpu`` does not
+    say so. Raises a ``ValueError``, and changes nothing, if there is no such layer, if one is no plain
+    layer of DeepSpeed's, if a setting cannot be honoured, or if nothing would tell visual tokens from
+    text. The layers are changed in place; weights stay as they are.
     """
     block = MACSBlock.of(macs)
-    gates = [module for module in model.modules() if isinstance(module, MOELayer)]
-    autoep = [module for module in model.modules() if isinstance(module, AutoEPMoELayer)]
+    gates, autoep = _moe_layers(model)
     if not gates and not autoep:
         raise ValueError(
             f"config.macs: {type(model).__name__} has no MoE layer of DeepSpeed's. A model built from "
             "deepspeed.moe.layer.MoE has; the experts of a Hugging Face model become such by "
             'deepspeed_macs.initialize with "expert_parallel": {"enabled": true, "autoep_size": ...}'
         )
+    for gate in gates:
+        _check_type(gate.gate, TopKGate)
     for layer in autoep:
+        _check_type(layer, AutoEPMoELayer)
         check_options(layer)
+    _join_groups(model)
     runtime = Runtime(
         block.settings,
         policy=block.policy,
         profile=block.load_profile(),
         virtual_ranks=block.virtual_ranks,
     )
-    if block.modality == "auto":
-        _find_modality(model, block)
-    _join_groups(model)
-    for layer in gates:
-        _adopt_gate(layer, runtime, block)
-    for layer in autoep:
-        _adopt_autoep(layer, runtime)
+    blind = _why_blind(model) if block.modality == "auto" and not _named_tokens(block) else None
+    same_tokens = max(tensor_parallel_size, bwc_tensor_model_parallel_world_size(groups.mpu))
+    own = [_add_gate(runtime, layer, same_tokens, blind) for layer in gates]
+    own += [_add_autoep(runtime, layer, same_tokens, blind) for layer in autoep]
+    if block.modality == "auto" and blind is None:
+        attach_modality(model, **_named_tokens(block), padding_token_id=block.padding_token_id)
+    for layer, mine in zip([*gates, *autoep], own, strict=True):
+        if isinstance(layer, MOELayer):
+            MACSTopKGate.adopt(
+                layer.gate,
+                mine,
+                sequence_major=block.sequence_major,
+                sampling=block.second_expert_sampling,
+            )
+        else:
+            MACSAutoEPMoELayer.adopt(layer, mine)
     return runtime
 
 
 def _init_inference_with(
-    default: MACSBlock | None, model: nn.Module, config: Any = None, **kwargs: Any
+    stock: Callable[..., Any],
+    default: MACSBlock | None,
+    model: nn.Module,
+    config: Any = None,
+    **kwargs: Any,
 ) -> Any:
-    given = _as_dict(config)
-    overlap = [name for name in kwargs if name in given and kwargs[name] != given[name]]
-    if overlap:
-        return _init_inference(model, config, **kwargs)  # which says what conflicts
-    rest, block = take_block({**given, **kwargs})
-    block = default if block is None else block
-    if block is None or not block.enabled:
-        return _init_inference(model, config=rest)
-    engine = _init_inference(model, config=rest)
-    engine.macs = add_macs(engine.module, block)
+    given = config
+    if isinstance(config, str):
+        with open(config) as file:
+            given = json.load(file)
+    if not (given is None or isinstance(given, dict)):
+        return stock(model, config, **kwargs)  # which says what it expects
+    rest, block = take_block(given or {})
+    more, named = take_block(kwargs)
+    if block is not None and named is not None:
+        raise ValueError("config.macs: found both in the config and as an argument, expected one of them")
+    block = named if block is None else block
+    if block is None and default is None:
+        return stock(model, config, **kwargs)
+    engine = stock(model, config=rest, **more)
+    runtime = _add_if_wanted(engine.module, block, default, engine._config.tensor_parallel.tp_size)
+    if runtime is not None:
+        engine.eval()
+        engine.macs = runtime
     return engine
 
 
-def _initialize_with(default: MACSBlock | None, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+def _initialize_with(
+    stock: Callable[..., Any], default: MACSBlock | None, *args: Any, **kwargs: Any
+) -> tuple[Any, ...]:
     call = inspect.signature(_initialize).bind(*args, **kwargs).arguments
     name, given = _config_of(call)
     if given is None:
-        return _initialize(*args, **kwargs)  # which says that there is none
-    rest, block = take_block(_as_dict(given))
-    block = default if block is None else block
+        return stock(*args, **kwargs)  # which says that there is none
+    rest, block = take_block(given if isinstance(given, Mapping) else load_ds_config(given))
+    if block is None and default is None:
+        return stock(*args, **kwargs)
     if name == "args":
         # Copied, because the engine refuses a second config beside the one it finds there.
         call["args"] = copy.copy(call["args"])
         call["args"].deepspeed_config = None
         name = "config"
-    if block is not None and block.enabled:
-        settings = rest.get(EXPERT_PARALLEL)
-        if isinstance(settings, Mapping) and settings.get("enabled"):
-            check_transformers()
-            config = getattr(call.get("model"), "config", None)
-            rest[EXPERT_PARALLEL] = expert_parallel_settings(config, settings)
+    settings = rest.get(EXPERT_PARALLEL)
+    chosen = default if block is None else block
+    assert chosen is not None
+    if chosen.enabled and isinstance(settings, Mapping) and settings.get("enabled"):
+        check_transformers()
+        config = getattr(call.get("model"), "config", None)
+        rest[EXPERT_PARALLEL] = expert_parallel_settings(config, settings)
     call[name] = rest
-    returned = _initialize(**call)
-    if block is not None and block.enabled:
-        returned[0].macs = add_macs(returned[0].module, block)
+    returned = stock(**call)
+    engine = returned[0]
+    runtime = _add_if_wanted(engine.module, block, default, engine.autotp_size())
+    if runtime is not None:
+        engine.macs = runtime
     return returned
+
+
+def _add_if_wanted(
+    model: nn.Module, block: MACSBlock | None, default: MACSBlock | None, tensor_parallel_size: int
+) -> Runtime | None:
+    """``add_macs`` by the config's own block or, where a model has MoE layers, by the default one."""
+    if block is None and not any(_moe_layers(model)):
+        logger.warning("MACS: %s has no MoE layer and is left as it is", type(model).__name__)
+        return None
+    chosen = default if block is None else block
+    if chosen is None or not chosen.enabled:
+        return None
+    return add_macs(model, chosen, tensor_parallel_size=max(1, tensor_parallel_size))
+
+
+def _moe_layers(model: nn.Module) -> tuple[list[MOELayer], list[AutoEPMoELayer]]:
+    modules = list(model.modules())
+    return (
+        [module for module in modules if isinstance(module, MOELayer)],
+        [module for module in modules if isinstance(module, AutoEPMoELayer)],
+    )
+
+
+def _check_type(module: nn.Module, expected: type) -> None:
+    if type(module) is not expected:
+        raise ValueError(
+            f"config.macs: found {type(module).__name__} in the model, expected {expected.__name__}; a "
+            "subclass cannot be replaced without losing what it adds, and MACS is added once"
+        )
 
 
 def _config_of(call: Mapping[str, Any]) -> tuple[str, Any]:
@@ -152,12 +221,6 @@ def _config_of(call: Mapping[str, Any]) -> tuple[str, Any]:
     return "args", getattr(call.get("args"), "deepspeed_config", None)
 
 
-def _as_dict(config: Any) -> dict[str, Any]:
-    if config is None:
-        return {}
-    return dict(config) if isinstance(config, Mapping) else load_ds_config(config)
-
-
 def _read_block(macs: Block | str | Path) -> MACSBlock:
     """A block from itself or from a file, which may hold it bare or as ``"macs"``."""
     if not isinstance(macs, (str, Path)):
@@ -166,22 +229,19 @@ def _read_block(macs: Block | str | Path) -> MACSBlock:
     return MACSBlock.of(values.get("macs", values))
 
 
-def _find_modality(model: nn.Module, block: MACSBlock) -> None:
+def _named_tokens(block: MACSBlock) -> dict[str, int]:
+    """The token ids a block names, as ``attach_modality`` takes them."""
+    names = ("image_token_id", "video_token_id", "audio_token_id")
+    return {name: getattr(block, name) for name in names if getattr(block, name) is not None}
+
+
+def _why_blind(model: nn.Module) -> str | None:
+    """Why nothing in this model's calls or config would tell visual tokens from text; none if it would."""
     try:
-        attach_modality(
-            model,
-            image_token_id=block.image_token_id,
-            video_token_id=block.video_token_id,
-            audio_token_id=block.audio_token_id,
-            padding_token_id=block.padding_token_id,
-        )
+        attach_modality(model).remove()
     except ValueError as error:
-        if block.policy != "macs":
-            return  # the baselines do not ask which token is which
-        raise ValueError(
-            f"config.macs: no way to find the visual tokens ({error}). Give image_token_id, or set "
-            '"modality": "manual" and call the model within macs.modality(mask)'
-        ) from error
+        return str(error)
+    return None
 
 
 def _join_groups(model: nn.Module) -> None:
@@ -198,10 +258,41 @@ def _topology(num_experts: int, ranks: int, group: Any) -> Topology:
     return Topology(num_experts, ranks, sources=(own,))
 
 
-def _adopt_gate(layer: MOELayer, runtime: Runtime, block: MACSBlock) -> None:
+def _check_settings(policy: str, config: MACSConfig, same_tokens: int, blind: str | None) -> None:
+    """Raise a ``ValueError`` for what no layer of this model can honour.
+
+    same_tokens: ranks of the expert-parallel group that hold the same tokens, and must plan alike.
+    """
+    if policy == "macs" and blind is not None:
+        raise ValueError(
+            f"config.macs: no way to find the visual tokens ({blind}). Give image_token_id, or set "
+            '"modality": "manual" and macs.modality(mask) around every forward pass'
+        )
+    if same_tokens > 1:
+        why = f"the expert-parallel group holds {same_tokens} tensor-parallel ranks with the same tokens"
+        if config.scope == "group":
+            raise ValueError(
+                f"config.scope = 'group' cannot be used with MACS here: {why}, and their quotas could "
+                "differ; use 'local'"
+            )
+        if policy == "expanded-drop":
+            raise ValueError(
+                f"policy expanded-drop cannot be used here: {why} and other experts of their own"
+            )
+
+
+def _add_gate(runtime: Runtime, layer: MOELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
     gate, ranks = layer.gate, layer.ep_size
+    if groups._get_expert_model_parallel_world_size() > 1:
+        same_tokens = 1  # then the group has one rank of every tensor-parallel group
 
     def check(policy: str, config: MACSConfig) -> None:
+        _check_settings(policy, config, same_tokens if ranks > 1 else 1, blind)
+        if gate.drop_tokens:
+            runtime.say_once(
+                "MACS: while it is on, deepspeed.moe.layer.MoE drops by its plan alone; drop_tokens and "
+                "eval_capacity_factor have no effect"
+            )
         pooled = policy == "rank-balanced" or (policy == "macs" and config.level == "rank")
         if pooled or config.max_load_factor is not None:
             runtime.say_once(
@@ -209,41 +300,42 @@ def _adopt_gate(layer: MOELayer, runtime: Runtime, block: MACSBlock) -> None:
                 "has: capacity pooled over a rank (level = rank, rank-balanced, max_load_factor) does not "
                 "shorten its steps; use level = expert"
             )
-        if groups._get_expert_model_parallel_world_size() == 1:
-            _check_same_tokens(policy, config, tensor_parallel_size())
 
-    topology = _topology(ranks * layer.num_local_experts, ranks, layer.ep_group)
-    group = layer.ep_group if ranks > 1 else None
-    own = runtime.add_layer(lambda: gate.wg.weight, topology, gate.k, group, check)
-    MACSTopKGate.adopt(gate, own, sequence_major=block.sequence_major, sampling=block.second_expert_sampling)
-
-
-def _check_same_tokens(policy: str, config: MACSConfig, ranks: int) -> None:
-    """Tensor-parallel ``ranks`` with the same tokens must plan alike, wherever their experts are."""
-    if ranks == 1:
-        return
-    why = f"the expert-parallel group holds {ranks} tensor-parallel ranks with the same tokens"
-    if config.scope == "group":
-        raise ValueError(
-            f"config.scope = 'group' cannot be used with MACS here: {why}, and their quotas could differ; "
-            "use 'local'"
-        )
-    if policy == "expanded-drop":
-        raise ValueError(
-            f"policy expanded-drop cannot be used here: {why}, and different experts of their own"
-        )
+    return runtime.add_layer(
+        lambda: _whole(gate.wg.weight),
+        _topology(ranks * layer.num_local_experts, ranks, layer.ep_group),
+        gate.k,
+        layer.ep_group if ranks > 1 else None,
+        check,
+    )
 
 
-def _adopt_autoep(layer: AutoEPMoELayer, runtime: Runtime) -> None:
+def _add_autoep(runtime: Runtime, layer: AutoEPMoELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
+    same_tokens = max(same_tokens, folded_size(layer)) if layer.ep_size > 1 else 1
+
     def check(policy: str, config: MACSConfig) -> None:
-        _check_same_tokens(policy, config, folded_size(layer))
+        _check_settings(policy, config, same_tokens, blind)
         if policy == "expanded-drop" and layer.comm_backend == DEEPEP_BACKEND and layer.ep_size > 1:
             raise ValueError(
                 "policy expanded-drop cannot be used with expert_parallel.comm_backend = 'deepep': its "
                 f"buffers hold {layer.top_k} assignments a token; use comm_backend = 'comm'"
             )
 
-    topology = _topology(layer.num_experts, layer.ep_size, layer.ep_group)
-    group = layer.ep_group if layer.ep_size > 1 else None
-    own = runtime.add_layer(lambda: layer.router.gate.weight, topology, layer.top_k, group, check)
-    MACSAutoEPMoELayer.adopt(layer, own)
+    return runtime.add_layer(
+        lambda: _whole(layer.router.gate.weight),
+        _topology(layer.num_experts, layer.ep_size, layer.ep_group),
+        layer.top_k,
+        layer.ep_group if layer.ep_size > 1 else None,
+        check,
+    )
+
+
+def _whole(weight: nn.Parameter) -> Tensor:
+    """A router's rows [E, D], also where ZeRO keeps only a part of them on this rank just now.
+
+    Every rank asks for them at the same time: in a forward pass, when they are there, or all together.
+    """
+    if getattr(weight, "ds_status", None) != ZeroParamStatus.NOT_AVAILABLE:
+        return weight
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()

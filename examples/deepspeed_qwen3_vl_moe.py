@@ -166,8 +166,6 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
         kind = OwnExperiment
         model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
         processor = AutoProcessor.from_pretrained(arguments.model)
-    if model.dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True}
     engine = deepspeed_macs.initialize(model=model, config=config)[0]
     engine.eval()
     if arguments.model is None:

@@ -9,6 +9,7 @@ Letters in shapes, here and in every module:
     R  expert-parallel ranks    G = E / R  experts a rank       P  pools (experts or ranks)
 """
 
+from .capacity import loads_of
 from .config import PRESETS, MACSConfig
 from .hooks import ModalityHook, attach_modality
 from .metrics import LayerRecorder, LayerReport
@@ -48,6 +49,7 @@ __all__ = [
     "build_policy",
     "current_modality",
     "full_scores",
+    "loads_of",
     "modality",
     "router_fingerprint",
     "router_similarity",

@@ -45,6 +45,12 @@ class LoadTable:
         return LoadTable(*(getattr(self, f.name).sum(0, keepdim=True) for f in fields(self)))
 
 
+def loads_of(experts: Tensor, num_experts: int) -> Tensor:
+    """Assignments of each expert: experts int64, any shape (-1: none) -> int64 [E]."""
+    column = torch.where(experts < 0, num_experts, experts).flatten()
+    return column.new_zeros(num_experts + 1).scatter_add(0, column, torch.ones_like(column))[:-1]
+
+
 def measure(
     source: Tensor,
     valid: Tensor,

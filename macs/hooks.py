@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from contextlib import ExitStack
 from typing import Any
 
@@ -37,9 +38,10 @@ class ModalityHook:
         self._token_kinds = token_kinds
         self._padding_id = padding_id
         self._signature = inspect.signature(model.forward)
-        self._open: list[ExitStack] = []
+        self._own = threading.local()  # of each thread: the calls under way, innermost last
         self._handles = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            # Before all others, so that whatever fails after it, ``_leave`` has something to leave.
+            model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
         ]
 
@@ -71,32 +73,40 @@ class ModalityHook:
             for token_id, kind in self._token_kinds.items():
                 kinds = kinds.masked_fill(input_ids == token_id, kind)
         elif types is not None and input_ids is not None:
-            kinds = _last_columns(types, input_ids.shape[1])
+            kinds = _last_columns("mm_token_type_ids", types, input_ids)
         else:
             return None
         valid = torch.ones_like(kinds, dtype=torch.bool)
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            valid = valid & (_last_columns(attention_mask, kinds.shape[1]) != 0)
+            valid = valid & (_last_columns("attention_mask", attention_mask, kinds) != 0)
         if self._padding_id is not None and input_ids is not None:
             valid = valid & (input_ids != self._padding_id)
         return Modality.of(kinds.to(torch.int8), valid=valid)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack = ExitStack()
-        self._open.append(stack)
-        bound = self._signature.bind_partial(*args, **kwargs)
+        if not hasattr(self._own, "calls"):
+            self._own.calls = []
+        self._own.calls.append(stack)
+        given = {**kwargs, **self._signature.bind_partial(*args, **kwargs).arguments}
         names = ("input_ids", "mm_token_type_ids", "attention_mask")
-        found = self.modality_of(*(bound.arguments.get(name) for name in names))
+        found = self.modality_of(*(given.get(name) for name in names))
         outer = current_modality()
         # What the caller said of these very tokens goes before what their ids say.
         if found is not None and (outer is None or outer.kinds.shape != found.kinds.shape):
             stack.enter_context(modality(found))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._open.pop().close()
+        self._own.calls.pop().close()
 
 
-def _last_columns(tensor: Tensor, count: int) -> Tensor:
+def _last_columns(name: str, tensor: Tensor, tokens: Tensor) -> Tensor:
+    """The columns of ``tensor`` [B, S' >= S] that belong to ``tokens`` [B, S]."""
+    rows, count = tokens.shape
+    if tensor.shape[0] != rows or tensor.shape[1] < count:
+        raise ValueError(
+            f"{name}: found shape {tuple(tensor.shape)}, expected {rows} sequences of {count} tokens or more"
+        )
     return tensor[:, tensor.shape[1] - count :]
 
 

@@ -52,7 +52,9 @@ class LayerRecorder:
         Synchronises. With a group, every member must call it after the same number of steps.
         """
         if self._ring is None or self._next is None:
-            raise ValueError("metrics: no step was recorded")
+            raise ValueError(
+                "metrics: no step was recorded; was the model run, in eval() mode, on min_tokens or more?"
+            )
         ring = self._ring.clone()
         if group is not None:
             dist.all_reduce(ring, group=group)

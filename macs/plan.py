@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .capacity import LoadTable
+from .capacity import LoadTable, loads_of
 from .fixed_point import UNIT
 from .modality import Tokens
 
@@ -100,10 +100,6 @@ def describe(
     mass = torch.where(asked, torch.nan_to_num(weights.double()), 0.0)
     num_experts = table.cost.shape[1]
 
-    def loads(chosen: Tensor, who: Tensor) -> Tensor:
-        column = torch.where(who, chosen, num_experts).flatten()
-        return column.new_zeros(num_experts + 1).scatter_add(0, column, torch.ones_like(column))[:-1]
-
     return PlanStatistics(
         sources=torch.ones_like(active).sum(),
         planned=active.sum(),
@@ -119,6 +115,6 @@ def describe(
         kept_mass=torch.where(stays, mass, 0.0).sum(),
         rerouted_mass=torch.where(moved, mass, 0.0).sum(),
         dropped_mass=torch.where(gone, mass, 0.0).sum(),
-        load_before=loads(experts, asked),
-        load_after=loads(placed, tokens.valid[:, None] & (placed >= 0)),
+        load_before=loads_of(torch.where(asked, experts, -1), num_experts),
+        load_after=loads_of(torch.where(tokens.valid[:, None], placed, -1), num_experts),
     )

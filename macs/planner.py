@@ -96,6 +96,13 @@ class Planner:
         """k': the width of the plans."""
         return self.top_k
 
+    def leaves_alone(self, count: int) -> bool:
+        """Whether ``count`` tokens are too few to plan, as in decoding, known without looking at them.
+
+        In group scope among several processes the group's total decides, which nobody knows yet.
+        """
+        return self._gathers == 1 and count < self.config.min_tokens
+
     def plan(
         self,
         hidden: Tensor,
@@ -113,8 +120,8 @@ class Planner:
         In group scope every member of the group must call this, with T = 0 if it has no tokens.
         """
         tokens = self._check(hidden, experts, weights, scores, tokens)
-        if not self.plans or (self._gathers == 1 and len(hidden) < self.config.min_tokens):
-            return self._untouched(experts, weights, tokens)  # known without looking, as in decoding
+        if not self.plans or self.leaves_alone(len(hidden)):
+            return self._untouched(experts, weights, tokens)
         constants = self._constants(hidden.device)
         # Columns ascend by expert within the plan, whatever order the engine's router gave.
         experts_in, column = experts.sort(1)

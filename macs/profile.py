@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +131,7 @@ class Profile:
         save_file(tensors, str(path), metadata={"format": FORMAT, "macs": json.dumps(header)})
 
     @classmethod
-    def load(cls, path: str | Path) -> Profile:
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read a profile; one that is truncated, foreign or tampered with is a ``ValueError``."""
         from safetensors import SafetensorError, safe_open
 
@@ -198,5 +199,5 @@ class Calibration:
     def counts(self) -> Tensor:
         """Assignments of text [0] and visual [1] tokens, int64 [2, E]."""
         if self._counts is None:
-            raise ValueError("calibration: no tokens were observed; was the model run?")
+            raise ValueError("calibration: no tokens were observed; was the model run, in eval() mode?")
         return self._counts.view(3, self.num_experts)[:2]

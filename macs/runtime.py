@@ -95,8 +95,8 @@ class Runtime:
 
     @contextmanager
     def calibration(self) -> Iterator[None]:
-        """Within this block the model runs as the engine has it, and every layer counts whom its
-        experts serve; ``measured_profile`` then has the result."""
+        """Within this block nothing is planned, and every layer counts whom its experts serve;
+        ``measured_profile`` then has the result."""
         for layer in self.layers:
             layer.calibration = Calibration(layer.topology.num_experts)
         self.calibrating = True
@@ -169,9 +169,14 @@ class LayerRuntime:
             self._check(policy, config)
 
     @property
-    def awaits_scores(self) -> bool:
-        """Whether the router's scores are of any use now."""
+    def on(self) -> bool:
+        """Whether MACS does anything now: plan, or observe for a calibration."""
         return self.runtime.enabled or self.runtime.calibrating
+
+    def acts_on(self, count: int) -> bool:
+        """Whether it does anything with a forward pass over ``count`` tokens, known without looking at
+        them. Otherwise the layer is to be the engine's own, and costs what that does."""
+        return self.runtime.calibrating or (self.runtime.enabled and not self.planner.leaves_alone(count))
 
     def offer_scores(self, scores: Tensor) -> None:
         """From the router: scores [T, E] of the tokens that are about to be dispatched."""

@@ -29,6 +29,6 @@ class MACSTopKRouter(TopKRouter):
         routed = super().routing(logits, *args, **kwargs)
         if self.macs is not None:
             self.macs.take_scores()  # what an interrupted forward pass may have left
-            if not self.training and self.macs.awaits_scores:
+            if not self.training and self.macs.acts_on(logits.shape[:-1].numel()):
                 self.macs.offer_scores(full_scores(logits.flatten(0, -2), self.score_function))
         return routed

@@ -9,18 +9,25 @@ JOBS = "support.deepspeed_tiny_jobs"
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(
-    ("policy", "settings"),
-    [("vanilla", {}), ("macs", {"capacity_factor": 1e6}), ("macs", {"min_tokens": 500})],
-)
-def test_generation_is_hugging_faces_and_the_mask_follows_it(pool, world, policy, settings):
+@pytest.mark.parametrize("policy", ["vanilla", "macs"])
+def test_generation_is_hugging_faces_and_the_mask_follows_it(pool, world, policy):
+    settings = {"capacity_factor": 1e6, "min_tokens": 0}
     for found in pool.run(f"{JOBS}:generated", world, policy, settings, True):
         assert found["same"] and found["kinds"] and found["valid"]
         assert found["pictures"] == 2 and found["padding"] > 0
         # One new token a sequence, text, no padding; as many steps as the rank that needs most.
         assert found["later"] == [(4, 0, True)] * (2 if world == 1 else 4)
-        planned = policy == "macs" and "min_tokens" not in settings
-        assert found["planned"] == [float(planned)] + [0.0] * len(found["later"])
+        assert found["planned"] == [float(policy == "macs")] * (1 + len(found["later"]))
+
+
+@pytest.mark.parametrize("scope", ["local", "group"])
+def test_decoding_is_left_alone(pool, scope):
+    settings = {"capacity_factor": 1e6, "scope": scope}
+    for found in pool.run(f"{JOBS}:generated", 2, "macs", settings, True):
+        # In group scope only the group knows that the step is small; locally nobody need ask.
+        steps = 4 if scope == "group" else 0
+        assert found["same"] and len(found["later"]) == steps
+        assert found["planned"] == [1.0] + [0.0] * steps
 
 
 def test_without_a_processors_kinds_the_ids_tell(pool):
