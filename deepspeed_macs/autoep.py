@@ -10,6 +10,7 @@ by the plan, N rows that are sent.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import deepspeed.comm as dist
@@ -61,10 +62,10 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
     def _scored_routes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The router's choice for x [T, D]: weights [T, k], experts int64 [T, k], loads int32 [E]; and
         the scores of all experts, float32 [T, E], 0 for those outside the token's groups."""
-        router, logits = self.router, []
+        router, thread, logits = self.router, threading.get_ident(), []
 
         def keep(gate: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if inputs[0] is x:
+            if threading.get_ident() == thread:
                 logits.append(output)
 
         handle = router.gate.register_forward_hook(keep)

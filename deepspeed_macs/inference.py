@@ -18,7 +18,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.utils import is_zero_param
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
@@ -69,13 +69,20 @@ def install(macs: Block | str | Path | None = None) -> Callable[[], None]:
     """
     default = None if macs is None else _read_block(macs)
     before = deepspeed.init_inference, deepspeed.initialize
-    deepspeed.init_inference = functools.partial(_init_inference_with, before[0], default)
-    deepspeed.initialize = functools.partial(_initialize_with, before[1], default)
+    deepspeed.init_inference = functools.partial(_init_inference_with, _beneath(before[0]), default)
+    deepspeed.initialize = functools.partial(_initialize_with, _beneath(before[1]), default)
 
     def uninstall() -> None:
         deepspeed.init_inference, deepspeed.initialize = before
 
     return uninstall
+
+
+def _beneath(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function an installation replaced, or ``function`` itself: of several the last one acts."""
+    if isinstance(function, functools.partial) and function.func in (_init_inference_with, _initialize_with):
+        return function.args[0]
+    return function
 
 
 def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) -> Runtime:
@@ -302,7 +309,7 @@ def _add_gate(runtime: Runtime, layer: MOELayer, same_tokens: int, blind: str | 
             )
 
     return runtime.add_layer(
-        lambda: _whole(gate.wg.weight),
+        _rows_of(gate.wg.weight),
         _topology(ranks * layer.num_local_experts, ranks, layer.ep_group),
         gate.k,
         layer.ep_group if ranks > 1 else None,
@@ -322,7 +329,7 @@ def _add_autoep(runtime: Runtime, layer: AutoEPMoELayer, same_tokens: int, blind
             )
 
     return runtime.add_layer(
-        lambda: _whole(layer.router.gate.weight),
+        _rows_of(layer.router.gate.weight),
         _topology(layer.num_experts, layer.ep_size, layer.ep_group),
         layer.top_k,
         layer.ep_group if layer.ep_size > 1 else None,
@@ -330,12 +337,14 @@ def _add_autoep(runtime: Runtime, layer: AutoEPMoELayer, same_tokens: int, blind
     )
 
 
-def _whole(weight: nn.Parameter) -> Tensor:
-    """A router's rows [E, D], also where ZeRO keeps only a part of them on this rank just now.
+def _rows_of(weight: nn.Parameter) -> Callable[[], Tensor]:
+    """A router's rows [E, D], to be asked for at any time.
 
-    Every rank asks for them at the same time: in a forward pass, when they are there, or all together.
+    ZeRO-3 keeps a part of them on each rank, and putting them together within a forward pass would
+    disturb its own fetching: they are copied now, on all ranks together.
     """
-    if getattr(weight, "ds_status", None) != ZeroParamStatus.NOT_AVAILABLE:
-        return weight
+    if not is_zero_param(weight):
+        return lambda: weight
     with deepspeed.zero.GatheredParameters([weight]):
-        return weight.detach().clone()
+        rows = weight.detach().clone()
+    return lambda: rows

@@ -10,8 +10,17 @@ from deepspeed.module_inject.auto_ep_presets.registry import (
     preset_name_for_hf_model_type,
 )
 
-TEXT_PRESETS = {"qwen3_vl_moe_text": "qwen3_moe"}
-"""Text models that AutoEP does not know, and the preset of those whose MoE block is the same."""
+TEXT_PRESETS: dict[str, dict[str, Any]] = {
+    "qwen3_vl_moe_text": {"preset_model": "qwen3_moe"},
+    "qwen3_5_moe_text": {"preset_model": "qwen3_moe"},
+    "minimax_m3_vl_text": {
+        "preset_model": "deepseek_v3",
+        "expert_activation": "swiglu_oai",
+        "route_norm": True,
+    },
+}
+"""Text models whose multimodal form AutoEP does not know or refuses, and settings that describe their
+MoE block to it: a preset with a block of the same parts, and where it differs."""
 
 ANY_LAYERS = r"(?:.*\.)?layers\.\d+\.mlp"
 """MoE blocks wherever the text model sits; modules without experts are passed over by AutoEP."""
@@ -27,7 +36,8 @@ def expert_parallel_settings(config: Any, settings: Mapping[str, Any]) -> dict[s
     if text is None or text is config:
         return dict(settings)
     kind = getattr(text, "model_type", "")
-    name = settings.get("preset_model") or TEXT_PRESETS.get(kind) or preset_name_for_hf_model_type(kind)
+    known = TEXT_PRESETS.get(kind, {"preset_model": preset_name_for_hf_model_type(kind)})
+    name = settings.get("preset_model", known["preset_model"])
     if name is None:
         return dict(settings)
     if name == "deepseek_v2" and getattr(text, "topk_method", None) == "group_limited_greedy":
@@ -37,10 +47,10 @@ def expert_parallel_settings(config: Any, settings: Mapping[str, Any]) -> dict[s
         )
     normalized = None if name == "deepseek_v2" else getattr(text, "norm_topk_prob", None)
     found = {
-        "preset_model": name,
+        **known,
         "moe_layer_pattern": ANY_LAYERS,
         "top_k": getattr(text, get_preset(name).top_k_attr, None),
-        "route_norm": normalized,
+        "route_norm": known.get("route_norm", normalized),
         "score_func": getattr(text, "scoring_func", None),
         "num_expert_groups": getattr(text, "n_group", None),
         "num_limited_groups": getattr(text, "topk_group", None),

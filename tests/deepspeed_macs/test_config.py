@@ -44,6 +44,11 @@ def test_mistakes_are_named(values, message):
         MACSBlock.of(values)
 
 
+def test_mistakes_are_named_also_in_a_block_made_by_hand():
+    with pytest.raises(ValueError, match="unknown macs modality 'automatic'; did you mean 'auto'"):
+        MACSBlock(modality="automatic")
+
+
 def test_mistakes_are_named_also_where_macs_is_off():
     with pytest.raises(ValueError, match="did you mean 'capacity_factor'"):
         take_block({"macs": {"enabled": False, "capacity_facter": 1}})

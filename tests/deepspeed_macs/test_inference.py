@@ -49,6 +49,12 @@ def test_without_macs_deepspeed_is_as_it_was(pool, block):
         ("no visual tokens", "config.macs: no way to find the visual tokens"),
         ("misspelt", "unknown macs field 'capacity_facter'; did you mean 'capacity_factor'?"),
         ("fused", "expert_parallel.combine_impl = 'fused_weighted_sum' cannot be used with MACS"),
+        ("fused rows", "expert_parallel.row_weighting_impl = 'fused' cannot be used with MACS"),
+        ("somebody's own layer", "config.macs: found Own in the model, expected AutoEPMoELayer"),
+        ("MACS twice", "config.macs: found MACSTopKGate in the model, expected TopKGate"),
+        ("a gate of one's own", "config.macs: found OwnGate in the model, expected TopKGate"),
+        ("blind, then macs", "config.macs: no way to find the visual tokens"),
+        ("a block too many", "config.macs: found both in the config and as an argument"),
         ("folded, in group scope", "config.scope = 'group' cannot be used with MACS here"),
         ("expanded drop over DeepEP", "policy expanded-drop cannot be used with"),
         ("transformers too new", "5.17.0 is known to work: pip install 'transformers==5.17.0'"),
@@ -62,6 +68,31 @@ def test_what_cannot_work_is_refused_with_the_reason(pool, kind, message):
     name, found, _ = caught.value.errors[0]
     assert message in found
     assert name == ("ImportError" if kind == "transformers too new" else "ValueError")
+
+
+def test_tensor_parallel_ranks_of_an_inference_engine_must_plan_alike(pool):
+    with pytest.raises(RankFailed, match="scope = 'group' cannot be used with MACS here"):
+        pool.run(f"{JOBS}:refused", 2, "tensor parallelism of the inference engine")
+
+
+def test_installations_nest(pool):
+    found = pool.run(f"{JOBS}:installed_twice", 1)[0]
+    assert found == dict.fromkeys(found, True)
+
+
+def test_mistakes_that_are_not_macss_are_told_as_ever(pool):
+    said = pool.run(f"{JOBS}:same_errors", 1)[0]
+    assert len(said) == 4 and said[0] == said[1] and said[2] == said[3]
+
+
+def test_calibration_and_planning_under_zero_three(pool):
+    for found in pool.run(f"{JOBS}:zero_three", 2):
+        assert found["profile"] and found["logits"] and found["dropped"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_bit_for_bit(pool, dtype):
+    assert pool.run(f"{JOBS}:half_precision", 2, dtype) == [True, True]
 
 
 def test_pooled_capacity_is_told_to_be_of_no_use_in_the_moe_layer(pool):

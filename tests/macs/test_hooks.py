@@ -1,5 +1,6 @@
 """Hooks that tell which token is which from what a model is called with."""
 
+import threading
 import types
 
 import pytest
@@ -104,3 +105,82 @@ def test_padding_follows_the_attention_mask_also_behind_a_cache():
     assert step.valid.tolist() == [[True], [True]]
     four = model(torch.tensor([[0, 5, 1]]), attention_mask=torch.zeros(1, 1, 3, 3))
     assert four.valid.all()
+
+
+def test_arguments_behind_stars_are_heeded():
+    class Starred(Multimodal):
+        def forward(self, input_ids=None, **kwargs):
+            return current_modality()
+
+    model = Starred(image_token_id=5)
+    attach_modality(model)
+    found = model(
+        torch.tensor([[5, 5]]),
+        attention_mask=torch.tensor([[0, 1]]),
+        mm_token_type_ids=torch.tensor([[2, 2]]),
+    )
+    assert found.valid.tolist() == [[False, True]] and found.kinds.tolist() == [[VIDEO, VIDEO]]
+
+
+def test_a_mask_for_other_tokens_is_an_error():
+    model = Multimodal(image_token_id=5)
+    attach_modality(model)
+    ids = torch.tensor([[5, 1, 1]])
+    for mask in (torch.tensor([[1]]), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match="attention_mask: found shape"):
+            model(ids, attention_mask=mask)
+        assert current_modality() is None
+
+
+def test_every_thread_has_its_own():
+    class Waiting(Multimodal):
+        def forward(self, input_ids=None):
+            both.wait(10)  # both threads are inside now
+            found = current_modality()
+            both.wait(10)
+            return found
+
+    both = threading.Barrier(2)
+    model = Waiting(image_token_id=5)
+    attach_modality(model)
+    found, left = {}, {}
+
+    def call(width):
+        found[width] = model(torch.full((1, width), 5)).kinds.shape
+        left[width] = current_modality()
+
+    threads = [threading.Thread(target=call, args=(width,)) for width in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {1: (1, 1), 2: (1, 2)} and left == {1: None, 2: None}
+
+
+def test_somebody_elses_hook_may_fail():
+    model = Multimodal(image_token_id=5)
+
+    def fail(module, args):
+        if fail.now:
+            raise RuntimeError("in a hook")
+
+    fail.now = False
+    model.register_forward_pre_hook(fail)
+    attach_modality(model)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids):
+            fail.now = True
+            with pytest.raises(RuntimeError, match="in a hook"):
+                self.inner(input_ids)
+            fail.now = False
+            return current_modality()
+
+    outer = Outer()
+    attach_modality(outer, image_token_id=5)
+    assert outer(torch.tensor([[5, 1]])).kinds.tolist() == [[IMAGE, TEXT]]
+    assert current_modality() is None

@@ -299,10 +299,14 @@ def gate_under_tensor_parallelism(k: int, settings: dict) -> dict[str, Any]:
 
 
 def autoep_engine(
-    name: str, macs_block: dict[str, Any] | None, tensor_parallel: int = 1, **expert_parallel: Any
+    name: str,
+    macs_block: dict[str, Any] | None,
+    tensor_parallel: int = 1,
+    dtype: torch.dtype = torch.float32,
+    **expert_parallel: Any,
 ) -> Any:
     """A Hugging Face model under AutoEP, stock where there is no block."""
-    model = hf_models.build(name)
+    model = hf_models.build(name).to(dtype)
     settings = {"enabled": True, "autoep_size": dist.get_world_size(), **expert_parallel}
     if macs_block is None:  # stock AutoEP has to be told where a multimodal model keeps its experts
         settings = expert_parallel_settings(model.config, settings)

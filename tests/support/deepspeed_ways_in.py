@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import nn
@@ -24,6 +25,9 @@ INFERENCE = {"dtype": "fp32"}
 BLOCK = {"capacity_factor": 0.5, "min_tokens": 0, "image_token_id": IMAGE_TOKEN}
 TRAINING = {"train_micro_batch_size_per_gpu": 1}
 AUTOEP = {"expert_parallel": {"enabled": True, "autoep_size": 1}}
+
+
+TOPOLOGY = deepspeed_macs.inference._topology
 
 
 def kinds_of(model: nn.Module) -> set[str]:
@@ -137,16 +141,44 @@ def refused(kind: str) -> None:
         deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": block})
     if kind == "misspelt":
         deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": {"capacity_facter": 1}})
-    if kind == "fused":
-        engine = autoep_engine("qwen3_moe", {})
+    if kind in ("fused", "fused rows", "folded, in group scope", "somebody's own layer"):
+        engine = autoep_engine("qwen3_moe", None)
         layer = next(m for m in engine.modules() if isinstance(m, AutoEPMoELayer))
-        layer.combine_impl = "fused_weighted_sum"  # a GPU's; AutoEP refuses it here only when it runs
-        deepspeed_macs.add_macs(engine.module, {"modality": "manual"})
-    if kind == "folded, in group scope":
-        engine = autoep_engine("qwen3_moe", {})
-        layer = next(m for m in engine.modules() if isinstance(m, AutoEPMoELayer))
-        layer.folding_group_handles = types.SimpleNamespace(spec=types.SimpleNamespace(tp_size=2))
-        deepspeed_macs.add_macs(engine.module, {"modality": "manual", "scope": "group"})
+        if kind == "fused":
+            layer.combine_impl = "fused_weighted_sum"  # a GPU's; AutoEP refuses it here only when it runs
+        if kind == "fused rows":
+            layer.row_weighting_impl = "fused"
+        if kind == "folded, in group scope":
+            layer.folding_group_handles = types.SimpleNamespace(spec=types.SimpleNamespace(tp_size=2))
+            layer.ep_size = 2
+            deepspeed_macs.inference._topology = lambda *_: macs.Topology(8, 2)
+        if kind == "somebody's own layer":
+            layer.__class__ = type("Own", (AutoEPMoELayer,), {})
+        try:
+            deepspeed_macs.add_macs(engine.module, {"modality": "manual", "scope": "group"})
+        finally:
+            deepspeed_macs.inference._topology = TOPOLOGY
+            hooks = engine.module._forward_pre_hooks.values()
+            assert not any(isinstance(getattr(h, "__self__", None), macs.ModalityHook) for h in hooks)
+    if kind == "MACS twice":
+        engine = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": BLOCK})
+        deepspeed_macs.add_macs(engine.module, BLOCK)
+    if kind == "a gate of one's own":
+        model = Model(4, 2, 1)
+        model.moe.deepspeed_moe.gate.__class__ = type("OwnGate", (TopKGate,), {})
+        deepspeed_macs.init_inference(model, {**INFERENCE, "macs": BLOCK})
+    if kind == "blind, then macs":
+        block = {"policy": "token-drop", "min_tokens": 0}
+        engine = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": block})
+        engine(batch_of(0, 3, 9))
+        engine.macs.use("macs")
+    if kind == "a block too many":
+        deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": BLOCK}, macs=BLOCK)
+    if kind == "tensor parallelism of the inference engine":
+        block = {**BLOCK, "scope": "group"}
+        parallel = {"tensor_parallel": {"tp_size": 2}, "moe": {"ep_size": 2}}
+        config = {**INFERENCE, **parallel, "injection_policy": {nn.Embedding: ("up",)}, "macs": block}
+        deepspeed_macs.init_inference(Model(4, 2, 2), config)
     if kind == "expanded drop over DeepEP":
         engine = autoep_engine("qwen3_moe", {})
         for layer in engine.modules():
@@ -178,6 +210,81 @@ def refused(kind: str) -> None:
         engine = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": block}).eval()
         with macs.modality(torch.ones(3, 8, dtype=torch.bool)):
             engine(batch_of(0, 3, 9))
+
+
+@on_deepspeed
+def installed_twice() -> dict[str, bool]:
+    """Installations within installations, and a model without experts under a script's block."""
+    stock = deepspeed.init_inference
+    outer = deepspeed_macs.install(BLOCK)
+    first = deepspeed.init_inference
+    inner = deepspeed_macs.install({**BLOCK, "capacity_factor": 2.0})
+    engine = deepspeed.init_inference(Model(4, 2, 1), config=INFERENCE)
+    dense = deepspeed.init_inference(nn.Linear(2, 2), config=INFERENCE)
+    inner()
+    outer_is_back = deepspeed.init_inference is first
+    outer()
+    return {
+        "inner acts": engine.macs.config.capacity_factor == 2.0,
+        "dense model is left": not hasattr(dense, "macs"),
+        "outer is back": outer_is_back,
+        "stock is back": deepspeed.init_inference is stock,
+        "in eval mode": not engine.module.training,
+    }
+
+
+@on_deepspeed
+def same_errors() -> list[tuple[str, str]]:
+    """What DeepSpeed and the drop-in say of the same mistakes, in pairs."""
+    said = []
+    for config in ("/nowhere.json", 7):
+        for function in (deepspeed.init_inference, deepspeed_macs.init_inference):
+            try:
+                function(Model(4, 2, 1), config)
+            except Exception as error:
+                said.append((type(error).__name__, str(error)))
+    return said
+
+
+@on_deepspeed
+def zero_three() -> dict[str, Any]:
+    """Calibration and planning where ZeRO keeps a part of every parameter on each rank."""
+    world = dist.get_world_size()
+    config = {
+        **TRAINING,
+        "expert_parallel": {"enabled": True, "autoep_size": world},
+        "zero_optimization": {"stage": 3},
+        "macs": BLOCK,
+    }
+    engine = deepspeed_macs.initialize(model=hf_models.build("qwen3_moe"), config=config)[0]
+    engine.eval()
+    ids = hf_models.token_ids(dist.get_rank())
+    with engine.macs.calibration():
+        logits_of(engine, ids)
+    profile = engine.macs.measured_profile(dist.group.WORLD)
+    engine.macs.use("macs", engine.macs.config, profile)
+    logits = logits_of(engine, ids)
+    plain = autoep_engine("qwen3_moe", BLOCK)
+    with plain.macs.calibration():
+        logits_of(plain, ids)
+    same = plain.macs.measured_profile(dist.group.WORLD)
+    plain.macs.use("macs", plain.macs.config, same)
+    return {
+        "profile": profile.fingerprints == same.fingerprints and torch.equal(profile.visual, same.visual),
+        "logits": torch.equal(logits, logits_of(plain, ids)),
+        "dropped": float(engine.macs.reports()[0].dropped.sum()),
+    }
+
+
+@on_deepspeed
+def half_precision(dtype: str) -> bool:
+    """AutoEP in half precision: MACS with room for all against stock."""
+    ids = hf_models.token_ids(dist.get_rank())
+    logits = []
+    for block in (None, {"capacity_factor": 1e6}):
+        engine = autoep_engine("qwen3_vl_moe", block, dtype=getattr(torch, dtype), use_grouped_mm=False)
+        logits.append(logits_of(engine, ids))
+    return torch.equal(*logits) and logits[0].dtype == getattr(torch, dtype)
 
 
 @on_deepspeed

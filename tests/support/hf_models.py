@@ -80,6 +80,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["full_attention", "full_attention"],
         },
     ),
+    "qwen3_5_moe, multimodal": ("qwen3_5_moe", {}),
+    "minimax_m3, multimodal": ("minimax_m3_vl", {}),
     "qwen3_vl_moe": (
         "qwen3_vl_moe",
         {
@@ -132,7 +134,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-MULTIMODAL = ("qwen3_vl_moe", "internvl", "internvl, weights not normalised", "kimi")
+CONFIGS["qwen3_5_moe, multimodal"][1].update(
+    text_config=CONFIGS["qwen3_5_moe"][1],
+    vision_config=CONFIGS["qwen3_vl_moe"][1]["vision_config"],
+    image_token_id=IMAGE_TOKEN,
+    video_token_id=6,
+)
+CONFIGS["minimax_m3, multimodal"][1].update(
+    text_config=CONFIGS["minimax_m3"][1],
+    vision_config={**VISION, "patch_size": 4},
+    image_token_id=IMAGE_TOKEN,
+    video_token_id=6,
+)
+MULTIMODAL = (
+    "qwen3_5_moe, multimodal",
+    "minimax_m3, multimodal",
+    "qwen3_vl_moe",
+    "internvl",
+    "internvl, weights not normalised",
+    "kimi",
+)
 
 
 def build(name: str) -> nn.Module:
