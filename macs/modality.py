@@ -38,6 +38,7 @@ class Modality:
     segments: Tensor
     exempt: Tensor
     _layouts: dict[tuple[str, int], Tokens] = field(default_factory=dict, repr=False, compare=False)
+    _parts: dict[tuple[int, int], Modality] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -77,6 +78,21 @@ class Modality:
             segments=segments.long(),
             exempt=~everything if exempt is None else exempt,
         )
+
+    def part(self, index: int, parts: int) -> Modality:
+        """The ``index``-th of so many equal parts of every sequence, as sequence parallelism has them."""
+        if parts == 1:
+            return self
+        if (index, parts) not in self._parts:
+            length = self.kinds.shape[1] // parts
+            columns = slice(index * length, (index + 1) * length)
+            self._parts[index, parts] = Modality(
+                kinds=self.kinds[:, columns],
+                valid=self.valid[:, columns],
+                segments=self.segments[:, columns],
+                exempt=self.exempt[:, columns],
+            )
+        return self._parts[index, parts]
 
     def batch_major(self, sources: int = 1) -> Tokens:
         """``Tokens.batch_major``, made once for all layers of a forward pass."""

@@ -71,12 +71,15 @@ class Runtime:
         top_k: int,
         group: dist.ProcessGroup | None = None,
         check: Callable[[str, MACSConfig], None] | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> LayerRuntime:
         """Register a MoE layer; for engine adapters.
 
         ``router_weight`` returns the router's rows [E, D] once weights are loaded. ``group`` holds
         the processes whose tokens meet in this layer's experts. ``check`` raises a ``ValueError`` for a
         policy and settings that the engine cannot honour here, now or when ``use`` asks for them.
+        ``part`` (index, parts): under sequence parallelism this process has the index-th part of every
+        sequence, while masks cover whole ones.
         """
         if check is not None:
             check(self.policy, self.config)
@@ -89,7 +92,7 @@ class Runtime:
             topology = Topology(
                 topology.num_experts, self.virtual_ranks, sources=tuple(range(self.virtual_ranks))
             )
-        layer = LayerRuntime(self, router_weight, topology, top_k, group, check)
+        layer = LayerRuntime(self, router_weight, topology, top_k, group, check, part)
         self.layers.append(layer)
         return layer
 
@@ -147,6 +150,7 @@ class LayerRuntime:
         top_k: int,
         group: dist.ProcessGroup | None,
         check: Callable[[str, MACSConfig], None] | None,
+        part: tuple[int, int],
     ) -> None:
         self.runtime = runtime
         self.router_weight = router_weight
@@ -154,6 +158,7 @@ class LayerRuntime:
         self.top_k = top_k
         self.group = group
         self._check = check
+        self._part = part
         self.calibration = Calibration(topology.num_experts)
         self._scores: Tensor | None = None
         self.reset()
@@ -218,13 +223,15 @@ class LayerRuntime:
 
         A mask of another shape or device is an error; no mask at all makes every token text.
         """
-        modality = self._modality(batch, length, device)
+        index, parts = self._part
+        modality = self._modality(batch, length * parts, device)
         found = tuple(modality.kinds.shape)
-        if found != (batch, length):
+        if found != (batch, length * parts):
             raise ValueError(
-                f"modality mask: found shape {found}, the layer has {batch} sequences of {length} tokens"
+                f"modality mask: found shape {found}, the layer has {batch} sequences of "
+                f"{length * parts} tokens"
             )
-        return self._laid_out(modality, sequence_major)
+        return self._laid_out(modality.part(index, parts), sequence_major)
 
     def counted_tokens(self, count: int, sequence_major: bool, device: torch.device) -> Tokens:
         """As ``tokens``, for an engine that says only how many tokens, B S = count, there are."""

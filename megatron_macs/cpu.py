@@ -64,6 +64,41 @@ def _with_number_splits(collective: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _gathering_uneven(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """``all_gather`` of parts with different numbers of rows, which NCCL takes and gloo does not."""
+
+    @functools.wraps(collective)
+    def run(outputs: list[Tensor], part: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        rows = [len(output) for output in outputs]
+        if len(set(rows)) == 1:
+            return collective(outputs, part, group, async_op)
+        padded = part.new_zeros(max(rows), *part.shape[1:])
+        padded[: len(part)] = part
+        found = [torch.empty_like(padded) for _ in outputs]
+        collective(found, padded, group)
+        for output, whole in zip(outputs, found, strict=True):
+            output.copy_(whole[: len(output)])
+        return None
+
+    return run
+
+
+def _scattering_uneven(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """``reduce_scatter`` into parts with different numbers of rows, likewise."""
+
+    @functools.wraps(collective)
+    def run(output: Tensor, parts: list[Tensor], *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        rows = [len(part) for part in parts]
+        if len(set(rows)) == 1:
+            return collective(output, parts, *args, group=group, **kwargs)
+        total = torch.cat(parts)
+        torch.distributed.all_reduce(total, group=group)
+        output.copy_(total.split(rows)[torch.distributed.get_rank(group)])
+        return None
+
+    return run
+
+
 def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self
 
@@ -98,6 +133,8 @@ def cpu_engine() -> Iterator[None]:
             "all_to_all_single",
             _with_number_splits(torch.distributed.all_to_all_single),
         ),
+        (torch.distributed, "all_gather", _gathering_uneven(torch.distributed.all_gather)),
+        (torch.distributed, "reduce_scatter", _scattering_uneven(torch.distributed.reduce_scatter)),
     ]
     # Streams that Megatron keeps on its classes, once made: the inert ones must not outlive this.
     replacements += [

@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from macs import Runtime, Topology
+from macs import MACSConfig, Runtime, Topology
 
 from .dispatcher import MACSAllGatherTokenDispatcher, MACSAlltoAllTokenDispatcher
 from .router import MACSTopKRouter
@@ -50,8 +50,16 @@ class MACSMoELayer(MoELayer):
             num_ranks=utils.get_pg_size(self.ep_group),
             sources=(utils.get_pg_rank(self.ep_group),),
         )
+        tensor_parallel = utils.get_pg_size(pg_collection.tp)
+        split = config.sequence_parallel and tensor_parallel > 1
+        replicas = 1 if split else tensor_parallel
         self.macs = runtime.add_layer(
-            lambda: self.router.weight, topology, config.moe_router_topk, self.ep_group
+            lambda: self.router.weight,
+            topology,
+            config.moe_router_topk,
+            pg_collection.tp_ep,  # whose tokens meet in these experts
+            lambda policy, settings: check_replicas(policy, settings, replicas),
+            (utils.get_pg_rank(pg_collection.tp), tensor_parallel) if split else (0, 1),
         )
         self.router.macs = self.macs
         self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
@@ -63,6 +71,20 @@ class MACSMoELayer(MoELayer):
         self.token_dispatcher.macs = self.macs
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+
+def check_replicas(policy: str, settings: MACSConfig, replicas: int) -> None:
+    """Raise a ``ValueError`` for what tensor-parallel ``replicas`` with the same tokens cannot plan alike."""
+    if replicas == 1:
+        return
+    why = (
+        f"{replicas} tensor-parallel ranks hold the same tokens and must plan alike; set sequence_parallel, "
+        "which gives each its own"
+    )
+    if settings.scope == "group":
+        raise ValueError(f"config.scope = 'group': every rank would have quotas of its own, but {why}")
+    if policy == "expanded-drop":
+        raise ValueError(f"policy expanded-drop: every rank would add experts of its own, but {why}")
 
 
 def check_config(config: TransformerConfig, pg_collection: Any) -> None:
@@ -105,11 +127,6 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
         )
     if getattr(config, "transformer_impl", None) == "inference_optimized":
         refuse("transformer_impl", "its dispatchers are not supported yet")
-    if utils.get_pg_size(pg_collection.tp) > 1 and (config.sequence_parallel or ep_size > 1):
-        refuse(
-            "tensor_model_parallel_size",
-            "the sequence parallelism it brings to MoE layers splits the modality mask; not supported yet",
-        )
     if config.context_parallel_size > 1:
         refuse("context_parallel_size", "it splits sequences, and with them the modality mask")
     graphs = [str(one) for one in _graph_scopes(config)]

@@ -77,6 +77,16 @@ def layer_config(dispatcher: str, experts: int, top_k: int, **changes: Any) -> T
 
 def build_layer(runtime: Runtime | None, config: TransformerConfig) -> torch.nn.Module:
     """A MoE layer whose weights depend on the expert alone, not on the rank it lives on."""
+    layer = bare_layer(runtime, config)
+    with torch.no_grad():
+        for expert, module in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
+            module.linear_fc1.weight.copy_(drawn(100 + expert, module.linear_fc1.weight.shape) / 4)
+            module.linear_fc2.weight.copy_(drawn(900 + expert, module.linear_fc2.weight.shape) / 4)
+    return layer
+
+
+def bare_layer(runtime: Runtime | None, config: TransformerConfig) -> torch.nn.Module:
+    """A MoE layer with the router's weights set, and its experts' not."""
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm"
     )
@@ -89,9 +99,6 @@ def build_layer(runtime: Runtime | None, config: TransformerConfig) -> torch.nn.
     layer.set_layer_number(1)
     with torch.no_grad():
         layer.router.weight.copy_(drawn(0, layer.router.weight.shape) / 2)
-        for expert, module in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
-            module.linear_fc1.weight.copy_(drawn(100 + expert, module.linear_fc1.weight.shape) / 4)
-            module.linear_fc2.weight.copy_(drawn(900 + expert, module.linear_fc2.weight.shape) / 4)
     return layer.eval()
 
 

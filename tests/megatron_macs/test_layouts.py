@@ -1,0 +1,75 @@
+"""Tensor, expert and expert-tensor parallelism, with and without sequence parallelism, on gloo."""
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+from support.workers import RankFailed
+
+JOBS = "support.megatron_layouts"
+
+LAYOUTS = {
+    "TP 2": {"tp": 2, "ep": 1, "etp": 2, "sp": False},
+    "TP 2, sequence parallel": {"tp": 2, "ep": 1, "etp": 2, "sp": True},
+    "TP 2, EP 2": {"tp": 2, "ep": 2, "etp": 1, "sp": False},
+    "TP 2, EP 2, sequence parallel": {"tp": 2, "ep": 2, "etp": 1, "sp": True},
+    "TP 2 x EP 2 x ETP 2": {"tp": 2, "ep": 2, "etp": 2, "sp": False},
+    "TP 2 x EP 2 x ETP 2, sequence parallel": {"tp": 2, "ep": 2, "etp": 2, "sp": True},
+    "TP 2 x EP 4, sequence parallel": {"tp": 2, "ep": 4, "etp": 1, "sp": True},
+    "EP 2 x DP 2": {"tp": 1, "ep": 2, "etp": 1, "sp": False},
+}
+
+
+def world(layout):
+    return max(layout["tp"], layout["ep"] * layout["etp"], 4 if layout["tp"] == 1 else 0)
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, name, dispatcher):
+    layout = LAYOUTS[name]
+    for same in pool.run(f"{JOBS}:unbounded_is_stock", world(layout), layout, dispatcher):
+        assert same == dict.fromkeys(same, True)
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("scope", ["local", "group"])
+def test_the_layer_computes_what_the_plan_says(pool, name, dispatcher, scope):
+    layout = LAYOUTS[name]
+    if scope == "group" and layout["tp"] > 1 and not layout["sp"]:
+        pytest.skip("refused: tensor-parallel ranks hold the same tokens")
+    settings = {"capacity_factor": 0.6, "scope": scope}
+    found = pool.run(f"{JOBS}:planned_output", world(layout), layout, dispatcher, "macs", settings)
+    for rank, one in enumerate(found):
+        assert one["error"] < 1e-5 and one["mask"] and one["moved"] > 0
+        twin = found[rank - rank % layout["tp"]]
+        if not layout["sp"]:
+            assert one["plan"] == twin["plan"]  # ranks with the same tokens agree
+        elif rank % layout["tp"]:
+            assert one["plan"] != twin["plan"]
+    if scope == "group":
+        # Together they keep to one capacity: no expert gets more than all sources' quotas.
+        tokens = 3 * 12 * (1 if layout["sp"] else layout["tp"]) * len(found) // layout["tp"]
+        loads = [sum(column) for column in zip(*(one["loads"] for one in found), strict=True)]
+        groups = len(found) // (layout["ep"] * layout["etp"])
+        assert max(loads) < groups * 3.0 * 0.6 * tokens * 3 / 8
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "message"),
+    [
+        ("macs", {"scope": "group"}, "config.scope = 'group': every rank would have quotas of its own"),
+        ("expanded-drop", {}, "policy expanded-drop: every rank would add experts of its own"),
+    ],
+)
+def test_replicas_must_plan_alike(pool, policy, settings, message):
+    with pytest.raises(RankFailed, match="set sequence_parallel") as caught:
+        pool.run(f"{JOBS}:refused", 2, LAYOUTS["TP 2, EP 2"], policy, settings)
+    assert all(message in error[1] for error in caught.value.errors)
+
+
+def test_sequence_parallelism_wants_the_whole_mask(pool):
+    with pytest.raises(RankFailed) as caught:
+        pool.run(f"{JOBS}:bad_mask", 2, LAYOUTS["TP 2, EP 2, sequence parallel"])
+    assert "modality mask: found shape (3, 6), the layer has 3 sequences of 12 tokens" in str(caught.value)

@@ -1,0 +1,146 @@
+"""Jobs for worker processes: a Megatron MoE layer under tensor, expert and expert-tensor parallelism."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.nn import functional
+
+import macs
+from macs import MACSConfig, Runtime
+from megatron_macs import cpu_engine
+
+from .megatron_jobs import FFN, HIDDEN, PlanLog, bare_layer, batch_of, drawn, layer_config
+
+EXPERTS, TOP_K = 8, 3
+
+
+def on_layout(job):
+    """Run a job under a layout: {"tp", "ep", "etp", "sp"}, the rest of the ranks data-parallel."""
+
+    @functools.wraps(job)
+    def run(layout: dict[str, Any], *arguments: Any) -> Any:
+        with cpu_engine():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout["tp"],
+                expert_model_parallel_size=layout["ep"],
+                expert_tensor_parallel_size=layout["etp"],
+                distributed_timeout_minutes=1,
+            )
+            try:
+                with torch.inference_mode():
+                    return job(layout, *arguments)
+            finally:
+                parallel_state.destroy_model_parallel()
+
+    return run
+
+
+def config_of(layout: dict[str, Any], dispatcher: str) -> Any:
+    return layer_config(
+        dispatcher,
+        EXPERTS,
+        TOP_K,
+        tensor_model_parallel_size=layout["tp"],
+        expert_model_parallel_size=layout["ep"],
+        expert_tensor_parallel_size=layout["etp"],
+        sequence_parallel=layout["sp"],
+    )
+
+
+def build(runtime: Runtime | None, config: Any) -> torch.nn.Module:
+    """The layer of ``build_layer``, its experts' weights divided as expert-tensor parallelism has them."""
+    layer = bare_layer(runtime, config)
+    shard, shards = (
+        parallel_state.get_expert_tensor_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+    with torch.no_grad():
+        for expert, module in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
+            gate, up = (drawn(100 + expert, (2 * FFN, HIDDEN)) / 4).chunk(2)
+            down = drawn(900 + expert, (HIDDEN, FFN)) / 4
+            module.linear_fc1.weight.copy_(torch.cat([gate.chunk(shards)[shard], up.chunk(shards)[shard]]))
+            module.linear_fc2.weight.copy_(down.chunk(shards, 1)[shard])
+    return layer
+
+
+def tokens_of(layout: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's hidden states [S / TP, B, D] or [S, B, D], and the mask [B, S] of whole sequences."""
+    hidden, mask = batch_of(dist.get_rank() // layout["tp"], 3, 12)
+    if layout["sp"]:
+        hidden = hidden.chunk(layout["tp"])[dist.get_rank() % layout["tp"]].contiguous()
+    return hidden, mask
+
+
+@on_layout
+def unbounded_is_stock(layout: dict[str, Any], dispatcher: str) -> dict[str, bool]:
+    """Stock output against MACS with room for all."""
+    config = config_of(layout, dispatcher)
+    hidden, mask = tokens_of(layout)
+    stock, _ = build(None, config)(hidden)
+    same = {}
+    for name, policy, settings in (
+        ("macs", "macs", {"capacity_factor": 1e6}),
+        ("pooled", "macs", {"capacity_factor": 1e6, "level": "rank", "reroute": "group"}),
+        ("vanilla", "vanilla", {}),
+        ("few tokens", "macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
+    ):
+        runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}), policy=policy)
+        layer = build(runtime, config)
+        with macs.modality(mask):
+            same[name] = torch.equal(layer(hidden)[0], stock)
+    return same
+
+
+@on_layout
+def planned_output(
+    layout: dict[str, Any], dispatcher: str, policy: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """A layer's plan, and how far its output is from what the plan says."""
+    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}), policy=policy)
+    layer = build(runtime, config_of(layout, dispatcher))
+    log = PlanLog(runtime)
+    hidden, mask = tokens_of(layout)
+    seen: list[Any] = []
+    inner = runtime.layers[0].plan
+    runtime.layers[0].plan = lambda *args: seen.append(args[-1]) or inner(*args)
+    with macs.modality(mask):
+        output, _ = layer(hidden)
+    plan, flat = log.plans[0], hidden.flatten(0, 1)
+    expected = torch.zeros_like(flat)
+    for expert in range(EXPERTS):
+        weight = torch.where(plan.experts == expert, plan.weights, 0).sum(1)
+        gate, up = functional.linear(flat, drawn(100 + expert, (2 * FFN, HIDDEN)) / 4).chunk(2, -1)
+        expected += (
+            functional.linear(functional.silu(gate) * up, drawn(900 + expert, (HIDDEN, FFN)) / 4)
+            * (weight[:, None])
+        )
+    own = mask.t()
+    if layout["sp"]:
+        own = own.chunk(layout["tp"])[dist.get_rank() % layout["tp"]]
+    return {
+        "error": float((output.flatten(0, 1) - expected).abs().max()),
+        "plan": (plan.experts.tolist(), plan.weights.tolist()),
+        "mask": torch.equal(seen[0].kinds.bool(), own.flatten()),
+        "moved": int(plan.statistics.rerouted + plan.statistics.dropped),
+        "loads": plan.statistics.load_after.tolist(),
+    }
+
+
+@on_layout
+def refused(layout: dict[str, Any], policy: str, settings: dict[str, Any]) -> None:
+    """Build a layer with a policy that tensor-parallel replicas could not plan alike."""
+    build(Runtime(MACSConfig(**settings), policy=policy), config_of(layout, "alltoall"))
+
+
+@on_layout
+def bad_mask(layout: dict[str, Any]) -> None:
+    """A mask of a part of the sequence, where sequence parallelism wants the whole."""
+    layer = build(Runtime(MACSConfig(min_tokens=0)), config_of(layout, "alltoall"))
+    hidden, mask = tokens_of(layout)
+    with macs.modality(mask[:, : hidden.shape[0]]):
+        layer(hidden)
