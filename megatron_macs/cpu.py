@@ -112,6 +112,7 @@ def cpu_engine() -> Iterator[None]:
     """
     if torch.cuda.is_available():
         raise RuntimeError("cpu_engine: CUDA is available; Megatron runs on it without this context")
+    from megatron.core.inference import communication_utils
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -127,6 +128,7 @@ def cpu_engine() -> Iterator[None]:
         (torch.cuda, "synchronize", lambda device=None: None),
         (Tensor, "cuda", _return_self),
         (torch.nn.Module, "cuda", _return_self),
+        (communication_utils, "_is_cuda", lambda tensor: None),  # an assertion
         (CudaRNGStatesTracker, "fork", lambda self, *args, **kwargs: nullcontext()),
         (
             torch.distributed,

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnBackend
@@ -49,7 +50,7 @@ class TinyVLM(GPTModel):
     ) -> Tensor:
         """input_ids and position_ids int64 [B, S]; the rest as in ``GPTModel``."""
         # Only prompts hold image tokens; a decoding step is one new token a sequence.
-        if self._features is not None and input_ids.shape[1] > 1:
+        if self.pre_process and self._features is not None and input_ids.shape[1] > 1:
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)  # [S, B, D]
             image = (input_ids == self.image_token_id)[..., None]
             embedded = embedded.transpose(0, 1).masked_scatter(image, self._features.to(embedded.dtype))
@@ -120,6 +121,8 @@ def build_megatron_model(
         rotary_base=text.rope_parameters["rope_theta"],
         share_embeddings_and_output_weights=False,
         parallel_output=False,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
     model.image_token_id = source.config.image_token_id
     copy_weights(source, model)
@@ -128,7 +131,8 @@ def build_megatron_model(
 
 @torch.no_grad()
 def copy_weights(source: Qwen3VLMoeForConditionalGeneration, target: GPTModel) -> None:
-    """Copy the language part's weights; every parameter of ``target`` must be written once."""
+    """Copy the language part's weights; every parameter of ``target``, which may be one stage of a
+    pipeline, must be written once."""
     text = source.config.text_config
     language = source.model.language_model
     written: set[str] = set()
@@ -142,10 +146,13 @@ def copy_weights(source: Qwen3VLMoeForConditionalGeneration, target: GPTModel) -
         parameters[name].copy_(tensor)
         written.add(name)
 
-    write("embedding.word_embeddings.weight", language.embed_tokens.weight)
-    write("decoder.final_layernorm.weight", language.norm.weight)
-    write("output_layer.weight", source.lm_head.weight)
-    for index, layer in enumerate(language.layers):
+    if target.pre_process:
+        write("embedding.word_embeddings.weight", language.embed_tokens.weight)
+    if target.post_process:
+        write("decoder.final_layernorm.weight", language.norm.weight)
+        write("output_layer.weight", source.lm_head.weight)
+    for index, own in enumerate(target.decoder.layers):
+        layer = language.layers[own.layer_number - 1]
         prefix = f"decoder.layers.{index}."
         attention, moe = layer.self_attn, layer.mlp
         write(prefix + "input_layernorm.weight", layer.input_layernorm.weight)
@@ -164,8 +171,7 @@ def copy_weights(source: Qwen3VLMoeForConditionalGeneration, target: GPTModel) -
             torch.cat(parts, dim=1).reshape(-1, text.hidden_size),
         )
         write(prefix + "mlp.router.weight", moe.gate.weight)
-        first = target.decoder.layers[index].mlp.local_expert_indices
-        for local, expert in enumerate(first):
+        for local, expert in enumerate(own.mlp.local_expert_indices):
             experts = prefix + f"mlp.experts.local_experts.{local}."
             write(experts + "linear_fc1.weight", moe.experts.gate_up_proj[expert])
             write(experts + "linear_fc2.weight", moe.experts.down_proj[expert])

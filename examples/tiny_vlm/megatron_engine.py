@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 
+from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.engines.static_engine import StaticInferenceEngine
 from megatron.core.inference.inference_request import InferenceRequest
@@ -51,7 +52,8 @@ class Engine:
             _inference_wrapper(model, largest_batch, PROMPT_TOKENS + ANSWER_TOKENS), WordTokenizer()
         )
         # Newer versions make theirs part of the constructor's work, older ones of the caller's.
-        controller.pp_group = getattr(controller, "pp_group", None)
+        if getattr(controller, "pp_group", None) is None:
+            controller.pp_group = parallel_state.get_pipeline_model_parallel_group()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine = StaticInferenceEngine(controller, max_batch_size=largest_batch, legacy=True)

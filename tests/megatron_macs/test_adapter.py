@@ -72,6 +72,7 @@ def test_chosen_experts_ascend_and_mark_what_is_missing():
 
 def symbols():
     """Every attribute of what the shim touches, by identity."""
+    from megatron.core.inference import communication_utils
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer.moe import moe_layer, moe_utils, router, token_dispatcher
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -82,6 +83,7 @@ def symbols():
         torch.distributed,
         torch.Tensor,
         nn.Module,
+        communication_utils,
         CudaRNGStatesTracker,
         moe_utils,
         moe_layer,

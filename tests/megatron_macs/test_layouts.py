@@ -3,6 +3,7 @@
 import pytest
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytest.importorskip("skimage", reason="scikit-image is not installed")
 
 from support.workers import RankFailed
 
@@ -73,3 +74,26 @@ def test_sequence_parallelism_wants_the_whole_mask(pool):
     with pytest.raises(RankFailed) as caught:
         pool.run(f"{JOBS}:bad_mask", 2, LAYOUTS["TP 2, EP 2, sequence parallel"])
     assert "modality mask: found shape (3, 6), the layer has 3 sequences of 12 tokens" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings", [("vanilla", {}), ("macs", {"capacity_factor": 0.8})], ids=["vanilla", "macs"]
+)
+def test_every_stage_of_a_pipeline_has_the_mask(pool, settings):
+    policy, config = settings
+    layout = {"tp": 1, "ep": 1, "etp": 1, "sp": False, "pp": 1}
+    (whole,) = pool.run(f"{JOBS}:pipeline_answers", 1, layout, policy, config, 14)
+    assert whole["layers"] == 4 and whole["mask"] and whole["planned"] == 4
+    found = pool.run(f"{JOBS}:pipeline_answers", 2, {**layout, "pp": 2}, policy, config, 14)
+    for one in found:
+        assert one["layers"] == 2 and one["mask"] and one["planned"] == 2
+        assert one["answers"] == whole["answers"]
+
+
+def test_pipeline_and_expert_parallelism(pool):
+    layout = {"tp": 1, "ep": 2, "etp": 1, "sp": False, "pp": 1}
+    plain = pool.run(f"{JOBS}:pipeline_answers", 2, layout, "macs", {"scope": "group"}, 14)
+    found = pool.run(f"{JOBS}:pipeline_answers", 4, {**layout, "pp": 2}, "macs", {"scope": "group"}, 14)
+    for one in found:
+        assert one["mask"] and one["layers"] == 2
+        assert one["answers"] == plain[one["replica"]]["answers"]

@@ -41,12 +41,16 @@ def on_megatron(job):
                     return job(*arguments)
             finally:
                 parallel_state.destroy_model_parallel()
-                # Newer engines leave this on in the process, which the next job shares.
-                mode = getattr(inference_utils, "InferenceMode", None)
-                if mode is not None:
-                    mode.unset_active()
+                leave_inference_mode()
 
     return run
+
+
+def leave_inference_mode() -> None:
+    """Newer engines leave theirs on in the process, which the next job shares."""
+    mode = getattr(inference_utils, "InferenceMode", None)
+    if mode is not None:
+        mode.unset_active()
 
 
 def layer_config(dispatcher: str, experts: int, top_k: int, **changes: Any) -> TransformerConfig:

@@ -8,13 +8,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from tiny_vlm import data
+from tiny_vlm import model as tiny
+from tiny_vlm.megatron import PictureEncoder, build_megatron_model
+from tiny_vlm.megatron_engine import Engine
 from torch.nn import functional
 
 import macs
 from macs import MACSConfig, Runtime
-from megatron_macs import cpu_engine
+from megatron_macs import attach_modality, cpu_engine
 
-from .megatron_jobs import FFN, HIDDEN, PlanLog, bare_layer, batch_of, drawn, layer_config
+from .megatron_jobs import (
+    FFN,
+    HIDDEN,
+    PlanLog,
+    bare_layer,
+    batch_of,
+    drawn,
+    layer_config,
+    leave_inference_mode,
+)
 
 EXPERTS, TOP_K = 8, 3
 
@@ -27,6 +40,7 @@ def on_layout(job):
         with cpu_engine():
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout["tp"],
+                pipeline_model_parallel_size=layout.get("pp", 1),
                 expert_model_parallel_size=layout["ep"],
                 expert_tensor_parallel_size=layout["etp"],
                 distributed_timeout_minutes=1,
@@ -36,6 +50,7 @@ def on_layout(job):
                     return job(layout, *arguments)
             finally:
                 parallel_state.destroy_model_parallel()
+                leave_inference_mode()
 
     return run
 
@@ -144,3 +159,33 @@ def bad_mask(layout: dict[str, Any]) -> None:
     hidden, mask = tokens_of(layout)
     with macs.modality(mask[:, : hidden.shape[0]]):
         layer(hidden)
+
+
+@on_layout
+def pipeline_answers(layout: dict[str, Any], policy: str, settings: dict[str, Any], count: int) -> Any:
+    """The tiny model's answers through a pipeline, and what every stage's layers knew of the tokens."""
+    source = tiny.load_model()
+    runtime = Runtime(MACSConfig(**settings), policy=policy)
+    model = build_megatron_model(
+        source,
+        runtime,
+        expert_model_parallel_size=layout["ep"],
+        pipeline_model_parallel_size=layout["pp"],
+    )
+    attach_modality(model, image_token_id=source.config.image_token_id)
+    replica = parallel_state.get_expert_model_parallel_rank()
+    samples = data.draw_samples(5, "test", data.TASKS, count)[replica :: layout["ep"]]
+    kinds: list[Any] = []
+    for layer in runtime.layers:
+        inner = layer.plan
+        layer.plan = lambda *args, inner=inner: kinds.append(args[-1].kinds) or inner(*args)
+    answers = Engine(model, PictureEncoder(source), len(samples)).generate(samples)
+    ids = torch.tensor([sample.prompt for sample in samples])
+    image = (ids == source.config.image_token_id).t().flatten()
+    return {
+        "answers": answers,
+        "layers": len(runtime.layers),
+        "mask": all(torch.equal(one.bool(), image) for one in kinds if len(one) == len(image)),
+        "planned": len(kinds),
+        "replica": replica,
+    }
