@@ -13,6 +13,7 @@ except ImportError as error:
 
 from macs import attach_modality
 
+from .arguments import add_macs_args, runtime_from_args, tokens_from_args
 from .cpu import cpu_engine
 from .dispatcher import MACSAllGatherTokenDispatcher, MACSAlltoAllTokenDispatcher
 from .layer import MACSMoELayer
@@ -24,7 +25,10 @@ __all__ = [
     "MACSAlltoAllTokenDispatcher",
     "MACSMoELayer",
     "MACSTopKRouter",
+    "add_macs_args",
     "attach_modality",
     "cpu_engine",
+    "runtime_from_args",
+    "tokens_from_args",
     "with_macs",
 ]

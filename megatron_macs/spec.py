@@ -32,7 +32,7 @@ def with_macs(spec: Any, runtime: Runtime | MACSConfig, *, pg_collection: Any = 
     slots = {id(slot): slot for slot in _layer_submodules(spec)}  # layers may share one object
     swapped = 0
     for slot in slots.values():
-        mlp = _macs_mlp(slot.mlp, runtime, pg_collection)
+        mlp = macs_mlp(slot.mlp, runtime, pg_collection)
         if mlp is not None:
             slot.mlp = mlp
             swapped += 1
@@ -51,7 +51,7 @@ def _layer_submodules(spec: Any) -> list[Any]:
     return [submodules] if hasattr(submodules, "mlp") else []
 
 
-def _macs_mlp(mlp: Any, runtime: Runtime, pg_collection: Any) -> Any:
+def macs_mlp(mlp: Any, runtime: Runtime, pg_collection: Any) -> Any:
     """The MACS form of a layer's ``mlp`` slot; none if the slot holds no MoE layer.
 
     The slot is a ``ModuleSpec`` up to Megatron 0.16 and a ``functools.partial`` from 0.17 on.
@@ -89,5 +89,6 @@ def _macs_submodules(submodules: Any) -> Any:
     router = getattr(submodules, "router", TopKRouter)
     if router is not TopKRouter:
         raise ValueError(f"with_macs: found router {router!r} in the spec, expected TopKRouter")
+    submodules = copy.copy(submodules)  # layers may share it
     submodules.router = MACSTopKRouter
     return submodules

@@ -1,0 +1,79 @@
+"""MACS on a Megatron command line: ``--moe-macs``, and a flag for every setting."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from macs import POLICIES, PRESETS, MACSConfig, Profile, Runtime
+from macs.config import read_mapping
+
+TOKEN_FLAGS = ("image_token_id", "video_token_id", "audio_token_id", "padding_token_id")
+
+
+def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add MACS's flags to a parser, as Megatron's ``extra_args_provider`` does; returns the parser.
+
+    Flags that are not given leave a setting to ``--moe-macs-config``, then to the preset, then to
+    ``MACSConfig``'s default.
+    """
+    group = parser.add_argument_group("macs", "modality-aware capacity scaling of MoE layers at inference")
+    group.add_argument("--moe-macs", action="store_true", help="plan every MoE layer with MACS")
+    group.add_argument("--moe-macs-config", metavar="FILE", help="settings, a .json or .yaml file")
+    group.add_argument("--moe-macs-preset", choices=tuple(PRESETS), help="a named set of settings")
+    group.add_argument("--moe-macs-policy", choices=POLICIES, help="macs (default) or a baseline")
+    group.add_argument("--moe-macs-profile", metavar="FILE", help="a calibration profile")
+    for name in TOKEN_FLAGS:
+        kind = name.removesuffix("_token_id")
+        group.add_argument(_flag(name), type=int, metavar="ID", help=f"input id of {kind} tokens")
+    for setting in fields(MACSConfig):
+        metadata, default = setting.metadata, setting.default
+        options: dict[str, Any] = {"help": f"{metadata['help']} (default: {default})", "default": None}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif metadata["choices"]:
+            options["choices"] = metadata["choices"]
+        else:
+            options["type"] = int if isinstance(default, int) else float
+        group.add_argument(_flag(setting.name), **options)
+    return parser
+
+
+def config_from_args(args: argparse.Namespace) -> MACSConfig:
+    """The settings that the flags of ``add_macs_args`` ask for; a bad one is a ``ValueError``."""
+    values = {} if args.moe_macs_config is None else dict(read_mapping(args.moe_macs_config))
+    if args.moe_macs_preset is not None:
+        values["preset"] = args.moe_macs_preset
+    for setting in fields(MACSConfig):
+        given = getattr(args, f"moe_macs_{setting.name}")
+        if given is not None:
+            values[setting.name] = given
+    return MACSConfig.from_dict(values)
+
+
+def runtime_from_args(args: argparse.Namespace) -> Runtime | None:
+    """The runtime for ``with_macs``; none without ``--moe-macs``, when no other flag may be given."""
+    if not args.moe_macs:
+        given = vars(args).items()
+        others = [name for name, value in given if name.startswith("moe_macs_") and value is not None]
+        if others:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise ValueError(f"found {flags} without --moe-macs, which is what turns MACS on")
+        return None
+    path = args.moe_macs_profile
+    return Runtime(
+        config_from_args(args),
+        policy=args.moe_macs_policy or "macs",
+        profile=None if path is None else Profile.load(path),
+    )
+
+
+def tokens_from_args(args: argparse.Namespace) -> dict[str, int]:
+    """The token ids given, as ``attach_modality`` takes them."""
+    given = {name: getattr(args, f"moe_macs_{name}") for name in TOKEN_FLAGS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _flag(name: str) -> str:
+    return f"--moe-macs-{name.replace('_', '-')}"
