@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import statistics
-import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -30,14 +27,14 @@ from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
 from rich.console import Console
 from tiny_vlm import model as tiny
-from tiny_vlm.deepspeed import Engine, with_moe_layers
+from tiny_vlm.deepspeed import Engine, start, with_moe_layers
 from tiny_vlm.experiment import (
     VANILLA,
     Experiment,
     LayerClock,
     add_arguments,
     check_arguments,
-    show,
+    run,
 )
 
 import deepspeed_macs
@@ -105,22 +102,5 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
     return experiment
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    if "RANK" not in os.environ:
-        sys.exit("run me under torchrun: torchrun --nproc-per-node 2 examples/deepspeed_moe_inference.py")
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    console = Console(quiet=int(os.environ["RANK"]) != 0)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    with console.status("loading the model"):
-        experiment = build(arguments, console)
-    show(arguments, experiment, f"DeepSpeed {deepspeed.__version__}, deepspeed.moe.layer.MoE")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run(parse_arguments(), start, build, f"DeepSpeed {deepspeed.__version__}, deepspeed.moe.layer.MoE")

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +32,14 @@ from PIL import Image
 from rich.console import Console
 from tiny_vlm import data
 from tiny_vlm import model as tiny
-from tiny_vlm.deepspeed import Engine
+from tiny_vlm.deepspeed import Engine, start
 from tiny_vlm.experiment import (
     PROFILE,
     Experiment,
     LayerClock,
     add_arguments,
     check_arguments,
-    show,
+    run,
 )
 
 import deepspeed_macs
@@ -183,22 +180,5 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
     )
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    if "RANK" not in os.environ:
-        sys.exit("run me under torchrun: torchrun --nproc-per-node 2 examples/deepspeed_qwen3_vl_moe.py")
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    console = Console(quiet=int(os.environ["RANK"]) != 0)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    with console.status("loading the model"):
-        experiment = build(arguments, console)
-    show(arguments, experiment, f"DeepSpeed {deepspeed.__version__}, AutoEP")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run(parse_arguments(), start, build, f"DeepSpeed {deepspeed.__version__}, AutoEP")

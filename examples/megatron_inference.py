@@ -11,10 +11,7 @@ CUDA calls; with GPUs it uses NCCL and no shim.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
-import warnings
 from contextlib import nullcontext
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # the engine's own bar; ours says more
@@ -31,8 +28,8 @@ from tiny_vlm.experiment import (
     LayerClock,
     add_arguments,
     check_arguments,
+    run,
     share_of,
-    show,
 )
 from tiny_vlm.megatron import PictureEncoder, build_megatron_model
 from tiny_vlm.megatron_engine import Engine
@@ -54,8 +51,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def start() -> None:
     """Join the process group and Megatron's parallel groups: every rank holds a part of the experts."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
 
@@ -84,21 +79,12 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
     )
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    if "RANK" not in os.environ:
-        sys.exit("run me under torchrun: torchrun --nproc-per-node 2 examples/megatron_inference.py")
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    console = Console(quiet=int(os.environ["RANK"]) != 0)
-    with nullcontext() if torch.cuda.is_available() else cpu_engine():
-        start()
-        with console.status("loading the model"):
-            experiment = build(arguments, console)
-        show(arguments, experiment, f"Megatron-Core {megatron.core.__version__}, {arguments.dispatcher}")
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    arguments = parse_arguments()
+    with nullcontext() if torch.cuda.is_available() else cpu_engine():
+        run(
+            arguments,
+            start,
+            build,
+            f"Megatron-Core {megatron.core.__version__}, {arguments.dispatcher}",
+        )

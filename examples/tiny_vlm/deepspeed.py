@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
@@ -13,6 +14,11 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 from .data import ANSWER_TOKENS, Sample
 from .experiment import up_to_end, words_of
 from .model import sample_inputs
+
+
+def start() -> None:
+    """Join the process group."""
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
 class Engine:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import statistics
+import sys
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """End with a message if arguments do not go together."""
+    """End with a message if arguments do not go together, or no launcher started this."""
+    if "RANK" not in os.environ:
+        parser.error(f"run me under torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
     if (arguments.picture is None) != (arguments.question is None):
         parser.error("--picture and --question go together")
 
@@ -421,3 +427,23 @@ def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> 
     if arguments.json is not None and dist.get_rank() == 0:
         found = {title: asdict(one) for title, one in results.items()}
         arguments.json.write_text(json.dumps({"caption": caption, "results": found}, indent=1))
+
+
+def run(
+    arguments: argparse.Namespace,
+    start: Callable[[], None],
+    build: Callable[[argparse.Namespace, Console], Experiment],
+    engine: str,
+) -> None:
+    """An example's whole run on this rank: ``start`` joins the process group, ``build`` loads the model."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    console = Console(quiet=int(os.environ["RANK"]) != 0)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    start()
+    with console.status("loading the model"):
+        experiment = build(arguments, console)
+    show(arguments, experiment, engine)
+    dist.barrier()
+    dist.destroy_process_group()

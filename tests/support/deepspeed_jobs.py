@@ -22,9 +22,10 @@ from torch import nn
 
 import deepspeed_macs
 from deepspeed_macs.models import expert_parallel_settings
-from macs import MACSConfig, Runtime
+from macs import MACSConfig
 
 from . import hf_models
+from .plan_log import PlanLog
 
 HIDDEN, FFN = 16, 24
 IMAGE_TOKEN = 5
@@ -129,21 +130,6 @@ def macs_engine(experts: int, k: int, block: dict[str, Any], **settings: Any) ->
         "macs": {"image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block},
     }
     return deepspeed_macs.init_inference(Model(experts, k, world, **settings), config).eval()
-
-
-class PlanLog:
-    """Keeps the plans of every layer of a runtime, and how each is laid out."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.plans: list[Any] = []
-        for layer in runtime.layers:
-            inner = layer.plan
-
-            def plan(*arguments: Any, inner: Any = inner) -> Any:
-                self.plans.append(inner(*arguments))
-                return self.plans[-1]
-
-            layer.plan = plan
 
 
 @contextmanager

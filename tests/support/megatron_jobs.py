@@ -21,6 +21,8 @@ import macs
 from macs import MACSConfig, Runtime
 from megatron_macs import cpu_engine, with_macs
 
+from .plan_log import PlanLog
+
 HIDDEN, FFN = 16, 24
 
 warnings.filterwarnings("ignore")
@@ -117,21 +119,6 @@ def batch_of(rank: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Ten
     lean = drawn(0, (64, HIDDEN))[:2].mean(0)
     hidden = hidden + mask[..., None] * lean
     return hidden.transpose(0, 1).contiguous(), mask
-
-
-class PlanLog:
-    """Keeps the plans of every layer of a runtime."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.plans: list[Any] = []
-        for layer in runtime.layers:
-            inner = layer.plan
-
-            def plan(*arguments: Any, inner: Any = inner) -> Any:
-                self.plans.append(inner(*arguments))
-                return self.plans[-1]
-
-            layer.plan = plan
 
 
 @on_megatron

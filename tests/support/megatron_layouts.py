@@ -21,13 +21,13 @@ from megatron_macs import attach_modality, cpu_engine
 from .megatron_jobs import (
     FFN,
     HIDDEN,
-    PlanLog,
     bare_layer,
     batch_of,
     drawn,
     layer_config,
     leave_inference_mode,
 )
+from .plan_log import PlanLog
 
 EXPERTS, TOP_K = 8, 3
 
