@@ -90,8 +90,9 @@ class MACSTopKGate(TopKGate):
             )
         elif self.k == 2:
             sampling = self.sampling and self.top2_2nd_expert_sampling
+            own = logits.clone() if sampling else logits  # the noise is added in place
             found = sharded_moe.top2gating(
-                logits, 1.0, 0, drop_tokens=False, top2_2nd_expert_sampling=sampling, sparse_routes=True
+                own, 1.0, 0, drop_tokens=False, top2_2nd_expert_sampling=sampling, sparse_routes=True
             )
         else:
             found = sharded_moe.topkgating(logits, self.k, 1.0, 0, drop_tokens=False, sparse_routes=True)

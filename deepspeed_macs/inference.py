@@ -89,9 +89,9 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
     """Give every MoE layer that DeepSpeed built in ``model`` a planner; for engines of one's own making.
 
     ``tensor_parallel_size``: ranks that get the same tokens, where DeepSpeed's ``groups.mpu`` does not
-    say so. Raises a ``ValueError``, and changes nothing, if there is no such layer, if one is no plain
-    layer of DeepSpeed's, if a setting cannot be honoured, or if nothing would tell visual tokens from
-    text. The layers are changed in place; weights stay as they are.
+    say so. Layers are changed in place; weights stay as they are. Raises a ``ValueError``, with every
+    layer as it was, if there is no such layer, if one is no plain layer of DeepSpeed's, if a setting
+    cannot be honoured, or if nothing would tell visual tokens from text.
     """
     block = MACSBlock.of(macs)
     gates, autoep = _moe_layers(model)

@@ -194,3 +194,15 @@ def test_gates_are_adopted_in_place():
     layer = runtime.add_layer(lambda: gate.wg.weight, Topology(4), 2)
     MACSTopKGate.adopt(gate, layer, sequence_major=False, sampling=False)
     assert gate.wg.weight is weight and list(gate.state_dict()) == list(before)
+
+
+def test_noise_chooses_experts_and_leaves_their_scores_alone():
+    gate, x, seen = gate_of(2, capacity_factor=1e6), torch.randn(50, 8), []
+    inner = gate.macs.plan
+    gate.macs.plan = lambda *arguments: seen.append(arguments) or inner(*arguments)
+    gate(x, None, True)
+    gate.sampling = True
+    gate(x, None, True)
+    (_, plain, _, scores, _), (_, noisy, _, noisy_scores, _) = seen
+    assert not torch.equal(plain, noisy) and torch.equal(plain[:, 0], noisy[:, 0])
+    assert torch.equal(scores, noisy_scores)
