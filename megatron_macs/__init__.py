@@ -15,7 +15,11 @@ from macs import attach_modality
 
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
 from .cpu import cpu_engine
-from .dispatcher import MACSAllGatherTokenDispatcher, MACSAlltoAllTokenDispatcher
+from .dispatcher import (
+    MACSAllGatherTokenDispatcher,
+    MACSAlltoAllTokenDispatcher,
+    MACSFlexTokenDispatcher,
+)
 from .layer import MACSMoELayer
 from .router import MACSTopKRouter
 from .spec import with_macs
@@ -23,6 +27,7 @@ from .spec import with_macs
 __all__ = [
     "MACSAllGatherTokenDispatcher",
     "MACSAlltoAllTokenDispatcher",
+    "MACSFlexTokenDispatcher",
     "MACSMoELayer",
     "MACSTopKRouter",
     "add_macs_args",

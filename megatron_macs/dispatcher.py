@@ -13,6 +13,7 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
     MoETokenDispatcher,
 )
 from torch import Tensor
@@ -52,6 +53,18 @@ class MACSAlltoAllTokenDispatcher(_PlansFirst, MoEAlltoAllTokenDispatcher):
             self.num_out_tokens = routing_map.sum()
             self._maybe_update_cuda_sync_point("before_permutation_1")
         return tokens_per_expert
+
+
+class MACSFlexTokenDispatcher(_PlansFirst, MoEFlexTokenDispatcher):
+    """The dispatcher over DeepEP or HybridEP: what is dropped is neither sent nor computed."""
+
+    def _initialize_metadata(self, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Map and weights [T, E] for the whole group, on their way to the communication manager."""
+        if self.config.moe_flex_dispatcher_backend == "deepep":
+            # HybridEP reads the map. DeepEP's manager takes the k largest weights, and marks those that
+            # are 0 as dropped (-1) only where it believes that the router drops by a capacity factor.
+            self._comm_manager.capacity_factor = 1.0 if self.planned else None
+        return super()._initialize_metadata(routing_map, probs)
 
 
 def replan(

@@ -11,13 +11,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from macs import MACSConfig, Runtime, Topology
 
-from .dispatcher import MACSAllGatherTokenDispatcher, MACSAlltoAllTokenDispatcher
+from .dispatcher import (
+    MACSAllGatherTokenDispatcher,
+    MACSAlltoAllTokenDispatcher,
+    MACSFlexTokenDispatcher,
+)
 from .router import MACSTopKRouter
 
 DISPATCHERS = {
     "allgather": MACSAllGatherTokenDispatcher,
     "alltoall": MACSAlltoAllTokenDispatcher,
+    "flex": MACSFlexTokenDispatcher,
 }
+FLEX_BACKENDS = ("deepep", "hybridep")
 
 
 class MACSMoELayer(MoELayer):
@@ -58,7 +64,7 @@ class MACSMoELayer(MoELayer):
             topology,
             config.moe_router_topk,
             pg_collection.tp_ep,  # whose tokens meet in these experts
-            lambda policy, settings: check_replicas(policy, settings, replicas),
+            lambda policy, settings: check_policy(config, policy, settings, replicas),
             (utils.get_pg_rank(pg_collection.tp), tensor_parallel) if split else (0, 1),
         )
         self.router.macs = self.macs
@@ -73,8 +79,15 @@ class MACSMoELayer(MoELayer):
             self.token_dispatcher.set_shared_experts(self.shared_experts)
 
 
-def check_replicas(policy: str, settings: MACSConfig, replicas: int) -> None:
-    """Raise a ``ValueError`` for what tensor-parallel ``replicas`` with the same tokens cannot plan alike."""
+def check_policy(config: TransformerConfig, policy: str, settings: MACSConfig, replicas: int) -> None:
+    """Raise a ``ValueError`` for a policy that the dispatcher is too narrow for, or that tensor-parallel
+    ``replicas`` with the same tokens cannot plan alike."""
+    flex = config.moe_token_dispatcher_type == "flex"
+    if policy == "expanded-drop" and flex and config.moe_flex_dispatcher_backend == "deepep":
+        raise ValueError(
+            "policy expanded-drop: moe_flex_dispatcher_backend = 'deepep' sends "
+            f"{config.moe_router_topk} assignments a token, and this policy may add to them"
+        )
     if replicas == 1:
         return
     why = (
@@ -103,6 +116,14 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
         )
     if config.moe_token_dispatcher_type not in DISPATCHERS:
         refuse("moe_token_dispatcher_type", f"expected one of {', '.join(DISPATCHERS)}")
+    if config.moe_token_dispatcher_type == "flex":
+        if config.moe_flex_dispatcher_backend not in FLEX_BACKENDS:
+            refuse(
+                "moe_flex_dispatcher_backend",
+                f"expected one of {', '.join(FLEX_BACKENDS)}; others cannot express what is dropped",
+            )
+        if getattr(config, "moe_expert_rank_capacity_factor", None) is not None:
+            refuse("moe_expert_rank_capacity_factor", "it drops what the plan keeps; use max_load_factor")
     if config.moe_expert_capacity_factor is not None:
         refuse(
             "moe_expert_capacity_factor",

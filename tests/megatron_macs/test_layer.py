@@ -108,11 +108,6 @@ def test_a_mask_that_does_not_fit_is_an_error_and_hangs_nobody(pool, kind, messa
             {},
             "moe_expert_capacity_factor = 1.0 cannot be used with MACS",
         ),
-        (
-            {"moe_token_dispatcher_type": "flex", "dispatcher": "flex"},
-            {},
-            "expected one of allgather, alltoall",
-        ),
         ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "moe_router_load_balancing_type = 'sinkhorn'"),
         (
             {"moe_router_num_groups": 2, "moe_router_group_topk": 1},

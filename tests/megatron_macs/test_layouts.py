@@ -97,3 +97,38 @@ def test_pipeline_and_expert_parallelism(pool):
     for one in found:
         assert one["mask"] and one["layers"] == 2
         assert one["answers"] == plain[one["replica"]]["answers"]
+
+
+@pytest.mark.parametrize("backend", ["deepep", "hybridep"])
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        ("macs", {"capacity_factor": 0.5}),
+        ("macs", {"capacity_factor": 0.5, "scope": "group"}),
+        ("token-drop", {}),
+    ],
+)
+def test_flex_dispatchers_carry_the_plan(pool, backend, world, policy, settings):
+    layout = {"tp": 1, "ep": world, "etp": 1, "sp": False}
+    found = pool.run(f"{JOBS}:over_deepep", world, layout, backend, policy, settings)
+    for one in found:
+        assert one["same"] and one["error"] < 1e-5 and abs(one["weights"]) < 1e-4
+        assert one["handed"] == one["kept"] and one["dropped"] > 0
+    # What is dropped reaches no expert.
+    assert sum(one["rows"][1] for one in found) == sum(one["kept"] for one in found)
+    assert sum(one["rows"][0] for one in found) == len(found) * 3 * 12 * 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "message"),
+    [
+        ("expanded-drop", {}, "moe_flex_dispatcher_backend = 'deepep' sends 3 assignments a token"),
+        ("macs", {"moe_flex_dispatcher_backend": "ncclep"}, "expected one of deepep, hybridep"),
+        ("macs", {"moe_expert_rank_capacity_factor": 1.0}, "it drops what the plan keeps"),
+    ],
+)
+def test_what_flex_dispatchers_cannot_express_is_refused(pool, policy, changes, message):
+    with pytest.raises(RankFailed) as caught:
+        pool.run(f"{JOBS}:refused_flex", 2, {"tp": 1, "ep": 2, "etp": 1, "sp": False}, policy, changes)
+    assert all(message in error[1] for error in caught.value.errors)

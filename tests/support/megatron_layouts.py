@@ -18,6 +18,7 @@ import macs
 from macs import MACSConfig, Runtime
 from megatron_macs import attach_modality, cpu_engine
 
+from .fake_deepep import fake_deepep
 from .megatron_jobs import (
     FFN,
     HIDDEN,
@@ -144,6 +145,56 @@ def planned_output(
         "moved": int(plan.statistics.rerouted + plan.statistics.dropped),
         "loads": plan.statistics.load_after.tolist(),
     }
+
+
+@on_layout
+def over_deepep(
+    layout: dict[str, Any], backend: str, policy: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The flex dispatcher over a stand-in for DeepEP or HybridEP: bit for bit, and what it is handed."""
+    config = layer_config(
+        "flex", EXPERTS, TOP_K, moe_flex_dispatcher_backend=backend, expert_model_parallel_size=layout["ep"]
+    )
+    hidden, mask = tokens_of(layout)
+    with fake_deepep() as fake, macs.modality(mask):
+        stock, _ = build(None, config)(hidden)
+        roomy = Runtime(MACSConfig(capacity_factor=1e6, min_tokens=0))
+        same = torch.equal(build(roomy, config)(hidden)[0], stock)
+        runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}), policy=policy)
+        layer = build(runtime, config)
+        log = PlanLog(runtime)
+        output, _ = layer(hidden)
+        chosen, weights = fake.handed[-1]
+        rows = fake.rows
+        runtime.enabled = False
+        off = torch.equal(layer(hidden)[0], stock)
+    plan, flat = log.plans[0], hidden.flatten(0, 1)
+    expected = torch.zeros_like(flat)
+    for expert in range(EXPERTS):
+        weight = torch.where(plan.experts == expert, plan.weights, 0).sum(1)
+        gate, up = functional.linear(flat, drawn(100 + expert, (2 * FFN, HIDDEN)) / 4).chunk(2, -1)
+        value = functional.linear(functional.silu(gate) * up, drawn(900 + expert, (HIDDEN, FFN)) / 4)
+        expected += value * weight[:, None]
+    kept = int((plan.experts >= 0).sum())
+    return {
+        "same": same and off,
+        "error": float((output.flatten(0, 1) - expected).abs().max()),
+        "handed": int((chosen >= 0).sum()) if backend == "deepep" else int(chosen.sum()),
+        "weights": float(weights.sum() - plan.weights.sum()),
+        "kept": kept,
+        "dropped": float(plan.statistics.dropped),
+        "rows": [rows[0], rows[2]],
+    }
+
+
+@on_layout
+def refused_flex(layout: dict[str, Any], policy: str, changes: dict[str, Any]) -> None:
+    """Build a flex layer with something that it cannot express."""
+    config = layer_config("flex", EXPERTS, TOP_K, expert_model_parallel_size=layout["ep"])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with fake_deepep():
+        build(Runtime(policy=policy), config)
 
 
 @on_layout
