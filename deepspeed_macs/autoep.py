@@ -21,7 +21,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, RouterOutput
 from deepspeed.moe import ep_tp_dispatch
 from torch import Tensor, nn
 
-from macs import LayerRuntime, full_scores, loads_of
+from macs import LayerRuntime, full_scores, loads_of, within_groups
 
 
 class MACSAutoEPMoELayer(AutoEPMoELayer):
@@ -61,7 +61,7 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
 
     def _scored_routes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The router's choice for x [T, D]: weights [T, k], experts int64 [T, k], loads int32 [E]; and
-        the scores of all experts, float32 [T, E], 0 for those outside the token's groups."""
+        the scores of all experts, float32 [T, E], 0 for those outside the groups the token uses."""
         router, thread, logits = self.router, threading.get_ident(), []
 
         def keep(gate: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -74,12 +74,7 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
         finally:
             handle.remove()
         scores = full_scores(logits[0], router.score_func)
-        if router.num_expert_groups is not None:
-            choice = scores
-            for bias in (self.expert_bias, router.e_score_correction_bias):
-                choice = choice if bias is None else choice + bias
-            outside = torch.isneginf(router._get_node_limited_routing_scores(choice))
-            scores = scores.masked_fill(outside, 0.0)
+        scores = within_groups(scores, experts, router.num_expert_groups)
         return weights, experts, counts, scores
 
     def _route(self, x: Tensor, routed: RouterOutput, shape: tuple[int, int, int]) -> Tensor:

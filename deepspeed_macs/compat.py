@@ -11,7 +11,6 @@ KNOWN_TRANSFORMERS = "5.17.0"
 AUTOEP_LAYER = "deepspeed.module_inject.auto_ep_layer"
 SYMBOLS = {
     "deepspeed.moe.sharded_moe": ("top1gating", "top2gating", "topkgating", "TopKGate", "MOELayer"),
-    "deepspeed.moe.ep_router": ("TokenChoiceTopKRouter._get_node_limited_routing_scores",),
     "deepspeed.moe.ep_tp_dispatch": (
         "RoutedAssignmentPayload",
         "assert_tp_payload_consistent",

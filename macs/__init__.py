@@ -19,7 +19,7 @@ from .planner import Planner, router_similarity
 from .policies import POLICIES, build_policy
 from .profile import Calibration, Profile, router_fingerprint
 from .runtime import LayerRuntime, Runtime
-from .scoring import full_scores
+from .scoring import full_scores, within_groups
 from .topology import Topology
 
 __version__ = "0.1.0"
@@ -53,4 +53,5 @@ __all__ = [
     "modality",
     "router_fingerprint",
     "router_similarity",
+    "within_groups",
 ]

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from torch import Tensor
 
-from macs import LayerRuntime
+from macs import LayerRuntime, within_groups
 
 
 class _PlansFirst(MoETokenDispatcher):
@@ -31,7 +31,9 @@ class _PlansFirst(MoETokenDispatcher):
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [S, B, D], routing_map bool [T, E], probs [T, E]: as the base class."""
-        routing_map, probs, self.planned = replan(self.macs, hidden_states, routing_map, probs)
+        routing_map, probs, self.planned = replan(
+            self.macs, hidden_states, routing_map, probs, self.config.moe_router_num_groups
+        )
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
 
@@ -68,7 +70,7 @@ class MACSFlexTokenDispatcher(_PlansFirst, MoEFlexTokenDispatcher):
 
 
 def replan(
-    layer: LayerRuntime, hidden: Tensor, routing_map: Tensor, probs: Tensor
+    layer: LayerRuntime, hidden: Tensor, routing_map: Tensor, probs: Tensor, num_groups: int | None
 ) -> tuple[Tensor, Tensor, bool]:
     """The planned routing map bool [T, E] and probs [T, E], and whether there is a plan at all.
 
@@ -81,6 +83,7 @@ def replan(
     tokens = layer.tokens(batch, length, sequence_major=True, device=hidden.device)
     experts = chosen_experts(routing_map, layer.top_k)
     weights = probs.gather(1, experts.clamp(min=0))
+    scores = within_groups(scores, experts, num_groups)
     plan = layer.plan(hidden.flatten(0, 1), experts, weights, scores, tokens)
     if plan is None:
         return routing_map, probs, False

@@ -141,11 +141,6 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
         refuse("moe_router_score_function", "expected softmax or sigmoid")
     if config.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing"):
         refuse("moe_router_load_balancing_type", "its choice does not follow from the scores alone")
-    if config.moe_router_num_groups is not None:
-        refuse(
-            "moe_router_num_groups",
-            "rerouting would leave a token's groups; not supported yet",
-        )
     if getattr(config, "transformer_impl", None) == "inference_optimized":
         refuse("transformer_impl", "its dispatchers are not supported yet")
     if config.context_parallel_size > 1:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import reference
 from support.cases import configs, routings
 
-from macs import full_scores
+from macs import full_scores, within_groups
 from macs.capacity import LoadTable, effective_visual_ratio, measure, pool_capacity, quotas
 from macs.fixed_point import UNIT, apportion
 from macs.weighting import constant_weights, entropy_weights, feature_entropy, normalize_entropy
@@ -195,3 +195,10 @@ def test_scores_are_the_unbiased_softmax_or_sigmoid():
 def test_other_score_functions_are_named():
     with pytest.raises(ValueError, match="score function: found 'relu', expected softmax or sigmoid"):
         full_scores(torch.randn(3, 4), "relu")
+
+
+def test_only_the_groups_a_token_uses_keep_their_scores():
+    scores = torch.ones(3, 6)
+    found = within_groups(scores, torch.tensor([[0, 1], [1, 5], [2, -1]]), 3)
+    assert found.tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]]
+    assert within_groups(scores, torch.tensor([[0, 1]] * 3), None) is scores

@@ -23,6 +23,18 @@ def test_sigmoid_scores_are_stock_bit_for_bit(pool):
         assert same == dict.fromkeys(same, True)
 
 
+GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_group_limited_routing_is_stock_bit_for_bit_and_rerouting_stays_within_groups(pool, score_function):
+    changes = {**GROUPS, "moe_router_score_function": score_function}
+    for same in pool.run(f"{JOBS}:unbounded_is_stock", 2, "alltoall", 8, 2, changes):
+        assert same == dict.fromkeys(same, True)
+    for found in pool.run(f"{JOBS}:rerouted_within_groups", 2, changes):
+        assert found["rerouted"] > 0 and found["within"]
+
+
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_layer_computes_what_the_plan_says(pool, dispatcher, policy):
@@ -109,11 +121,6 @@ def test_a_mask_that_does_not_fit_is_an_error_and_hangs_nobody(pool, kind, messa
             "moe_expert_capacity_factor = 1.0 cannot be used with MACS",
         ),
         ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "moe_router_load_balancing_type = 'sinkhorn'"),
-        (
-            {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
-            {},
-            "moe_router_num_groups = 2 cannot be used with MACS",
-        ),
     ],
 )
 def test_settings_that_cannot_work_together_are_refused(pool, changes, settings, message):

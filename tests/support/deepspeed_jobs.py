@@ -395,28 +395,15 @@ def autoep_planned_output(
 
 @on_deepspeed
 def autoep_rerouted_within_groups(name: str) -> dict[str, Any]:
-    """Under group-limited routing nothing is rerouted to a group the token may not use."""
+    """Under group-limited routing overflow goes to groups that the token uses already."""
     engine = autoep_engine(name, {"capacity_factor": 0.4, "reroute": "group"})
     layer = next(module for module in engine.modules() if isinstance(module, AutoEPMoELayer))
     router, log, seen = layer.router, PlanLog(engine.macs), []
-    router.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    router.register_forward_hook(lambda _, args, output: seen.append(output[1]))
     logits_of(engine, hf_models.token_ids(dist.get_rank(), rows=6))
-    plan, (x, (_, chosen, _)) = log.plans[0], seen[0]
-    groups_of = torch.arange(router.num_experts) // (router.num_experts // router.num_expert_groups)
-    scores = torch.sigmoid(router.gate(x)) if router.score_func == "sigmoid" else router.gate(x).softmax(1)
-    if router.e_score_correction_bias is not None:
-        scores = scores + router.e_score_correction_bias
-    parts = scores.view(len(scores), router.num_expert_groups, -1)
-    best = parts.amax(2) if router.group_score_func == "max" else parts.topk(2, 2).values.sum(2)
-    allowed = torch.zeros_like(best, dtype=torch.bool)
-    allowed.scatter_(1, best.topk(router.num_limited_groups, 1).indices, True)
-    rows, columns = torch.nonzero(plan.rerouted, as_tuple=True)
-    went = groups_of[plan.experts[rows, columns]]
-    return {
-        "rerouted": len(rows),
-        "within": bool(allowed[rows, went].all()),
-        "chosen_within": bool(allowed.gather(1, groups_of[chosen]).all()),
-    }
+    plan, size = log.plans[0], router.num_experts // router.num_expert_groups
+    within = ((plan.experts // size)[..., None] == (seen[0] // size)[:, None, :]).any(-1)
+    return {"rerouted": int(plan.rerouted.sum()), "within": bool(within[plan.rerouted].all())}
 
 
 @on_deepspeed

@@ -219,6 +219,25 @@ def planned_output(
 
 
 @on_megatron
+def rerouted_within_groups(changes: dict) -> dict[str, Any]:
+    """Where group-limited routing lets overflow go: the groups that the token uses already."""
+    config = layer_config("alltoall", 8, 2, **changes)
+    runtime = Runtime(MACSConfig(min_tokens=0, capacity_factor=0.5, reroute="group"))
+    layer = build_layer(runtime, config)
+    hidden, mask = batch_of(dist.get_rank(), 6, 16)
+    seen: list[Any] = []
+    inner = runtime.layers[0].plan
+    runtime.layers[0].plan = lambda *args: seen.append((args[1], inner(*args))) or seen[-1][1]
+    with macs.modality(mask):
+        layer(hidden)
+    chosen, plan = seen[0]
+    group = plan.experts // (8 // changes["moe_router_num_groups"])
+    own = (chosen // (8 // changes["moe_router_num_groups"]))[:, None, :]
+    within = (group[..., None] == own).any(-1)
+    return {"rerouted": int(plan.rerouted.sum()), "within": bool(within[plan.rerouted].all())}
+
+
+@on_megatron
 def uneven_tokens(settings: dict, lengths: list[int]) -> list[Any]:
     """One sequence a rank, of different lengths, perhaps none at all."""
     config = layer_config("alltoall", 4, 2)
