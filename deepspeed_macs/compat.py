@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+
+from macs.symbols import missing_symbols
 
 NEEDED_DEEPSPEED = "0.19.8"
 KNOWN_TRANSFORMERS = "5.17.0"
@@ -40,9 +41,7 @@ def check_deepspeed() -> None:
     """Raise an ``ImportError`` that names what the installed DeepSpeed lacks, and the version needed."""
     import deepspeed
 
-    missing = [
-        f"{module}.{path}" for module, paths in SYMBOLS.items() for path in paths if not _has(module, path)
-    ]
+    missing = missing_symbols(SYMBOLS)
     if not missing:
         gate = importlib.import_module("deepspeed.moe.sharded_moe").TopKGate
         if "sparse_routes" not in inspect.signature(gate.forward).parameters:
@@ -52,16 +51,6 @@ def check_deepspeed() -> None:
             f"deepspeed_macs needs deepspeed>={NEEDED_DEEPSPEED},<0.20; found "
             f"{getattr(deepspeed, '__version__', 'an unknown version')}, which lacks {', '.join(missing)}"
         )
-
-
-def _has(module: str, path: str) -> bool:
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError:
-        return False
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found is not None
 
 
 def check_transformers() -> None:

@@ -79,20 +79,20 @@ class Modality:
             exempt=~everything if exempt is None else exempt,
         )
 
-    def part(self, index: int, parts: int) -> Modality:
-        """The ``index``-th of so many equal parts of every sequence, as sequence parallelism has them."""
-        if parts == 1:
+    def columns(self, first: int, count: int) -> Modality:
+        """``count`` tokens of every sequence from token ``first`` on, as engines divide sequences that are
+        too long for one call or one rank; made once for all layers of a forward pass."""
+        if (first, count) == (0, self.kinds.shape[1]):
             return self
-        if (index, parts) not in self._parts:
-            length = self.kinds.shape[1] // parts
-            columns = slice(index * length, (index + 1) * length)
-            self._parts[index, parts] = Modality(
-                kinds=self.kinds[:, columns],
-                valid=self.valid[:, columns],
-                segments=self.segments[:, columns],
-                exempt=self.exempt[:, columns],
+        if (first, count) not in self._parts:
+            taken = slice(first, first + count)
+            self._parts[first, count] = Modality(
+                kinds=self.kinds[:, taken],
+                valid=self.valid[:, taken],
+                segments=self.segments[:, taken],
+                exempt=self.exempt[:, taken],
             )
-        return self._parts[index, parts]
+        return self._parts[first, count]
 
     def batch_major(self, sources: int = 1) -> Tokens:
         """``Tokens.batch_major``, made once for all layers of a forward pass."""

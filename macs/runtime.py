@@ -218,20 +218,31 @@ class LayerRuntime:
             )
         return self._planner
 
-    def tokens(self, batch: int, length: int, sequence_major: bool, device: torch.device) -> Tokens:
+    def tokens(
+        self,
+        batch: int,
+        length: int,
+        sequence_major: bool,
+        device: torch.device,
+        first: int = 0,
+        whole: int | None = None,
+    ) -> Tokens:
         """The layer's tokens, B x S = batch x length of them, from the modality around the call.
 
-        A mask of another shape or device is an error; no mask at all makes every token text.
+        ``whole``: where this call has but a part of this process's tokens, from token ``first`` of every
+        sequence on, how many of each sequence the process has. A mask of another shape or device is an
+        error; no mask at all makes every token text.
         """
+        whole = length if whole is None else whole
         index, parts = self._part
-        modality = self._modality(batch, length * parts, device)
+        expected = batch, whole * parts
+        modality = self._modality(*expected, device)
         found = tuple(modality.kinds.shape)
-        if found != (batch, length * parts):
+        if found != expected:
             raise ValueError(
-                f"modality mask: found shape {found}, the layer has {batch} sequences of "
-                f"{length * parts} tokens"
+                f"modality mask: found shape {found}, the layer has {batch} sequences of {expected[1]} tokens"
             )
-        return self._laid_out(modality.part(index, parts), sequence_major)
+        return self._laid_out(modality.columns(index * whole + first, length), sequence_major)
 
     def counted_tokens(self, count: int, sequence_major: bool, device: torch.device) -> Tokens:
         """As ``tokens``, for an engine that says only how many tokens, B S = count, there are."""

@@ -6,10 +6,14 @@ model = GPTModel(config, spec, ...)
 megatron_macs.attach_modality(model, image_token_id=...)
 """
 
+from .compat import check_megatron
+
 try:
     import megatron.core  # noqa: F401
 except ImportError as error:
     raise ImportError("megatron_macs needs megatron-core: pip install 'macs-moe[megatron]'") from error
+else:
+    check_megatron()
 
 from macs import attach_modality
 

@@ -16,9 +16,10 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEFlexTokenDispatcher,
     MoETokenDispatcher,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from macs import LayerRuntime, within_groups
+from macs import LayerRuntime, Plan, within_groups
 
 
 class _PlansFirst(MoETokenDispatcher):
@@ -31,9 +32,7 @@ class _PlansFirst(MoETokenDispatcher):
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [S, B, D], routing_map bool [T, E], probs [T, E]: as the base class."""
-        routing_map, probs, self.planned = replan(
-            self.macs, hidden_states, routing_map, probs, self.config.moe_router_num_groups
-        )
+        routing_map, probs, self.planned = replan(self.macs, hidden_states, routing_map, probs, self.config)
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
 
@@ -70,7 +69,7 @@ class MACSFlexTokenDispatcher(_PlansFirst, MoEFlexTokenDispatcher):
 
 
 def replan(
-    layer: LayerRuntime, hidden: Tensor, routing_map: Tensor, probs: Tensor, num_groups: int | None
+    layer: LayerRuntime, hidden: Tensor, routing_map: Tensor, probs: Tensor, config: TransformerConfig
 ) -> tuple[Tensor, Tensor, bool]:
     """The planned routing map bool [T, E] and probs [T, E], and whether there is a plan at all.
 
@@ -79,15 +78,44 @@ def replan(
     scores = layer.take_scores()
     if scores is None:
         return routing_map, probs, False
-    length, batch = hidden.shape[:2]
-    tokens = layer.tokens(batch, length, sequence_major=True, device=hidden.device)
     experts = chosen_experts(routing_map, layer.top_k)
     weights = probs.gather(1, experts.clamp(min=0))
-    scores = within_groups(scores, experts, num_groups)
-    plan = layer.plan(hidden.flatten(0, 1), experts, weights, scores, tokens)
+    scores = within_groups(scores, experts, config.moe_router_num_groups)
+    plan = plan_of(layer, hidden, experts, weights, scores, config.mlp_chunks_for_prefill > 1)
     if plan is None:
         return routing_map, probs, False
     return (*plan.as_map(routing_map.shape[1]), True)
+
+
+def plan_of(
+    layer: LayerRuntime,
+    hidden: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    scores: Tensor,
+    chunked: bool = False,
+) -> Plan | None:
+    """The layer's plan, if it makes one: hidden [S, B, D], experts and weights [T, k], scores [T, E].
+
+    ``chunked``: hidden may be a chunk of the tokens (``mlp_chunks_for_prefill``).
+    """
+    length, batch = hidden.shape[:2]
+    first, whole = chunk_of(hidden) if chunked else (0, length)
+    tokens = layer.tokens(batch, length, True, hidden.device, first, whole)
+    return layer.plan(hidden.flatten(0, 1), experts, weights, scores, tokens)
+
+
+def chunk_of(hidden: Tensor) -> tuple[int, int]:
+    """Of which token on, of how many, a chunk [S, B, D] of the hidden states holds S.
+
+    The engine cuts the chunks off one tensor, and says nothing of it to the layer. They are views, so
+    where in its memory one starts tells which it is.
+    """
+    row = hidden.shape[1] * hidden.shape[2]
+    if not row or hidden.stride(0) != row:
+        return 0, hidden.shape[0]
+    whole = hidden.untyped_storage().nbytes() // hidden.element_size()
+    return hidden.storage_offset() // row, whole // row
 
 
 def chosen_experts(routing_map: Tensor, top_k: int) -> Tensor:

@@ -7,10 +7,16 @@ from typing import Any
 from megatron.core import utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from macs import MACSConfig, Runtime, Topology
+from macs import LayerRuntime, MACSConfig, Runtime, Topology
 
+from .compat import INFERENCE_OPTIMIZED_SINCE, inference_optimized
 from .dispatcher import (
     MACSAllGatherTokenDispatcher,
     MACSAlltoAllTokenDispatcher,
@@ -18,11 +24,7 @@ from .dispatcher import (
 )
 from .router import MACSTopKRouter
 
-DISPATCHERS = {
-    "allgather": MACSAllGatherTokenDispatcher,
-    "alltoall": MACSAlltoAllTokenDispatcher,
-    "flex": MACSFlexTokenDispatcher,
-}
+DISPATCHERS = ("allgather", "alltoall", "flex")
 FLEX_BACKENDS = ("deepep", "hybridep")
 
 
@@ -68,26 +70,43 @@ class MACSMoELayer(MoELayer):
             (utils.get_pg_rank(pg_collection.tp), tensor_parallel) if split else (0, 1),
         )
         self.router.macs = self.macs
-        self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
-            self.num_local_experts,
-            self.local_expert_indices,
-            config=self.config,
-            pg_collection=pg_collection,
-        )
-        self.token_dispatcher.macs = self.macs
-        if self.use_shared_expert and self.shared_expert_overlap:
-            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        adopt(self.token_dispatcher, self.macs)
+        if config.transformer_impl == "inference_optimized":
+            # The layer takes one or the other, as an inference engine uses it or not.
+            adopt(self._inference_token_dispatcher, self.macs)
+
+
+def adopt(dispatcher: Any, layer: LayerRuntime) -> None:
+    """Make one of the engine's dispatchers plan first; its groups, buffers and shared experts stay."""
+    forms: dict[type, type] = {
+        MoEAllGatherTokenDispatcher: MACSAllGatherTokenDispatcher,
+        MoEAlltoAllTokenDispatcher: MACSAlltoAllTokenDispatcher,
+        MoEFlexTokenDispatcher: MACSFlexTokenDispatcher,
+    }
+    inference = inference_optimized()
+    if inference is not None:
+        forms[inference.NCCLAllGatherDispatcher] = inference.MACSNCCLAllGatherDispatcher
+        forms[inference.NVLSAllGatherVDispatcher] = inference.MACSNVLSAllGatherVDispatcher
+    if type(dispatcher) not in forms:
+        names = ", ".join(form.__name__ for form in forms)
+        raise ValueError(f"token dispatcher: found {type(dispatcher).__name__}, expected one of {names}")
+    dispatcher.__class__ = forms[type(dispatcher)]
+    dispatcher.macs = layer
 
 
 def check_policy(config: TransformerConfig, policy: str, settings: MACSConfig, replicas: int) -> None:
     """Raise a ``ValueError`` for a policy that the dispatcher is too narrow for, or that tensor-parallel
     ``replicas`` with the same tokens cannot plan alike."""
     flex = config.moe_token_dispatcher_type == "flex"
-    if policy == "expanded-drop" and flex and config.moe_flex_dispatcher_backend == "deepep":
-        raise ValueError(
-            "policy expanded-drop: moe_flex_dispatcher_backend = 'deepep' sends "
-            f"{config.moe_router_topk} assignments a token, and this policy may add to them"
-        )
+    for narrow, what in (
+        (flex and config.moe_flex_dispatcher_backend == "deepep", "moe_flex_dispatcher_backend = 'deepep'"),
+        (config.transformer_impl == "inference_optimized", "transformer_impl = 'inference_optimized'"),
+    ):
+        if narrow and policy == "expanded-drop":
+            raise ValueError(
+                f"policy expanded-drop: {what} sends {config.moe_router_topk} assignments a token, and this "
+                "policy may add to them"
+            )
     if replicas == 1:
         return
     why = (
@@ -141,15 +160,17 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
         refuse("moe_router_score_function", "expected softmax or sigmoid")
     if config.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing"):
         refuse("moe_router_load_balancing_type", "its choice does not follow from the scores alone")
-    if getattr(config, "transformer_impl", None) == "inference_optimized":
-        refuse("transformer_impl", "its dispatchers are not supported yet")
+    if config.transformer_impl == "inference_optimized" and inference_optimized() is None:
+        refuse("transformer_impl", f"MACS knows it as Megatron {INFERENCE_OPTIMIZED_SINCE} has it, not older")
     if config.context_parallel_size > 1:
         refuse("context_parallel_size", "it splits sequences, and with them the modality mask")
     graphs = [str(one) for one in _graph_scopes(config)]
     captured = config.cuda_graph_impl != "none" and (
         not graphs or any("moe_preprocess" in one for one in graphs)
     )
-    if captured and config.moe_token_dispatcher_type == "alltoall":
+    padded = getattr(config, "moe_pad_experts_for_cuda_graph_inference", False)
+    inference = config.transformer_impl == "inference_optimized"
+    if captured and config.moe_token_dispatcher_type == "alltoall" and not (padded or inference):
         refuse(
             _graph_field(config),
             "the number of rows sent is known only after the plan, inside what the graph captures",

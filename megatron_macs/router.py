@@ -27,8 +27,15 @@ class MACSTopKRouter(TopKRouter):
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """probs [T, E] and routing_map [T, E] of the base class, from logits [S, B, E]."""
         routed = super().routing(logits, *args, **kwargs)
-        if self.macs is not None:
-            self.macs.take_scores()  # what an interrupted forward pass may have left
-            if not self.training and self.macs.acts_on(logits.shape[:-1].numel()):
-                self.macs.offer_scores(full_scores(logits.flatten(0, -2), self.score_function))
+        self.offer_scores(logits)
         return routed
+
+    def offer_scores(self, logits: Tensor) -> None:
+        """Scores of logits [S, B, E] or [T, E] for the dispatcher, where it is to plan them."""
+        if self.macs is None:
+            return
+        self.macs.take_scores()  # what an interrupted forward pass may have left
+        # A static engine may have the experts padded while it decodes, which leaves nothing to plan.
+        padded = self.config.moe_pad_expert_input_to_capacity
+        if not self.training and not padded and self.macs.acts_on(logits.shape[:-1].numel()):
+            self.macs.offer_scores(full_scores(logits.flatten(0, -2), self.score_function))

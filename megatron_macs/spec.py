@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from macs import MACSConfig, Runtime
 
+from .compat import inference_optimized
 from .layer import MACSMoELayer
 from .router import MACSTopKRouter
 
@@ -86,9 +87,14 @@ def _check_base(module: type) -> None:
 
 
 def _macs_submodules(submodules: Any) -> Any:
+    forms: dict[type, type] = {TopKRouter: MACSTopKRouter}
+    inference = inference_optimized()
+    if inference is not None:
+        forms[inference.InferenceTopKRouter] = inference.MACSInferenceTopKRouter
     router = getattr(submodules, "router", TopKRouter)
-    if router is not TopKRouter:
-        raise ValueError(f"with_macs: found router {router!r} in the spec, expected TopKRouter")
+    if router not in forms:
+        names = " or ".join(form.__name__ for form in forms)
+        raise ValueError(f"with_macs: found router {router!r} in the spec, expected {names}")
     submodules = copy.copy(submodules)  # layers may share it
-    submodules.router = MACSTopKRouter
+    submodules.router = forms[router]
     return submodules

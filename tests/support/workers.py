@@ -37,6 +37,8 @@ def _serve(connection: Any, path: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before an engine defines its kernels
     torch.set_num_threads(1)
     while True:
         task = connection.recv()
