@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, current_modality, modality
+from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, ModalityBuffers, current_modality, modality
 
 TOKEN_ID_NAMES = {
     IMAGE: ("image_token_id", "image_token_index", "media_placeholder_token_id"),
@@ -32,11 +32,21 @@ def token_kinds_of(config: Any) -> dict[int, int]:
 
 
 class ModalityHook:
-    """The hooks ``attach_modality`` set; ``remove`` takes them off."""
+    """The hooks ``attach_modality`` set; ``remove`` takes them off.
 
-    def __init__(self, model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> None:
+    buffers: where masks are to lie in memory that stays, for layers inside captured CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        token_kinds: dict[int, int],
+        padding_id: int | None,
+        buffers: ModalityBuffers | None = None,
+    ) -> None:
         self._token_kinds = token_kinds
         self._padding_id = padding_id
+        self._buffers = buffers
         self._signature = inspect.signature(model.forward)
         self._own = threading.local()  # of each thread: the calls under way, innermost last
         self._handles = [
@@ -49,6 +59,16 @@ class ModalityHook:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
+
+    def of_call(self, given: dict[str, Any]) -> Modality | None:
+        """The modality of the tokens of a call with these arguments; none if nothing tells.
+
+        What the caller said of these very tokens, in a block around it, goes before what their ids say.
+        """
+        names = ("input_ids", "mm_token_type_ids", "attention_mask")
+        found, outer = self.modality_of(*(given.get(name) for name in names)), current_modality()
+        same = found is not None and outer is not None and outer.kinds.shape == found.kinds.shape
+        return outer if same else found
 
     def modality_of(
         self,
@@ -89,12 +109,9 @@ class ModalityHook:
             self._own.calls = []
         self._own.calls.append(stack)
         given = {**kwargs, **self._signature.bind_partial(*args, **kwargs).arguments}
-        names = ("input_ids", "mm_token_type_ids", "attention_mask")
-        found = self.modality_of(*(given.get(name) for name in names))
-        outer = current_modality()
-        # What the caller said of these very tokens goes before what their ids say.
-        if found is not None and (outer is None or outer.kinds.shape != found.kinds.shape):
-            stack.enter_context(modality(found))
+        found = self.of_call(given)
+        if found is not None:
+            stack.enter_context(modality(found if self._buffers is None else self._buffers.hold(found)))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._own.calls.pop().close()
@@ -129,16 +146,27 @@ def attach_modality(
 
     Raises a ``ValueError`` where nothing would tell visual tokens from text.
     """
-    given = {image_token_id: IMAGE, video_token_id: VIDEO, audio_token_id: AUDIO}
-    named = {token: kind for token, kind in given.items() if token is not None}
+    named = named_kinds(image_token_id, video_token_id, audio_token_id)
     # The config speaks for the kinds the caller did not name.
     known = {
         token: kind
         for token, kind in token_kinds_of(getattr(model, "config", None)).items()
         if kind not in named.values() and token not in named
     }
+    check_tells(model, {**known, **named})
+    return ModalityHook(model, {**known, **named}, padding_token_id)
+
+
+def named_kinds(image: int | None, video: int | None, audio: int | None) -> dict[int, int]:
+    """Token id -> kind, of the ids given."""
+    given = ((image, IMAGE), (video, VIDEO), (audio, AUDIO))
+    return {token: kind for token, kind in given if token is not None}
+
+
+def check_tells(model: nn.Module, token_kinds: dict[int, int]) -> None:
+    """Raise a ``ValueError`` where nothing that a model is called with tells visual tokens from text."""
     parameters = inspect.signature(model.forward).parameters
-    if not (named or known or "mm_token_type_ids" in parameters):
+    if not (token_kinds or "mm_token_type_ids" in parameters):
         raise ValueError(
             "attach_modality: expected image_token_id, video_token_id or audio_token_id, as an argument or "
             f"in the model's config; found none, and {type(model).__name__}.forward takes no "
@@ -146,4 +174,3 @@ def attach_modality(
         )
     if "input_ids" not in parameters:
         raise ValueError(f"attach_modality: {type(model).__name__}.forward takes no input_ids")
-    return ModalityHook(model, {**known, **named}, padding_token_id)

@@ -30,16 +30,26 @@ class LayerRecorder:
         self._ring: Tensor | None = None
         self._next: Tensor | None = None
 
-    def record(self, statistics: PlanStatistics) -> None:
-        """Add one step."""
-        row = statistics.pack().detach()
+    @property
+    def started(self) -> bool:
+        """Whether there is anything to read."""
+        return self._ring is not None
+
+    def prepare(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The ring, and the number of the next step in it; made here the first time."""
         if self._ring is None or self._next is None:
             # Ordinary tensors even where an engine records in inference mode: they outlive it.
             with torch.inference_mode(False):
-                self._ring = torch.zeros(self.steps, self._width, dtype=torch.float64, device=row.device)
-                self._next = torch.zeros(1, dtype=torch.int64, device=row.device)
-        self._ring.index_copy_(0, self._next % self.steps, row[None])
-        self._next += 1
+                self._ring = torch.zeros(self.steps, self._width, dtype=torch.float64, device=device)
+                self._next = torch.zeros(1, dtype=torch.int64, device=device)
+        return self._ring, self._next
+
+    def record(self, statistics: PlanStatistics) -> None:
+        """Add one step."""
+        row = statistics.pack().detach()
+        ring, following = self.prepare(row.device)
+        ring.index_copy_(0, following % self.steps, row[None])
+        following += 1
 
     def clear(self) -> None:
         """Forget every step."""

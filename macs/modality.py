@@ -94,6 +94,27 @@ class Modality:
             )
         return self._parts[first, count]
 
+    def expanded(self, repeats: Tensor, length: int) -> Modality:
+        """As engines put the features of a picture where one token stood: [B, S] -> [B, length].
+
+        repeats int64 [B, S]: how many tokens come of each, all of its kind and in a segment of their own.
+        Sequences that end before ``length`` are padded, those beyond it cut off.
+        """
+        expect("repeats", repeats, tuple(self.kinds.shape), (torch.int64,), self.kinds.device)
+        rows, columns = self.kinds.shape
+        ends = repeats.cumsum(1)
+        place = torch.arange(length, device=ends.device).expand(rows, -1).contiguous()
+        origin = torch.searchsorted(ends, place, right=True)
+        real = origin < columns
+        origin = origin.clamp(max=max(0, columns - 1))
+        offset = torch.arange(rows, device=ends.device)[:, None] * columns
+        return Modality(
+            kinds=torch.where(real, self.kinds.gather(1, origin), TEXT).to(torch.int8),
+            valid=self.valid.gather(1, origin) & real,
+            segments=origin + offset,
+            exempt=self.exempt.gather(1, origin) & real,
+        )
+
     def batch_major(self, sources: int = 1) -> Tokens:
         """``Tokens.batch_major``, made once for all layers of a forward pass."""
         return self._layout(Tokens.batch_major, sources)
@@ -107,6 +128,41 @@ class Modality:
         if key not in self._layouts:
             self._layouts[key] = make(self, sources)
         return self._layouts[key]
+
+
+class ModalityBuffers:
+    """One modality for each shape, in memory that stays: what a captured CUDA graph can read."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[tuple[int, ...], torch.device], Modality] = {}
+
+    def hold(self, modality: Modality) -> Modality:
+        """The one of this shape, now saying what ``modality`` says, in every layout made of it so far."""
+        key = tuple(modality.kinds.shape), modality.kinds.device
+        with torch.inference_mode():
+            if key in self._held:
+                _overwrite(self._held[key], modality)
+            else:
+                self._held[key] = Modality(*(getattr(modality, name).clone() for name in _FIELDS))
+        return self._held[key]
+
+
+_FIELDS = ("kinds", "valid", "segments", "exempt")
+
+
+def _overwrite(held: Modality, modality: Modality) -> None:
+    for name in _FIELDS:
+        getattr(held, name).copy_(getattr(modality, name))
+    _refresh(held)
+
+
+def _refresh(held: Modality) -> None:
+    """Make the layouts of a modality, and of its parts, anew from what it says now."""
+    for (make, sources), tokens in held._layouts.items():
+        for name, tensor in vars(getattr(Tokens, make)(held, sources)).items():
+            getattr(tokens, name).copy_(tensor)
+    for part in held._parts.values():  # views of the whole
+        _refresh(part)
 
 
 def runs(kinds: Tensor) -> Tensor:

@@ -96,6 +96,10 @@ class Planner:
         """k': the width of the plans."""
         return self.top_k
 
+    def prepare(self, device: torch.device) -> None:
+        """Put the constants on a device, which the first plan there does otherwise."""
+        self._constants(device)
+
     def leaves_alone(self, count: int) -> bool:
         """Whether ``count`` tokens are too few to plan, as in decoding, known without looking at them.
 

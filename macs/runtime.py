@@ -192,6 +192,15 @@ class LayerRuntime:
         scores, self._scores = self._scores, None
         return scores
 
+    def prepare(self, device: torch.device) -> None:
+        """Make what a forward pass makes when it is the first: planner, constants, room for records.
+
+        A CUDA graph can capture the layer only afterwards: making them reads weights and copies from
+        the host.
+        """
+        self.planner.prepare(device)
+        self.recorder.prepare(device)
+
     @property
     def planner(self) -> Planner:
         """The layer's planner; made on first use, when the router's weights are there."""

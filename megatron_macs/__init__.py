@@ -15,8 +15,6 @@ except ImportError as error:
 else:
     check_megatron()
 
-from macs import attach_modality
-
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
 from .cpu import cpu_engine
 from .dispatcher import (
@@ -24,9 +22,11 @@ from .dispatcher import (
     MACSAlltoAllTokenDispatcher,
     MACSFlexTokenDispatcher,
 )
+from .hooks import attach_modality
 from .layer import MACSMoELayer
 from .router import MACSTopKRouter
 from .spec import with_macs
+from .swap import install
 
 __all__ = [
     "MACSAllGatherTokenDispatcher",
@@ -37,6 +37,7 @@ __all__ = [
     "add_macs_args",
     "attach_modality",
     "cpu_engine",
+    "install",
     "runtime_from_args",
     "tokens_from_args",
     "with_macs",

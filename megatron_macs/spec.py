@@ -49,7 +49,11 @@ def _layer_submodules(spec: Any) -> list[Any]:
     submodules = getattr(spec, "submodules", None)
     if hasattr(submodules, "layer_specs"):
         return _layer_submodules(submodules)
-    return [submodules] if hasattr(submodules, "mlp") else []
+    if hasattr(submodules, "mlp"):
+        return [submodules]
+    # A hybrid stack has a spec for each kind of layer.
+    kinds = vars(submodules).values() if submodules is not None else ()
+    return [slot for kind in kinds if isinstance(kind, ModuleSpec) for slot in _layer_submodules(kind)]
 
 
 def macs_mlp(mlp: Any, runtime: Runtime, pg_collection: Any) -> Any:

@@ -132,13 +132,17 @@ def build_megatron_model(
 @torch.no_grad()
 def copy_weights(source: Qwen3VLMoeForConditionalGeneration, target: GPTModel) -> None:
     """Copy the language part's weights; every parameter of ``target``, which may be one stage of a
-    pipeline, must be written once."""
+    pipeline and one tensor-parallel part of it, must be written once."""
     text = source.config.text_config
     language = source.model.language_model
     written: set[str] = set()
     parameters = dict(target.named_parameters())
 
-    def write(name: str, tensor: Tensor) -> None:
+    def write(name: str, tensor: Tensor, dim: int | None = None) -> None:
+        """``dim``: along which tensor parallelism divides it, if it does."""
+        if dim is not None:
+            expert = ".experts." in name
+            tensor = tensor.chunk(tensor_parallel_size(expert), dim)[tensor_parallel_rank(expert)]
         if parameters[name].shape != tensor.shape:
             raise ValueError(
                 f"{name}: found shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}"
@@ -147,10 +151,10 @@ def copy_weights(source: Qwen3VLMoeForConditionalGeneration, target: GPTModel) -
         written.add(name)
 
     if target.pre_process:
-        write("embedding.word_embeddings.weight", language.embed_tokens.weight)
+        write("embedding.word_embeddings.weight", language.embed_tokens.weight, 0)
     if target.post_process:
         write("decoder.final_layernorm.weight", language.norm.weight)
-        write("output_layer.weight", source.lm_head.weight)
+        write("output_layer.weight", source.lm_head.weight, 0)
     for index, own in enumerate(target.decoder.layers):
         layer = language.layers[own.layer_number - 1]
         prefix = f"decoder.layers.{index}."
@@ -159,7 +163,7 @@ def copy_weights(source: Qwen3VLMoeForConditionalGeneration, target: GPTModel) -
         write(prefix + "pre_mlp_layernorm.weight", layer.post_attention_layernorm.weight)
         write(prefix + "self_attention.q_layernorm.weight", attention.q_norm.weight)
         write(prefix + "self_attention.k_layernorm.weight", attention.k_norm.weight)
-        write(prefix + "self_attention.linear_proj.weight", attention.o_proj.weight)
+        write(prefix + "self_attention.linear_proj.weight", attention.o_proj.weight, 1)
         # Megatron keeps, for each key-value head, its queries, its key and its value together.
         groups = text.num_key_value_heads
         parts = [
@@ -169,15 +173,35 @@ def copy_weights(source: Qwen3VLMoeForConditionalGeneration, target: GPTModel) -
         write(
             prefix + "self_attention.linear_qkv.weight",
             torch.cat(parts, dim=1).reshape(-1, text.hidden_size),
+            0,
         )
         write(prefix + "mlp.router.weight", moe.gate.weight)
         for local, expert in enumerate(own.mlp.local_expert_indices):
             experts = prefix + f"mlp.experts.local_experts.{local}."
-            write(experts + "linear_fc1.weight", moe.experts.gate_up_proj[expert])
-            write(experts + "linear_fc2.weight", moe.experts.down_proj[expert])
+            # Each part has its share of the gates, then of the ups.
+            halves = [
+                half.chunk(tensor_parallel_size(True)) for half in moe.experts.gate_up_proj[expert].chunk(2)
+            ]
+            interleaved = torch.cat([part for pair in zip(*halves, strict=True) for part in pair])
+            write(experts + "linear_fc1.weight", interleaved, 0)
+            write(experts + "linear_fc2.weight", moe.experts.down_proj[expert], 1)
     missing = set(parameters) - written
     if missing:
         raise ValueError(f"copy_weights: nothing was written to {', '.join(sorted(missing))}")
+
+
+def tensor_parallel_size(expert: bool) -> int:
+    """Of the experts, or of everything else."""
+    if expert:
+        return parallel_state.get_expert_tensor_parallel_world_size()
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def tensor_parallel_rank(expert: bool) -> int:
+    """In the group of ``tensor_parallel_size``."""
+    if expert:
+        return parallel_state.get_expert_tensor_parallel_rank()
+    return parallel_state.get_tensor_model_parallel_rank()
 
 
 class PictureEncoder(nn.Module):

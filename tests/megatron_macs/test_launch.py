@@ -105,7 +105,7 @@ with cpu_engine(), torch.inference_mode():
     logits = model(ids, torch.arange(40).expand_as(ids), mask)
     layer = model.decoder.layers[0].mlp
     found = {"logits": logits, "layer": type(layer).__name__}
-    if hasattr(layer, "macs"):
+    if hasattr(layer, "macs") and layer.macs.recorder.started:
         report = layer.macs.runtime.reports()[0]
         found["dropped"] = float(report.dropped.sum())
         found["visual"] = float(report.visual.sum())
@@ -115,7 +115,7 @@ with cpu_engine(), torch.inference_mode():
 """
 
 
-def launched(folder, name, *flags, module=True):
+def launched(folder, name, *flags, module=True, by_name=False):
     import torch
 
     script = folder / "script.py"
@@ -123,7 +123,8 @@ def launched(folder, name, *flags, module=True):
     out = folder / name
     command = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2"]
     command += ["--master-port", str(free_port())] + (["-m", "megatron_macs.launch"] if module else [])
-    command += [str(script), "--hidden-size", "16", *flags, "--out", str(out)]
+    command += ["-m", "script"] if by_name else [str(script)]
+    command += ["--hidden-size", "16", *flags, "--out", str(out)]
     done = subprocess.run(
         command,
         cwd=folder,
@@ -153,12 +154,21 @@ def test_a_script_that_does_not_change_runs_with_macs(tmp_path):
         assert bounded[rank]["dropped"] > 0 and unbounded[rank]["dropped"] == 0
         assert not torch.equal(bounded[rank]["logits"], stock[rank]["logits"])
         assert bounded[rank]["visual"] == bounded[rank]["images"] > 0
+    assert "rank 0: MACS planned 2 steps of 2 layers: kept " in done.stderr
+
+
+def test_a_module_by_its_name_and_a_run_too_small_to_plan(tmp_path):
+    flags = ("--moe-macs", "--moe-macs-min-tokens", "1000")
+    done, found = launched(tmp_path, "small", *flags, by_name=True)
+    assert done.returncode == 0 and found[0]["layer"] == "MACSMoELayer"
+    assert "MACS planned nothing: no forward pass in eval() mode had min_tokens = 1000" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected a script and its arguments"),
+        ([], "expected a script, or -m and a module, and its arguments"),
+        ([__file__, "--moe-macs", "--moe-macs-capacity-factr", "2"], "is it --moe-macs-capacity-factor?"),
         (["nothing.py"], "found no script 'nothing.py'"),
         ([__file__, "--moe-macs", "--moe-macs-level", "rnk"], "invalid choice: 'rnk'"),
         ([__file__, "--moe-macs-level", "rank"], "found --moe-macs-level without --moe-macs"),

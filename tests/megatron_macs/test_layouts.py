@@ -76,27 +76,69 @@ def test_sequence_parallelism_wants_the_whole_mask(pool):
     assert "modality mask: found shape (3, 6), the layer has 3 sequences of 12 tokens" in str(caught.value)
 
 
+ONE = {"tp": 1, "ep": 1, "etp": 1, "sp": False}
+MODEL_LAYOUTS = {
+    "PP 2": (2, {**ONE, "pp": 2}),
+    "TP 2": (2, {**ONE, "tp": 2, "etp": 2}),
+    "EP 4": (4, {**ONE, "ep": 4}),
+    "TP 2, EP 2": (4, {**ONE, "tp": 2, "ep": 2}),
+    "PP 2 x EP 2": (4, {**ONE, "pp": 2, "ep": 2}),
+    "TP 2 x PP 2 x EP 2": (8, {**ONE, "tp": 2, "pp": 2, "ep": 2}),
+}
+QUESTIONS = 14  # two of each task
+
+
+@pytest.fixture(scope="module")
+def alone(pool):
+    """The tiny model's answers on one process, vanilla."""
+    (found,) = pool.run(f"{JOBS}:tiny_answers", 1, ONE, "vanilla", {}, QUESTIONS, {})
+    assert found["layers"] == 4 and found["mask"]
+    return found["answers"]
+
+
+@pytest.mark.parametrize("name", MODEL_LAYOUTS)
+def test_vanilla_gives_the_same_answers_under_every_layout(pool, alone, name):
+    world, layout = MODEL_LAYOUTS[name]
+    for one in pool.run(f"{JOBS}:tiny_answers", world, layout, "vanilla", {}, QUESTIONS, {}):
+        assert one["layers"] == 4 // layout.get("pp", 1) and one["mask"]
+        assert one["answers"] == alone[one["replica"] :: one["replicas"]]
+
+
 @pytest.mark.parametrize(
-    "settings", [("vanilla", {}), ("macs", {"capacity_factor": 0.8})], ids=["vanilla", "macs"]
+    ("name", "alike", "settings"),
+    [
+        ("PP 2", "one", {"capacity_factor": 0.8}),
+        ("TP 2", "one", {"capacity_factor": 0.8}),
+        ("PP 2 x EP 2", "EP 2", {"capacity_factor": 0.8, "scope": "group"}),
+        ("TP 2 x PP 2 x EP 2", "TP 2, EP 2", {"capacity_factor": 0.8}),
+    ],
 )
-def test_every_stage_of_a_pipeline_has_the_mask(pool, settings):
-    policy, config = settings
-    layout = {"tp": 1, "ep": 1, "etp": 1, "sp": False, "pp": 1}
-    (whole,) = pool.run(f"{JOBS}:pipeline_answers", 1, layout, policy, config, 14)
-    assert whole["layers"] == 4 and whole["mask"] and whole["planned"] == 4
-    found = pool.run(f"{JOBS}:pipeline_answers", 2, {**layout, "pp": 2}, policy, config, 14)
-    for one in found:
-        assert one["layers"] == 2 and one["mask"] and one["planned"] == 2
-        assert one["answers"] == whole["answers"]
+def test_layouts_that_split_the_tokens_alike_plan_alike(pool, name, alike, settings):
+    others = {"one": (1, ONE), "EP 2": (2, {**ONE, "ep": 2}), **MODEL_LAYOUTS}
+    found, plain = (
+        pool.run(f"{JOBS}:tiny_answers", one[0], one[1], "macs", settings, QUESTIONS, {})
+        for one in (MODEL_LAYOUTS[name], others[alike])
+    )
+    by_replica = {one["replica"]: one for one in plain}
+    stages = MODEL_LAYOUTS[name][1].get("pp", 1)
+    for rank, one in enumerate(found):
+        twin = by_replica[one["replica"]]
+        assert one["mask"] and one["planned"] == [1] * (4 // stages)
+        assert one["answers"] == twin["answers"]
+        first = rank * stages // len(found) * one["layers"]  # stages are the slowest to vary
+        assert one["plans"] == twin["plans"][first : first + one["layers"]]
 
 
-def test_pipeline_and_expert_parallelism(pool):
-    layout = {"tp": 1, "ep": 2, "etp": 1, "sp": False, "pp": 1}
-    plain = pool.run(f"{JOBS}:pipeline_answers", 2, layout, "macs", {"scope": "group"}, 14)
-    found = pool.run(f"{JOBS}:pipeline_answers", 4, {**layout, "pp": 2}, "macs", {"scope": "group"}, 14)
-    for one in found:
-        assert one["mask"] and one["layers"] == 2
-        assert one["answers"] == plain[one["replica"]]["answers"]
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_chunked_prefill_splits_the_mask_with_the_tokens(pool, alone, chunks):
+    changes = {"mlp_chunks_for_prefill": chunks}
+    (found,) = pool.run(f"{JOBS}:tiny_answers", 1, ONE, "vanilla", {}, QUESTIONS, changes)
+    assert found["mask"] and found["planned"] == [chunks] * 4
+    assert found["answers"] == alone
+    world, layout = MODEL_LAYOUTS["PP 2 x EP 2"]
+    settings = {"scope": "group", "capacity_factor": 0.8}
+    for one in pool.run(f"{JOBS}:tiny_answers", world, layout, "macs", settings, QUESTIONS, changes):
+        assert one["mask"] and one["planned"] == [chunks] * 2
 
 
 @pytest.mark.parametrize("backend", ["deepep", "hybridep"])

@@ -213,30 +213,43 @@ def bad_mask(layout: dict[str, Any]) -> None:
 
 
 @on_layout
-def pipeline_answers(layout: dict[str, Any], policy: str, settings: dict[str, Any], count: int) -> Any:
-    """The tiny model's answers through a pipeline, and what every stage's layers knew of the tokens."""
+def tiny_answers(
+    layout: dict[str, Any], policy: str, settings: dict[str, Any], count: int, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """The tiny model's answers under a layout, and what every layer of this rank knew of the tokens."""
     source = tiny.load_model()
     runtime = Runtime(MACSConfig(**settings), policy=policy)
     model = build_megatron_model(
         source,
         runtime,
+        tensor_model_parallel_size=layout["tp"],
         expert_model_parallel_size=layout["ep"],
-        pipeline_model_parallel_size=layout["pp"],
+        expert_tensor_parallel_size=layout["etp"],
+        pipeline_model_parallel_size=layout.get("pp", 1),
+        **changes,
     )
     attach_modality(model, image_token_id=source.config.image_token_id)
-    replica = parallel_state.get_expert_model_parallel_rank()
-    samples = data.draw_samples(5, "test", data.TASKS, count)[replica :: layout["ep"]]
-    kinds: list[Any] = []
-    for layer in runtime.layers:
+    replica, replicas = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    samples = data.draw_samples(5, "test", data.TASKS, count)[replica::replicas]
+    log = PlanLog(runtime)
+    kinds: list[list[Any]] = [[] for _ in runtime.layers]
+    for layer, seen in zip(runtime.layers, kinds, strict=True):
         inner = layer.plan
-        layer.plan = lambda *args, inner=inner: kinds.append(args[-1].kinds) or inner(*args)
+        layer.plan = lambda *args, inner=inner, seen=seen: seen.append(args[-1].kinds) or inner(*args)
     answers = Engine(model, PictureEncoder(source), len(samples)).generate(samples)
     ids = torch.tensor([sample.prompt for sample in samples])
     image = (ids == source.config.image_token_id).t().flatten()
+    # In group scope the group's total says whether to plan, so that layers are asked while decoding too.
+    kinds = [[one for one in seen if len(one) > len(samples)] for seen in kinds]
     return {
         "answers": answers,
         "layers": len(runtime.layers),
-        "mask": all(torch.equal(one.bool(), image) for one in kinds if len(one) == len(image)),
-        "planned": len(kinds),
+        "mask": all(torch.equal(torch.cat(seen).bool(), image) for seen in kinds),
+        "planned": [len(seen) for seen in kinds],
+        "plans": [plan.experts.tolist() for plan in log.plans if len(plan.experts) > len(samples)],
         "replica": replica,
+        "replicas": replicas,
     }

@@ -1,0 +1,177 @@
+"""Which token is which in Megatron's models, language models and multimodal ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from macs import AUDIO, IMAGE, VIDEO, LayerRuntime, Modality, ModalityHook, current_modality
+from macs.hooks import check_tells, named_kinds, token_kinds_of
+from macs.modality import ModalityBuffers
+
+KIND_OF_NAME = {"image": IMAGE, "vision": IMAGE, "video": VIDEO, "audio": AUDIO, "sound": AUDIO}
+"""What the modalities of a ``MimoModel`` are called, in the singular or the plural."""
+
+
+class MegatronHook(ModalityHook):
+    """``ModalityHook`` for models of Megatron: GPT, hybrid, MIMO.
+
+    Marks the padding of the dynamic engine, and keeps masks where captured CUDA graphs find them.
+    """
+
+    def __init__(self, model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> None:
+        captured = getattr(model.config, "cuda_graph_impl", "none") != "none"
+        if captured and hasattr(model, "cudagraph_manager"):
+            raise ValueError(
+                "attach_modality: inference_cuda_graph_scope = 'block' captures the model whole, and with it "
+                "the mask of one step; expected 'layer'"
+            )
+        super().__init__(model, token_kinds, padding_id, ModalityBuffers() if captured else None)
+        self._layers = planning_layers(model) if captured else []
+
+    def of_call(self, given: dict[str, Any]) -> Modality | None:
+        """As the base class; what a dynamic engine fills a batch up with is padding."""
+        found = super().of_call(given)
+        input_ids, context = given.get("input_ids"), given.get("inference_context")
+        if input_ids is not None:
+            for layer in self._layers:
+                layer.prepare(input_ids.device)
+        if input_ids is None or context is None or context.is_static_batching():
+            return found
+        if found is None:
+            found = current_modality()
+        if found is None or found.kinds.shape != input_ids.shape:
+            found = Modality.of(torch.zeros_like(input_ids, dtype=torch.bool))
+        real = torch.arange(input_ids.shape[1], device=input_ids.device) < context.active_token_count
+        return replace(found, valid=found.valid & real, _layouts={}, _parts={})
+
+
+class LLaVAHook(MegatronHook):
+    """For ``LLaVAModel``, where the features of a picture take the place of one token inside the model."""
+
+    def __init__(self, model: Any, token_kinds: dict[int, int], padding_id: int | None) -> None:
+        super().__init__(model, token_kinds, padding_id)
+        self._model = model
+
+    def of_call(self, given: dict[str, Any]) -> Modality | None:
+        """The modality [B, S'] of the tokens that the language model gets."""
+        found = super().of_call(given)
+        input_ids, context = given["input_ids"], given.get("inference_context")
+        memory = {} if context is None else context.key_value_memory_dict
+        if found is None or "image_tokens_count" in memory or "sound_tokens_count" in memory:
+            return found  # the pictures are in the cache
+        outer = current_modality()
+        if given.get("imgs_sizes") is not None:
+            if outer is None:
+                raise ValueError(
+                    "attach_modality: found imgs_sizes, pictures of many sizes, and cannot tell which tokens "
+                    "come of them; set macs.modality around the call"
+                )
+            return outer
+        image_token = given.get("image_token_index")
+        image = input_ids == (self._model.image_token_index if image_token is None else image_token)
+        repeats = self._repeats(image, given.get("num_image_tiles"))
+        # One look at the values a prompt, as the model itself takes.
+        length = self._length(int(repeats.sum(1).max()), context)
+        if outer is not None and outer.kinds.shape == (len(input_ids), length):
+            return outer
+        return replace(found, kinds=found.kinds.masked_fill(image, IMAGE)).expanded(repeats, length)
+
+    def _repeats(self, image: Tensor, tiles: Any) -> Tensor:
+        """How many tokens come of each of the ids' [B, S]."""
+        count = int(image.sum())
+        if tiles is None:
+            tiles = torch.ones(count, dtype=torch.int64)
+        tiles = torch.as_tensor(tiles, device=image.device).long()
+        if len(tiles) < count:
+            raise ValueError(
+                f"num_image_tiles: found {len(tiles)} pictures, expected {count}, as in input_ids"
+            )
+        repeats = torch.ones(image.shape, dtype=torch.int64, device=image.device)
+        return repeats.masked_scatter(image, tiles[:count] * self._model.img_seq_len)
+
+    def _length(self, longest: int, context: Any) -> int:
+        """How many tokens the language model gets, with what it is filled up with or loses."""
+        model = self._model
+        largest = model._language_max_sequence_length
+        if model._language_is_pipeline_parallel and context is None:
+            longest = max(longest, largest)
+        longest = min(longest, largest)
+        if model.sequence_parallel_lm:
+            longest += -longest % model.tensor_model_parallel_size_lm
+        return longest
+
+
+def attach_modality(
+    model: nn.Module,
+    *,
+    image_token_id: int | None = None,
+    video_token_id: int | None = None,
+    audio_token_id: int | None = None,
+    padding_token_id: int | None = None,
+) -> ModalityHook:
+    """Set the modality mask around every forward pass of a Megatron model.
+
+    model: one that is called with ``input_ids`` [B, S], a ``LLaVAModel`` or a ``MimoModel``; not the
+    language model inside of these. Ids that are not given are those the model itself knows. Otherwise
+    as ``macs.attach_modality``. Every pipeline stage must be called with the ids, as Megatron's
+    inference engines do.
+
+    Raises a ``ValueError`` where nothing would tell visual tokens from text.
+    """
+    named = named_kinds(image_token_id, video_token_id, audio_token_id)
+    kinds = known_token_kinds(model, named)
+    check_tells(model, kinds)
+    return watch(model, kinds, padding_token_id)
+
+
+def watch(model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> ModalityHook:
+    """``attach_modality`` with what is known of the ids, which may be nothing: then a ``macs.modality``
+    around the call tells, and only a dynamic engine's padding is added to it."""
+    return (LLaVAHook if is_llava(model) else MegatronHook)(model, token_kinds, padding_id)
+
+
+def known_token_kinds(model: Any, named: dict[int, int]) -> dict[int, int]:
+    """Token id -> kind, as the caller ``named`` them and, for the other kinds, as the model says."""
+    told: dict[int, int]
+    if is_llava(model):
+        told = {model.image_token_index: IMAGE}
+        if getattr(model, "sound_token_index", None) is not None:
+            told[model.sound_token_index] = AUDIO
+    elif hasattr(model, "special_token_ids"):  # MimoModel
+        told = {
+            token: kind_of_name(name) for name, token in model.special_token_ids.items() if token not in named
+        }
+    else:
+        told = token_kinds_of(getattr(model, "config", None))
+    told = {token: kind for token, kind in told.items() if token not in named and kind not in named.values()}
+    return {**told, **named}
+
+
+def kind_of_name(name: str) -> int:
+    """The kind of a modality that a model calls by this name."""
+    for known, kind in KIND_OF_NAME.items():
+        if name.lower().startswith(known):
+            return kind
+    raise ValueError(
+        f"special_token_ids: found a modality {name!r}, expected its token id among the arguments, or a name "
+        f"that starts with one of {', '.join(KIND_OF_NAME)}"
+    )
+
+
+def planning_layers(model: nn.Module) -> list[LayerRuntime]:
+    """What the MACS layers in a model share their state through."""
+    found = (getattr(module, "macs", None) for module in model.modules())
+    return list({id(layer): layer for layer in found if isinstance(layer, LayerRuntime)}.values())
+
+
+def is_llava(model: nn.Module) -> bool:
+    """Whether a model is Megatron's ``LLaVAModel``."""
+    try:
+        from megatron.core.models.multimodal.llava_model import LLaVAModel
+    except ImportError:
+        return False
+    return isinstance(model, LLaVAModel)

@@ -1,0 +1,88 @@
+"""Building models with MACS that are built by code which knows nothing of it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from macs import Runtime
+from macs.hooks import named_kinds
+
+from .hooks import known_token_kinds, watch
+from .spec import macs_mlp
+
+MODELS = (
+    ("megatron.core.models.gpt", "GPTModel"),
+    ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),  # of 0.19; MambaModel is a kind of it
+    ("megatron.core.models.mamba", "MambaModel"),
+    ("megatron.core.models.multimodal.llava_model", "LLaVAModel"),
+    ("megatron.core.models.mimo", "MimoModel"),
+)
+"""Models that are called with ``input_ids``; those inside another one are not, and know nothing."""
+
+
+def install(runtime: Runtime, token_ids: dict[str, int] | None = None) -> Callable[[], None]:
+    """Build every transformer layer with MACS from now on; returns a function that undoes it.
+
+    ``token_ids``: arguments of ``attach_modality``, for every model built; where they and the model say
+    nothing, the mask is left to ``macs.modality``.
+    """
+    undo = [_wrap(TransformerLayer, functools.partial(_build_layer, runtime))]
+    wrapped: list[type] = []
+    for module, name in MODELS:
+        try:
+            model = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue  # not in this Megatron, or it needs a package that is not here
+        if not issubclass(model, tuple(wrapped)):
+            undo.append(_wrap(model, functools.partial(_build_model, token_ids or {})))
+            wrapped.append(model)
+
+    def uninstall() -> None:
+        for one in reversed(undo):
+            one()
+
+    return uninstall
+
+
+def _wrap(owner: type, around: Callable[..., None]) -> Callable[[], None]:
+    """Put ``around(original, call)`` in the place of a class's constructor; returns how to undo it."""
+    original: Callable[..., None] = vars(owner)["__init__"]
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        around(original, signature.bind(self, *args, **kwargs))
+
+    owner.__init__ = init  # type: ignore[misc]
+
+    def undo() -> None:
+        owner.__init__ = original  # type: ignore[misc]
+
+    return undo
+
+
+def _build_layer(runtime: Runtime, original: Callable[..., None], call: inspect.BoundArguments) -> None:
+    submodules = call.arguments["submodules"]
+    mlp = macs_mlp(submodules.mlp, runtime, call.arguments.get("pg_collection"))
+    if mlp is not None:
+        call.arguments["submodules"] = copy(submodules)
+        call.arguments["submodules"].mlp = mlp
+    original(*call.args, **call.kwargs)
+
+
+def _build_model(
+    token_ids: dict[str, int], original: Callable[..., None], call: inspect.BoundArguments
+) -> None:
+    original(*call.args, **call.kwargs)
+    model = call.args[0]
+    ids = dict(token_ids)
+    padding = ids.pop("padding_token_id", None)
+    named = named_kinds(*(ids.get(f"{kind}_token_id") for kind in ("image", "video", "audio")))
+    watch(model, known_token_kinds(model, named), padding)
