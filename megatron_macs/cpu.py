@@ -112,6 +112,7 @@ def cpu_engine() -> Iterator[None]:
     """
     if torch.cuda.is_available():
         raise RuntimeError("cpu_engine: CUDA is available; Megatron runs on it without this context")
+    from megatron.core.fusions import fused_softmax
     from megatron.core.inference import communication_utils
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer.moe import moe_utils
@@ -129,6 +130,11 @@ def cpu_engine() -> Iterator[None]:
         (Tensor, "cuda", _return_self),
         (torch.nn.Module, "cuda", _return_self),
         (communication_utils, "_is_cuda", lambda tensor: None),  # an assertion
+        (
+            fused_softmax,
+            "get_default_causal_mask",
+            lambda size: torch.ones(size, size, dtype=torch.bool).triu(1),
+        ),
         (CudaRNGStatesTracker, "fork", lambda self, *args, **kwargs: nullcontext()),
         (
             torch.distributed,

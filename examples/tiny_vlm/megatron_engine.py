@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -17,6 +18,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import (
     TextGenerationController,
 )
+from megatron.core.models.gpt import GPTModel
 
 from .data import ANSWER_TOKENS, PROMPT_TOKENS, Sample
 from .experiment import up_to_end, words_of
@@ -48,9 +50,9 @@ class Engine:
     def __init__(self, model: TinyVLM, pictures: PictureEncoder, largest_batch: int) -> None:
         self.model = model
         self.pictures = pictures
-        controller = TextGenerationController(
-            _inference_wrapper(model, largest_batch, PROMPT_TOKENS + ANSWER_TOKENS), WordTokenizer()
-        )
+        context = StaticInferenceContext(largest_batch, PROMPT_TOKENS + ANSWER_TOKENS)
+        wrapper = GPTInferenceWrapper(model, *wrapper_arguments(model, context))
+        controller = TextGenerationController(wrapper, WordTokenizer())
         # Newer versions make theirs part of the constructor's work, older ones of the caller's.
         if getattr(controller, "pp_group", None) is None:
             controller.pp_group = parallel_state.get_pipeline_model_parallel_group()
@@ -64,8 +66,7 @@ class Engine:
         All prompts have ``PROMPT_TOKENS`` tokens, so that they prefill in one step; and every answer
         takes ``tokens`` steps, so that ranks stay in step.
         """
-        parameters = SamplingParams(top_k=1, num_tokens_to_generate=tokens)
-        parameters.add_attributes({"no_early_termination": True})
+        parameters = greedy(tokens)
         requests = [
             InferenceRequest(
                 request_id=self.engine.get_new_request_id(),
@@ -84,11 +85,17 @@ class Engine:
         return words_of(ids)
 
 
-def _inference_wrapper(model: TinyVLM, largest_batch: int, longest: int) -> GPTInferenceWrapper:
-    """The engine's view of the model; its constructor changed between Megatron 0.16 and 0.19."""
-    context = StaticInferenceContext(largest_batch, longest)
+def greedy(tokens: int) -> SamplingParams:
+    """So many tokens, the likeliest each time."""
+    parameters = SamplingParams(top_k=1, num_tokens_to_generate=tokens)
+    parameters.add_attributes({"no_early_termination": True})
+    return parameters
+
+
+def wrapper_arguments(model: GPTModel, context: StaticInferenceContext) -> tuple[Any, ...]:
+    """What an inference wrapper is made of beside its model; it changed between Megatron 0.16 and 0.19."""
     if "inference_wrapper_config" not in inspect.signature(GPTInferenceWrapper.__init__).parameters:
-        return GPTInferenceWrapper(model, context)
+        return (context,)
     from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
         InferenceWrapperConfig,
     )
@@ -98,7 +105,7 @@ def _inference_wrapper(model: TinyVLM, largest_batch: int, longest: int) -> GPTI
         params_dtype=model.config.params_dtype,
         inference_batch_times_seqlen_threshold=-1,
         padded_vocab_size=model.vocab_size,
-        inference_max_requests=largest_batch,
-        inference_max_seq_length=longest,
+        inference_max_requests=context.max_batch_size,
+        inference_max_seq_length=context.max_sequence_length,
     )
-    return GPTInferenceWrapper(model, config, context)
+    return config, context
