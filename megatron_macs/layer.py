@@ -156,6 +156,8 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
         refuse("moe_latent_size", "the dispatcher would see projected features, not the layer's input")
     if getattr(config, "moe_enable_routing_replay", False):
         refuse("moe_enable_routing_replay", "a replayed routing is not to be planned anew")
+    if getattr(config, "batch_invariant_mode", False):
+        refuse("batch_invariant_mode", "a plan depends on the whole batch")
     if config.moe_router_score_function not in ("softmax", "sigmoid"):
         refuse("moe_router_score_function", "expected softmax or sigmoid")
     if config.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing"):
