@@ -40,3 +40,10 @@ def test_chunked_prefill_takes_its_part_of_the_mask(pool):
 def test_decoding_is_planned_where_it_is_asked_for(pool):
     (found,) = pool.run(f"{JOBS}:dynamic_answers", 1, {"capacity_factor": 0.7, "min_tokens": 0}, None)
     assert [one[0] for one in found["told"]] == [real for real, _ in found["steps"]]
+
+
+def test_the_static_engine_that_runs_on_the_dynamic_one(pool):
+    (stock,) = pool.run(f"{JOBS}:static_answers", 1, None)
+    (found,) = pool.run(f"{JOBS}:static_answers", 1, {"capacity_factor": 1e6})
+    assert not stock["legacy"] and not found["legacy"]
+    assert found["answers"] == stock["answers"] and found["told"] == [IMAGES] * 2

@@ -13,9 +13,10 @@ from unittest import mock
 
 import torch
 from megatron.core.inference.config import InferenceConfig
-from megatron.core.inference.contexts import dynamic_context
+from megatron.core.inference.contexts import StaticInferenceContext, dynamic_context
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+from megatron.core.inference.engines.static_engine import StaticInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
     GPTInferenceWrapper,
 )
@@ -152,6 +153,26 @@ def prompts() -> list[list[int]]:
     return found
 
 
+def build_model(runtime: Runtime | None, image: bool) -> GPTModel:
+    model = GPTModel(
+        language_config(moe_router_dtype="fp32"),
+        local_spec(runtime),
+        vocab_size=VOCABULARY,
+        max_sequence_length=256,
+        position_embedding_type="rope",
+        parallel_output=False,
+    ).eval()
+    with torch.no_grad():
+        for seed, parameter in enumerate(model.parameters()):
+            if parameter.dim() > 1:
+                parameter.copy_(drawn(seed, parameter.shape) / 2)
+    if runtime is not None and image:
+        attach_modality(model, image_token_id=IMAGE)
+    elif runtime is not None:
+        watch(model, {}, None)  # as the launcher does where no flag names a token
+    return model
+
+
 @on_megatron
 def dynamic_answers(
     settings: dict[str, Any] | None, chunked: int | None, tokens: int = 4, image: bool = True
@@ -159,25 +180,9 @@ def dynamic_answers(
     """Tokens generated, and what the layers were told; ``chunked``: prefill so many tokens a step."""
     runtime = None if settings is None else Runtime(MACSConfig(**settings))
     with pretended_cuda():
-        config = language_config(moe_router_dtype="fp32")
-        model = GPTModel(
-            config,
-            local_spec(runtime),
-            vocab_size=VOCABULARY,
-            max_sequence_length=256,
-            position_embedding_type="rope",
-            parallel_output=False,
-        ).eval()
-        with torch.no_grad():
-            for seed, parameter in enumerate(model.parameters()):
-                if parameter.dim() > 1:
-                    parameter.copy_(drawn(seed, parameter.shape) / 2)
-        if runtime is not None and image:
-            attach_modality(model, image_token_id=IMAGE)
-        elif runtime is not None:
-            watch(model, {}, None)  # as the launcher does where no flag names a token
+        model = build_model(runtime, image)
         context = DynamicInferenceContext(
-            model_config=config,
+            model_config=model.config,
             inference_config=InferenceConfig(
                 block_size_tokens=16,
                 buffer_size_gb=0.05,
@@ -216,4 +221,24 @@ def dynamic_answers(
         if log is None
         else sum(int(plan.statistics.rerouted + plan.statistics.dropped) for plan in log.plans),
         "planned": [] if log is None else [int(plan.statistics.tokens) for plan in log.plans],
+    }
+
+
+@on_megatron
+def static_answers(settings: dict[str, Any] | None) -> dict[str, Any]:
+    """Through ``StaticInferenceEngine`` that runs on the dynamic one, and whether it really does."""
+    runtime = None if settings is None else Runtime(MACSConfig(**settings))
+    with pretended_cuda():
+        model = build_model(runtime, True)
+        context = StaticInferenceContext(8, 256)
+        controller = TextGenerationController(GPTInferenceWrapper(model, context), Tokenizer())
+        engine = StaticInferenceEngine(controller, max_batch_size=8, legacy=False, buffer_size_gb=0.05)
+        answers = engine.generate(
+            prompts=[" ".join(map(str, prompt)) for prompt in prompts()],
+            sampling_params=SamplingParams(top_k=1, num_tokens_to_generate=4),
+        )
+    return {
+        "answers": [list(answer.generated_tokens) for answer in answers],
+        "legacy": engine.legacy,
+        "told": [] if runtime is None else [float(report.visual[0]) for report in runtime.reports()],
     }
