@@ -35,6 +35,7 @@ INFERENCE_SYMBOLS = {
     f"{MOE}.token_dispatcher_inference": (
         "NCCLAllGatherDispatcher.dispatch_preprocess",
         "NVLSAllGatherVDispatcher.dispatch_preprocess",
+        "mask_routing_padding",
     ),
 }
 """What its inference-optimised layer is made of, where there is one."""

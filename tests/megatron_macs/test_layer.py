@@ -147,3 +147,12 @@ def test_a_profile_is_measured_over_all_ranks_and_belongs_to_one_model(pool, tmp
 
 def test_weights_and_state_dict_are_stock(pool):
     assert pool.run(f"{JOBS}:parameters_are_stock", 1) == [True]
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("scope", ["local", "group"])
+def test_groups_may_be_passed_in(pool, dispatcher, scope):
+    settings = {"capacity_factor": 0.5, "scope": scope, "reroute": "none"}
+    found = pool.run(f"{JOBS}:without_global_state", 2, dispatcher, settings)
+    assert found == pool.run(f"{JOBS}:with_global_state", 2, dispatcher, settings)
+    assert all(one["dropped"] > 0 for one in found)

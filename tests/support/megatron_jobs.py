@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference import utils as inference_utils
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -81,9 +82,11 @@ def layer_config(dispatcher: str, experts: int, top_k: int, **changes: Any) -> T
     return TransformerConfig(**{**settings, **changes})
 
 
-def build_layer(runtime: Runtime | None, config: TransformerConfig) -> torch.nn.Module:
+def build_layer(
+    runtime: Runtime | None, config: TransformerConfig, groups: ProcessGroupCollection | None = None
+) -> torch.nn.Module:
     """A MoE layer whose weights depend on the expert alone, not on the rank it lives on."""
-    layer = bare_layer(runtime, config)
+    layer = bare_layer(runtime, config, groups)
     with torch.no_grad():
         for expert, module in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
             module.linear_fc1.weight.copy_(drawn(100 + expert, module.linear_fc1.weight.shape) / 4)
@@ -91,13 +94,15 @@ def build_layer(runtime: Runtime | None, config: TransformerConfig) -> torch.nn.
     return layer
 
 
-def bare_layer(runtime: Runtime | None, config: TransformerConfig) -> torch.nn.Module:
-    """A MoE layer with the router's weights set, and its experts' not."""
+def bare_layer(
+    runtime: Runtime | None, config: TransformerConfig, groups: ProcessGroupCollection | None = None
+) -> torch.nn.Module:
+    """A MoE layer with the router's weights set, and its experts' not; no ``groups``: the global ones."""
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm"
     )
     mlp = (spec if runtime is None else with_macs(spec, runtime)).submodules.mlp
-    groups = get_default_pg_collection()
+    groups = get_default_pg_collection() if groups is None else groups
     if isinstance(mlp, ModuleSpec):
         layer = build_module(mlp, config=config, pg_collection=groups)
     else:
@@ -356,3 +361,56 @@ def parameters_are_stock() -> bool:
         for layer in layers
     )
     return first == second
+
+
+def groups_of_ones_own() -> ProcessGroupCollection:
+    """Every rank an expert-parallel rank, in groups that no global state knows."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    alone = [dist.new_group([one]) for one in range(world)][rank]
+    everyone = dist.new_group(list(range(world)))
+    names = {
+        "ep": everyone,
+        "tp_ep": everyone,
+        "tp": alone,
+        "cp": alone,
+        "tp_cp": alone,
+        "expt_tp": alone,
+        "expt_dp": alone,
+        "dp": everyone,
+        "dp_cp": everyone,
+        "tp_dp_cp": everyone,
+        "tp_ep_pp": everyone,
+    }
+    return ProcessGroupCollection(**names)
+
+
+def without_global_state(dispatcher: str, settings: dict) -> dict[str, Any]:
+    """A layer in groups that are passed in, while Megatron's parallel state is not set up at all."""
+    assert not parallel_state.is_initialized()
+    with cpu_engine(), torch.inference_mode():
+        groups = groups_of_ones_own()
+        parallel_state._set_global_memory_buffer()  # scratch of the all-gather
+        config = layer_config(dispatcher, 8, 2)
+        hidden, mask = batch_of(dist.get_rank(), 3, 12)
+        runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}))
+        layer = build_layer(runtime, config, groups)
+        log = PlanLog(runtime)
+        with macs.modality(mask):
+            output, _ = layer(hidden)
+        parallel_state.destroy_global_memory_buffer()
+    plan = log.plans[0]
+    return {"output": output.tolist(), "plan": plan.experts.tolist(), "dropped": int(plan.statistics.dropped)}
+
+
+@on_megatron
+def with_global_state(dispatcher: str, settings: dict) -> dict[str, Any]:
+    """The same layer in Megatron's own groups."""
+    config = layer_config(dispatcher, 8, 2)
+    hidden, mask = batch_of(dist.get_rank(), 3, 12)
+    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}))
+    layer = build_layer(runtime, config)
+    log = PlanLog(runtime)
+    with macs.modality(mask):
+        output, _ = layer(hidden)
+    plan = log.plans[0]
+    return {"output": output.tolist(), "plan": plan.experts.tolist(), "dropped": int(plan.statistics.dropped)}
