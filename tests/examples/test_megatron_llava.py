@@ -1,0 +1,39 @@
+"""The LLaVA example, run as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytest.importorskip("skimage", reason="scikit-image is not installed")
+
+from support.workers import free_port
+from tiny_vlm import data
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_table(tmp_path):
+    out = tmp_path / "out.json"
+    command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2"]
+    command += ["--master-port", free_port(), ROOT / "examples" / "megatron_llava.py", "--policy", "macs"]
+    command += ["--samples", "28", "--repeats", "1", "--json", out, "--profile", tmp_path / "p.safetensors"]
+    done = subprocess.run(
+        [str(one) for one in command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert list(results) == ["vanilla", "macs paper", "macs pooled"]
+    vanilla, pooled = results["vanilla"], results["macs pooled"]
+    assert set(vanilla["accuracy"]) == set(data.TASKS) and vanilla["agreement"] == 1.0
+    assert vanilla["visual_ratio"] > 0.5  # pictures were seen: 64 of 73 tokens in five of seven prompts
+    assert pooled["straggler_after"] < vanilla["straggler_after"] and pooled["rerouted"] > 0
