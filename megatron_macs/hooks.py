@@ -61,8 +61,9 @@ class LLaVAHook(MegatronHook):
         found = super().of_call(given)
         input_ids, context = given["input_ids"], given.get("inference_context")
         memory = {} if context is None else context.key_value_memory_dict
-        if found is None or "image_tokens_count" in memory or "sound_tokens_count" in memory:
-            return found  # the pictures are in the cache
+        cached = "image_tokens_count" in memory or "sound_tokens_count" in memory
+        if found is None or cached or not self._model.add_decoder:
+            return found  # the pictures are in the cache, or the language model is elsewhere
         outer = current_modality()
         if given.get("imgs_sizes") is not None:
             if outer is None:
