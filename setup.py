@@ -12,6 +12,7 @@ MEGATRON = ["megatron-core>=0.16.1,<0.20"]
 DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
 TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
 EXAMPLES = [
+    "matplotlib>=3.8",
     "pillow>=10",
     "rich>=13",
     "scikit-image>=0.24,<1",
