@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, ModalityBuffers, current_modality, modality
+from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, current_modality, modality
 
 TOKEN_ID_NAMES = {
     IMAGE: ("image_token_id", "image_token_index", "media_placeholder_token_id"),
@@ -32,21 +32,11 @@ def token_kinds_of(config: Any) -> dict[int, int]:
 
 
 class ModalityHook:
-    """The hooks ``attach_modality`` set; ``remove`` takes them off.
+    """The hooks ``attach_modality`` set; ``remove`` takes them off."""
 
-    buffers: where masks are to lie in memory that stays, for layers inside captured CUDA graphs.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        token_kinds: dict[int, int],
-        padding_id: int | None,
-        buffers: ModalityBuffers | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> None:
         self._token_kinds = token_kinds
         self._padding_id = padding_id
-        self._buffers = buffers
         self._signature = inspect.signature(model.forward)
         self._own = threading.local()  # of each thread: the calls under way, innermost last
         self._handles = [
@@ -111,7 +101,7 @@ class ModalityHook:
         given = {**kwargs, **self._signature.bind_partial(*args, **kwargs).arguments}
         found = self.of_call(given)
         if found is not None:
-            stack.enter_context(modality(found if self._buffers is None else self._buffers.hold(found)))
+            stack.enter_context(modality(found))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._own.calls.pop().close()

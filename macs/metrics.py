@@ -33,7 +33,7 @@ class LayerRecorder:
     @property
     def started(self) -> bool:
         """Whether there is anything to read."""
-        return self._ring is not None
+        return self._next is not None and int(self._next) > 0
 
     def prepare(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The ring, and the number of the next step in it; made here the first time."""
@@ -59,19 +59,42 @@ class LayerRecorder:
     def read(self, group: dist.ProcessGroup | None = None) -> LayerReport:
         """The recorded steps, oldest first, summed over the group's members if one is given.
 
-        Synchronises. With a group, every member must call it after the same number of steps.
+        Synchronises. With a group, every member must call it, after the same number of steps: what ranks
+        that recorded different steps have is not to be added, and is a ``ValueError`` on all of them.
         """
-        if self._ring is None or self._next is None:
-            raise ValueError(
-                "metrics: no step was recorded; was the model run, in eval() mode, on min_tokens or more?"
-            )
-        ring = self._ring.clone()
+        count = 0 if self._next is None else int(self._next)
         if group is not None:
+            count = _agreed(count, group)
+        if self._ring is None:
+            raise ValueError(NOTHING_RECORDED)
+        ring = self._ring.clone()
+        if group is not None and count > 0:
             dist.all_reduce(ring, group=group)
-        count = int(self._next)
         if count > self.steps:
             ring = ring.roll(-(count % self.steps), 0)
         return LayerReport(ring[: min(count, self.steps)].cpu(), self.topology, self.top_k)
+
+
+NOTHING_RECORDED = "metrics: no step was recorded; was the model run, in eval() mode, on min_tokens or more?"
+
+
+def _agreed(count: int, group: dist.ProcessGroup) -> int:
+    """The number that every member of the group has; if they differ, a ``ValueError`` on each."""
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu(group) else torch.device("cpu")
+    bounds = torch.tensor([count, -count], device=device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
+    most, least = int(bounds[0]), -int(bounds[1])
+    if most != least:
+        raise ValueError(
+            f"metrics: the group's members recorded from {least} to {most} steps, expected as many each; "
+            "read every rank's own report, without a group"
+        )
+    return count
+
+
+def on_gpu(group: dist.ProcessGroup) -> bool:
+    """Whether the group's collectives want tensors on a GPU."""
+    return dist.get_backend(group) == "nccl"
 
 
 @dataclass(frozen=True)

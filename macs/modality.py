@@ -31,12 +31,14 @@ class Modality:
     segments int64: the picture or clip a token belongs to; any number, the same within one. Read
              only where weights are normalised by image
     exempt   bool: tokens that are never dropped nor rerouted
+    held     whether it lies in ``ModalityBuffers``, where a captured CUDA graph may read it
     """
 
     kinds: Tensor
     valid: Tensor
     segments: Tensor
     exempt: Tensor
+    held: bool = False
     _layouts: dict[tuple[str, int], Tokens] = field(default_factory=dict, repr=False, compare=False)
     _parts: dict[tuple[int, int], Modality] = field(default_factory=dict, repr=False, compare=False)
 
@@ -91,6 +93,7 @@ class Modality:
                 valid=self.valid[:, taken],
                 segments=self.segments[:, taken],
                 exempt=self.exempt[:, taken],
+                held=self.held,
             )
         return self._parts[first, count]
 
@@ -143,15 +146,18 @@ class ModalityBuffers:
             if key in self._held:
                 _overwrite(self._held[key], modality)
             else:
-                self._held[key] = Modality(*(getattr(modality, name).clone() for name in _FIELDS))
+                self._held[key] = Modality(
+                    modality.kinds.clone(),
+                    modality.valid.clone(),
+                    modality.segments.clone(),
+                    modality.exempt.clone(),
+                    held=True,
+                )
         return self._held[key]
 
 
-_FIELDS = ("kinds", "valid", "segments", "exempt")
-
-
 def _overwrite(held: Modality, modality: Modality) -> None:
-    for name in _FIELDS:
+    for name in ("kinds", "valid", "segments", "exempt"):
         getattr(held, name).copy_(getattr(modality, name))
     _refresh(held)
 

@@ -196,8 +196,8 @@ class Calibration:
                 self._counts = torch.zeros(3 * self.num_experts, dtype=torch.int64, device=experts.device)
         self._counts.scatter_add_(0, cell, torch.ones_like(cell))
 
-    def counts(self) -> Tensor:
-        """Assignments of text [0] and visual [1] tokens, int64 [2, E]."""
+    def counts(self, device: torch.device | str = "cpu") -> Tensor:
+        """Assignments of text [0] and visual [1] tokens, int64 [2, E]; zeros where none was observed."""
         if self._counts is None:
-            raise ValueError("calibration: no tokens were observed; was the model run, in eval() mode?")
+            return torch.zeros(2, self.num_experts, dtype=torch.int64, device=device)
         return self._counts.view(3, self.num_experts)[:2]

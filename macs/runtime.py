@@ -54,6 +54,7 @@ class Runtime:
         Forgets what was recorded. Call it on every rank alike.
         """
         config = MACSConfig() if config is None else config
+        self._refuse_captured("use")
         # An unknown policy, or a profile that lacks something, is told here and changes nothing.
         build_policy(policy, config.updated(similarity="none"), Topology(1), 1)
         if config.similarity == "profile" and (profile is None or profile.similarity is None):
@@ -71,15 +72,15 @@ class Runtime:
         top_k: int,
         group: dist.ProcessGroup | None = None,
         check: Callable[[str, MACSConfig], None] | None = None,
-        part: tuple[int, int] = (0, 1),
+        part: Callable[[], tuple[int, int]] = lambda: (0, 1),
     ) -> LayerRuntime:
         """Register a MoE layer; for engine adapters.
 
         ``router_weight`` returns the router's rows [E, D] once weights are loaded. ``group`` holds
         the processes whose tokens meet in this layer's experts. ``check`` raises a ``ValueError`` for a
         policy and settings that the engine cannot honour here, now or when ``use`` asks for them.
-        ``part`` (index, parts): under sequence parallelism this process has the index-th part of every
-        sequence, while masks cover whole ones.
+        ``part`` tells (index, parts): under sequence parallelism this process has the index-th part of
+        every sequence, while masks cover whole ones. An engine may change its mind about that.
         """
         if check is not None:
             check(self.policy, self.config)
@@ -100,6 +101,7 @@ class Runtime:
     def calibration(self) -> Iterator[None]:
         """Within this block nothing is planned, and every layer counts whom its experts serve;
         ``measured_profile`` then has the result."""
+        self._refuse_captured("calibration")
         for layer in self.layers:
             layer.calibration = Calibration(layer.topology.num_experts)
         self.calibrating = True
@@ -112,10 +114,13 @@ class Runtime:
         """The profile of the last ``calibration`` block, summed over the group's members."""
         if not self.layers:
             raise ValueError("calibration: the model has no MACS layer")
-        counts = torch.stack([layer.calibration.counts() for layer in self.layers])  # [L, 2, E]
+        device = self.layers[0].router_weight().device
+        counts = torch.stack([layer.calibration.counts(device) for layer in self.layers])  # [L, 2, E]
         if group is not None:
             dist.all_reduce(counts, group=group)
         counts = counts.cpu()
+        if not bool(counts.any()):
+            raise ValueError("calibration: no tokens were observed; was the model run, in eval() mode?")
         return Profile(
             visual=counts[:, 1].contiguous(),
             text=counts[:, 0].contiguous(),
@@ -131,6 +136,14 @@ class Runtime:
         """Forget what was recorded."""
         for layer in self.layers:
             layer.recorder.clear()
+
+    def _refuse_captured(self, what: str) -> None:
+        """A graph replays what it captured, and reads the memory of the planner it captured."""
+        if any(layer.captured for layer in self.layers):
+            raise RuntimeError(
+                f"{what}: a CUDA graph has captured MACS layers, and replays the policy and settings of "
+                "then; expected it before the engine captures"
+            )
 
     def say_once(self, message: str) -> None:
         """Log a message the first time it is given."""
@@ -150,7 +163,7 @@ class LayerRuntime:
         top_k: int,
         group: dist.ProcessGroup | None,
         check: Callable[[str, MACSConfig], None] | None,
-        part: tuple[int, int],
+        part: Callable[[], tuple[int, int]],
     ) -> None:
         self.runtime = runtime
         self.router_weight = router_weight
@@ -159,6 +172,8 @@ class LayerRuntime:
         self.group = group
         self._check = check
         self._part = part
+        self._parts = part()[1]
+        self.captured = False
         self.calibration = Calibration(topology.num_experts)
         self._scores: Tensor | None = None
         self.reset()
@@ -243,7 +258,10 @@ class LayerRuntime:
         error; no mask at all makes every token text.
         """
         whole = length if whole is None else whole
-        index, parts = self._part
+        index, parts = self._part()
+        if parts != self._parts:
+            self.check(self.runtime.policy, self.runtime.config)  # of what may hold no longer
+            self._parts = parts
         expected = batch, whole * parts
         modality = self._modality(*expected, device)
         found = tuple(modality.kinds.shape)
@@ -266,6 +284,11 @@ class LayerRuntime:
     def _modality(self, batch: int, length: int, device: torch.device) -> Modality:
         """The modality around the call; all text, [batch, length], where there is none."""
         modality = current_modality()
+        if capturing(device) and (modality is None or not modality.held):
+            raise RuntimeError(
+                "modality: a CUDA graph captures this layer, and would replay the mask of this one step; "
+                "expected attach_modality, which keeps masks where a graph finds them"
+            )
         if modality is None:
             self.runtime.say_once(
                 "MACS: no modality mask around this forward pass; every token counts as text"
@@ -290,7 +313,13 @@ class LayerRuntime:
             return None
         if not self.runtime.enabled:
             return None
+        self.captured = self.captured or capturing(hidden.device)
         plan = self.planner.plan(hidden, experts, weights, scores, tokens)
         if self.runtime.recording:
             self.recorder.record(plan.statistics)
         return plan
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph captures what is done on the device now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

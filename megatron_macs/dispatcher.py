@@ -43,10 +43,18 @@ class MACSAllGatherTokenDispatcher(_PlansFirst, MoEAllGatherTokenDispatcher):
 class MACSAlltoAllTokenDispatcher(_PlansFirst, MoEAlltoAllTokenDispatcher):
     """The all-to-all dispatcher: what is dropped is neither sent nor computed."""
 
+    cuda_dtoh_point: str
+    engine_dtoh_point: str | None = None
+
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """Split sizes of the all-to-all, for as many rows as the plan kept."""
         # The base class only ever moves its sync point earlier; a step without a plan must have its own.
         self.cuda_sync_point = "no_sync"
+        # Where CUDA graphs are on, the base class copies to the host only after what it sends is
+        # permuted, which is too late for a count that the permutation needs.
+        if self.engine_dtoh_point is None:
+            self.engine_dtoh_point = self.cuda_dtoh_point
+        self.cuda_dtoh_point = "before_permutation_1" if self.planned else self.engine_dtoh_point
         tokens_per_expert = super().preprocess(routing_map)
         if self.planned:
             # The base class takes T k rows for granted. The count is on the device; it comes to the

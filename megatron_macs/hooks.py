@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -29,16 +30,23 @@ class MegatronHook(ModalityHook):
                 "attach_modality: inference_cuda_graph_scope = 'block' captures the model whole, and with it "
                 "the mask of one step; expected 'layer'"
             )
-        super().__init__(model, token_kinds, padding_id, ModalityBuffers() if captured else None)
+        super().__init__(model, token_kinds, padding_id)
+        self._buffers = ModalityBuffers() if captured else None
         self._layers = planning_layers(model) if captured else []
 
     def of_call(self, given: dict[str, Any]) -> Modality | None:
-        """As the base class; what a dynamic engine fills a batch up with is padding."""
+        """As the base class, with the padding of a dynamic engine; in a buffer if a graph may read it."""
+        found = self._of_tokens(given)
+        if found is None or self._buffers is None or not may_be_graphed(given.get("inference_context")):
+            return found
+        for layer in self._layers:
+            layer.prepare(found.kinds.device)
+        return self._buffers.hold(found)
+
+    def _of_tokens(self, given: dict[str, Any]) -> Modality | None:
+        """The modality of the tokens that the layers get."""
         found = super().of_call(given)
         input_ids, context = given.get("input_ids"), given.get("inference_context")
-        if input_ids is not None:
-            for layer in self._layers:
-                layer.prepare(input_ids.device)
         if input_ids is None or context is None or context.is_static_batching():
             return found
         if found is None:
@@ -46,7 +54,7 @@ class MegatronHook(ModalityHook):
         if found is None or found.kinds.shape != input_ids.shape:
             found = Modality.of(torch.zeros_like(input_ids, dtype=torch.bool))
         real = torch.arange(input_ids.shape[1], device=input_ids.device) < context.active_token_count
-        return replace(found, valid=found.valid & real, _layouts={}, _parts={})
+        return replace(found, valid=found.valid & real, held=False, _layouts={}, _parts={})
 
 
 class LLaVAHook(MegatronHook):
@@ -56,9 +64,9 @@ class LLaVAHook(MegatronHook):
         super().__init__(model, token_kinds, padding_id)
         self._model = model
 
-    def of_call(self, given: dict[str, Any]) -> Modality | None:
+    def _of_tokens(self, given: dict[str, Any]) -> Modality | None:
         """The modality [B, S'] of the tokens that the language model gets."""
-        found = super().of_call(given)
+        found = super()._of_tokens(given)
         input_ids, context = given["input_ids"], given.get("inference_context")
         memory = {} if context is None else context.key_value_memory_dict
         cached = "image_tokens_count" in memory or "sound_tokens_count" in memory
@@ -106,6 +114,15 @@ class LLaVAHook(MegatronHook):
         return longest
 
 
+def may_be_graphed(context: Any) -> bool:
+    """Whether the engine may replay CUDA graphs in a step of this inference context."""
+    if context is None:
+        return False
+    if context.is_static_batching():
+        return bool(context.is_decode_only())
+    return bool(context.using_cuda_graph_this_step())
+
+
 def attach_modality(
     model: nn.Module,
     *,
@@ -117,12 +134,13 @@ def attach_modality(
     """Set the modality mask around every forward pass of a Megatron model.
 
     model: one that is called with ``input_ids`` [B, S], a ``LLaVAModel`` or a ``MimoModel``; not the
-    language model inside of these. Ids that are not given are those the model itself knows. Otherwise
-    as ``macs.attach_modality``. Every pipeline stage must be called with the ids, as Megatron's
-    inference engines do.
+    language model inside of these. What training wraps around it, such as ``Float16Module``, may stay.
+    Ids that are not given are those the model itself knows. Otherwise as ``macs.attach_modality``. Every
+    pipeline stage must be called with the ids, as Megatron's inference engines do.
 
     Raises a ``ValueError`` where nothing would tell visual tokens from text.
     """
+    model = unwrapped(model)
     named = named_kinds(image_token_id, video_token_id, audio_token_id)
     kinds = known_token_kinds(model, named)
     check_tells(model, kinds)
@@ -150,6 +168,16 @@ def known_token_kinds(model: Any, named: dict[int, int]) -> dict[int, int]:
         told = token_kinds_of(getattr(model, "config", None))
     told = {token: kind for token, kind in told.items() if token not in named and kind not in named.values()}
     return {**told, **named}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what training wraps around it, which takes any arguments."""
+    while "input_ids" not in inspect.signature(model.forward).parameters:
+        inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
 
 
 def kind_of_name(name: str) -> int:

@@ -16,6 +16,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 from macs import Runtime
 
@@ -77,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     sys.argv = [script, *rest]
     uninstall = None if runtime is None else install(runtime, tokens_from_args(own))
+    code: Any = None
     try:
         if by_name:
             sys.path.insert(0, "")
@@ -84,11 +86,19 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             sys.path.insert(0, str(Path(script).resolve().parent))
             runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:  # a script's own way to finish
+        code = end.code
     finally:
         if uninstall is not None:
             uninstall()
-    if runtime is None:
-        return
+    if runtime is not None:
+        conclude(runtime)
+    if code is not None:
+        sys.exit(code)
+
+
+def conclude(runtime: Runtime) -> None:
+    """Say what was planned; end with an error if a script alone on its machine built nothing to plan."""
     if runtime.layers:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"rank 0: {summary(runtime)}", file=sys.stderr)

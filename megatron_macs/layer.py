@@ -53,21 +53,26 @@ class MACSMoELayer(MoELayer):
                 f"MACSMoELayer: found router {type(self.router).__name__}, expected MACSTopKRouter; "
                 "build the layer's spec with megatron_macs.with_macs"
             )
+        if kwargs.get("is_mtp_layer"):
+            return  # it guesses tokens ahead, by calls of its own that no mask covers: left as it is
         topology = Topology(
             num_experts=config.num_moe_experts,
             num_ranks=utils.get_pg_size(self.ep_group),
             sources=(utils.get_pg_rank(self.ep_group),),
         )
-        tensor_parallel = utils.get_pg_size(pg_collection.tp)
-        split = config.sequence_parallel and tensor_parallel > 1
-        replicas = 1 if split else tensor_parallel
+        tensor_parallel = utils.get_pg_rank(pg_collection.tp), utils.get_pg_size(pg_collection.tp)
+
+        def part() -> tuple[int, int]:
+            # Megatron's static engine takes sequence parallelism back when it begins to serve.
+            return tensor_parallel if config.sequence_parallel else (0, 1)
+
         self.macs = runtime.add_layer(
             lambda: self.router.weight,
             topology,
             config.moe_router_topk,
             pg_collection.tp_ep,  # whose tokens meet in these experts
-            lambda policy, settings: check_policy(config, policy, settings, replicas),
-            (utils.get_pg_rank(pg_collection.tp), tensor_parallel) if split else (0, 1),
+            lambda policy, settings: check_policy(config, policy, settings, tensor_parallel[1] // part()[1]),
+            part,
         )
         self.router.macs = self.macs
         adopt(self.token_dispatcher, self.macs)

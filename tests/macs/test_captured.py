@@ -87,6 +87,23 @@ def test_without_buffers_a_replay_would_read_an_old_mask():
     assert not torch.equal(found[0], eager({}, 1)[0][0])
 
 
+def test_what_a_graph_captured_is_not_changed_under_it(monkeypatch):
+    layer, (inputs, modality) = layer_of({}), step(0)
+    runtime = layer.runtime
+    monkeypatch.setattr("macs.runtime.capturing", lambda device: True)
+    refusal = pytest.raises(RuntimeError, match="would replay the mask of this one step")
+    with refusal, macs.modality(modality):
+        planned(layer, inputs, "cpu")
+    with macs.modality(ModalityBuffers().hold(modality)):
+        planned(layer, inputs, "cpu")
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="use: a CUDA graph has captured MACS layers"):
+        runtime.use("vanilla")
+    with pytest.raises(RuntimeError, match="calibration: a CUDA graph"), runtime.calibration():
+        pass
+    assert runtime.policy == "macs" and not runtime.calibrating
+
+
 def test_buffers_keep_their_memory_and_follow_every_layout():
     buffers = ModalityBuffers()
     first = buffers.hold(step(0)[1])

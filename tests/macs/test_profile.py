@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from macs import Calibration, MACSConfig, Modality, Profile, router_fingerprint
+from macs import Calibration, MACSConfig, Modality, Profile, Runtime, Topology, router_fingerprint
 
 ROUTER = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -32,8 +32,11 @@ def test_calibration_counts_whom_experts_serve():
 
 
 def test_calibration_without_a_run_says_so():
+    assert not Calibration(3).counts().any()  # of one rank; others may have had tokens
+    runtime = Runtime()
+    runtime.add_layer(lambda: torch.randn(3, 4), Topology(3), 1)
     with pytest.raises(ValueError, match="no tokens were observed"):
-        Calibration(3).counts()
+        runtime.measured_profile()
 
 
 def test_bias():

@@ -10,7 +10,7 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 import macs
 from macs import MACSConfig, Runtime, Topology
-from megatron_macs import compat
+from megatron_macs import attach_modality, compat
 from megatron_macs.hooks import MegatronHook, kind_of_name
 
 IMAGE_TOKEN = 7
@@ -29,23 +29,51 @@ class Model(nn.Module):
         return macs.current_modality()
 
 
-def context(active):
-    return SimpleNamespace(active_token_count=active, is_static_batching=lambda: False)
+def context(active, graphed=False):
+    return SimpleNamespace(
+        active_token_count=active,
+        is_static_batching=lambda: False,
+        using_cuda_graph_this_step=lambda: graphed,
+    )
+
+
+class Wrapper(nn.Module):
+    """As training leaves a model: inside a module that takes any arguments."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs, **kwargs):
+        return self.module(*inputs, **kwargs)
 
 
 def test_captured_layers_find_every_mask_in_the_same_place():
     model = Model(cuda_graph_impl="local")
     MegatronHook(model, {IMAGE_TOKEN: macs.IMAGE}, None)
-    first = model(torch.tensor([[1, 7, 7, 2]]))
-    assert model.layer.macs.recorder.started  # made before a graph could capture its making
-    assert first.kinds.tolist() == [[0, 1, 1, 0]]
-    second = model(torch.tensor([[7, 1, 1, 7]]))
+    step = context(4, graphed=True)
+    first = model(torch.tensor([[1, 7, 7, 2]]), step)
+    assert model.layer.macs.recorder._ring is not None  # made before a graph could capture its making
+    assert first.held and first.kinds.tolist() == [[0, 1, 1, 0]]
+    second = model(torch.tensor([[7, 1, 1, 7]]), step)
     assert second is first and first.kinds.tolist() == [[1, 0, 0, 1]]
     with macs.modality(torch.tensor([[True, True, True, False]])):
-        assert model(torch.tensor([[7, 1, 1, 7]])) is first and first.kinds.tolist() == [[1, 1, 1, 0]]
+        assert model(torch.tensor([[7, 1, 1, 7]]), step) is first
+    assert first.kinds.tolist() == [[1, 1, 1, 0]]
+    # A step that no graph replays is not kept: prompts have any length.
+    assert not model(torch.tensor([[1, 7, 7, 2]]), context(4)).held
+    assert not model(torch.tensor([[1, 7, 7, 2]])).held
     plain = Model(cuda_graph_impl="none")
     MegatronHook(plain, {IMAGE_TOKEN: macs.IMAGE}, None)
-    assert plain(torch.tensor([[1, 7]])) is not plain(torch.tensor([[1, 7]]))
+    assert not plain(torch.tensor([[1, 7]]), step).held
+
+
+def test_what_training_wraps_around_a_model_may_stay():
+    model = Model(cuda_graph_impl="none")
+    attach_modality(Wrapper(Wrapper(model)), image_token_id=IMAGE_TOKEN)
+    assert model(torch.tensor([[1, 7]])).kinds.tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match=r"Linear\.forward takes no input_ids"):
+        attach_modality(Wrapper(nn.Linear(2, 2)), image_token_id=IMAGE_TOKEN)
 
 
 def test_a_model_captured_whole_is_refused():

@@ -196,3 +196,18 @@ def test_a_script_without_moe_layers_is_told(tmp_path):
         timeout=120,
     )
     assert done.returncode != 0 and "the script built no MoE layer" in done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_script_that_ends_itself_is_concluded_too(tmp_path, code):
+    script = tmp_path / "ends.py"
+    script.write_text(f"import sys\nsys.exit({code})\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_macs.launch", str(script), "--moe-macs"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == (code or 1) or done.returncode == 1
+    assert "the script built no MoE layer" in done.stderr

@@ -156,3 +156,25 @@ def test_groups_may_be_passed_in(pool, dispatcher, scope):
     found = pool.run(f"{JOBS}:without_global_state", 2, dispatcher, settings)
     assert found == pool.run(f"{JOBS}:with_global_state", 2, dispatcher, settings)
     assert all(one["dropped"] > 0 for one in found)
+
+
+@pytest.mark.parametrize("first", ["prompt", "small"])
+def test_a_prompt_is_planned_where_decoding_is_captured(pool, first):
+    pytest.importorskip("megatron.core.inference.config", reason="this Megatron wants another configuration")
+    for one in pool.run(f"{JOBS}:planned_where_graphs_are_on", 2, first):
+        assert one["same"] and one["rows"] and one["on host"]
+        assert one["points"] == ["before_ep_alltoall"] * (first == "small") + ["before_permutation_1"]
+
+
+def test_reports_of_ranks_with_different_steps_are_not_added(pool):
+    assert pool.run(f"{JOBS}:reports_of_uneven_steps", 2, 0, False) == [[1], [1]]
+    assert pool.run(f"{JOBS}:reports_of_uneven_steps", 2, 2, True) == [[3], [1]]
+    with pytest.raises(RankFailed) as caught:
+        pool.run(f"{JOBS}:reports_of_uneven_steps", 2, 2, False)
+    assert all("recorded from 1 to 3 steps" in error[1] for error in caught.value.errors)
+
+
+def test_layers_that_guess_ahead_are_left_alone(pool):
+    pytest.importorskip("megatron.core.inference.config", reason="this Megatron tells no such layer")
+    (found,) = pool.run(f"{JOBS}:layer_that_guesses_ahead", 1)
+    assert found == {"layers": 0, "dispatcher": "MoEAlltoAllTokenDispatcher"}

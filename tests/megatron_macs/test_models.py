@@ -26,7 +26,7 @@ def test_llava_expands_the_mask_as_it_expands_its_pictures(pool, tiny_answers, n
         assert one["answers"] == tiny_answers[one["replica"] :: one["replicas"]]
         assert all(one["right"]) and len(one["right"]) == one["layers"] * len(one["answers"])
     for one in pool.run(f"{JOBS}:llava_answers", world, layout, "macs", {"scope": "group"}, 4):
-        assert all(one["right"])
+        assert all(one["right"]) and len(one["right"]) == one["layers"] * len(one["answers"]) > 0
 
 
 def test_llava_with_several_pictures_of_several_tiles(pool):

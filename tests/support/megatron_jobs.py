@@ -414,3 +414,65 @@ def with_global_state(dispatcher: str, settings: dict) -> dict[str, Any]:
         output, _ = layer(hidden)
     plan = log.plans[0]
     return {"output": output.tolist(), "plan": plan.experts.tolist(), "dropped": int(plan.statistics.dropped)}
+
+
+@on_megatron
+def planned_where_graphs_are_on(first: str) -> dict[str, Any]:
+    """A layer of a model whose decoding is captured, on a prompt: the first step, or after a small one."""
+    changes = {"cuda_graph_impl": "local", "moe_pad_experts_for_cuda_graph_inference": True}
+    config = layer_config("alltoall", 8, 2, **changes)
+    runtime = Runtime(MACSConfig(min_tokens=8, capacity_factor=0.5))
+    layer = build_layer(runtime, config)
+    dispatcher = layer.token_dispatcher
+    small, small_mask = batch_of(dist.get_rank(), 1, 4)
+    hidden, mask = batch_of(dist.get_rank(), 3, 12)
+    points, rows = [], []
+    if first == "small":
+        with macs.modality(small_mask):
+            layer(small)
+        points.append(dispatcher.cuda_dtoh_point)
+    with macs.modality(mask):
+        output, _ = layer(hidden)
+    points.append(dispatcher.cuda_dtoh_point)
+    rows.append(int(dispatcher.num_out_tokens))
+    plain = build_layer(runtime, layer_config("alltoall", 8, 2))
+    with macs.modality(mask):
+        expected, _ = plain(hidden)
+    report = runtime.reports()[0]
+    return {
+        "points": points,
+        "same": torch.equal(output, expected),
+        "rows": rows[0] == int(report.kept[-1] + report.rerouted[-1]),
+        "on host": not isinstance(dispatcher.num_out_tokens, torch.Tensor)
+        or dispatcher.num_out_tokens.device.type == "cpu",
+    }
+
+
+@on_megatron
+def reports_of_uneven_steps(extra: int, whole: bool) -> list[int]:
+    """Reports summed over ranks of which the first ran ``extra`` more; ``whole``: each by itself."""
+    runtime = Runtime(MACSConfig(min_tokens=0), policy="vanilla")
+    layer = build_layer(runtime, layer_config("alltoall", 4, 2))
+    hidden, mask = batch_of(dist.get_rank(), 2, 8)
+    for step in range(1 + extra):
+        runtime.recording = step == 0 or dist.get_rank() == 0
+        with macs.modality(mask):
+            layer(hidden)
+    return [len(report.rows) for report in runtime.reports(None if whole else dist.group.WORLD)]
+
+
+@on_megatron
+def layer_that_guesses_ahead() -> dict[str, Any]:
+    """A layer of multi-token prediction beside one of the decoder."""
+    runtime = Runtime(MACSConfig(min_tokens=0, capacity_factor=0.3))
+    config = layer_config("alltoall", 4, 2)
+    spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False, normalization="RMSNorm")
+    mlp = with_macs(spec, runtime).submodules.mlp
+    layer = mlp(config=config, pg_collection=get_default_pg_collection(), is_mtp_layer=True).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(drawn(1, parameter.shape) / 4)
+    hidden, mask = batch_of(dist.get_rank(), 2, 8)
+    with macs.modality(mask):
+        layer(hidden)
+    return {"layers": len(runtime.layers), "dispatcher": type(layer.token_dispatcher).__name__}

@@ -204,6 +204,21 @@ def refused(layout: dict[str, Any], policy: str, settings: dict[str, Any]) -> No
 
 
 @on_layout
+def without_sequence_parallelism(layout: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a layer built for sequence parallelism that is then given whole sequences."""
+    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}))
+    config = config_of(layout, "alltoall")
+    layer = build(runtime, config)
+    config.sequence_parallel = False
+    log = PlanLog(runtime)
+    hidden, mask = tokens_of({**layout, "sp": False})
+    with macs.modality(mask):
+        layer(hidden)
+    plan = log.plans[0]
+    return {"plan": (plan.experts.tolist(), plan.weights.tolist())}
+
+
+@on_layout
 def bad_mask(layout: dict[str, Any]) -> None:
     """A mask of a part of the sequence, where sequence parallelism wants the whole."""
     layer = build(Runtime(MACSConfig(min_tokens=0)), config_of(layout, "alltoall"))
