@@ -31,7 +31,7 @@ from tiny_vlm.experiment import (
     run,
     share_of,
 )
-from tiny_vlm.megatron import PictureEncoder, build_megatron_model
+from tiny_vlm.megatron import PictureEncoder, build_megatron_model, start_expert_parallel
 from tiny_vlm.megatron_engine import Engine
 
 from macs import Runtime
@@ -47,12 +47,6 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     check_arguments(parser, arguments)
     return arguments
-
-
-def start() -> None:
-    """Join the process group and Megatron's parallel groups: every rank holds a part of the experts."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
 
 
 def build(arguments: argparse.Namespace, console: Console) -> Experiment:
@@ -84,7 +78,7 @@ if __name__ == "__main__":
     with nullcontext() if torch.cuda.is_available() else cpu_engine():
         run(
             arguments,
-            start,
+            start_expert_parallel,
             build,
             f"Megatron-Core {megatron.core.__version__}, {arguments.dispatcher}",
         )

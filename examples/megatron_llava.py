@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from rich.console import Console
 from tiny_vlm import model as tiny
 from tiny_vlm.experiment import Experiment, LayerClock, add_arguments, check_arguments, run
+from tiny_vlm.megatron import start_expert_parallel
 from tiny_vlm.megatron_llava import LLaVAEngine, build_llava_model
 
 from macs import Runtime
@@ -39,12 +40,6 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     check_arguments(parser, arguments)
     return arguments
-
-
-def start() -> None:
-    """Join the process group and Megatron's parallel groups: every rank holds a part of the experts."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
 
 
 def build(arguments: argparse.Namespace, console: Console) -> Experiment:
@@ -69,4 +64,9 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
 if __name__ == "__main__":
     arguments = parse_arguments()
     with nullcontext() if torch.cuda.is_available() else cpu_engine():
-        run(arguments, start, build, f"Megatron-Core {megatron.core.__version__}, LLaVA, a request at a time")
+        run(
+            arguments,
+            start_expert_parallel,
+            build,
+            f"Megatron-Core {megatron.core.__version__}, LLaVA, a request at a time",
+        )

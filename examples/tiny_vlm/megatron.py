@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -56,6 +57,12 @@ class TinyVLM(GPTModel):
             embedded = embedded.transpose(0, 1).masked_scatter(image, self._features.to(embedded.dtype))
             kwargs["decoder_input"] = embedded.transpose(0, 1).contiguous()
         return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
+
+
+def start_expert_parallel() -> None:
+    """Join the process group and Megatron's parallel groups: every rank holds a part of the experts."""
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
 
 
 def transformer_config(source: Any, **changes: Any) -> TransformerConfig:

@@ -33,12 +33,11 @@ class Hung(Exception):
 
 def _serve(connection: Any, path: list[str]) -> None:
     sys.path[:] = path
-    os.environ["OMP_NUM_THREADS"] = "1"
+    # Processes on CPUs, also where there are GPUs; and so are the kernels that engines define on import.
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
     import torch
     import torch.distributed as dist
 
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before an engine defines its kernels
     torch.set_num_threads(1)
     while True:
         task = connection.recv()
