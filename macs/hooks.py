@@ -137,20 +137,21 @@ def attach_modality(
     Raises a ``ValueError`` where nothing would tell visual tokens from text.
     """
     named = named_kinds(image_token_id, video_token_id, audio_token_id)
-    # The config speaks for the kinds the caller did not name.
-    known = {
-        token: kind
-        for token, kind in token_kinds_of(getattr(model, "config", None)).items()
-        if kind not in named.values() and token not in named
-    }
-    check_tells(model, {**known, **named})
-    return ModalityHook(model, {**known, **named}, padding_token_id)
+    kinds = completed(named, token_kinds_of(getattr(model, "config", None)))
+    check_tells(model, kinds)
+    return ModalityHook(model, kinds, padding_token_id)
 
 
 def named_kinds(image: int | None, video: int | None, audio: int | None) -> dict[int, int]:
     """Token id -> kind, of the ids given."""
     given = ((image, IMAGE), (video, VIDEO), (audio, AUDIO))
     return {token: kind for token, kind in given if token is not None}
+
+
+def completed(named: dict[int, int], told: dict[int, int]) -> dict[int, int]:
+    """Token id -> kind: as the caller ``named`` them and, for the kinds not named, as the model told."""
+    rest = {token: kind for token, kind in told.items() if kind not in named.values() and token not in named}
+    return {**rest, **named}
 
 
 def check_tells(model: nn.Module, token_kinds: dict[int, int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from macs import AUDIO, IMAGE, VIDEO, LayerRuntime, Modality, ModalityHook, current_modality
-from macs.hooks import check_tells, named_kinds, token_kinds_of
+from macs.hooks import check_tells, completed, named_kinds, token_kinds_of
 from macs.modality import ModalityBuffers
 
 KIND_OF_NAME = {"image": IMAGE, "vision": IMAGE, "video": VIDEO, "audio": AUDIO, "sound": AUDIO}
@@ -166,8 +166,7 @@ def known_token_kinds(model: Any, named: dict[int, int]) -> dict[int, int]:
         }
     else:
         told = token_kinds_of(getattr(model, "config", None))
-    told = {token: kind for token, kind in told.items() if token not in named and kind not in named.values()}
-    return {**told, **named}
+    return completed(named, told)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
