@@ -31,6 +31,7 @@ class MACSBlock:
     second_expert_sampling  with k = 2, keep the noise the gate is configured to choose its second
                         expert with; otherwise the choice is deterministic
     virtual_ranks       plan, in one process, as so many expert-parallel ranks would
+    given               the fields of ``MACSConfig`` and ``preset``, as they are written
     """
 
     enabled: bool = True
@@ -44,7 +45,7 @@ class MACSBlock:
     sequence_major: bool = False
     second_expert_sampling: bool = False
     virtual_ranks: int = 1
-    settings: MACSConfig = field(default_factory=MACSConfig)
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: MACSBlock | Mapping[str, Any]) -> MACSBlock:
@@ -53,13 +54,13 @@ class MACSBlock:
             return values
         if not isinstance(values, Mapping):
             raise ValueError(f"config.macs: expected a mapping of field to value; found {values!r}")
-        own = tuple(one.name for one in fields(cls) if one.name != "settings")
+        own = tuple(one.name for one in fields(cls) if one.name != "given")
         settings = tuple(one.name for one in fields(MACSConfig))
         for name in values:
             check_name("macs field", name, (*own, "preset", *settings))
         return cls(
             **{name: value for name, value in values.items() if name in own},
-            settings=MACSConfig.from_dict({name: v for name, v in values.items() if name not in own}),
+            given={name: value for name, value in values.items() if name not in own},
         )
 
     def __post_init__(self) -> None:
@@ -80,6 +81,12 @@ class MACSBlock:
             refuse("virtual_ranks", "a number of ranks, 1 or more")
         if self.profile is not None and not isinstance(self.profile, (str, os.PathLike)):
             refuse("profile", "a path")
+        self.settings()  # an error in it is told here
+
+    def settings(self, preset: str | None = None) -> MACSConfig:
+        """The settings given, laid over their own preset, or, where they name none, over this one."""
+        default = {} if preset is None else {"preset": preset}
+        return MACSConfig.from_dict({**default, **self.given})
 
     def load_profile(self) -> Profile | None:
         """The profile at ``profile``; an error names the field if there is none."""

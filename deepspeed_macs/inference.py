@@ -107,8 +107,9 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
         _check_type(layer, AutoEPMoELayer)
         check_options(layer)
     _join_groups(model)
+    # DeepSpeed's own MoE layer pads every expert to the fullest one: it wants each expert bounded.
     runtime = Runtime(
-        block.settings,
+        block.settings("padded" if gates else None),
         policy=block.policy,
         profile=block.load_profile(),
         virtual_ranks=block.virtual_ranks,
@@ -301,11 +302,12 @@ def _add_gate(runtime: Runtime, layer: MOELayer, same_tokens: int, blind: str | 
                 "eval_capacity_factor have no effect"
             )
         pooled = policy == "rank-balanced" or (policy == "macs" and config.level == "rank")
-        if pooled or config.max_load_factor is not None:
+        bounds = config.max_load_factor, config.target_straggler
+        if pooled or bounds != (None, None):
             runtime.say_once(
                 "MACS: deepspeed.moe.layer.MoE computes as many rows for every expert as the fullest one "
-                "has: capacity pooled over a rank (level = rank, rank-balanced, max_load_factor) does not "
-                "shorten its steps; use level = expert"
+                "has: capacity pooled over a rank (level = rank, rank-balanced) and bounds on a rank's rows "
+                "(max_load_factor, target_straggler) do not shorten its steps; use preset = padded"
             )
 
     return runtime.add_layer(

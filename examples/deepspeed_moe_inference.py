@@ -96,7 +96,7 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
         Engine(engine.module),
         LayerClock(engine.module, MoE, length_axis=1),
         dist.group.WORLD,
-        {"paper": MACSConfig.preset("paper"), config["macs"].get("preset", "config"): engine.macs.config},
+        {"paper": MACSConfig.preset("paper"), config["macs"].get("preset", "default"): engine.macs.config},
     )
     experiment.watch(engine.module)
     return experiment

@@ -176,7 +176,7 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
         answers,
         LayerClock(engine.module, AutoEPMoELayer, length_axis=1),
         dist.group.WORLD,
-        {"paper": MACSConfig.preset("paper"), config["macs"].get("preset", "config"): engine.macs.config},
+        {"paper": MACSConfig.preset("paper"), config["macs"].get("preset", "default"): engine.macs.config},
     )
 
 

@@ -98,14 +98,18 @@ def pool_capacity(
     top_k: int,
     modality_bias: Tensor,
     pool_of_expert: Tensor,
+    rank_of_expert: Tensor,
     pools: int,
+    ranks: int,
 ) -> Tensor:
     """Capacity of every pool, int64 [S, P]: C_base (1 + rho m (R_v - 0.5)), at least ``min_capacity``.
 
-    modality_bias float64 [E] is m_j in -1..1; pool_of_expert int64 [E] in 0..P-1. C_base is the even
-    share of the pool's n experts, gamma T k n / E (or gamma sum(w) k n / E), in whole tokens, rounded
-    up as count-based capacity is, so that text alone gives exactly that. With ``conserve`` the
-    factors are rescaled to sum to E. A pool of several experts has the mean of their factors.
+    modality_bias float64 [E] is m_j in -1..1; pool_of_expert int64 [E] in 0..P-1, rank_of_expert int64
+    [E] in 0..R-1. C_base is the even share of the pool's n experts, gamma T k n / E (or
+    gamma sum(w) k n / E), in whole tokens, rounded up as count-based capacity is, so that text alone
+    gives exactly that. With ``conserve`` the factors are rescaled to sum to E. A pool of several
+    experts has the mean of their factors. With ``target_straggler`` every rank has its own gamma, see
+    ``meeting_factors``.
     """
     num_experts = len(modality_bias)
     lean = effective_visual_ratio(table) - 0.5
@@ -119,13 +123,68 @@ def pool_capacity(
     pooled = fixed.new_zeros(len(fixed), pools).index_add(1, pool_of_expert, fixed)
 
     load = table.tokens.double() if config.basis == "tokens" else table.weight.double() / UNIT
-    share = config.capacity_factor * (load * top_k)[:, None] * members / num_experts
+    share = (load * top_k)[:, None] * members / num_experts
+    if config.capacity_factor is not None:
+        share = config.capacity_factor * share
+    else:
+        bound = row_bound(table, config, top_k, ranks)
+        even = share * pooled / (members * UNIT)
+        share = share * meeting_factors(table, even, bound, pool_of_expert, rank_of_expert, pools, ranks)
     # The small step down keeps the noise of the division from adding a token to a share that is whole.
     # Bounds keep the products in range; more room than for every assignment is never needed.
     everything = (table.tokens * top_k)[:, None]
     base = torch.minimum((share - 1e-9).ceil(), 1024.0 * everything).long()
     capacity = torch.minimum(base * pooled // members, everything * UNIT)
     return capacity.clamp(min=round(config.min_capacity * UNIT))
+
+
+def row_bound(table: LoadTable, config: MACSConfig, top_k: int, ranks: int) -> Tensor:
+    """Rows that a rank may compute, by ``max_load_factor`` and ``target_straggler``: int64 [S].
+
+    The even share T k / R of the rows where neither is set and there is no bound.
+    """
+    given = [factor for factor in (config.max_load_factor, config.target_straggler) if factor is not None]
+    return (table.tokens.double() * top_k / ranks * min(given, default=1.0)).floor().long()
+
+
+def meeting_factors(
+    table: LoadTable,
+    even: Tensor,
+    bound: Tensor,
+    pool_of_expert: Tensor,
+    rank_of_expert: Tensor,
+    pools: int,
+    ranks: int,
+) -> Tensor:
+    """The largest capacity factor of every pool at which its rank admits at most ``bound`` rows.
+
+    even float64 [S, P] is the capacity at a factor of 1, in tokens; bound int64 [S] -> float64 [S, P],
+    the same for the pools of a rank; inf where the rank keeps to the bound by itself.
+
+    A pool that is asked for a cost c admits all its n rows from the factor g = c / even on, and below
+    that, on average, n gamma / g. What a rank admits is the sum over its pools: concave in gamma and
+    straight between the g, so gamma is the largest at which one of its straight pieces meets the bound.
+    The bound itself holds exactly, by a second admission: this makes sure that it has little to do.
+    """
+    sources = len(even)
+
+    def by_pool(values: Tensor) -> Tensor:
+        return values.new_zeros(sources, pools).index_add(1, pool_of_expert, values).double()
+
+    rows, cost = by_pool(table.rows), by_pool(table.cost) / UNIT
+    rank = rank_of_expert.new_zeros(pools).scatter(0, pool_of_expert, rank_of_expert)  # of each pool
+    full = cost / even.clamp(min=1e-9)
+    slope = torch.where(rows > 0, rows / full.clamp(min=1e-12), 0.0)
+    same = rank[:, None] == rank  # [P, P]
+    # For every pool: rows of its rank's pools that are full no later, and slopes of the others.
+    before = (full[:, None, :] < full[:, :, None]) & same  # [S, P, P]
+    whole = torch.where(before, rows[:, None, :], 0.0).sum(-1)
+    rising = torch.where(same & ~before, slope[:, None, :], 0.0).sum(-1)
+    gamma = ((bound[:, None] - whole) / rising.clamp(min=1e-12)).masked_fill(rising <= 0, 0.0)
+    column = rank.expand(sources, -1)
+    by_rank = gamma.new_zeros(sources, ranks).scatter_reduce(1, column, gamma, "amax")
+    asked = gamma.new_zeros(sources, ranks).index_add(1, rank, rows)
+    return torch.where(asked <= bound[:, None], torch.inf, by_rank)[:, rank]
 
 
 def quotas(capacity: Tensor, demand: Tensor, grain: int = 1) -> Tensor:

@@ -24,6 +24,10 @@ def _setting(
     return field(default=default, metadata=metadata)
 
 
+TARGET_STRAGGLER = 1.05
+"""The bound where none is given."""
+
+
 @dataclass(frozen=True)
 class MACSConfig:
     """Settings of the planner; an invalid one is a ``ValueError`` that names the field.
@@ -32,8 +36,21 @@ class MACSConfig:
     in its ``metadata``, where command lines and tests find them too.
     """
 
-    capacity_factor: float = _setting(
-        1.0, "[gamma] capacity of an expert over its even share of the load", low=1e-3, high=1e6
+    target_straggler: float | None = _setting(
+        None,
+        "most rows of a rank, over the even share: each rank's capacities are the largest that keep to "
+        f"it, found anew for every batch ({TARGET_STRAGGLER} where capacity_factor is not given either)",
+        low=1e-3,
+        high=1e6,
+        optional=True,
+    )
+    capacity_factor: float | None = _setting(
+        None,
+        "[gamma] instead of target_straggler: capacity of an expert, or of a rank's experts together, "
+        "over its even share of the load",
+        low=1e-3,
+        high=1e6,
+        optional=True,
     )
     basis: str = _setting(
         "tokens",
@@ -41,7 +58,7 @@ class MACSConfig:
         choices=("tokens", "effective"),
     )
     modality_strength: float = _setting(
-        0.5, "[rho] how far capacity follows the batch's visual ratio", low=0.0, high=2.0
+        0.0, "[rho] how far capacity follows the batch's visual ratio", low=0.0, high=2.0
     )
     bias: str = _setting(
         "hard",
@@ -55,7 +72,7 @@ class MACSConfig:
     min_capacity: float = _setting(1.0, "least capacity of an expert, in tokens", low=0.0, high=1e9)
 
     weighting: str = _setting(
-        "entropy",
+        "constant",
         "semantic weight of a visual token: from its features' entropy, or visual_weight",
         choices=("entropy", "constant"),
     )
@@ -68,20 +85,20 @@ class MACSConfig:
         choices=("batch", "image"),
     )
     visual_weight: float = _setting(
-        0.5, "the weight of every visual token under weighting = constant", low=1e-4, high=1.0
+        0.2, "the weight of every visual token under weighting = constant", low=1e-4, high=1.0
     )
     cost: str = _setting(
-        "weight",
+        "one",
         "what an assignment takes from a capacity: its token's weight, or one",
         choices=("weight", "one"),
     )
     priority: str = _setting(
-        "score",
+        "product",
         "who is admitted first: by the router's score, the token's weight, or their product",
         choices=("score", "weight", "product"),
     )
     level: str = _setting(
-        "expert",
+        "rank",
         "what has a capacity: each expert, or the pooled experts of each rank (a full rank then has "
         "no room for reroute = rank; take group)",
         choices=("expert", "rank"),
@@ -92,7 +109,7 @@ class MACSConfig:
         choices=("local", "group"),
     )
     reroute: str = _setting(
-        "rank",
+        "group",
         "where an overflowing assignment may go: an expert of its rank, of the group, or nowhere",
         choices=("rank", "group", "none"),
     )
@@ -122,6 +139,13 @@ class MACSConfig:
     def __post_init__(self) -> None:
         for setting in fields(self):
             _check(setting.name, getattr(self, setting.name), setting.default, setting.metadata)
+        if self.capacity_factor is not None and self.target_straggler is not None:
+            raise ValueError(
+                f"config.capacity_factor: found {self.capacity_factor!r} beside target_straggler "
+                f"{self.target_straggler!r}, expected one of the two: both say how much a rank may take"
+            )
+        if self.capacity_factor is None and self.target_straggler is None:
+            object.__setattr__(self, "target_straggler", TARGET_STRAGGLER)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MACSConfig:
@@ -145,38 +169,41 @@ class MACSConfig:
         return cls(**PRESETS[name])
 
     def updated(self, **values: Any) -> MACSConfig:
-        """A copy with some fields changed; an unknown field names the nearest valid one."""
+        """A copy with some fields changed; an unknown field names the nearest valid one.
+
+        Of ``target_straggler`` and ``capacity_factor``, naming one takes the place of the other.
+        """
         for name in values:
             check_name("field", name, tuple(setting.name for setting in fields(self)))
+        bounds = {"target_straggler", "capacity_factor"}
+        if len(bounds & values.keys()) == 1:
+            values = {**dict.fromkeys(bounds), **values}
         return replace(self, **values)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's method as published: entropy weights, per-expert capacity, rerouting in the rank.
-    "paper": {},
-    # Capacity pooled per rank and counted in rows, text first: bounds the step itself, and touches
-    # far fewer assignments for the same bound.
-    "pooled": {
-        "weighting": "constant",
-        "visual_weight": 0.2,
-        "cost": "one",
-        "priority": "product",
-        "level": "rank",
-        "reroute": "group",
-        "modality_strength": 0.0,
+    # The paper's method as published: entropy weights, per-expert capacity of weighted load that
+    # follows modality, rerouting within the rank.
+    "paper": {
+        "capacity_factor": 1.0,
+        "modality_strength": 0.5,
+        "weighting": "entropy",
+        "visual_weight": 0.5,
+        "cost": "weight",
+        "priority": "score",
+        "level": "expert",
+        "reroute": "rank",
     },
-    # For engines that pad every expert to the fullest one (DeepSpeed's MoE layer): as pooled, but
-    # each expert by itself, with more proposals so that overflow finds room elsewhere.
-    "padded": {
-        "weighting": "constant",
-        "visual_weight": 0.2,
-        "cost": "one",
-        "priority": "product",
-        "reroute": "group",
-        "reroute_rounds": 4,
-        "modality_strength": 0.0,
-    },
+    # The defaults at the tightest bound there is: every rank computes the mean.
+    "fast": {"capacity_factor": 1.0},
+    # The defaults at a loose bound, with a floor under quality.
+    "safe": {"target_straggler": 1.2, "max_drop": 0.01},
+    # For engines that pad every expert to the fullest one (DeepSpeed's MoE layer): each expert by
+    # itself, with more proposals so that overflow finds room elsewhere.
+    "padded": {"capacity_factor": 1.2, "level": "expert", "reroute_rounds": 4},
 }
+"""Named sets of settings, laid over the defaults. The defaults pool capacity per rank and count it in
+rows, text first: that bounds the step itself and touches the fewest assignments (docs/quality.md)."""
 
 
 def read_mapping(path: str | Path) -> Any:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from .capacity import LoadTable, measure, pool_capacity, quotas
+from .capacity import LoadTable, measure, pool_capacity, quotas, row_bound
 from .checks import FLOATS, expect
 from .config import MACSConfig
 from .fixed_point import MASS_UNIT, UNIT, to_fixed
@@ -252,6 +252,16 @@ class Planner:
         return weight, ~torch.isfinite(entropy)
 
     @property
+    def _bounds_rows(self) -> bool:
+        """Whether there is a bound on the rows of a rank."""
+        return self.config.max_load_factor is not None or self.config.target_straggler is not None
+
+    @property
+    def _pools_rows(self) -> bool:
+        """Whether a pool's capacity is one of its rank's rows, so that it can be the bound on them too."""
+        return self.config.level == "rank" and self.config.cost == "one"
+
+    @property
     def _gathers(self) -> int:
         """How many processes share the capacities."""
         return 1 if self.group is None else self.group.size()
@@ -274,16 +284,26 @@ class Planner:
         scope = table.total() if shared else table
         active = scope.tokens >= config.min_tokens
         pools = ranks if config.level == "rank" else self.topology.num_experts
-        room = pool_capacity(
-            scope, config, self.top_k, constants.modality_bias, constants.pool_of_expert, pools
-        )
 
         def pooled(by_expert: Tensor, of_expert: Tensor, size: int) -> Tensor:
             return by_expert.new_zeros(len(by_expert), size).index_add(1, of_expert, by_expert)
 
-        factor = config.max_load_factor
-        even_rows = scope.tokens.double() * self.top_k / ranks
-        row_room = (even_rows * (1.0 if factor is None else factor)).floor().long()[:, None].expand(-1, ranks)
+        row_room = row_bound(scope, config, self.top_k, ranks)[:, None].expand(-1, ranks)
+        if config.target_straggler is not None and self._pools_rows:
+            room = row_room * UNIT
+        else:
+            room = pool_capacity(
+                scope,
+                config,
+                self.top_k,
+                constants.modality_bias,
+                constants.pool_of_expert,
+                constants.rank_of_expert,
+                pools,
+                ranks,
+            )
+            if self._bounds_rows and self._pools_rows:
+                room = torch.minimum(room, row_room * UNIT)
         if shared:
             cost = pooled(table.cost, constants.pool_of_expert, pools)
             rows = pooled(table.rows, constants.rank_of_expert, ranks)
@@ -338,7 +358,7 @@ class Planner:
             room=room,
             row_room=row_room,
         )
-        bounded = config.max_load_factor is not None
+        bounded = self._bounds_rows and not self._pools_rows
         placement = place_admitted(demand, bounded)
         if config.reroute != "none":
             placement = reroute(
@@ -351,12 +371,12 @@ class Planner:
                 bounded,
             )
         unmet = torch.zeros_like(active)
-        if bounded:
+        if self._bounds_rows:
             unmet = unmet | (placement.row_room < 0).any(1)
         if config.max_drop is not None:
             own = torch.arange(experts.shape[1], device=experts.device) < self.top_k
             mass = torch.where(real & own, to_fixed(weights, MASS_UNIT), 0)
-            placement, too_many = limit_drops(demand, placement, mass, config.max_drop, bounded)
+            placement, too_many = limit_drops(demand, placement, mass, config.max_drop, self._bounds_rows)
             unmet = unmet | too_many
         return placement, table, nonfinite, active, unmet & active
 

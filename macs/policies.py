@@ -72,8 +72,9 @@ POLICIES = ("vanilla", "token-drop", "expanded-drop", "rank-balanced", "macs")
 def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, **extras: Any) -> Planner:
     """The policy of that name; ``extras`` are ``Planner``'s keyword arguments.
 
-    Baselines take ``capacity_factor``, ``scope``, ``min_tokens``, ``renormalize``, ``drop_padding``
-    and the two bounds from the config, and set the rest themselves (vanilla heeds none of them):
+    Baselines take ``capacity_factor`` or ``target_straggler``, ``scope``, ``min_tokens``,
+    ``renormalize``, ``drop_padding`` and the two guards ``max_drop`` and ``max_load_factor`` from the
+    config, and set the rest themselves (vanilla heeds none of them):
 
     vanilla        the router's choice
     token-drop     capacity ceil(gamma T k / E) for each expert, highest scores stay

@@ -31,7 +31,7 @@ from .vocabulary import END, FILLER, VOCABULARY, build_tokenizer, encode
 
 PROFILE = Path("runs") / "tiny_vlm.profile.safetensors"
 VANILLA = "vanilla"
-PRESETS_SHOWN = {name: MACSConfig.preset(name) for name in ("paper", "pooled")}
+PRESETS_SHOWN = {"paper": MACSConfig.preset("paper"), "default": MACSConfig()}
 
 
 class Engine(Protocol):

@@ -12,10 +12,10 @@ from macs import MACSConfig, Profile
 
 def test_a_block_is_its_own_fields_and_the_settings():
     block = MACSBlock.of({"capacity_factor": 1.3, "image_token_id": 7, "policy": "token-drop"})
-    assert block.settings == MACSConfig(capacity_factor=1.3)
+    assert block.settings() == MACSConfig(capacity_factor=1.3)
     assert (block.image_token_id, block.policy, block.enabled) == (7, "token-drop", True)
-    assert MACSBlock.of({"preset": "pooled", "reroute": "none"}).settings == MACSConfig.preset(
-        "pooled"
+    assert MACSBlock.of({"preset": "fast", "reroute": "none"}).settings() == MACSConfig.preset(
+        "fast"
     ).updated(reroute="none")
     assert MACSBlock.of(block) is block
 
@@ -26,7 +26,7 @@ def test_a_block_is_its_own_fields_and_the_settings():
         ({"capacity_facter": 1}, "unknown macs field 'capacity_facter'; did you mean 'capacity_factor'?"),
         ({"image_tokenid": 1}, "unknown macs field 'image_tokenid'; did you mean 'image_token_id'?"),
         ({"enable": True}, "unknown macs field 'enable'; did you mean 'enabled'?"),
-        ({"preset": "pooledd"}, "unknown preset 'pooledd'; did you mean 'pooled'?"),
+        ({"preset": "fastt"}, "unknown preset 'fastt'; did you mean 'fast'?"),
         ({"policy": "token_drop"}, "unknown macs policy 'token_drop'; did you mean 'token-drop'?"),
         ({"modality": "ids"}, "unknown macs modality 'ids'"),
         ({"enabled": "yes"}, "config.macs.enabled: found 'yes', expected true or false"),
@@ -57,11 +57,11 @@ def test_mistakes_are_named_also_where_macs_is_off():
 def test_the_block_is_taken_out_of_either_place():
     config = {"dtype": "fp32", "macs": {"capacity_factor": 2.0}}
     rest, block = take_block(config)
-    assert rest == {"dtype": "fp32"} and block.settings.capacity_factor == 2.0
+    assert rest == {"dtype": "fp32"} and block.settings().capacity_factor == 2.0
     assert "macs" in config  # the user's own stays as it is
     inner = {"expert_parallel": {"enabled": True, "macs": {"capacity_factor": 3.0}}}
     rest, block = take_block(inner)
-    assert rest == {"expert_parallel": {"enabled": True}} and block.settings.capacity_factor == 3.0
+    assert rest == {"expert_parallel": {"enabled": True}} and block.settings().capacity_factor == 3.0
     assert "macs" in inner["expert_parallel"]
     assert take_block({"dtype": "fp32"}) == ({"dtype": "fp32"}, None)
     with pytest.raises(ValueError, match="found both at the top and in expert_parallel"):

@@ -32,8 +32,8 @@ def test_the_table(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(out.read_text())["results"]
-    assert list(results) == ["vanilla", "macs paper", "macs pooled"]
-    vanilla, pooled = results["vanilla"], results["macs pooled"]
+    assert list(results) == ["vanilla", "macs paper", "macs default"]
+    vanilla, bounded = results["vanilla"], results["macs default"]
     assert set(vanilla["accuracy"]) == set(data.TASKS) and vanilla["agreement"] == 1.0
     assert vanilla["visual_ratio"] > 0.5  # pictures were seen: 64 of 73 tokens in five of seven prompts
-    assert pooled["straggler_after"] < vanilla["straggler_after"] and pooled["rerouted"] > 0
+    assert bounded["straggler_after"] < vanilla["straggler_after"] and bounded["rerouted"] > 0

@@ -93,7 +93,7 @@ def test_the_main_job(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "profile.safetensors").exists()
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert list(results) == ["vanilla", "token-drop", "expanded-drop", "macs paper", "macs pooled"]
+    assert list(results) == ["vanilla", "token-drop", "expanded-drop", "macs paper", "macs default"]
     for title, found in results.items():
         assert title.split()[0] in done.stdout
         assert set(found["accuracy"]) == set(data.TASKS)
@@ -109,7 +109,7 @@ def test_the_main_job_on_ones_own_picture(tmp_path):
     sample = data.draw_samples(11, "test", ("count",), 1)[0]
     Image.fromarray(sample.pixels).save(tmp_path / "own.png")
     config = tmp_path / "macs.yaml"
-    config.write_text("preset: pooled\ncapacity_factor: 1.1\n")
+    config.write_text("preset: fast\ncapacity_factor: 1.1\n")
     arguments = [
         "--picture",
         str(tmp_path / "own.png"),

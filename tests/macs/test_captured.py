@@ -6,10 +6,11 @@ operators on the very tensors they were called with, and replays them without an
 
 import pytest
 import torch
+from support.cases import paper
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import macs
-from macs import MACSConfig, Modality, Runtime, Topology
+from macs import Modality, Runtime, Topology
 from macs.modality import ModalityBuffers
 
 BATCH, LENGTH, HIDDEN, EXPERTS, TOP_K = 2, 48, 16, 8, 2
@@ -36,7 +37,7 @@ def step(seed, device="cpu"):
 
 
 def layer_of(settings):
-    config = MACSConfig(**{"capacity_factor": 0.7, "min_tokens": 8, **settings})
+    config = paper(**{"capacity_factor": 0.7, "min_tokens": 8, **settings})
     generator = torch.Generator().manual_seed(99)
     router = torch.randn(EXPERTS, HIDDEN, generator=generator)
     return Runtime(config).add_layer(lambda: router, Topology(EXPERTS, 2, sources=(0,)), TOP_K)

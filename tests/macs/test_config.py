@@ -39,10 +39,27 @@ def test_optional_bounds_may_be_absent():
     assert MACSConfig(max_drop=None, max_load_factor=None).max_drop is None
 
 
+def test_one_bound_takes_the_place_of_the_other():
+    assert (MACSConfig().target_straggler, MACSConfig().capacity_factor) == (1.05, None)
+    assert MACSConfig(capacity_factor=1.2).target_straggler is None
+    bounded = MACSConfig.from_dict({"preset": "paper", "target_straggler": 1.1})
+    assert (bounded.target_straggler, bounded.capacity_factor) == (1.1, None)
+    assert bounded.updated(capacity_factor=2.0).target_straggler is None
+    assert bounded.updated(level="rank").target_straggler == 1.1
+    for both in (
+        lambda: MACSConfig(capacity_factor=1.2, target_straggler=1.1),
+        lambda: MACSConfig.from_dict({"capacity_factor": 1.2, "target_straggler": 1.1}),
+    ):
+        with pytest.raises(ValueError, match=r"found 1\.2 beside target_straggler 1\.1, expected one of"):
+            both()
+
+
 def test_a_preset_is_a_base_for_changes():
-    config = MACSConfig.from_dict({"preset": "pooled", "capacity_factor": 1.2})
+    config = MACSConfig.from_dict({"preset": "fast", "capacity_factor": 1.2})
     assert config.level == "rank" and config.capacity_factor == 1.2
-    assert MACSConfig.preset("paper") == MACSConfig()
+    paper = MACSConfig.preset("paper")
+    assert (paper.capacity_factor, paper.modality_strength, paper.weighting) == (1.0, 0.5, "entropy")
+    assert (paper.cost, paper.priority, paper.level, paper.reroute) == ("weight", "score", "expert", "rank")
     assert all(MACSConfig.preset(name) for name in PRESETS)
 
 

@@ -7,10 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
-from support.cases import configs, routings
+from support.cases import NO_BOUND, configs, routings
 
-from macs import full_scores, within_groups
-from macs.capacity import LoadTable, effective_visual_ratio, measure, pool_capacity, quotas
+from macs import MACSConfig, full_scores, within_groups
+from macs.capacity import (
+    LoadTable,
+    effective_visual_ratio,
+    measure,
+    meeting_factors,
+    pool_capacity,
+    quotas,
+    row_bound,
+)
 from macs.fixed_point import UNIT, apportion
 from macs.weighting import constant_weights, entropy_weights, feature_entropy, normalize_entropy
 
@@ -104,7 +112,7 @@ def test_constant_weights():
     assert constant_weights(visual, 1e-4).tolist() == [7, UNIT]
 
 
-@given(routings(config=configs(scope="local")))
+@given(routings(config=configs(scope="local", **NO_BOUND)))
 @settings(max_examples=150)
 def test_loads_ratio_and_capacity(case):
     tokens, config = case.tokens, case.config
@@ -116,7 +124,16 @@ def test_loads_ratio_and_capacity(case):
     ranks = list(case.topology.expert_rank)
     pool = list(range(experts)) if config.level == "expert" else ranks
     bias = torch.tensor(case.bias, dtype=torch.float64)
-    capacity = pool_capacity(table, config, case.top_k, bias, torch.tensor(pool), max(pool) + 1)
+    capacity = pool_capacity(
+        table,
+        config,
+        case.top_k,
+        bias,
+        torch.tensor(pool),
+        torch.tensor(ranks),
+        max(pool) + 1,
+        max(ranks) + 1,
+    )
     for s in range(sources):
         mine = [t for t in range(len(weight)) if tokens.source[t] == s and tokens.valid[t]]
         for j in range(experts):
@@ -134,27 +151,68 @@ def test_loads_ratio_and_capacity(case):
 
 
 def test_visual_experts_grow_with_the_visual_ratio():
-    from macs import MACSConfig
-
+    config = MACSConfig.preset("paper")
     one = torch.tensor([1000])
-    bias = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    bias, each = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64), torch.arange(3)
     for visual, order in ((900, 1), (100, -1)):
         table = LoadTable(one, one * UNIT, torch.tensor([visual * UNIT]), one[:, None] * 0, one[:, None] * 0)
-        high, middle, low = pool_capacity(table, MACSConfig(), 1, bias, torch.arange(3), 3)[0].tolist()
+        high, middle, low = pool_capacity(table, config, 1, bias, each, each, 3, 3)[0].tolist()
         assert (high - middle) * order > 0 > (low - middle) * order
         assert middle == 334 * UNIT
 
 
 def test_a_ranks_pool_is_its_even_share():
     """Rounded up once a rank, not once an expert: gamma bounds the rank."""
-    from macs import MACSConfig
-
     one, none = torch.tensor([100]), torch.zeros(1, 256, dtype=torch.int64)
     table = LoadTable(one, one * UNIT, one * 0, none, none)
     bias, ranks = torch.zeros(256, dtype=torch.float64), torch.arange(256) // 32
     for factor, rows in ((1.0, 100), (1.05, 105), (1.1, 110), (1.101, 111)):
-        found = pool_capacity(table, MACSConfig(capacity_factor=factor), 8, bias, ranks, 8)
+        found = pool_capacity(table, MACSConfig(capacity_factor=factor), 8, bias, ranks, ranks, 8, 8)
         assert found.tolist() == [[rows * UNIT] * 8]
+
+
+def admitted(factor, pools):
+    """Rows a rank admits of its pools (rows, cost, even), as if every row of a pool cost the same."""
+    return sum(rows * min(1.0, factor * even / cost) if cost else rows for rows, cost, even in pools)
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 50), st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=4),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([0.5, 0.9, 1.0, 1.3]),
+)
+def test_every_rank_has_the_largest_factor_that_meets_the_bound(ranks, target):
+    ranks = [[(rows, rows * cost / 4, even) for rows, cost, even in pools] for pools in ranks]
+    pools = [pool for rank in ranks for pool in rank]
+    rank_of = torch.tensor([r for r, rank in enumerate(ranks) for _ in rank])
+    tokens = sum(rows for rows, _, _ in pools)
+    scalar = torch.tensor([tokens])
+    table = LoadTable(
+        scalar,
+        scalar * UNIT,
+        scalar * 0,
+        torch.tensor([[round(cost * UNIT) for _, cost, _ in pools]]),
+        torch.tensor([[rows for rows, _, _ in pools]]),
+    )
+    config = MACSConfig(target_straggler=target)
+    bound = row_bound(table, config, 1, len(ranks))
+    assert bound.tolist() == [int(target * (tokens / len(ranks)))]
+    even = torch.tensor([[even for _, _, even in pools]], dtype=torch.float64)
+    each = torch.arange(len(pools))
+    found = meeting_factors(table, even, bound, each, rank_of, len(pools), len(ranks))[0].tolist()
+    first = 0
+    for rank in ranks:
+        factor, limit = found[first], int(bound)
+        assert found[first : first + len(rank)] == [factor] * len(rank)
+        first += len(rank)
+        if sum(rows for rows, _, _ in rank) <= limit:
+            assert factor == math.inf
+        else:
+            assert admitted(factor, rank) <= limit + 1e-6
+            assert admitted(factor * 1.001 + 1e-6, rank) > limit
 
 
 amounts = st.integers(0, 2**40)

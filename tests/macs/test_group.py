@@ -64,9 +64,7 @@ def plans_of_group(monkeypatch, config, counts):
 @pytest.mark.parametrize("level", ["expert", "rank"])
 @pytest.mark.parametrize("counts", [[40, 40], [60, 0], [5, 70, 0, 30]])
 def test_the_group_shares_its_capacity(monkeypatch, level, counts):
-    config = MACSConfig(
-        scope="group", level=level, reroute="none", cost="one", modality_strength=0.0, min_tokens=0
-    )
+    config = MACSConfig(capacity_factor=1.0, scope="group", level=level, reroute="none", min_tokens=0)
     plans = plans_of_group(monkeypatch, config, counts)
     after = sum(plan.statistics.load_after for plan in plans)
     before = sum(plan.statistics.load_before for plan in plans)

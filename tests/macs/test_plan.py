@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import reference
-from support.cases import configs, routings
+from support.cases import NO_BOUND, configs, paper, routings
 
 from macs import MACSConfig, Planner, Tokens, Topology, build_policy
 from macs.capacity import LoadTable, measure, pool_capacity
@@ -55,7 +55,10 @@ def rooms(case, config, weight, cost):
     scope = table.total() if config.scope == "group" else table
     bias = torch.tensor(case.bias, dtype=torch.float64)
     pool = list(range(experts)) if config.level == "expert" else list(topology.expert_rank)
-    room = pool_capacity(scope, config, case.top_k, bias, torch.tensor(pool), max(pool) + 1).tolist()
+    ranked = torch.tensor(topology.expert_rank)
+    room = pool_capacity(
+        scope, config, case.top_k, bias, torch.tensor(pool), ranked, max(pool) + 1, ranks
+    ).tolist()
 
     def pooled(by_expert, of):
         return [
@@ -63,10 +66,10 @@ def rooms(case, config, weight, cost):
             for row in by_expert
         ]
 
-    factor = config.max_load_factor
+    bounds = [factor for factor in (config.max_load_factor, config.target_straggler) if factor is not None]
     rows = None
-    if factor is not None:
-        rows = [[int(factor * (t * case.top_k / ranks))] * ranks for t in scope.tokens.tolist()]
+    if bounds:
+        rows = [[int(min(bounds) * (t * case.top_k / ranks))] * ranks for t in scope.tokens.tolist()]
     if config.scope == "group":
         grain = UNIT if config.cost == "one" else 1
         whole = [capacity // grain for capacity in room[0]]
@@ -197,7 +200,14 @@ def test_no_token_holds_an_expert_twice(case):
 
 
 @given(
-    routings(config=configs(capacity_factor=1e6, max_load_factor=None, drop_padding=False, level="expert"))
+    routings(
+        config=configs(
+            capacity_factor=1e6,
+            **NO_BOUND,
+            drop_padding=False,
+            level="expert",
+        )
+    )
 )
 @MANY
 def test_with_nothing_over_capacity_the_plan_is_the_input(case):
@@ -251,7 +261,11 @@ def test_columns_may_come_in_any_order(case):
 @given(
     routings(
         config=configs(
-            reroute="none", modality_strength=0.0, max_drop=None, max_load_factor=None, min_tokens=0
+            reroute="none",
+            modality_strength=0.0,
+            max_drop=None,
+            **NO_BOUND,
+            min_tokens=0,
         )
     ),
     st.sampled_from([(0.3, 0.5), (0.5, 1.0), (1.0, 1.1), (1.0, 3.0)]),
@@ -271,7 +285,7 @@ def test_a_larger_capacity_factor_never_drops_more(case, factors):
             reroute="none",
             modality_strength=0.0,
             max_drop=None,
-            max_load_factor=None,
+            **NO_BOUND,
             min_tokens=0,
             min_capacity=0.0,
             priority="score",
@@ -343,7 +357,7 @@ def test_sources_in_one_process_are_as_many_processes(case):
         assert torch.equal(plan.weights, whole.weights[rows])
 
 
-@given(routings(config=configs(max_load_factor=None), exempt=False))
+@given(routings(config=configs(**NO_BOUND), exempt=False))
 @MANY
 def test_max_drop_is_kept(case):
     assume(case.config.max_drop is not None)
@@ -388,7 +402,7 @@ def test_exempt_tokens_stay_whatever_the_bounds():
 def test_a_bound_on_drops_brings_back_no_expert_the_policy_added():
     scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).repeat(8, 1)
     experts = torch.tensor([[2, 3]]).repeat(8, 1)
-    config = MACSConfig(min_tokens=0, max_drop=0.0)
+    config = MACSConfig(min_tokens=0, capacity_factor=1.0, max_drop=0.0)
     policy = build_policy("expanded-drop", config, Topology(4, 1), 2)
     plan = policy.plan(torch.randn(8, 4), experts, torch.full((8, 2), 0.5), scores)
     # Experts 2 and 3 take everyone back; 0 and 1, which score higher but nobody chose, stay within
@@ -420,7 +434,7 @@ def test_rerouting_prefers_score_times_similarity_on_the_same_rank():
     similarity = torch.eye(6)
     similarity[0] = torch.tensor([1.0, 0.9, 0.3, 1.0, 1.0, 1.0])
     scores = torch.tensor([[0.5, 0.1, 0.25, 0.1, 0.04, 0.01]]).repeat(4, 1)
-    planner = Planner(MACSConfig(min_tokens=0, capacity_factor=1.5), Topology(6, 2), 1, similarity=similarity)
+    planner = Planner(paper(min_tokens=0, capacity_factor=1.5), Topology(6, 2), 1, similarity=similarity)
     experts = torch.zeros(4, 1, dtype=torch.int64)
     plan = planner.plan(torch.randn(4, 4), experts, torch.ones(4, 1), scores)
     # One stays; expert 1 (0.1 x 0.9) beats 2 (0.25 x 0.3) and takes one; 2 takes one; 3 is elsewhere.
@@ -453,13 +467,13 @@ def test_policies_take_any_number_of_tokens(name, count):
     assert plan.experts.dtype == torch.int64 and plan.weights.dtype == torch.float32
 
 
-@given(routings(config=configs(level="expert", min_tokens=0), max_tokens=16))
+@given(routings(config=configs(**NO_BOUND, level="expert", min_tokens=0), max_tokens=16))
 @MANY
 def test_expanded_drop(case):
     """Best by score of each expert among top-k and the token's own rank's experts."""
     policy = build_policy(
         "expanded-drop",
-        case.config.updated(max_drop=None, max_load_factor=None, scope="local", min_capacity=0.0),
+        case.config.updated(max_drop=None, scope="local", min_capacity=0.0),
         case.topology,
         case.top_k,
     )
@@ -486,7 +500,9 @@ def test_rank_balanced_fills_the_ranks_evenly():
     scores = torch.rand(64, 8, generator=generator) + torch.tensor([2.0, 2, 0, 0, 0, 0, 0, 0])
     scores = scores / scores.sum(1, keepdim=True)
     weights, experts = scores.topk(2)
-    policy = build_policy("rank-balanced", MACSConfig(min_tokens=0, reroute_rounds=4), Topology(8, 4), 2)
+    policy = build_policy(
+        "rank-balanced", MACSConfig(min_tokens=0, capacity_factor=1.0, reroute_rounds=4), Topology(8, 4), 2
+    )
     plan = policy.plan(torch.randn(64, 4), experts, weights, scores)
     rows = plan.statistics.load_after.view(4, 2).sum(1)
     assert int(plan.statistics.load_before.view(4, 2).sum(1).max()) > 100

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.cases import paper
 
 from macs import Calibration, MACSConfig, Modality, Profile, Runtime, Topology, router_fingerprint
 
@@ -45,7 +46,7 @@ def test_bias():
     torch.testing.assert_close(
         found.visual_preference(), torch.tensor([[0.9 / 0.95, 0.5, 0.05 / 0.95, 0.5]]).double()
     )
-    assert found.bias(MACSConfig()).tolist() == [[1.0, 0.0, -1.0, 0.0]]
+    assert found.bias(paper()).tolist() == [[1.0, 0.0, -1.0, 0.0]]
     assert found.bias(MACSConfig(bias_threshold=0.46)).tolist() == [[0.0, 0.0, 0.0, 0.0]]
     soft = found.bias(MACSConfig(bias="soft"))[0].tolist()
     assert soft == pytest.approx([0.8 / 0.95, 0, -0.85 / 0.95, 0], abs=0.06)
@@ -53,7 +54,7 @@ def test_bias():
 
 def test_one_modality_alone_says_nothing():
     found = profile(visual=torch.zeros(1, 4, dtype=torch.int64))
-    assert found.bias(MACSConfig()).tolist() == [[0.0] * 4]
+    assert found.bias(paper()).tolist() == [[0.0] * 4]
     assert found.bias(MACSConfig(bias="soft")).tolist() == [[0.0] * 4]
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from support.cases import paper
 
 import macs
 from macs import (
@@ -35,7 +36,7 @@ def run(layer, count=32):
 
 
 def test_policies_switch_while_it_runs():
-    runtime = Runtime(MACSConfig(capacity_factor=0.5, min_tokens=0), policy="token-drop")
+    runtime = Runtime(paper(capacity_factor=0.5, min_tokens=0), policy="token-drop")
     layer = runtime.add_layer(lambda: ROUTER, Topology(4, 2), 2)
     first = run(layer)
     assert int(first.statistics.dropped) > 0
@@ -44,7 +45,7 @@ def test_policies_switch_while_it_runs():
     runtime.enabled = False
     assert run(layer) is None
     runtime.enabled = True
-    runtime.use("macs", MACSConfig(min_tokens=1000))
+    runtime.use("macs", paper(min_tokens=1000))
     assert int(run(layer).statistics.planned) == 0
     with pytest.raises(ValueError, match="unknown policy 'mac'; did you mean 'macs'"):
         runtime.use("mac")
@@ -53,7 +54,7 @@ def test_policies_switch_while_it_runs():
 
 
 def test_reports_add_up_and_clear():
-    runtime = Runtime(MACSConfig(capacity_factor=0.5, min_tokens=0))
+    runtime = Runtime(paper(capacity_factor=0.5, min_tokens=0))
     layer = runtime.add_layer(lambda: ROUTER, Topology(4, 2), 2)
     for _ in range(3):
         plan = run(layer)
@@ -76,7 +77,7 @@ def test_reports_add_up_and_clear():
 
 
 def test_the_recorder_keeps_the_latest_steps_in_order():
-    policy = build_policy("vanilla", MACSConfig(), Topology(4), 2)
+    policy = build_policy("vanilla", paper(), Topology(4), 2)
     recorder = LayerRecorder(Topology(4), 2, steps=3)
     with pytest.raises(ValueError, match="no step was recorded"):
         recorder.read()
@@ -86,7 +87,7 @@ def test_the_recorder_keeps_the_latest_steps_in_order():
 
 
 def test_records_outlive_inference_mode_and_keep_no_graph():
-    runtime = Runtime(MACSConfig(min_tokens=0))
+    runtime = Runtime(paper(min_tokens=0))
     layer = runtime.add_layer(lambda: ROUTER, Topology(4, 2), 2)
     with torch.inference_mode():
         run(layer)
@@ -104,9 +105,9 @@ def test_records_outlive_inference_mode_and_keep_no_graph():
 
 
 def test_a_refused_switch_changes_nothing():
-    runtime = Runtime(MACSConfig(capacity_factor=2.0))
+    runtime = Runtime(paper(capacity_factor=2.0))
     with pytest.raises(ValueError, match="unknown policy"):
-        runtime.use("drop", MACSConfig(capacity_factor=3.0))
+        runtime.use("drop", paper(capacity_factor=3.0))
     assert (runtime.policy, runtime.config.capacity_factor) == ("macs", 2.0)
 
 
@@ -122,18 +123,16 @@ def test_a_profile_moves_capacity():
     profile = Profile(
         counts, counts.flip(1) * torch.tensor([1, 20, 20, 1]), (macs.router_fingerprint(ROUTER),), 2
     )
-    runtime = Runtime(MACSConfig(min_tokens=0), profile=profile)
+    runtime = Runtime(paper(min_tokens=0), profile=profile)
     layer = runtime.add_layer(lambda: ROUTER, Topology(4), 2)
     assert layer.planner._bias.tolist() == [1.0, -1.0, -1.0, 1.0]
-    stranger = Runtime(MACSConfig(min_tokens=0), profile=profile).add_layer(
-        lambda: ROUTER + 1, Topology(4), 2
-    )
+    stranger = Runtime(paper(min_tokens=0), profile=profile).add_layer(lambda: ROUTER + 1, Topology(4), 2)
     with pytest.raises(ValueError, match="measured on another model"):
         run(stranger)
 
 
 def test_without_a_mask_every_token_is_text_and_it_says_so_once(caplog):
-    runtime = Runtime(MACSConfig(min_tokens=0, modality_strength=0.0))
+    runtime = Runtime(paper(min_tokens=0, modality_strength=0.0))
     layer = runtime.add_layer(lambda: ROUTER, Topology(4), 2)
     run(layer), run(layer)
     assert [record.message for record in caplog.records].count(
@@ -162,7 +161,7 @@ def test_without_a_mask_every_token_is_text_and_it_says_so_once(caplog):
     ],
 )
 def test_the_planner_names_what_does_not_fit(change, error, message):
-    planner = Planner(MACSConfig(), Topology(4), 2)
+    planner = Planner(paper(), Topology(4), 2)
     with pytest.raises(error) as caught:
         planner.plan(*change(*inputs()))
     assert message in str(caught.value)
@@ -176,17 +175,17 @@ def test_the_planner_names_what_does_not_fit(change, error, message):
         (lambda: Topology(4, 2, (0, 1)), "topology.expert_rank: found 2 entries, expected 4"),
         (lambda: Topology(4, 2, sources=(2,)), "topology.sources: found (2,), expected ranks from 0 to 1"),
         (lambda: Topology(0), "found 0 experts on 1 ranks"),
-        (lambda: Planner(MACSConfig(), Topology(4), 5), "top_k: found 5, expected 1 to 4"),
+        (lambda: Planner(paper(), Topology(4), 5), "top_k: found 5, expected 1 to 4"),
         (
-            lambda: Planner(MACSConfig(), Topology(4), 2, modality_bias=[0.0]),
+            lambda: Planner(paper(), Topology(4), 2, modality_bias=[0.0]),
             "modality_bias: found shape (1,)",
         ),
         (
-            lambda: Planner(MACSConfig(), Topology(4), 2, similarity=torch.ones(2, 2)),
+            lambda: Planner(paper(), Topology(4), 2, similarity=torch.ones(2, 2)),
             "similarity: found shape (2, 2)",
         ),
         (lambda: Planner(MACSConfig(similarity="profile"), Topology(4), 2), "no similarity matrix"),
-        (lambda: build_policy("drop", MACSConfig(), Topology(4), 2), "unknown policy 'drop'"),
+        (lambda: build_policy("drop", paper(), Topology(4), 2), "unknown policy 'drop'"),
     ],
 )
 def test_what_cannot_be_built_is_told_when_it_is_built(build, message):

@@ -37,9 +37,9 @@ def test_there_is_a_flag_with_help_for_every_setting():
 
 def test_flags_go_before_the_file_and_the_file_before_the_preset(tmp_path):
     path = tmp_path / "macs.yaml"
-    path.write_text("preset: pooled\ncapacity_factor: 1.5\nreroute: none\n")
+    path.write_text("preset: fast\ncapacity_factor: 1.5\nreroute: none\n")
     args = parsed("--moe-macs", "--moe-macs-config", str(path), "--moe-macs-capacity-factor", "1.25")
-    expected = MACSConfig.preset("pooled").updated(capacity_factor=1.25, reroute="none")
+    expected = MACSConfig.preset("fast").updated(capacity_factor=1.25, reroute="none")
     assert config_from_args(args) == expected == runtime_from_args(args).config
     args = parsed(
         "--moe-macs", "--moe-macs-preset", "padded", "--moe-macs-renormalize", "--moe-macs-max-drop", "0.1"

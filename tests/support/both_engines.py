@@ -17,9 +17,10 @@ from tiny_vlm.megatron_engine import Engine
 
 import deepspeed_macs
 import macs
-from macs import MACSConfig, Profile, Runtime
+from macs import Profile, Runtime
 from megatron_macs import attach_modality
 
+from .cases import paper
 from .deepspeed_jobs import on_deepspeed
 from .deepspeed_tiny_jobs import tiny_engine
 from .megatron_jobs import on_megatron
@@ -66,8 +67,8 @@ def profile_of(runtime: Runtime, run: Any) -> Profile:
 @on_megatron
 def plans(policy: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The plan of every layer in three adapters, for the same recorded inputs, as sorted routes."""
-    runtime = Runtime(MACSConfig(**settings), policy=policy)
-    models = build_all(runtime, {"policy": policy, **settings})
+    runtime = Runtime(paper(**settings), policy=policy)
+    models = build_all(runtime, {"preset": "paper", "policy": policy, **settings})
     hidden, mask = layer_inputs(mine(data.draw_samples(5, "test", data.TASKS, 24)))
     runtimes = [runtime, models[1].macs, models[2].macs]
     layers = [
@@ -137,7 +138,7 @@ def answers(choices: list[tuple[str, dict[str, Any]]], count: int) -> list[dict[
     for policy, settings in choices:
         given, stragglers = [], []
         for engine, one in zip(engines, runtimes, strict=True):
-            one.use(policy, MACSConfig(**settings), profile)
+            one.use(policy, paper(**settings), profile)
             given.append(engine.generate(samples))
             stragglers.append([float(report.prefill.straggler("after")[0]) for report in one.reports()])
         right = [answer == sample.answer for answer, sample in zip(given[0], samples, strict=True)]

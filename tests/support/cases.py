@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from macs import MACSConfig, Tokens, Topology
+
+NO_BOUND = {"max_load_factor": None, "target_straggler": None}
+"""No bound on the rows of a rank."""
+
+
+def paper(**settings: Any) -> MACSConfig:
+    """Settings laid over those of the paper, which have every part of the planner at work."""
+    return MACSConfig.from_dict({"preset": "paper", **settings})
 
 
 @dataclass
@@ -88,6 +97,7 @@ def configs(**fixed):
     """Any setting of the planner, some of them fixed."""
     choices = {
         "capacity_factor": st.sampled_from([0.25, 0.5, 0.8, 1.0, 1.3, 2.0]),
+        "target_straggler": st.sampled_from([None, None, 0.7, 1.0, 1.3]),
         "basis": st.sampled_from(["tokens", "effective"]),
         "modality_strength": st.sampled_from([0.0, 0.5, 1.0]),
         "conserve": st.booleans(),
@@ -108,4 +118,11 @@ def configs(**fixed):
         "drop_padding": st.booleans(),
     }
     choices.update({name: st.just(value) for name, value in fixed.items()})
-    return st.fixed_dictionaries(choices).map(lambda values: MACSConfig(**values))
+
+    def built(values):
+        # One of the two bounds has to give way.
+        if values.get("target_straggler") is not None:
+            values = {**values, "capacity_factor": None}
+        return MACSConfig(**values)
+
+    return st.fixed_dictionaries(choices).map(built)

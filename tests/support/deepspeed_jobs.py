@@ -22,9 +22,9 @@ from torch import nn
 
 import deepspeed_macs
 from deepspeed_macs.models import expert_parallel_settings
-from macs import MACSConfig
 
 from . import hf_models
+from .cases import paper
 from .plan_log import PlanLog
 
 HIDDEN, FFN = 16, 24
@@ -127,7 +127,7 @@ def macs_engine(experts: int, k: int, block: dict[str, Any], **settings: Any) ->
     config = {
         "dtype": "fp32",
         "moe": {"ep_size": world},
-        "macs": {"image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block},
+        "macs": {"preset": "paper", "image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block},
     }
     return deepspeed_macs.init_inference(Model(experts, k, world, **settings), config).eval()
 
@@ -160,7 +160,7 @@ def gate_unbounded_is_stock(experts: int, k: int) -> dict[str, bool]:
     for name, block in (
         ("macs", {"capacity_factor": 1e6}),
         ("macs in a group", {"capacity_factor": 1e6, "scope": "group"}),
-        ("pooled", {"capacity_factor": 1e6, "preset": "pooled"}),
+        ("pooled", {"capacity_factor": 1e6, "preset": "fast"}),
         ("token-drop", {"capacity_factor": 1e6, "policy": "token-drop"}),
         ("vanilla", {"policy": "vanilla"}),
         ("few tokens", {"capacity_factor": 0.1, "min_tokens": 1000}),
@@ -250,7 +250,7 @@ def gate_under_tensor_parallelism(k: int, settings: dict) -> dict[str, Any]:
     ids = batch_of(0, 3, 9)
     # Rerouting that does not ask where experts live, so that one process can say what must come out.
     block = {"capacity_factor": 0.7, "reroute": "group", **settings}
-    block = {"image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block}
+    block = {"preset": "paper", "image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block}
     alone = Model(4, k, 1)
     deepspeed_macs.add_macs(alone, block)
     expected = alone.eval()(ids)
@@ -301,7 +301,7 @@ def autoep_engine(
         config["tensor_parallel"] = {"autotp_size": tensor_parallel, "preset_model": name}
     if macs_block is not None:
         named = {} if name in hf_models.MULTIMODAL else {"image_token_id": hf_models.IMAGE_TOKEN}
-        config["macs"] = {"min_tokens": 0, **named, **macs_block}
+        config["macs"] = {"preset": "paper", "min_tokens": 0, **named, **macs_block}
     engine = deepspeed_macs.initialize(model=model, config=config)[0]
     engine.eval()  # which, unlike other modules', returns nothing
     return engine
@@ -320,7 +320,7 @@ def autoep_unbounded_is_stock(name: str, expert_parallel: dict[str, Any]) -> dic
     same = {}
     for title, block in (
         ("macs", {"capacity_factor": 1e6}),
-        ("pooled in a group", {"capacity_factor": 1e6, "preset": "pooled", "scope": "group"}),
+        ("pooled in a group", {"capacity_factor": 1e6, "preset": "fast", "scope": "group"}),
         ("token-drop", {"capacity_factor": 1e6, "policy": "token-drop"}),
         ("vanilla", {"policy": "vanilla"}),
         ("few tokens", {"capacity_factor": 0.1, "min_tokens": 1000}),
@@ -454,7 +454,7 @@ def folded(score_apply: str, tp_size: int) -> dict[str, Any]:
     with counted_traffic() as rows:
         bounded = logits_of(engine, ids)
     try:  # whose additions depend on the rank, not on the tokens alone
-        engine.macs.use("expanded-drop", MACSConfig(capacity_factor=0.5, min_tokens=0))
+        engine.macs.use("expanded-drop", paper(capacity_factor=0.5, min_tokens=0))
         refusal = ""
     except ValueError as error:
         refusal = str(error)

@@ -55,7 +55,7 @@ def generated(policy: str, settings: dict[str, Any], use_types: bool) -> dict[st
     inputs = padded_inputs(samples, [100, 20 + 5 * rank, 30, 100])
     steps = {"min_new_tokens": 3 + 2 * rank, "max_new_tokens": 3 + 2 * rank}  # ranks stop at different ones
     expected = tiny.load_model().generate(**inputs, **steps, do_sample=False)
-    engine = tiny_engine({"policy": policy, **settings})
+    engine = tiny_engine({"preset": "paper", "policy": policy, **settings})
     seen: list[Any] = []
     inner = engine.macs.layers[0].plan
     engine.macs.layers[0].plan = lambda *args: seen.append(args[-1]) or inner(*args)

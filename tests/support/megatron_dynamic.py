@@ -30,10 +30,11 @@ from megatron.core.transformer.moe.token_dispatcher_inference import NVLSAllGath
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from macs import MACSConfig, Runtime
+from macs import Runtime
 from megatron_macs import attach_modality
 from megatron_macs.hooks import watch
 
+from .cases import paper
 from .megatron_jobs import drawn, on_megatron
 from .megatron_models import VOCABULARY, language_config, local_spec
 from .plan_log import PlanLog
@@ -178,7 +179,7 @@ def dynamic_answers(
     settings: dict[str, Any] | None, chunked: int | None, tokens: int = 4, image: bool = True
 ) -> dict[str, Any]:
     """Tokens generated, and what the layers were told; ``chunked``: prefill so many tokens a step."""
-    runtime = None if settings is None else Runtime(MACSConfig(**settings))
+    runtime = None if settings is None else Runtime(paper(**settings))
     with pretended_cuda():
         model = build_model(runtime, image)
         context = DynamicInferenceContext(
@@ -227,7 +228,7 @@ def dynamic_answers(
 @on_megatron
 def static_answers(settings: dict[str, Any] | None) -> dict[str, Any]:
     """Through ``StaticInferenceEngine`` that runs on the dynamic one, and whether it really does."""
-    runtime = None if settings is None else Runtime(MACSConfig(**settings))
+    runtime = None if settings is None else Runtime(paper(**settings))
     with pretended_cuda():
         model = build_model(runtime, True)
         context = StaticInferenceContext(8, 256)

@@ -27,9 +27,10 @@ from megatron.core.transformer.moe.token_dispatcher_inference import (
 from torch.nn import functional
 
 import macs
-from macs import MACSConfig, Runtime
+from macs import Runtime
 from megatron_macs.spec import macs_mlp
 
+from .cases import paper
 from .fake_nvls import fake_nvls
 from .megatron_jobs import drawn, layer_config, on_megatron
 from .plan_log import PlanLog
@@ -142,7 +143,7 @@ def unbounded_is_stock(dispatcher: str, count: int) -> dict[str, bool]:
                 ("few tokens", "macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
                 ("off", "macs", {"capacity_factor": 0.1, "min_tokens": 0}),
             ):
-                runtime = Runtime(MACSConfig(**settings), policy=policy)
+                runtime = Runtime(paper(**settings), policy=policy)
                 runtime.enabled = name != "off"
                 output, _ = build(runtime, dispatcher)(hidden)
                 same[f"{name}, {mode}"] = torch.equal(output, stock)
@@ -159,7 +160,7 @@ def planned_output(dispatcher: str, count: int, settings: dict[str, Any], paddin
         NVLSAllGatherVDispatcher.set_real_token_count_tensor(
             torch.tensor([count - padding], dtype=torch.int32)
         )
-    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}))
+    runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
     layer = build(runtime, dispatcher)
     log = PlanLog(runtime)
     errors, moved = [], []

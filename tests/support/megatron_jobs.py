@@ -19,9 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 import macs
-from macs import MACSConfig, Runtime
+from macs import Runtime
 from megatron_macs import cpu_engine, with_macs
 
+from .cases import paper
 from .plan_log import PlanLog
 
 HIDDEN, FFN = 16, 24
@@ -146,13 +147,13 @@ def unbounded_is_stock(dispatcher: str, experts: int, top_k: int, changes: dict)
         ("few tokens", "macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
         ("off", "macs", {"capacity_factor": 0.1, "min_tokens": 0}),
     ):
-        runtime = Runtime(MACSConfig(**settings), policy=policy)
+        runtime = Runtime(paper(**settings), policy=policy)
         layer = build_layer(runtime, config)
         runtime.enabled = name != "off"
         with macs.modality(mask):
             output, _ = layer(hidden)
         same[name] = torch.equal(output, stock)
-    runtime = Runtime(MACSConfig(capacity_factor=0.1, min_tokens=0))
+    runtime = Runtime(paper(capacity_factor=0.1, min_tokens=0))
     layer = build_layer(runtime, config)
     with macs.modality(mask):
         same["calibrating"] = False
@@ -179,7 +180,7 @@ def planned_output(
     """A layer's output, plan and traffic, and what the plan says the output must be."""
     rank, world = dist.get_rank(), dist.get_world_size()
     config = layer_config(dispatcher, experts, top_k)
-    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}), policy=policy, virtual_ranks=virtual_ranks)
+    runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy, virtual_ranks=virtual_ranks)
     layer = build_layer(runtime, config)
     log = PlanLog(runtime)
     parts = [
@@ -227,7 +228,7 @@ def planned_output(
 def rerouted_within_groups(changes: dict) -> dict[str, Any]:
     """Where group-limited routing lets overflow go: the groups that the token uses already."""
     config = layer_config("alltoall", 8, 2, **changes)
-    runtime = Runtime(MACSConfig(min_tokens=0, capacity_factor=0.5, reroute="group"))
+    runtime = Runtime(paper(min_tokens=0, capacity_factor=0.5, reroute="group"))
     layer = build_layer(runtime, config)
     hidden, mask = batch_of(dist.get_rank(), 6, 16)
     seen: list[Any] = []
@@ -246,7 +247,7 @@ def rerouted_within_groups(changes: dict) -> dict[str, Any]:
 def uneven_tokens(settings: dict, lengths: list[int]) -> list[Any]:
     """One sequence a rank, of different lengths, perhaps none at all."""
     config = layer_config("alltoall", 4, 2)
-    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}))
+    runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
     layer = build_layer(runtime, config)
     length = lengths[dist.get_rank()]
     hidden, mask = batch_of(dist.get_rank(), 1, length)
@@ -261,7 +262,7 @@ def odd_batch(kind: str, settings: dict) -> dict[str, float]:
     """A batch that is odd in some way; whether the output is finite, and the statistics."""
     experts, top_k = (4, 4) if kind == "k is E" else (4, 2)
     layer_settings = layer_config("alltoall", experts, top_k)
-    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}))
+    runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
     layer = build_layer(runtime, layer_settings)
     hidden, mask = batch_of(dist.get_rank(), 2, 8)
     if kind == "one token":
@@ -290,7 +291,7 @@ def odd_batch(kind: str, settings: dict) -> dict[str, float]:
 @on_megatron
 def bad_mask(kind: str, ranks: list[int]) -> None:
     """Run a layer with a mask that does not fit, on some ranks; must raise there."""
-    runtime = Runtime(MACSConfig(min_tokens=0))
+    runtime = Runtime(paper(min_tokens=0))
     layer = build_layer(runtime, layer_config("alltoall", 4, 2))
     hidden, mask = batch_of(dist.get_rank(), 2, 8)
     if dist.get_rank() in ranks:
@@ -309,7 +310,7 @@ def bad_mask(kind: str, ranks: list[int]) -> None:
 def refused(changes: dict, settings: dict) -> None:
     """Build a layer with settings that MACS must refuse."""
     build_layer(
-        Runtime(MACSConfig(**settings)),
+        Runtime(paper(**settings)),
         layer_config(**{"dispatcher": "alltoall", "experts": 4, "top_k": 2, **changes}),
     )
 
@@ -318,7 +319,7 @@ def refused(changes: dict, settings: dict) -> None:
 def calibrate_and_use(folder: str) -> dict[str, Any]:
     """Measure a profile over all ranks, use it, and use one that belongs to another model."""
     config = layer_config("alltoall", 4, 2)
-    runtime = Runtime(MACSConfig(min_tokens=0))
+    runtime = Runtime(paper(min_tokens=0))
     layer = build_layer(runtime, config)
     hidden, mask = batch_of(dist.get_rank(), 2, 8)
     with macs.modality(mask), runtime.calibration():
@@ -392,7 +393,7 @@ def without_global_state(dispatcher: str, settings: dict) -> dict[str, Any]:
         parallel_state._set_global_memory_buffer()  # scratch of the all-gather
         config = layer_config(dispatcher, 8, 2)
         hidden, mask = batch_of(dist.get_rank(), 3, 12)
-        runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}))
+        runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
         layer = build_layer(runtime, config, groups)
         log = PlanLog(runtime)
         with macs.modality(mask):
@@ -407,7 +408,7 @@ def with_global_state(dispatcher: str, settings: dict) -> dict[str, Any]:
     """The same layer in Megatron's own groups."""
     config = layer_config(dispatcher, 8, 2)
     hidden, mask = batch_of(dist.get_rank(), 3, 12)
-    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}))
+    runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
     layer = build_layer(runtime, config)
     log = PlanLog(runtime)
     with macs.modality(mask):
@@ -421,7 +422,7 @@ def planned_where_graphs_are_on(first: str) -> dict[str, Any]:
     """A layer of a model whose decoding is captured, on a prompt: the first step, or after a small one."""
     changes = {"cuda_graph_impl": "local", "moe_pad_experts_for_cuda_graph_inference": True}
     config = layer_config("alltoall", 8, 2, **changes)
-    runtime = Runtime(MACSConfig(min_tokens=8, capacity_factor=0.5))
+    runtime = Runtime(paper(min_tokens=8, capacity_factor=0.5))
     layer = build_layer(runtime, config)
     dispatcher = layer.token_dispatcher
     small, small_mask = batch_of(dist.get_rank(), 1, 4)
@@ -451,7 +452,7 @@ def planned_where_graphs_are_on(first: str) -> dict[str, Any]:
 @on_megatron
 def reports_of_uneven_steps(extra: int, whole: bool) -> list[int]:
     """Reports summed over ranks of which the first ran ``extra`` more; ``whole``: each by itself."""
-    runtime = Runtime(MACSConfig(min_tokens=0), policy="vanilla")
+    runtime = Runtime(paper(min_tokens=0), policy="vanilla")
     layer = build_layer(runtime, layer_config("alltoall", 4, 2))
     hidden, mask = batch_of(dist.get_rank(), 2, 8)
     for step in range(1 + extra):
@@ -464,7 +465,7 @@ def reports_of_uneven_steps(extra: int, whole: bool) -> list[int]:
 @on_megatron
 def layer_that_guesses_ahead() -> dict[str, Any]:
     """A layer of multi-token prediction beside one of the decoder."""
-    runtime = Runtime(MACSConfig(min_tokens=0, capacity_factor=0.3))
+    runtime = Runtime(paper(min_tokens=0, capacity_factor=0.3))
     config = layer_config("alltoall", 4, 2)
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False, normalization="RMSNorm")
     mlp = with_macs(spec, runtime).submodules.mlp

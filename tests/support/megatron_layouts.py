@@ -15,9 +15,10 @@ from tiny_vlm.megatron_engine import Engine
 from torch.nn import functional
 
 import macs
-from macs import MACSConfig, Runtime
+from macs import Runtime
 from megatron_macs import attach_modality, cpu_engine
 
+from .cases import paper
 from .fake_deepep import fake_deepep
 from .megatron_jobs import (
     FFN,
@@ -105,7 +106,7 @@ def unbounded_is_stock(layout: dict[str, Any], dispatcher: str) -> dict[str, boo
         ("vanilla", "vanilla", {}),
         ("few tokens", "macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
     ):
-        runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}), policy=policy)
+        runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
         layer = build(runtime, config)
         with macs.modality(mask):
             same[name] = torch.equal(layer(hidden)[0], stock)
@@ -117,7 +118,7 @@ def planned_output(
     layout: dict[str, Any], dispatcher: str, policy: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """A layer's plan, and how far its output is from what the plan says."""
-    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}), policy=policy)
+    runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
     layer = build(runtime, config_of(layout, dispatcher))
     log = PlanLog(runtime)
     hidden, mask = tokens_of(layout)
@@ -158,9 +159,9 @@ def over_deepep(
     hidden, mask = tokens_of(layout)
     with fake_deepep() as fake, macs.modality(mask):
         stock, _ = build(None, config)(hidden)
-        roomy = Runtime(MACSConfig(capacity_factor=1e6, min_tokens=0))
+        roomy = Runtime(paper(capacity_factor=1e6, min_tokens=0))
         same = torch.equal(build(roomy, config)(hidden)[0], stock)
-        runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}), policy=policy)
+        runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
         layer = build(runtime, config)
         log = PlanLog(runtime)
         output, _ = layer(hidden)
@@ -200,13 +201,13 @@ def refused_flex(layout: dict[str, Any], policy: str, changes: dict[str, Any]) -
 @on_layout
 def refused(layout: dict[str, Any], policy: str, settings: dict[str, Any]) -> None:
     """Build a layer with a policy that tensor-parallel replicas could not plan alike."""
-    build(Runtime(MACSConfig(**settings), policy=policy), config_of(layout, "alltoall"))
+    build(Runtime(paper(**settings), policy=policy), config_of(layout, "alltoall"))
 
 
 @on_layout
 def without_sequence_parallelism(layout: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The plan of a layer built for sequence parallelism that is then given whole sequences."""
-    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}))
+    runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
     config = config_of(layout, "alltoall")
     layer = build(runtime, config)
     config.sequence_parallel = False
@@ -221,7 +222,7 @@ def without_sequence_parallelism(layout: dict[str, Any], settings: dict[str, Any
 @on_layout
 def bad_mask(layout: dict[str, Any]) -> None:
     """A mask of a part of the sequence, where sequence parallelism wants the whole."""
-    layer = build(Runtime(MACSConfig(min_tokens=0)), config_of(layout, "alltoall"))
+    layer = build(Runtime(paper(min_tokens=0)), config_of(layout, "alltoall"))
     hidden, mask = tokens_of(layout)
     with macs.modality(mask[:, : hidden.shape[0]]):
         layer(hidden)
@@ -233,7 +234,7 @@ def tiny_answers(
 ) -> dict[str, Any]:
     """The tiny model's answers under a layout, and what every layer of this rank knew of the tokens."""
     source = tiny.load_model()
-    runtime = Runtime(MACSConfig(**settings), policy=policy)
+    runtime = Runtime(paper(**settings), policy=policy)
     model = build_megatron_model(
         source,
         runtime,

@@ -28,10 +28,11 @@ from tiny_vlm.megatron_llava import LLaVAEngine, build_llava_model, one_token_a_
 from torch import Tensor, nn
 
 import macs
-from macs import MACSConfig, Runtime
+from macs import Runtime
 from megatron_macs import attach_modality, with_macs
 from megatron_macs.swap import install
 
+from .cases import paper
 from .megatron_jobs import layer_config, on_megatron
 from .megatron_layouts import on_layout
 from .plan_log import PlanLog
@@ -111,7 +112,7 @@ def local_spec(runtime: Runtime | None) -> Any:
 def llava_answers(layout: dict[str, Any], policy: str, settings: dict[str, Any], count: int) -> Any:
     """The tiny model's answers as a LLaVA model, through ``VLMInferenceWrapper``."""
     source = tiny.load_model()
-    runtime = Runtime(MACSConfig(**settings), policy=policy)
+    runtime = Runtime(paper(**settings), policy=policy)
     model = build_llava_model(
         source,
         runtime,
@@ -140,7 +141,7 @@ def llava_answers(layout: dict[str, Any], policy: str, settings: dict[str, Any],
 def llava_stages(layout: dict[str, Any]) -> dict[str, Any]:
     """A prompt with a picture through a pipeline; stages after the first get no picture."""
     source = tiny.load_model()
-    runtime = Runtime(MACSConfig(capacity_factor=0.8))
+    runtime = Runtime(paper(capacity_factor=0.8))
     model = build_llava_model(source, runtime, pipeline_model_parallel_size=layout["pp"])
     attach_modality(model)
     (sample,) = data.draw_samples(5, "test", ("count",), 1)
@@ -176,7 +177,7 @@ def llava_stages(layout: dict[str, Any]) -> dict[str, Any]:
 def llava_of_many_tiles() -> dict[str, Any]:
     """Prompts with several pictures of several tiles, and with none; a cached step; bad calls."""
     source = tiny.load_model()
-    runtime = Runtime(MACSConfig(min_tokens=0))
+    runtime = Runtime(paper(min_tokens=0))
     model = build_llava_model(source, runtime)
     hidden = model.config.hidden_size
     model.vision_model = Constant(MARK[macs.IMAGE], hidden)
@@ -226,7 +227,7 @@ def llava_of_many_tiles() -> dict[str, Any]:
 def mimo_of_many_kinds(by: str) -> dict[str, Any]:
     """A model of text, pictures, film and sound, with MACS by ``with_macs`` or by ``install``."""
     config = language_config()
-    runtime = Runtime(MACSConfig(min_tokens=0))
+    runtime = Runtime(paper(min_tokens=0))
     ids_of = {"images": 28, "video_frames": 29, "audios": 30}
     kinds = {"images": macs.IMAGE, "video_frames": macs.VIDEO, "audios": macs.AUDIO}
     encoders = {
@@ -302,7 +303,7 @@ def hybrid_layers(by: str) -> dict[str, Any]:
     )
     spec = ModuleSpec(module=stack.module, submodules=kinds, params=stack.params)
     hybrid_block.TENorm = WrappedTorchNorm  # for want of transformer-engine
-    runtime = Runtime(MACSConfig(min_tokens=0))
+    runtime = Runtime(paper(min_tokens=0))
     undo = install(runtime, {"image_token_id": 28}) if by == "install" else None
     model = HybridModel(
         language_config(num_layers=4),

@@ -13,9 +13,10 @@ from tiny_vlm.megatron import PictureEncoder, build_megatron_model
 from tiny_vlm.megatron_engine import Engine
 
 import macs
-from macs import MACSConfig, Runtime
+from macs import Runtime
 from megatron_macs import attach_modality
 
+from .cases import paper
 from .megatron_jobs import on_megatron
 
 
@@ -31,7 +32,7 @@ def logits_differ_by(tasks: tuple[str, ...], dispatcher: str) -> list[float]:
     expected = source(**tiny.sample_inputs(samples)).logits
     ids = torch.tensor([sample.prompt for sample in samples])
     found = []
-    for runtime in (None, Runtime(MACSConfig(capacity_factor=1e6))):
+    for runtime in (None, Runtime(paper(capacity_factor=1e6))):
         model = build_megatron_model(
             source,
             runtime,
@@ -51,7 +52,7 @@ def logits_differ_by(tasks: tuple[str, ...], dispatcher: str) -> list[float]:
 def engine_answers(policy: str, settings: dict[str, Any], count: int) -> dict[str, Any]:
     """Answers of Megatron's engine, what Hugging Face's greedy decoding says, and prompt steps."""
     source = tiny.load_model()
-    runtime = Runtime(MACSConfig(**settings), policy=policy)
+    runtime = Runtime(paper(**settings), policy=policy)
     model = build_megatron_model(source, runtime, expert_model_parallel_size=dist.get_world_size())
     attach_modality(model, image_token_id=source.config.image_token_id)
     samples = samples_of(data.TASKS, count)[dist.get_rank() :: dist.get_world_size()]
@@ -82,7 +83,7 @@ def engine_answers(policy: str, settings: dict[str, Any], count: int) -> dict[st
 def plan_of_real_pictures(virtual_ranks: int) -> list[Any]:
     """Plans, in group scope, of every layer for the same pictures on one process or on several."""
     source = tiny.load_model()
-    runtime = Runtime(MACSConfig(scope="group", min_tokens=0), virtual_ranks=virtual_ranks)
+    runtime = Runtime(paper(scope="group", min_tokens=0), virtual_ranks=virtual_ranks)
     model = build_megatron_model(source, runtime, expert_model_parallel_size=dist.get_world_size())
     attach_modality(model, image_token_id=source.config.image_token_id)
     samples = samples_of(data.TASKS, 12)
