@@ -26,7 +26,7 @@ class LayerRecorder:
         self.topology = topology
         self.top_k = top_k
         self.steps = steps
-        self._width = len(PlanStatistics.scalar_names()) + 2 * topology.num_experts
+        self._width = len(PlanStatistics.scalar_names()) + 3 * topology.num_experts
         self._ring: Tensor | None = None
         self._next: Tensor | None = None
 
@@ -99,7 +99,7 @@ def on_gpu(group: dist.ProcessGroup) -> bool:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Recorded steps of a layer, on the CPU: rows float64 [N, scalars + 2 E]."""
+    """Recorded steps of a layer, on the CPU: rows float64 [N, scalars + 3 E]."""
 
     rows: Tensor
     topology: Topology
@@ -120,10 +120,10 @@ class LayerReport:
         return LayerReport(self.rows[chosen], self.topology, self.top_k)
 
     def loads(self, when: str) -> Tensor:
-        """Assignments by expert "before" or "after" planning, [N, E]."""
+        """Assignments by expert "before" or "after" planning, [N, E]; "visual": of visual tokens, before."""
         experts = self.topology.num_experts
-        before, after = self.rows[:, -2 * experts :].split(experts, 1)
-        return {"before": before, "after": after}[when]
+        visual, before, after = self.rows[:, -3 * experts :].split(experts, 1)
+        return {"visual": visual, "before": before, "after": after}[when]
 
     def rank_loads(self, when: str) -> Tensor:
         """Assignments by rank, [N, R]."""

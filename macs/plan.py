@@ -17,7 +17,8 @@ class PlanStatistics:
     """What a plan did, on the plan's device; every field adds up over sources and ranks.
 
     Scalars are float64. ``planned`` counts the sources that planned (0: all were left alone).
-    Masses are sums of combine weights. Loads [E] count assignments (rows), valid tokens' only.
+    Masses are sums of combine weights. Loads [E] count assignments (rows), valid tokens' only: what
+    visual tokens asked for, what all asked for, and what they got.
     """
 
     sources: Tensor
@@ -34,6 +35,7 @@ class PlanStatistics:
     kept_mass: Tensor
     rerouted_mass: Tensor
     dropped_mass: Tensor
+    load_visual: Tensor
     load_before: Tensor
     load_after: Tensor
 
@@ -42,9 +44,10 @@ class PlanStatistics:
         return tuple(f.name for f in fields(cls) if not f.name.startswith("load_"))
 
     def pack(self) -> Tensor:
-        """float64 [scalars + 2 E]."""
+        """float64 [scalars + 3 E]."""
         scalars = torch.stack([getattr(self, name).double() for name in self.scalar_names()])
-        return torch.cat([scalars, self.load_before.double(), self.load_after.double()])
+        loads = torch.cat([self.load_visual, self.load_before, self.load_after])
+        return torch.cat([scalars, loads.double()])
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def describe(
         kept_mass=torch.where(stays, mass, 0.0).sum(),
         rerouted_mass=torch.where(moved, mass, 0.0).sum(),
         dropped_mass=torch.where(gone, mass, 0.0).sum(),
+        load_visual=loads_of(torch.where(asked & tokens.visual[:, None], experts, -1), num_experts),
         load_before=loads_of(torch.where(asked, experts, -1), num_experts),
         load_after=loads_of(torch.where(tokens.valid[:, None], placed, -1), num_experts),
     )

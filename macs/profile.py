@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +121,49 @@ class Profile:
                 "it was measured on another model"
             )
         return self.fingerprints.index(found)
+
+    @staticmethod
+    def merged(profiles: Sequence[Profile]) -> Profile:
+        """One profile of what several runs, ranks or pipeline stages of one model counted.
+
+        Its layers are those of all of them, by fingerprint, in the order in which they come; counts of
+        the same layer add up. A similarity matrix is not carried over.
+        """
+        counts: dict[str, list[Tensor]] = {}
+        shapes = {(one.num_experts, one.top_k) for one in profiles}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"profile: found (experts, top-k) of {sorted(shapes)}, expected those of one model"
+            )
+        for one in profiles:
+            for name, visual, text in zip(one.fingerprints, one.visual, one.text, strict=True):
+                held = counts.setdefault(name, [torch.zeros_like(visual), torch.zeros_like(text)])
+                counts[name] = [held[0] + visual, held[1] + text]
+        return Profile(
+            visual=torch.stack([visual for visual, _ in counts.values()]),
+            text=torch.stack([text for _, text in counts.values()]),
+            fingerprints=tuple(counts),
+            top_k=profiles[0].top_k,
+        )
+
+    def drift(self, row: int, visual: Tensor, text: Tensor) -> tuple[float, float]:
+        """How far a layer's traffic is from this profile: of visual and of text tokens, each 0..1.
+
+        visual, text: assignments to each expert since, [E]. Half the sum of the differences of the
+        experts' shares (total variation), less what counting so few assignments gives by chance; 0
+        where either side saw none.
+        """
+
+        def moved(now: Tensor, then: Tensor) -> float:
+            now, then = now.double().cpu(), then.double()
+            if not bool(now.sum() > 0) or not bool(then.sum() > 0):
+                return 0.0
+            distance = (now / now.sum() - then / then.sum()).abs().sum() / 2
+            # A count with mean n p misses it by sqrt(2 n p / pi) on average.
+            chance = sum((2 * len(each) / (math.pi * each.sum())).sqrt() / 2 for each in (now, then))
+            return max(0.0, float(distance - chance))
+
+        return moved(visual, self.visual[row]), moved(text, self.text[row])
 
     def save(self, path: str | Path) -> None:
         """Write the profile to one safetensors file."""

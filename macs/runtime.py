@@ -21,6 +21,9 @@ from .topology import Topology
 
 logger = logging.getLogger(__name__)
 
+DRIFT_WARNING = 0.15
+"""Share of assignments at other experts than in the profile that is worth a warning."""
+
 
 class Runtime:
     """The policy of a model's MoE layers, to be switched, calibrated and read while it runs.
@@ -101,14 +104,18 @@ class Runtime:
     def calibration(self) -> Iterator[None]:
         """Within this block nothing is planned, and every layer counts whom its experts serve;
         ``measured_profile`` then has the result."""
-        self._refuse_captured("calibration")
-        for layer in self.layers:
-            layer.calibration = Calibration(layer.topology.num_experts)
-        self.calibrating = True
+        self.start_calibration()
         try:
             yield
         finally:
             self.calibrating = False
+
+    def start_calibration(self) -> None:
+        """As ``calibration``, for a run that does nothing else; layers may still be added."""
+        self._refuse_captured("calibration")
+        for layer in self.layers:
+            layer.calibration = Calibration(layer.topology.num_experts)
+        self.calibrating = True
 
     def measured_profile(self, group: dist.ProcessGroup | None = None) -> Profile:
         """The profile of the last ``calibration`` block, summed over the group's members."""
@@ -131,6 +138,27 @@ class Runtime:
     def reports(self, group: dist.ProcessGroup | None = None) -> list[LayerReport]:
         """What every layer recorded, in the order of the layers; see ``LayerRecorder.read``."""
         return [layer.recorder.read(group) for layer in self.layers]
+
+    def drift(self, group: dist.ProcessGroup | None = None) -> list[tuple[float, float]]:
+        """How far the recorded traffic of every layer is from the profile: see ``Profile.drift``.
+
+        Synchronises; with a group, as ``reports`` does. Warns, once, where a layer's traffic has moved so
+        far that its experts' modality biases may be others by now.
+        """
+        if self.profile is None:
+            raise ValueError("drift: no profile to compare with; expected one in Runtime or use")
+        found = []
+        for number, (layer, report) in enumerate(zip(self.layers, self.reports(group), strict=True)):
+            visual, every = report.loads("visual").sum(0), report.loads("before").sum(0)
+            row = self.profile.row_of(layer.router_weight(), layer.top_k)
+            found.append(self.profile.drift(row, visual, every - visual))
+            if max(found[-1]) > DRIFT_WARNING:
+                self.say_once(
+                    f"MACS: the traffic is not what the profile was measured on (layer {number}: "
+                    f"{found[-1][0]:.0%} of visual and {found[-1][1]:.0%} of text assignments go to other "
+                    "experts than then); calibrate again"
+                )
+        return found
 
     def clear(self) -> None:
         """Forget what was recorded."""

@@ -24,6 +24,11 @@ def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--moe-macs-preset", choices=tuple(PRESETS), help="a named set of settings")
     group.add_argument("--moe-macs-policy", choices=POLICIES, help="macs (default) or a baseline")
     group.add_argument("--moe-macs-profile", metavar="FILE", help="a calibration profile")
+    group.add_argument(
+        "--moe-macs-calibrate",
+        metavar="FILE",
+        help="plan nothing, count whom every expert serves, and write a profile when the script ends",
+    )
     for name in TOKEN_FLAGS:
         kind = name.removesuffix("_token_id")
         group.add_argument(_flag(name), type=int, metavar="ID", help=f"input id of {kind} tokens")

@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from macs import Runtime
+import torch.distributed as dist
+
+from macs import Profile, Runtime
 
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
 from .swap import install
@@ -78,8 +80,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     sys.argv = [script, *rest]
     uninstall = None if runtime is None else install(runtime, tokens_from_args(own))
+    calibrates = runtime is not None and own.moe_macs_calibrate is not None
     code: Any = None
     try:
+        if runtime is not None and calibrates:
+            runtime.start_calibration()
         if by_name:
             sys.path.insert(0, "")
             runpy.run_module(script, run_name="__main__", alter_sys=True)
@@ -91,10 +96,36 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         if uninstall is not None:
             uninstall()
-    if runtime is not None:
+    if runtime is not None and calibrates:
+        save_profile(runtime, Path(own.moe_macs_calibrate))
+    elif runtime is not None:
         conclude(runtime)
     if code is not None:
         sys.exit(code)
+
+
+def save_profile(runtime: Runtime, path: Path) -> None:
+    """Write what all ranks counted to one file; where the script has closed its process group, what this
+    rank counted, to a file of its own."""
+    try:
+        mine: Profile | None = runtime.measured_profile()
+    except ValueError as error:
+        logger.warning("rank %s: %s", os.environ.get("RANK", 0), error)
+        mine = None
+    parts, rank = [mine], int(os.environ.get("RANK", 0))
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        rank = dist.get_rank()
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        path, rank = path.with_name(f"{path.stem}.rank{rank}{path.suffix}"), 0
+    counted = [one for one in parts if one is not None]
+    if not counted:
+        sys.exit("megatron_macs.launch: --moe-macs-calibrate was given, but no MoE layer saw a token")
+    if rank == 0:
+        profile = Profile.merged(counted)
+        profile.save(path)
+        print(f"MACS: profile of {profile.num_layers} layers in {path}", file=sys.stderr)
 
 
 def conclude(runtime: Runtime) -> None:

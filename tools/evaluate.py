@@ -1,6 +1,7 @@
 """What a bounded step costs in answers: policies and settings on the tiny model's held-out questions.
 
-    python tools/evaluate.py --grid baselines presets --batches mixed --ranks 4 --plot runs/quality.png
+    python tools/evaluate.py --grid baselines presets --batches mixed --ranks 4 8     # validation split
+    python tools/evaluate.py --chosen runs/quality.jsonl --split test --questions 3584
 
 Every point is a run of Megatron's static engine, in one process whose layers plan as several
 expert-parallel ranks would. For each: accuracy by task, agreement with vanilla and KL to it at the
@@ -9,6 +10,8 @@ intervals of 95 %. Points go to a file of JSON lines as they are done, and are n
 
 An equal capacity factor is not an equal load. The table compares policies at a bound on the *realised*
 straggler: the largest rank's rows over vanilla's mean, after planning, mean over layers and batches.
+Within it each policy is shown at its best setting; ``--chosen`` measures on another split what was
+best on the split of a file, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +51,22 @@ from megatron_macs import attach_modality, cpu_engine
 MIXES: dict[str, tuple[str, ...]] = {
     "mixed": data.TASKS,
     "image-flood": data.PICTURE_TASKS,
+    "multi-image": data.PICTURE_TASKS,
     "text-heavy": (*data.TEXT_TASKS * 3, "count"),
     "texts": data.TEXT_TASKS,
     **{task: (task,) for task in data.TASKS},
 }
-"""What a batch is made of: tasks in turn."""
+"""What a batch is made of: tasks in turn. In multi-image batches another picture comes first."""
 
 COUNTED = (0.8, 0.9, 0.95, 1.0, 1.04, 1.09, 1.2, 1.4, 1.7, 2.0)
 WEIGHTED = (0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 1.0)
 """Capacity factors: where every token costs one, and where it costs its weight."""
 
+TARGETS = (0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4)
+"""Bounds on the busiest rank."""
+
 PAPER = MACSConfig.preset("paper")
-POOLED = MACSConfig.preset("pooled")
+DEFAULT = MACSConfig()
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,15 @@ class Point:
     def key(self, arguments: argparse.Namespace) -> str:
         """What tells this point from all others in the file."""
         told = {**asdict(self), "split": arguments.split, "questions": arguments.questions}
-        return json.dumps({**told, "seed": arguments.seed, "batch": arguments.batch}, sort_keys=True)
+        told |= {"seed": arguments.seed, "batch": arguments.batch, "model": str(arguments.checkpoint)}
+        return json.dumps(told, sort_keys=True)
+
+    @property
+    def setting(self) -> str:
+        """How its bound is set, in a word or two."""
+        if self.config.capacity_factor is not None:
+            return f"gamma {self.config.capacity_factor:g}"
+        return f"target {self.config.target_straggler:g}"
 
 
 def by_gamma(title: str, policy: str, config: MACSConfig, **more: Any) -> list[Point]:
@@ -89,34 +104,91 @@ def by_gamma(title: str, policy: str, config: MACSConfig, **more: Any) -> list[P
     return [Point(title, policy, config.updated(capacity_factor=gamma), **more) for gamma in factors]
 
 
-def grids() -> dict[str, list[Point]]:
-    """Named sets of points."""
-    controls = {
-        "paper": (PAPER, {}),
-        "constant weight": (PAPER.updated(weighting="constant"), {}),
-        "random weight": (PAPER, {"random_weights": True}),
-        "flipped entropy": (PAPER.updated(entropy_sharpness=-1.0), {}),
-        "rho = 0": (PAPER.updated(modality_strength=0.0), {}),
-        "no rerouting": (PAPER.updated(reroute="none"), {}),
-        "per rank": (PAPER.updated(level="rank", reroute="group"), {}),
-        "weight as priority": (PAPER.updated(priority="weight"), {}),
-        "product as priority": (PAPER.updated(priority="product"), {}),
+def by_target(
+    title: str, policy: str, config: MACSConfig, targets: Sequence[float] = TARGETS, **more: Any
+) -> list[Point]:
+    """The same policy under several bounds that it has to meet by itself."""
+    return [Point(title, policy, config.updated(target_straggler=target), **more) for target in targets]
+
+
+def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
+    """Named sets of points; those of variants are measured at the bounds alone."""
+    baselines = ("token-drop", "expanded-drop", "rank-balanced")
+    controls: dict[str, dict[str, Any]] = {
+        "constant weight": {"weighting": "constant"},
+        "flipped entropy": {"entropy_sharpness": -1.0},
+        "rho = 0": {"modality_strength": 0.0},
+        "rho = 1": {"modality_strength": 1.0},
+        "no rerouting": {"reroute": "none"},
+        "rerouting anywhere": {"reroute": "group"},
+        "capacity per rank": {"level": "rank", "reroute": "group"},
+        "cost of one": {"cost": "one"},
+        "weight as priority": {"priority": "weight"},
+        "product as priority": {"priority": "product"},
     }
+    variants: dict[str, dict[str, Any]] = {
+        "capacity per expert": {"level": "expert"},
+        "per expert, in the rank": {"level": "expert", "reroute": "rank"},
+        "capacity of the group": {"scope": "group"},
+        "no rerouting": {"reroute": "none"},
+        "1 round": {"reroute_rounds": 1},
+        "4 rounds": {"reroute_rounds": 4},
+        "any expert is as good": {"similarity": "none"},
+        "renormalised": {"renormalize": True},
+        "visual weight 1": {"visual_weight": 1.0},
+        "visual weight 0.5": {"visual_weight": 0.5},
+        "visual weight 0.1": {"visual_weight": 0.1},
+        "visual weight 0.02": {"visual_weight": 0.02},
+        "entropy": {"weighting": "entropy"},
+        "entropy, flipped": {"weighting": "entropy", "entropy_sharpness": -1.0},
+        "score as priority": {"priority": "score"},
+        "weight as priority": {"priority": "weight"},
+        "costs its weight": {"cost": "weight"},
+    }
+
+    def changed(title: str, base: MACSConfig, changes: dict[str, dict[str, Any]]) -> list[Point]:
+        return [
+            point
+            for name, change in changes.items()
+            for point in by_target(f"{title}, {name}", "macs", base.updated(**change), bounds)
+        ]
+
     return {
         "baselines": [
             point
-            for policy in ("token-drop", "expanded-drop", "rank-balanced")
-            for point in by_gamma(policy, policy, MACSConfig())
+            for policy in baselines
+            for point in (
+                *by_gamma(policy, policy, DEFAULT),
+                *by_target(policy, policy, DEFAULT),
+            )
         ],
         "presets": [
             *by_gamma("macs paper", "macs", PAPER),
-            *by_gamma("macs pooled", "macs", POOLED),
+            *by_target("macs paper", "macs", PAPER),
+            *by_target("macs", "macs", DEFAULT),
+            Point("macs fast", "macs", MACSConfig.preset("fast")),
+            Point("macs safe", "macs", MACSConfig.preset("safe")),
         ],
         "controls": [
-            point
-            for title, (config, more) in controls.items()
-            for point in by_gamma(title, "macs", config, **more)
+            *by_target("paper", "macs", PAPER, bounds),
+            *changed("paper", PAPER, controls),
+            *by_target("paper, random weight", "macs", PAPER, bounds, random_weights=True),
         ],
+        "variants": [
+            *by_target("default", "macs", DEFAULT, bounds),
+            *changed("default", DEFAULT, variants),
+            *by_target(
+                "default, random weight",
+                "macs",
+                DEFAULT.updated(weighting="entropy"),
+                bounds,
+                random_weights=True,
+            ),
+        ],
+        "bounded": [
+            point for policy in (*baselines, "macs") for point in by_target(policy, policy, DEFAULT, bounds)
+        ]
+        + by_target("macs paper", "macs", PAPER, bounds),
     }
 
 
@@ -137,13 +209,18 @@ class Bench:
         self.runtime = Runtime(virtual_ranks=ranks)
         self.model = build_megatron_model(source, self.runtime)
         attach_modality(self.model, image_token_id=source.config.image_token_id)
-        self.engine = Engine(self.model, PictureEncoder(source), arguments.batch)
+        # The longest prompts there are, those with two pictures.
+        tokens = data.PROMPT_TOKENS + len(data.PICTURE_PREFIX) - 1
+        self.engine = Engine(self.model, PictureEncoder(source), arguments.batch, tokens)
         self.profile = self._calibrated()
 
     def batches(self, kind: str, split: str, seed: int) -> list[list[data.Sample]]:
         """Whole batches of the questions of a kind."""
         size = self.arguments.batch
         samples = data.draw_samples(seed, split, MIXES[kind], self.arguments.questions // size * size)
+        if kind == "multi-image":
+            rng = np.random.default_rng(seed)
+            samples = [data.after_another(sample, data.draw_picture(rng, split)) for sample in samples]
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
     def _calibrated(self) -> Profile:
@@ -194,10 +271,16 @@ class Bench:
 
 def bootstrap(values: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
     """Mean of values [N], and the bounds of its 95 % interval."""
+    return bootstrap_ratio(values, np.ones(len(values)), draws)
+
+
+def bootstrap_ratio(values: np.ndarray, others: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
+    """Mean of values [N] over the mean of others [N] of the same questions, and its 95 % interval."""
     rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(values.mean()), float(low), float(high)
+    drawn = rng.integers(len(values), size=(draws, len(values)))
+    ratios = values[drawn].mean(1) / np.maximum(others[drawn].mean(1), 1e-300)
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return float(values.mean() / max(others.mean(), 1e-300)), float(low), float(high)
 
 
 def measured(
@@ -205,6 +288,7 @@ def measured(
 ) -> dict[str, Any]:
     """The figures of a point; those of answers as (mean, low, high)."""
     right = np.array([ids == sample.answer for ids, sample in zip(found.ids, asked, strict=True)])
+    expected_right = np.array([ids == one.answer for ids, one in zip(vanilla.ids, asked, strict=True)])
     same = np.array([ids == other for ids, other in zip(found.ids, vanilla.ids, strict=True)])
     expected, given = torch.stack(vanilla.first), torch.stack(found.first)
     divergence = (expected.exp() * (expected - given)).sum(-1).clamp(min=0).numpy()
@@ -214,19 +298,33 @@ def measured(
     def where(chosen: np.ndarray, values: np.ndarray) -> Any:
         return bootstrap(values[chosen].astype(float)) if chosen.any() else None
 
+    def kept(chosen: np.ndarray) -> Any:
+        """Accuracy over vanilla's."""
+        if not chosen.any():
+            return None
+        return bootstrap_ratio(right[chosen].astype(float), expected_right[chosen].astype(float))
+
     after = torch.stack([report.straggler("after") for report in reports])  # [L, N]
     before = torch.stack([report.straggler("before") for report in reports])
     experts = torch.stack([report.imbalance("after") for report in reports])
     shares = [report.shares() for report in reports]
     return {
         "title": point.title,
+        "setting": point.setting,
         "policy": point.policy,
+        "random_weights": point.random_weights,
         "settings": asdict(point.config),
         "batches": point.batches,
         "ranks": point.ranks,
         "accuracy": {task: where(tasks == task, right) for task in dict.fromkeys(tasks)},
         "picture_accuracy": where(pictures, right),
         "text_accuracy": where(~pictures, right),
+        "picture_accuracy_kept": kept(pictures),
+        "text_accuracy_kept": kept(~pictures),
+        "vanilla_accuracy": {
+            task: float(expected_right[tasks == task].mean()) for task in dict.fromkeys(tasks)
+        },
+        "picture_kl_each": [float(f"{value:.3g}") for value in divergence[pictures]],
         "agreement": bootstrap(same.astype(float)),
         "kl": bootstrap(divergence),
         "picture_kl": where(pictures, divergence),
@@ -252,16 +350,43 @@ def read_points(path: Path) -> dict[str, dict[str, Any]]:
     return {line["key"]: line["found"] for line in lines}
 
 
+def asked_points(arguments: argparse.Namespace) -> list[Point]:
+    """The points that the command line asks for."""
+    if arguments.chosen is None:
+        named = grids(arguments.bounds)
+        return [
+            replace(one, batches=batches, ranks=ranks)
+            for ranks in arguments.ranks
+            for batches in arguments.batches
+            for name in arguments.grid
+            for one in named[name]
+        ]
+    found = list(read_points(arguments.chosen).values())
+    points: dict[Point, None] = {}
+    for ranks in arguments.ranks:
+        for batches in arguments.batches:
+            # What was best in mixed batches is what any batch gets.
+            mixed = [one for one in found if (one["ranks"], one["batches"]) == (ranks, "mixed")]
+            if not mixed:
+                raise ValueError(f"{arguments.chosen}: found no points in mixed batches for {ranks} ranks")
+            for bound in arguments.bounds:
+                for one in best_within(mixed, bound).values():
+                    points[point_of(one, batches)] = None
+            for one in mixed:
+                if one["title"] in ("macs fast", "macs safe"):
+                    points[point_of(one, batches)] = None
+    return list(points)
+
+
+def point_of(found: dict[str, Any], batches: str) -> Point:
+    """The point that gave these figures, on batches of another kind."""
+    config = MACSConfig(**found["settings"])
+    return Point(found["title"], found["policy"], config, batches, found["ranks"], found["random_weights"])
+
+
 def run(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Measure the points that the file lacks; all points that were asked for."""
-    named = grids()
-    points = [
-        Point(one.title, one.policy, one.config, batches, ranks, one.random_weights)
-        for ranks in arguments.ranks
-        for batches in arguments.batches
-        for name in arguments.grid
-        for one in named[name]
-    ]
+    points = asked_points(arguments)
     done = read_points(arguments.out)
     missing = [point for point in points if point.key(arguments) not in done]
     console.print(f"{len(points)} points, {len(points) - len(missing)} of them in {arguments.out} already")
@@ -296,11 +421,19 @@ def run(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]
     return [done[point.key(arguments)] for point in points]
 
 
+def measure_of(found: dict[str, Any]) -> list[float]:
+    """What policies are compared by: KL over picture questions, or over all where there are none."""
+    return found["picture_kl"] or found["kl"]
+
+
 def best_within(found: list[dict[str, Any]], bound: float) -> dict[str, dict[str, Any]]:
     """By title: the point of least KL among those whose realised straggler keeps to the bound."""
     best: dict[str, dict[str, Any]] = {}
     for one in found:
-        if one["straggler"] <= bound and one["kl"][0] < best.get(one["title"], {"kl": [np.inf]})["kl"][0]:
+        if one["straggler"] > bound:
+            continue
+        held = best.get(one["title"])
+        if held is None or measure_of(one)[0] < measure_of(held)[0]:
             best[one["title"]] = one
     return best
 
@@ -308,28 +441,38 @@ def best_within(found: list[dict[str, Any]], bound: float) -> dict[str, dict[str
 def table_of(found: list[dict[str, Any]], bound: float, caption: str) -> Table:
     """Every policy at its best setting within a bound, by KL."""
     table = Table(title=f"busiest rank at most {bound:g} times the mean", caption=caption)
-    names = ("", "gamma", "rank", "KL x 1000", "95 %", "same", "pictures", "texts", "kept", "dropped")
-    for name in names:
+    names = ("", "set by", "rank", "KL x 1000", "95 %", "over macs", "95 %", "texts' KL", "same")
+    for name in (*names, "pictures", "texts", "rerouted", "dropped"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     best = best_within(found, bound)
-    for title, one in sorted(best.items(), key=lambda item: item[1]["kl"][0]):
-        kl, low, high = (1e3 * value for value in one["kl"])
-        means = (one[name] for name in ("agreement", "picture_accuracy", "text_accuracy"))
+    reference = best.get("macs", best.get("default"))
+    for title, one in sorted(best.items(), key=lambda item: measure_of(item[1])[0]):
+        kl, low, high = (1e3 * value for value in measure_of(one))
+        over = ("", "")
+        if reference is not None and reference is not one and one["picture_kl_each"]:
+            each = (np.array(found["picture_kl_each"]) for found in (one, reference))
+            ratio = bootstrap_ratio(*each)
+            over = f"{ratio[0]:.1f}", f"{ratio[1]:.1f}-{ratio[2]:.1f}"
+        texts = one["text_kl"]
+        kept = (one["picture_accuracy_kept"], one["text_accuracy_kept"])
         table.add_row(
             title,
-            f"{one['settings']['capacity_factor']:g}",
+            one["setting"],
             f"{one['straggler']:.3f}",
             f"{kl:.2f}",
             f"{low:.2f}-{high:.2f}",
-            *("" if value is None else f"{value[0]:.3f}" for value in means),
-            f"{one['kept_mass']:.3f}",
+            *over,
+            "" if texts is None else f"{1e3 * texts[0]:.2f}",
+            f"{one['agreement'][0]:.4f}",
+            *("" if value is None else f"{value[0]:.4f}" for value in kept),
+            f"{one['rerouted']:.1%}",
             f"{one['dropped']:.1%}",
         )
     return table
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """KL against the realised straggler, a curve for each policy."""
+    """KL against the realised straggler, a curve for each policy: the least at that load or a lower one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -337,18 +480,49 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for title in dict.fromkeys(one["title"] for one in found):
-        curve = sorted((one["straggler"], one["kl"]) for one in found if one["title"] == title)
-        x, kl = [one[0] for one in curve], np.array([one[1] for one in curve])
+        mine = sorted((one for one in found if one["title"] == title), key=lambda one: one["straggler"])
+        curve: list[tuple[float, list[float]]] = []
+        for one in mine:
+            if not curve or measure_of(one)[0] < curve[-1][1][0]:
+                curve.append((one["straggler"], measure_of(one)))
+        x, kl = [load for load, _ in curve], np.maximum([value for _, value in curve], 1e-7)
         axes.plot(x, kl[:, 0], marker="o", markersize=3, label=title)
         axes.fill_between(x, kl[:, 1], kl[:, 2], alpha=0.15)
-    axes.axvline(
-        found[0]["straggler_before"], color="grey", linestyle=":", linewidth=1, label="vanilla's load"
-    )
+    before = float(np.mean([one["straggler_before"] for one in found]))
+    axes.axvline(before, color="grey", linestyle=":", linewidth=1, label="vanilla's load")
     axes.set(xlabel="busiest rank's rows over vanilla's mean", ylabel="KL to vanilla (nats)", yscale="log")
     axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def plot_layers(found: list[dict[str, Any]], bound: float, path: Path) -> None:
+    """The busiest rank of every layer, before planning and after, for the best of every policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    best = best_within(found, bound)
+    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    layers = np.arange(len(found[0]["layers"]))
+    width = 0.8 / (len(best) + 1)
+    before = [layer["before"] for layer in next(iter(best.values()))["layers"]]
+    axes.bar(layers - 0.4, before, width, label="vanilla", color="grey", align="edge")
+    for index, (title, one) in enumerate(best.items(), 1):
+        after = [layer["after"] for layer in one["layers"]]
+        axes.bar(layers - 0.4 + index * width, after, width, label=title, align="edge")
+    axes.axhline(1.0, color="black", linewidth=0.5)
+    axes.set(xticks=layers, xlabel="layer", ylabel="busiest rank over the mean")
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
@@ -370,7 +544,10 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--grid", nargs="+", choices=tuple(grids()), default=["baselines", "presets"])
+    parser.add_argument("--grid", nargs="+", choices=tuple(grids((1.05,))), default=["baselines", "presets"])
+    parser.add_argument(
+        "--chosen", type=Path, help="instead of a grid: of the points in this file the best within each bound"
+    )
     parser.add_argument("--batches", nargs="+", choices=tuple(MIXES), default=["mixed"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[4], help="expert-parallel ranks planned for")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
@@ -380,8 +557,10 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bounds", nargs="+", type=float, default=[1.05, 1.1])
     parser.add_argument("--checkpoint", type=Path, default=tiny.CHECKPOINT)
     parser.add_argument("--out", type=Path, default=Path("runs") / "quality.jsonl")
-    parser.add_argument("--plot", type=Path, help="a picture of KL against load")
+    parser.add_argument("--plot", type=Path, help="pictures of KL against load and of loads")
     arguments = parser.parse_args(given)
+    if arguments.chosen is not None and not arguments.chosen.exists():
+        parser.error(f"--chosen: found no file {arguments.chosen}")
     if arguments.questions < arguments.batch:
         parser.error(
             f"--questions: found {arguments.questions}, expected a batch ({arguments.batch}) or more"
@@ -404,8 +583,9 @@ def main(given: Sequence[str] | None = None) -> None:
             for bound in arguments.bounds:
                 console.print(table_of(chosen, bound, caption))
             if arguments.plot is not None:
-                name = f"{arguments.plot.stem}-{batches}-{ranks}{arguments.plot.suffix or '.png'}"
-                plot(chosen, arguments.plot.with_name(name))
+                stem, kind = f"{arguments.plot.stem}-{batches}-{ranks}", arguments.plot.suffix or ".png"
+                plot(chosen, arguments.plot.with_name(stem + kind))
+                plot_layers(chosen, arguments.bounds[0], arguments.plot.with_name(stem + "-layers" + kind))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ fixes the data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -70,12 +70,22 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt of ``PROMPT_TOKENS`` ids with its answer, end token included."""
+    """One prompt of ``PROMPT_TOKENS`` ids with its answer, end token included.
+
+    pixels uint8 [128, 128, 3], the picture asked about. A prompt may show others ``before`` it, and is
+    longer then.
+    """
 
     task: str
     prompt: list[int]
     answer: list[int]
     pixels: np.ndarray | None = None
+    before: tuple[np.ndarray, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """All pictures, in the order of the prompt."""
+        return self.before if self.pixels is None else (*self.before, self.pixels)
 
 
 def _split_of(index: int) -> str:
@@ -219,6 +229,13 @@ def draw_sample(rng: np.random.Generator, split: str, task: str) -> Sample:
     picture = draw_picture(rng, split)
     question, answer = ask(rng, picture, task)
     return Sample(task, PICTURE_PREFIX + question, answer, picture.pixels)
+
+
+def after_another(sample: Sample, picture: Picture) -> Sample:
+    """The same question about the same picture, with another picture in the prompt before it."""
+    shown = PICTURE_PREFIX[1:]
+    prompt = sample.prompt[:1] + shown + sample.prompt[1:]
+    return replace(sample, prompt=prompt, before=(picture.pixels, *sample.before))
 
 
 def draw_samples(seed: int, split: str, tasks: tuple[str, ...], count: int) -> list[Sample]:

@@ -221,7 +221,7 @@ class PictureEncoder(nn.Module):
     @torch.inference_mode()
     def forward(self, samples: Sequence[Sample]) -> Tensor | None:
         """Features [P * 64, D] of the samples' pictures, in order; none if there is no picture."""
-        pictures = [sample.pixels for sample in samples if sample.pixels is not None]
+        pictures = [picture for sample in samples for picture in sample.pictures]
         if not pictures:
             return None
         inputs = picture_inputs(pictures)

@@ -47,10 +47,16 @@ class Engine:
     Every expert-parallel rank must call it equally often, with batches of its own.
     """
 
-    def __init__(self, model: TinyVLM, pictures: PictureEncoder, largest_batch: int) -> None:
+    def __init__(
+        self,
+        model: TinyVLM,
+        pictures: PictureEncoder,
+        largest_batch: int,
+        prompt_tokens: int = PROMPT_TOKENS,
+    ) -> None:
         self.model = model
         self.pictures = pictures
-        context = StaticInferenceContext(largest_batch, PROMPT_TOKENS + ANSWER_TOKENS)
+        context = StaticInferenceContext(largest_batch, prompt_tokens + ANSWER_TOKENS)
         wrapper = GPTInferenceWrapper(model, *wrapper_arguments(model, context))
         controller = TextGenerationController(wrapper, WordTokenizer())
         # Newer versions make theirs part of the constructor's work, older ones of the caller's.
@@ -63,8 +69,8 @@ class Engine:
     def generate(self, samples: Sequence[Sample], tokens: int = ANSWER_TOKENS) -> list[list[int]]:
         """The answer to every sample: token ids up to and with the end token.
 
-        All prompts have ``PROMPT_TOKENS`` tokens, so that they prefill in one step; and every answer
-        takes ``tokens`` steps, so that ranks stay in step.
+        All prompts have as many tokens (``PROMPT_TOKENS``), so that they prefill in one step; and every
+        answer takes ``tokens`` steps, so that ranks stay in step.
         """
         parameters = greedy(tokens)
         requests = [

@@ -137,7 +137,7 @@ def sample_inputs(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     ids = torch.tensor([sample.prompt for sample in samples])
     positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
     inputs = {"input_ids": ids, "position_ids": positions}
-    pictures = [sample.pixels for sample in samples if sample.pixels is not None]
+    pictures = [picture for sample in samples for picture in sample.pictures]
     if pictures:
         inputs.update(picture_inputs(pictures))
     return inputs
