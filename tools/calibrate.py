@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ from rich.progress import track
 from rich.table import Table
 from tiny_vlm import data
 from tiny_vlm import model as tiny
-from tiny_vlm.experiment import question_tokens
+from tiny_vlm.vocabulary import BEGIN, FILLER, build_tokenizer, encode
 
 from macs import MACSConfig, Profile, Runtime
 
@@ -89,7 +90,7 @@ def _request(line: str, place: str, folder: Path) -> Request:
         raise ValueError(f"{place}: not JSON: {error}") from error
     if not isinstance(values, dict) or not values or not set(values) <= {"text", "image"}:
         raise ValueError(
-            f"{place}: found {line.strip()[:80]}, expected the fields text and image, or one of them"
+            f"{place}: found {line.strip()[:80]}, expected fields text and image, or one of them"
         )
     for name, value in values.items():
         if not isinstance(value, str):
@@ -102,18 +103,11 @@ def _request(line: str, place: str, folder: Path) -> Request:
 
 def tiny_sample(request: Request) -> data.Sample:
     """A request as the tiny model's prompt; words it does not know are unknown to it."""
-    if request.picture is not None:
-        return data.Sample("own", question_tokens(request.text), [], tiny.open_picture(request.picture))
-    filler = data.encode(data.FILLER)
-    words = tiny_tokens(request.text)[: data.PROMPT_TOKENS - 1]
-    padding = filler * (data.PROMPT_TOKENS - 1 - len(words))
-    return data.Sample("own", data.encode(data.BEGIN) + padding + words, [])
-
-
-def tiny_tokens(text: str) -> list[int]:
-    from tiny_vlm.vocabulary import build_tokenizer
-
-    return list(build_tokenizer()(text.lower())["input_ids"])
+    pixels = None if request.picture is None else tiny.open_picture(request.picture)
+    prefix = encode(BEGIN) if pixels is None else data.PICTURE_PREFIX
+    room = data.PROMPT_TOKENS - len(prefix)
+    words = list(build_tokenizer()(request.text.lower())["input_ids"])[:room]
+    return data.Sample("own", prefix + encode(FILLER) * (room - len(words)) + words, [], pixels)
 
 
 @contextlib.contextmanager
@@ -271,19 +265,12 @@ def enough(found: Sequence[Stability]) -> int | None:
 def bias_table(profile: Profile, config: MACSConfig, halves: Stability) -> Table:
     """Every layer's experts by modality bias."""
     table = Table(
-        caption="experts by modality bias; halves: of disjoint requests, experts that both class alike"
+        title="experts by modality bias",
+        caption="q: 1 serves visual tokens alone, 0 text alone; alike, apart: experts that two halves of "
+        "the requests class alike, and their mean difference of q",
     )
-    for name in (
-        "layer",
-        "visual",
-        "both",
-        "text",
-        "most visual",
-        "least visual",
-        "halves alike",
-        "difference of q",
-    ):
-        table.add_column(name, justify="right")
+    for name in ("layer", "visual", "both", "text", "most visual", "least visual", "alike", "apart"):
+        table.add_column(name, justify="right", no_wrap=True)
     bias, preference = profile.bias(config), profile.visual_preference()
     for layer in range(profile.num_layers):
         counts = [int((bias[layer] == sign).sum()) for sign in (1.0, 0.0, -1.0)]
@@ -291,8 +278,8 @@ def bias_table(profile: Profile, config: MACSConfig, halves: Stability) -> Table
         table.add_row(
             str(layer),
             *(str(count) for count in counts),
-            f"{most} (q {preference[layer, most]:.2f})",
-            f"{least} (q {preference[layer, least]:.2f})",
+            f"{most}: {preference[layer, most]:.2f}",
+            f"{least}: {preference[layer, least]:.2f}",
             f"{halves.alike[layer]:.0%}",
             f"{halves.difference[layer]:.3f}",
         )
@@ -312,9 +299,7 @@ def plot(profile: Profile, config: MACSConfig, path: Path) -> None:
         axes.plot(range(profile.num_experts), preference[layer].tolist(), marker=".", label=f"layer {layer}")
     for bound in (0.5 - config.bias_threshold, 0.5 + config.bias_threshold):
         axes.axhline(bound, color="grey", linestyle=":", linewidth=1)
-    axes.set(
-        xlabel="experts of the layer, in order", ylabel="visual preference q (0 text, 1 visual)", ylim=(0, 1)
-    )
+    axes.set(xlabel="experts of the layer, in order", ylabel="visual preference q", ylim=(0, 1))
     if profile.num_layers <= 12:
         axes.legend(fontsize=8)
     figure.tight_layout()
@@ -334,9 +319,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engine", choices=("deepspeed", "megatron"), default="deepspeed")
-    parser.add_argument(
-        "--model", type=Path, help="a checkpoint directory in Hugging Face format (deepspeed)"
-    )
+    parser.add_argument("--model", type=Path, help="a checkpoint directory in Hugging Face format")
     parser.add_argument("--dtype", default="auto", help="of --model: auto, float32, bfloat16, ...")
     parser.add_argument("--checkpoint", type=Path, default=tiny.CHECKPOINT, help="of the tiny model")
     parser.add_argument("--data", type=Path, help="a folder, or a file of JSON lines")
@@ -346,17 +329,16 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, default=0.1, help="[tau] of a modality bias")
     parser.add_argument("--out", type=Path, default=Path("runs") / "model.safetensors")
     parser.add_argument("--plot", type=Path, help="a picture of every expert's visual preference")
-    parser.add_argument(
-        "--check", type=Path, help="a profile to check against the model; nothing is measured"
-    )
+    parser.add_argument("--check", type=Path, help="a profile to hold against the model instead")
     arguments = parser.parse_args(given)
     if arguments.model is not None and arguments.engine == "megatron":
         parser.error(
-            "--model: with Megatron run your own script, under megatron_macs.launch --moe-macs-calibrate"
+            "--model: with Megatron run a script of your own under megatron_macs.launch, with "
+            "--moe-macs --moe-macs-calibrate FILE"
         )
     if arguments.model is not None and arguments.data is None:
         parser.error("--model: expected --data with it, a sample of your own requests")
-    for name in ("model", "data", "check"):
+    for name in ("model", "checkpoint", "data", "check"):
         path = getattr(arguments, name)
         if path is not None and not path.exists():
             parser.error(f"--{name}: found nothing at {path}")

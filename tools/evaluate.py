@@ -234,13 +234,13 @@ class Bench:
         """Answers under a point's policy, and what its layers recorded while they read the prompts."""
         self.runtime.use(point.policy, point.config, self.profile)
         found = Answers()
-        with self._noise() if point.random_weights else contextlib.nullcontext(), self._first(found):
+        with self._noise() if point.random_weights else contextlib.nullcontext(), self.first_answers(found):
             for batch in self.batches(point.batches, self.arguments.split, self.arguments.seed):
                 found.ids += self.engine.generate(batch)
         return found, [report.prefill for report in self.runtime.reports()]
 
     @contextlib.contextmanager
-    def _first(self, found: Answers) -> Iterator[None]:
+    def first_answers(self, found: Answers) -> Iterator[None]:
         """Keeps what the model says after every prompt."""
 
         def keep(module: Any, args: Any, kwargs: Any, logits: Tensor) -> None:

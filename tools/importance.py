@@ -1,0 +1,228 @@
+"""How well what a planner can see predicts what an assignment is worth.
+
+    python tools/importance.py --batches 4 --trials 12
+
+The worth of an assignment is the KL, at the first token of the answer, between the model as it is and
+the model without that one assignment. For assignments of visual tokens drawn at random, one of every
+question in a pass: the rank correlation (Spearman) of that worth, layer by layer, with everything
+training-free that could serve as a semantic weight or a priority.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+from evaluate import Bench, one_process
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from scipy.stats import spearmanr
+from tiny_vlm import data
+from tiny_vlm import model as tiny
+from torch import Tensor
+from torch.nn import functional
+
+from macs import MACSConfig, Plan
+from macs.weighting import feature_entropy
+from megatron_macs import cpu_engine
+
+EVERYTHING = MACSConfig(capacity_factor=1e6)
+"""Room for all: the plan is the router's choice."""
+
+FIRST = len(data.PICTURE_PREFIX) - 1 - data.IMAGE_TOKENS
+"""Where a prompt's image tokens begin."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer saw of a batch: hidden [S, B, D], experts int64 [S, B, k], scores [S, B, E]."""
+
+    hidden: Tensor
+    experts: Tensor
+    scores: Tensor
+
+
+@contextmanager
+def planning(layer: Any, change: Any) -> Iterator[None]:
+    """A layer whose plans go through ``change(plan, hidden, experts, scores)``."""
+    inner = layer.plan
+
+    def plan(hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Any) -> Plan:
+        return change(inner(hidden, experts, weights, scores, tokens), hidden, experts, scores)
+
+    layer.plan = plan
+    try:
+        yield
+    finally:
+        del layer.plan
+
+
+def first_tokens(bench: Bench, batch: list[data.Sample]) -> Tensor:
+    """Log-probabilities of every answer's first token, [B, V]."""
+    found = evaluate.Answers()
+    with bench.first_answers(found):
+        bench.engine.generate(batch, tokens=1)
+    return torch.stack(found.first)
+
+
+def observe(bench: Bench, batch: list[data.Sample]) -> tuple[Tensor, list[Seen]]:
+    """The answers of the model as it is, and what every layer saw."""
+    seen: list[Seen] = []
+    size = len(batch)
+
+    def keep(plan: Plan, hidden: Tensor, experts: Tensor, scores: Tensor) -> Plan:
+        seen.append(Seen(*(value.unflatten(0, (-1, size)) for value in (hidden, experts, scores))))
+        return plan
+
+    with ExitStack() as stack:
+        for layer in bench.runtime.layers:
+            stack.enter_context(planning(layer, keep))
+        return first_tokens(bench, batch), seen
+
+
+def predictors(layer: int, seen: Sequence[Seen]) -> dict[str, Tensor]:
+    """What could tell an assignment's worth, by name: [I, B, k] over the I image tokens."""
+    image = slice(FIRST, FIRST + data.IMAGE_TOKENS)
+    now = seen[layer]
+    hidden, scores, experts = now.hidden[image], now.scores[image], now.experts[image]
+    own = scores.gather(-1, experts)
+    side = round(data.IMAGE_TOKENS**0.5)
+    grid = functional.normalize(hidden, dim=-1).unflatten(0, (side, side))  # [side, side, B, D]
+    alike = torch.zeros(grid.shape[:-1])
+    count = torch.zeros(side, side, 1)
+    for axis in (0, 1):
+        near = (grid.narrow(axis, 1, side - 1) * grid.narrow(axis, 0, side - 1)).sum(-1)
+        for start in (0, 1):
+            alike.narrow(axis, start, side - 1).add_(near)
+            count.narrow(axis, start, side - 1).add_(1)
+    neighbours = (alike / count).flatten(0, 1)
+    mean = functional.normalize(hidden.mean(0, keepdim=True), dim=-1)
+    ordered = scores.sort(-1, descending=True).values
+    by_token = {
+        "entropy of the features, low": -feature_entropy(hidden.flatten(0, 1)).view(hidden.shape[:2]),
+        "norm of the features": hidden.norm(dim=-1),
+        "unlike its neighbours": -neighbours,
+        "unlike the picture's mean": -(functional.normalize(hidden, dim=-1) * mean).sum(-1),
+        "router's best score": ordered[..., 0],
+        "router's margin": ordered[..., 0] - ordered[..., 1],
+        "router's entropy, low": (scores * scores.clamp(min=1e-30).log()).sum(-1),
+    }
+    if layer > 0:
+        before = seen[layer - 1].hidden[image]
+        by_token["changed by the layer before"] = -functional.cosine_similarity(hidden, before, dim=-1)
+    found = {"router's score": own}
+    for name, value in by_token.items():
+        found[name] = value[..., None].expand_as(own)
+    for name in list(found)[1:]:
+        value = found[name]
+        spread = (value - value.mean()) / value.std().clamp(min=1e-9)
+        found[f"score x {name}"] = own * spread.sigmoid()
+    return found
+
+
+def worth(
+    bench: Bench, batch: list[data.Sample], layer: int, expected: Tensor, token: Tensor, slot: Tensor
+) -> Tensor:
+    """KL [B] of the answers when question b loses the assignment slot[b] of its image token token[b]."""
+    question = torch.arange(len(batch))
+
+    def lose(plan: Plan, hidden: Tensor, experts: Tensor, scores: Tensor) -> Plan:
+        row = (FIRST + token) * len(batch) + question
+        chosen, weights = plan.experts.clone(), plan.weights.clone()
+        chosen[row, slot], weights[row, slot] = -1, 0
+        return replace(plan, experts=chosen, weights=weights)
+
+    with planning(bench.runtime.layers[layer], lose):
+        given = first_tokens(bench, batch)
+    return (expected.exp() * (expected - given)).sum(-1).clamp(min=0)
+
+
+def measure(arguments: argparse.Namespace, console: Console) -> dict[str, list[tuple[int, float, int]]]:
+    """By predictor: layer, rank correlation and number of assignments."""
+    bench = Bench(arguments, 1)
+    bench.runtime.use("macs", EVERYTHING)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    # Nothing attends to what image tokens are after the last layer: there they are worth nothing.
+    layers = range(len(bench.runtime.layers) - 1)
+    values: list[list[np.ndarray]] = [[] for _ in layers]
+    predicted: list[dict[str, list[np.ndarray]]] = [{} for _ in layers]
+    batches = bench.batches("image-flood", arguments.split, arguments.seed)[: arguments.batches]
+    with Progress(console=console) as progress:
+        bar = progress.add_task("leaving one out", total=len(batches) * len(layers) * arguments.trials)
+        for batch in batches:
+            expected, seen = observe(bench, batch)
+            for layer in layers:
+                features = predictors(layer, seen)
+                for _ in range(arguments.trials):
+                    token = torch.randint(data.IMAGE_TOKENS, (len(batch),), generator=generator)
+                    slot = torch.randint(seen[layer].experts.shape[-1], (len(batch),), generator=generator)
+                    values[layer].append(worth(bench, batch, layer, expected, token, slot).numpy())
+                    for name, feature in features.items():
+                        picked = feature[token, torch.arange(len(batch)), slot].numpy()
+                        predicted[layer].setdefault(name, []).append(picked)
+                    progress.advance(bar)
+    found: dict[str, list[tuple[int, float, int]]] = {}
+    for layer in layers:
+        truth = np.concatenate(values[layer])
+        for name, parts in predicted[layer].items():
+            rank = float(spearmanr(truth, np.concatenate(parts)).statistic)
+            found.setdefault(name, []).append((layer, rank, len(truth)))
+    return found
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, default=tiny.CHECKPOINT)
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=56, help="questions asked at once")
+    parser.add_argument("--trials", type=int, default=12, help="passes for each batch and layer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to write the correlations")
+    arguments = parser.parse_args(given)
+    arguments.questions = arguments.batches * arguments.batch
+    return arguments
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure, and show what was measured."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    arguments, console = parse_arguments(given), Console()
+    with cpu_engine(), one_process(), torch.inference_mode():
+        found = measure(arguments, console)
+    layers = max(layer for entries in found.values() for layer, _, _ in entries) + 1
+    count = next(iter(found.values()))[0][2]
+    table = Table(
+        title="rank correlation with an assignment's worth, by layer",
+        caption=f"{count} assignments of visual tokens a layer (after the last one nobody sees them), "
+        f"{arguments.split} split; chance: within {1.96 / count**0.5:.3f}",
+    )
+    for name in ("", *(str(layer) for layer in range(layers)), "mean"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    means = {name: float(np.mean([rank for _, rank, _ in entries])) for name, entries in found.items()}
+    for name in sorted(means, key=lambda one: -means[one]):
+        by_layer = {layer: rank for layer, rank, _ in found[name]}
+        cells = (f"{by_layer[layer]:.3f}" if layer in by_layer else "" for layer in range(layers))
+        table.add_row(name, *cells, f"{means[name]:.3f}")
+    console.print(table)
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"count": count, "correlations": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
