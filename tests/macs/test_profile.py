@@ -134,3 +134,25 @@ def test_hostile(tmp_path):
 def test_a_missing_file_is_the_systems_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         Profile.load(tmp_path / "none.safetensors")
+
+
+def test_profiles_of_runs_and_stages_become_one():
+    one, stage = profile(), profile(fingerprints=("another",), visual=torch.tensor([[1, 2, 3, 4]]))
+    both = Profile.merged([one, stage, one])
+    assert both.fingerprints == (*one.fingerprints, "another") and both.top_k == 2
+    assert torch.equal(both.visual[0], 2 * one.visual[0])
+    assert both.visual[1].tolist() == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="expected those of one model"):
+        Profile.merged([one, profile(top_k=1)])
+
+
+def test_drift_is_what_moved_beyond_chance():
+    even = torch.tensor([[1000, 1000, 1000, 1000]])
+    then = profile(visual=even, text=even)
+    generator = torch.Generator().manual_seed(0)
+    same = torch.multinomial(torch.ones(4), 400, True, generator=generator).bincount(minlength=4)
+    moved = torch.tensor([1600, 800, 800, 800])
+    visual, text = then.drift(0, moved * 100, same)
+    assert visual == pytest.approx(0.15, abs=0.02) and text < 0.02
+    assert then.drift(0, torch.zeros(4), even[0]) == (0.0, 0.0)
+    assert then.drift(0, torch.tensor([9, 0, 0, 0]), even[0])[0] > 0.3

@@ -16,6 +16,7 @@ from macs import (
     Runtime,
     Topology,
     build_policy,
+    modality,
     router_similarity,
 )
 
@@ -225,3 +226,26 @@ def test_macs_needs_torch_alone():
         "    raise SystemExit('megatron_macs imported without megatron-core')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_drift_compares_what_ran_with_the_profile(caplog):
+    runtime = Runtime(paper(min_tokens=0), profile=None)
+    layer = runtime.add_layer(lambda: ROUTER, Topology(4, 2), 2)
+    with pytest.raises(ValueError, match="drift: no profile to compare with"):
+        runtime.drift()
+    mask = torch.tensor([[True] * 8 + [False] * 8] * 2)
+    with runtime.calibration(), modality(mask):
+        run(layer)
+    measured = runtime.measured_profile()
+    runtime.use("macs", paper(min_tokens=0), measured)
+    with modality(mask):
+        run(layer)
+    assert runtime.reports()[0].loads("visual").sum() == 8 * 2 * 2
+    assert runtime.drift() == [(0.0, 0.0)] and "calibrate again" not in caplog.text
+    alone = torch.tensor([[0, 0, 0, 9999]])  # then all visual tokens went to one expert
+    other = Profile(alone, measured.text, measured.fingerprints, 2)
+    runtime.use("macs", paper(min_tokens=0), other)
+    with modality(mask):
+        run(layer)
+    ((visual, text),) = runtime.drift()
+    assert visual > 0.3 and text == 0.0 and "calibrate again" in caplog.text

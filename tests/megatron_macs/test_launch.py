@@ -15,7 +15,7 @@ from dataclasses import fields
 
 from support.workers import free_port
 
-from macs import MACSConfig
+from macs import MACSConfig, Profile
 from megatron_macs import add_macs_args, runtime_from_args, tokens_from_args
 from megatron_macs.arguments import config_from_args
 
@@ -109,7 +109,7 @@ with cpu_engine(), torch.inference_mode():
         report = layer.macs.runtime.reports()[0]
         found["dropped"] = float(report.dropped.sum())
         found["visual"] = float(report.visual.sum())
-        found["images"] = float((ids == 3).sum())
+    found["images"] = float((ids == 3).sum())
     torch.save(found, f"{arguments.out}.{dist.get_rank()}")
     dist.destroy_process_group()
     sys.exit(0)
@@ -163,6 +163,18 @@ def test_a_module_by_its_name_and_a_run_too_small_to_plan(tmp_path):
     done, found = launched(tmp_path, "small", *flags, by_name=True)
     assert done.returncode == 0 and found[0]["layer"] == "MACSMoELayer"
     assert "MACS planned nothing: no forward pass in eval() mode had min_tokens = 1000" in done.stderr
+
+
+def test_a_script_that_does_not_change_calibrates(tmp_path):
+    out = tmp_path / "model.safetensors"
+    flags = ("--moe-macs", "--moe-macs-image-token-id", "3", "--moe-macs-calibrate", str(out))
+    done, found = launched(tmp_path, "calibrated", *flags)
+    assert done.returncode == 0, done.stderr
+    # The script closes its process group, so that each rank has a file of its own.
+    parts = [Profile.load(tmp_path / f"model.rank{rank}.safetensors") for rank in (0, 1)]
+    profile = Profile.merged(parts)
+    assert profile.num_layers == 2 and int((profile.visual + profile.text).sum()) == 2 * 2 * 80 * 2
+    assert int(parts[0].visual.sum()) == 2 * 2 * found[0]["images"] > 0
 
 
 @pytest.mark.parametrize(
