@@ -11,18 +11,19 @@ from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate, top1gating, top2gating, topkgating
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import paper
 from torch import nn
 
 import macs
 from deepspeed_macs import MACSTopKGate
 from deepspeed_macs.gate import dense_routes, loads_of, places_of
-from macs import MACSConfig, Runtime, Topology
+from macs import Runtime, Topology
 
 
 def gate_of(k, experts=4, policy="macs", **settings):
     torch.manual_seed(0)
     gate = TopKGate(8, experts, k).eval()
-    runtime = Runtime(MACSConfig(**{"min_tokens": 0, **settings}), policy=policy)
+    runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
     layer = runtime.add_layer(lambda: gate.wg.weight, Topology(experts), k)
     MACSTopKGate.adopt(gate, layer, sequence_major=False, sampling=False)
     return gate

@@ -96,8 +96,9 @@ def test_half_precision_stays_bit_for_bit(pool, dtype):
 
 
 def test_pooled_capacity_is_told_to_be_of_no_use_in_the_moe_layer(pool):
-    said = pool.run(f"{JOBS}:pooled_capacity_is_told", 1)[0]
-    assert len([line for line in said if "does not shorten its steps; use level = expert" in line]) == 1
+    said, padded = pool.run(f"{JOBS}:pooled_capacity_is_told", 1)[0]
+    assert len([line for line in said if "do not shorten its steps; use preset = padded" in line]) == 1
+    assert padded  # where nothing is said
 
 
 def test_deepep_is_handed_the_plan(pool):

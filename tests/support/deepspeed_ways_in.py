@@ -17,6 +17,7 @@ from torch import nn
 
 import deepspeed_macs
 import macs
+from macs import MACSConfig
 
 from . import hf_models
 from .deepspeed_jobs import DROPLESS, IMAGE_TOKEN, Model, autoep_engine, batch_of, logits_of, on_deepspeed
@@ -288,8 +289,9 @@ def half_precision(dtype: str) -> bool:
 
 
 @on_deepspeed
-def pooled_capacity_is_told() -> list[str]:
-    """What the log says of capacities that this layer cannot profit from, and how often."""
+def pooled_capacity_is_told() -> tuple[list[str], bool]:
+    """What the log says of capacities that this layer cannot profit from, and how often; whether a block
+    that names no preset gets the one that it can profit from."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -304,7 +306,9 @@ def pooled_capacity_is_told() -> list[str]:
     finally:
         logging.disable(logging.WARNING)
         logger.removeHandler(handler)
-    return said
+    block = {"image_token_id": IMAGE_TOKEN}
+    bare = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": block})
+    return said, bare.macs.config == MACSConfig.preset("padded")
 
 
 @on_deepspeed
