@@ -19,6 +19,8 @@ SETTINGS = [
     {"level": "rank", "reroute": "group"},
     {"normalization": "image", "max_drop": 0.1, "max_load_factor": 1.1},
     {"weighting": "constant", "drop_padding": True, "renormalize": True},
+    {"target_straggler": 0.7},
+    {"target_straggler": 0.7, "level": "rank", "cost": "one", "reroute": "group"},
 ]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -37,7 +39,8 @@ def step(seed, device="cpu"):
 
 
 def layer_of(settings):
-    config = paper(**{"capacity_factor": 0.7, "min_tokens": 8, **settings})
+    bound = {} if "target_straggler" in settings else {"capacity_factor": 0.7}
+    config = paper(**{**bound, "min_tokens": 8, **settings})
     generator = torch.Generator().manual_seed(99)
     router = torch.randn(EXPERTS, HIDDEN, generator=generator)
     return Runtime(config).add_layer(lambda: router, Topology(EXPERTS, 2, sources=(0,)), TOP_K)
