@@ -303,7 +303,7 @@ def _add_gate(runtime: Runtime, layer: MOELayer, same_tokens: int, blind: str | 
             )
         pooled = policy == "rank-balanced" or (policy == "macs" and config.level == "rank")
         bounds = config.max_load_factor, config.target_straggler
-        if pooled or bounds != (None, None):
+        if policy != "vanilla" and (pooled or bounds != (None, None)):
             runtime.say_once(
                 "MACS: deepspeed.moe.layer.MoE computes as many rows for every expert as the fullest one "
                 "has: capacity pooled over a rank (level = rank, rank-balanced) and bounds on a rank's rows "

@@ -139,12 +139,20 @@ def pool_capacity(
 
 
 def row_bound(table: LoadTable, config: MACSConfig, top_k: int, ranks: int) -> Tensor:
-    """Rows that a rank may compute, by ``max_load_factor`` and ``target_straggler``: int64 [S].
+    """Rows that a rank may compute, by ``target_straggler`` and ``max_load_factor``: int64 [S].
 
-    The even share T k / R of the rows where neither is set and there is no bound.
+    In whole rows, rounded down; but a target of 1 or more leaves room for the even share T k / R, rounded
+    up, so that what is even already loses nothing. Without either, that is the answer, and no bound.
     """
-    given = [factor for factor in (config.max_load_factor, config.target_straggler) if factor is not None]
-    return (table.tokens.double() * top_k / ranks * min(given, default=1.0)).floor().long()
+    even = table.tokens.double() * top_k / ranks
+    target = 1.0 if config.target_straggler is None else config.target_straggler
+    room = (even * target).floor()
+    if target >= 1:
+        room = torch.maximum(room, even.ceil())
+    if config.max_load_factor is not None:
+        hard = (even * config.max_load_factor).floor()
+        room = hard if config.target_straggler is None else torch.minimum(room, hard)
+    return room.long()
 
 
 def meeting_factors(

@@ -72,12 +72,16 @@ class MACSConfig:
     min_capacity: float = _setting(1.0, "least capacity of an expert, in tokens", low=0.0, high=1e9)
 
     weighting: str = _setting(
-        "constant",
-        "semantic weight of a visual token: from its features' entropy, or visual_weight",
-        choices=("entropy", "constant"),
+        "distinct",
+        "semantic weight of a visual token: visual_weight for all, by how unlike the mean visual token it "
+        "is, or by its features' entropy",
+        choices=("distinct", "constant", "entropy"),
     )
     entropy_sharpness: float = _setting(
-        1.0, "[delta] steepness of the weight in the normalised entropy", low=-100.0, high=100.0
+        1.0,
+        "[delta] steepness of the weight in the normalised entropy or distinctness",
+        low=-100.0,
+        high=100.0,
     )
     normalization: str = _setting(
         "batch",
@@ -85,7 +89,10 @@ class MACSConfig:
         choices=("batch", "image"),
     )
     visual_weight: float = _setting(
-        0.2, "the weight of every visual token under weighting = constant", low=1e-4, high=1.0
+        0.2,
+        "the weight of a visual token under weighting = constant, of the usual one under distinct",
+        low=1e-4,
+        high=1.0,
     )
     cost: str = _setting(
         "one",
@@ -125,11 +132,16 @@ class MACSConfig:
         64, "with fewer valid tokens the layer is left alone (decoding)", low=0, high=2**31
     )
     max_drop: float | None = _setting(
-        None, "largest share of combine weight that may be dropped", low=0.0, high=1.0, optional=True
+        None,
+        "largest share of combine weight that may be dropped; goes before target_straggler",
+        low=0.0,
+        high=1.0,
+        optional=True,
     )
     max_load_factor: float | None = _setting(
         None,
-        "hard bound on a rank's rows, over the even share of all assignments",
+        "hard bound on a rank's rows, over the even share of all assignments; goes before max_drop, and "
+        "a target beside it does too",
         low=1e-3,
         high=1e6,
         optional=True,
@@ -146,6 +158,11 @@ class MACSConfig:
             )
         if self.capacity_factor is None and self.target_straggler is None:
             object.__setattr__(self, "target_straggler", TARGET_STRAGGLER)
+
+    @property
+    def pools_rows(self) -> bool:
+        """Whether capacities are the bound on the rows of the ranks, and follow nothing else."""
+        return self.target_straggler is not None and (self.level, self.cost) == ("rank", "one")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MACSConfig:
@@ -175,9 +192,10 @@ class MACSConfig:
         """
         for name in values:
             check_name("field", name, tuple(setting.name for setting in fields(self)))
-        bounds = {"target_straggler", "capacity_factor"}
-        if len(bounds & values.keys()) == 1:
-            values = {**dict.fromkeys(bounds), **values}
+        bounds = "target_straggler", "capacity_factor"
+        given = [name for name in bounds if values.get(name) is not None]
+        if len(given) == 1:
+            values = {**values, **dict.fromkeys(bounds), given[0]: values[given[0]]}
         return replace(self, **values)
 
 

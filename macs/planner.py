@@ -30,7 +30,13 @@ from .routing import (
     reroute,
 )
 from .topology import Topology
-from .weighting import constant_weights, entropy_weights, feature_entropy
+from .weighting import (
+    constant_weights,
+    distinct_weights,
+    distinctness,
+    entropy_weights,
+    feature_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -242,24 +248,25 @@ class Planner:
         if self.config.weighting == "constant":
             finite = torch.isfinite(hidden.sum(-1, dtype=torch.float32))
             return constant_weights(tokens.visual, self.config.visual_weight), ~finite
-        entropy = feature_entropy(hidden)
         if self.config.normalization == "batch":
             group, groups = tokens.source * KINDS + tokens.kinds, sources * KINDS
         else:
             count = max(1, len(tokens.source))
             group, groups = tokens.source * count + tokens.segment, sources * count
-        weight = entropy_weights(entropy, tokens.visual, group, groups, self.config.entropy_sharpness)
+        sharpness = self.config.entropy_sharpness
+        if self.config.weighting == "distinct":
+            distinct = distinctness(hidden, tokens.visual, tokens.source, sources)
+            usual = self.config.visual_weight
+            weight = distinct_weights(distinct, tokens.visual, group, groups, sharpness, usual)
+            return weight, ~torch.isfinite(distinct)
+        entropy = feature_entropy(hidden)
+        weight = entropy_weights(entropy, tokens.visual, group, groups, sharpness)
         return weight, ~torch.isfinite(entropy)
 
     @property
     def _bounds_rows(self) -> bool:
         """Whether there is a bound on the rows of a rank."""
         return self.config.max_load_factor is not None or self.config.target_straggler is not None
-
-    @property
-    def _pools_rows(self) -> bool:
-        """Whether a pool's capacity is one of its rank's rows, so that it can be the bound on them too."""
-        return self.config.level == "rank" and self.config.cost == "one"
 
     @property
     def _gathers(self) -> int:
@@ -289,7 +296,7 @@ class Planner:
             return by_expert.new_zeros(len(by_expert), size).index_add(1, of_expert, by_expert)
 
         row_room = row_bound(scope, config, self.top_k, ranks)[:, None].expand(-1, ranks)
-        if config.target_straggler is not None and self._pools_rows:
+        if config.pools_rows:
             room = row_room * UNIT
         else:
             room = pool_capacity(
@@ -302,8 +309,6 @@ class Planner:
                 pools,
                 ranks,
             )
-            if self._bounds_rows and self._pools_rows:
-                room = torch.minimum(room, row_room * UNIT)
         if shared:
             cost = pooled(table.cost, constants.pool_of_expert, pools)
             rows = pooled(table.rows, constants.rank_of_expert, ranks)
@@ -358,7 +363,7 @@ class Planner:
             room=room,
             row_room=row_room,
         )
-        bounded = self._bounds_rows and not self._pools_rows
+        bounded = self._bounds_rows and not config.pools_rows
         placement = place_admitted(demand, bounded)
         if config.reroute != "none":
             placement = reroute(
@@ -371,13 +376,15 @@ class Planner:
                 bounded,
             )
         unmet = torch.zeros_like(active)
-        if self._bounds_rows:
-            unmet = unmet | (placement.row_room < 0).any(1)
         if config.max_drop is not None:
             own = torch.arange(experts.shape[1], device=experts.device) < self.top_k
             mass = torch.where(real & own, to_fixed(weights, MASS_UNIT), 0)
-            placement, too_many = limit_drops(demand, placement, mass, config.max_drop, self._bounds_rows)
+            # The bound on drops goes before a target, but not before the hard bound on rows.
+            hard = config.max_load_factor is not None
+            placement, too_many = limit_drops(demand, placement, mass, config.max_drop, hard)
             unmet = unmet | too_many
+        if self._bounds_rows:
+            unmet = unmet | (placement.row_room < 0).any(1)
         return placement, table, nonfinite, active, unmet & active
 
 

@@ -150,8 +150,9 @@ class Profile:
         """How far a layer's traffic is from this profile: of visual and of text tokens, each 0..1.
 
         visual, text: assignments to each expert since, [E]. Half the sum of the differences of the
-        experts' shares (total variation), less what counting so few assignments gives by chance; 0
-        where either side saw none.
+        experts' shares (total variation), less what counting so few independent assignments gives by
+        chance; 0 where either side saw none. Tokens of a picture are alike, so over few pictures more
+        than that is chance: compare over hundreds of requests.
         """
 
         def moved(now: Tensor, then: Tensor) -> float:

@@ -140,24 +140,25 @@ class Runtime:
         return [layer.recorder.read(group) for layer in self.layers]
 
     def drift(self, group: dist.ProcessGroup | None = None) -> list[tuple[float, float]]:
-        """How far the recorded traffic of every layer is from the profile: see ``Profile.drift``.
+        """How far the recorded traffic of every layer is from the profile, (visual, text): see
+        ``Profile.drift``; 0 where nothing was recorded since.
 
-        Synchronises; with a group, as ``reports`` does. Warns, once, where a layer's traffic has moved so
-        far that its experts' modality biases may be others by now.
+        Synchronises; with a group, as ``reports`` does. Warns, once, when the traffic of a layer has moved
+        so far that its experts' modality biases may be others by now.
         """
         if self.profile is None:
             raise ValueError("drift: no profile to compare with; expected one in Runtime or use")
         found = []
-        for number, (layer, report) in enumerate(zip(self.layers, self.reports(group), strict=True)):
+        for layer, report in zip(self.layers, self.reports(group), strict=True):
             visual, every = report.loads("visual").sum(0), report.loads("before").sum(0)
             row = self.profile.row_of(layer.router_weight(), layer.top_k)
             found.append(self.profile.drift(row, visual, every - visual))
-            if max(found[-1]) > DRIFT_WARNING:
-                self.say_once(
-                    f"MACS: the traffic is not what the profile was measured on (layer {number}: "
-                    f"{found[-1][0]:.0%} of visual and {found[-1][1]:.0%} of text assignments go to other "
-                    "experts than then); calibrate again"
-                )
+        if max(max(one) for one in found) > DRIFT_WARNING:
+            self.say_once(
+                f"MACS: the traffic is not what the profile was measured on: in a layer more than "
+                f"{DRIFT_WARNING:.0%} of the visual or text assignments go to other experts than then; "
+                "Runtime.drift has the figures; calibrate again"
+            )
         return found
 
     def clear(self) -> None:
@@ -255,7 +256,7 @@ class LayerRuntime:
                 bias = runtime.profile.bias(config)[row]
                 if config.similarity == "profile" and runtime.profile.similarity is not None:
                     similarity = runtime.profile.similarity[row]
-            elif runtime.policy == "macs" and config.modality_strength > 0:
+            elif runtime.policy == "macs" and config.modality_strength > 0 and not config.pools_rows:
                 runtime.say_once("MACS: no profile; no expert has a modality bias")
             if config.similarity == "router":
                 similarity = router_similarity(self.router_weight())

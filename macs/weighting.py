@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .fixed_point import ENTROPY_UNIT, UNIT, to_fixed
 
@@ -60,6 +61,45 @@ def entropy_weights(entropy: Tensor, visual: Tensor, group: Tensor, groups: int,
     finite = torch.isfinite(entropy)
     normalized = normalize_entropy(entropy, visual & finite, group, groups)
     weight = to_fixed(torch.sigmoid(-sharpness * normalized), UNIT).clamp(1, UNIT)
+    return torch.where(visual, torch.where(finite, weight, 1), UNIT)
+
+
+def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -> Tensor:
+    """How unlike the mean visual token of its source a token is: 1 - cos(z, mean of z / |z|), 0..2.
+
+    hidden [T, D], any float dtype, visual bool [T] (whose mean it is), source int64 [T] in 0..S-1
+    -> float32 [T]; NaN where the features are not finite.
+    """
+    features = hidden.float()
+    unit = functional.normalize(features, dim=-1, eps=1e-12)
+    own = torch.where((visual & torch.isfinite(unit.sum(-1)))[:, None], unit, 0.0)
+    # In float64 the order of the tokens cannot show after the cosine is rounded.
+    if sources == 1:
+        total = own.sum(0, dtype=torch.float64)[None]
+    else:
+        total = own.new_zeros(sources, own.shape[1], dtype=torch.float64).index_add(0, source, own.double())
+    mean = functional.normalize(total, dim=-1, eps=1e-12).float()
+    return 1 - (unit * mean[source]).sum(-1)
+
+
+def distinct_weights(
+    distinct: Tensor,
+    visual: Tensor,
+    group: Tensor,
+    groups: int,
+    sharpness: float,
+    visual_weight: float,
+) -> Tensor:
+    """w = 2 v sigmoid(delta u~) for visual tokens, 1 for the others, in fixed point.
+
+    distinct float32 [T] (``distinctness``), normalised to u~ within its group as entropy is; v is
+    ``visual_weight``, what the usual token weighs -> int64 [T] in 1..UNIT. A visual token whose features
+    are not finite gets the lowest weight and has no say in the moments.
+    """
+    finite = torch.isfinite(distinct)
+    normalized = normalize_entropy(distinct, visual & finite, group, groups)
+    share = 2 * visual_weight * torch.sigmoid(sharpness * normalized)
+    weight = to_fixed(share, UNIT).clamp(1, UNIT)
     return torch.where(visual, torch.where(finite, weight, 1), UNIT)
 
 

@@ -24,11 +24,6 @@ def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--moe-macs-preset", choices=tuple(PRESETS), help="a named set of settings")
     group.add_argument("--moe-macs-policy", choices=POLICIES, help="macs (default) or a baseline")
     group.add_argument("--moe-macs-profile", metavar="FILE", help="a calibration profile")
-    group.add_argument(
-        "--moe-macs-calibrate",
-        metavar="FILE",
-        help="plan nothing, count whom every expert serves, and write a profile when the script ends",
-    )
     for name in TOKEN_FLAGS:
         kind = name.removesuffix("_token_id")
         group.add_argument(_flag(name), type=int, metavar="ID", help=f"input id of {kind} tokens")
@@ -50,11 +45,9 @@ def config_from_args(args: argparse.Namespace) -> MACSConfig:
     values = {} if args.moe_macs_config is None else dict(read_mapping(args.moe_macs_config))
     if args.moe_macs_preset is not None:
         values["preset"] = args.moe_macs_preset
-    for setting in fields(MACSConfig):
-        given = getattr(args, f"moe_macs_{setting.name}")
-        if given is not None:
-            values[setting.name] = given
-    return MACSConfig.from_dict(values)
+    flags = {setting.name: getattr(args, f"moe_macs_{setting.name}") for setting in fields(MACSConfig)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return MACSConfig.from_dict(values).updated(**given)
 
 
 def runtime_from_args(args: argparse.Namespace) -> Runtime | None:

@@ -62,6 +62,12 @@ def main(arguments: list[str] | None = None) -> None:
         add_help=missing,  # else --help is the script's
     )
     add_macs_args(parser)
+    parser.add_argument(
+        "--moe-macs-calibrate",
+        metavar="FILE",
+        type=Path,
+        help="plan nothing, count whom every expert serves, and write a profile when the script ends",
+    )
     if missing:
         parser.parse_args(given)
         parser.error("expected a script, or -m and a module, and its arguments")
@@ -74,16 +80,21 @@ def main(arguments: list[str] | None = None) -> None:
         if flag.startswith("--moe-macs"):
             close = difflib.get_close_matches(flag.split("=")[0], parser._option_string_actions, 1)
             parser.error(f"found no flag {flag}" + (f"; is it {close[0]}?" if close else ""))
+    calibrate = own.moe_macs_calibrate
     try:
         runtime = runtime_from_args(own)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if calibrate is not None:
+        if own.moe_macs_policy is not None or own.moe_macs_profile is not None:
+            parser.error("found --moe-macs-calibrate with a policy or a profile; nothing is planned with it")
+        if not calibrate.resolve().parent.is_dir():
+            parser.error(f"--moe-macs-calibrate: found no folder {calibrate.resolve().parent}")
     sys.argv = [script, *rest]
     uninstall = None if runtime is None else install(runtime, tokens_from_args(own))
-    calibrates = runtime is not None and own.moe_macs_calibrate is not None
     code: Any = None
     try:
-        if runtime is not None and calibrates:
+        if runtime is not None and calibrate is not None:
             runtime.start_calibration()
         if by_name:
             sys.path.insert(0, "")
@@ -96,8 +107,9 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         if uninstall is not None:
             uninstall()
-    if runtime is not None and calibrates:
-        save_profile(runtime, Path(own.moe_macs_calibrate))
+    if runtime is not None and calibrate is not None:
+        if code in (None, 0):  # of a script that failed the counts are not all there
+            save_profile(runtime, calibrate)
     elif runtime is not None:
         conclude(runtime)
     if code is not None:
@@ -120,9 +132,9 @@ def save_profile(runtime: Runtime, path: Path) -> None:
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
         path, rank = path.with_name(f"{path.stem}.rank{rank}{path.suffix}"), 0
     counted = [one for one in parts if one is not None]
-    if not counted:
+    if not counted and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1):
         sys.exit("megatron_macs.launch: --moe-macs-calibrate was given, but no MoE layer saw a token")
-    if rank == 0:
+    if counted and rank == 0:
         profile = Profile.merged(counted)
         profile.save(path)
         print(f"MACS: profile of {profile.num_layers} layers in {path}", file=sys.stderr)

@@ -67,6 +67,7 @@ TARGETS = (0.9, 1.0, 1.05, 1.1, 1.2)
 
 PAPER = MACSConfig.preset("paper")
 DEFAULT = MACSConfig()
+BASELINE = MACSConfig(weighting="constant")  # which no baseline heeds
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,12 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
         "visual weight 0.5": {"visual_weight": 0.5},
         "visual weight 0.1": {"visual_weight": 0.1},
         "visual weight 0.02": {"visual_weight": 0.02},
+        "normalised in the picture": {"normalization": "image"},
+        "half as steep": {"entropy_sharpness": 0.5},
+        "twice as steep": {"entropy_sharpness": 2.0},
+        "flipped": {"entropy_sharpness": -1.0},
+        "constant": {"weighting": "constant"},
+        "constant, no rerouting": {"weighting": "constant", "reroute": "none"},
         "entropy": {"weighting": "entropy"},
         "entropy, flipped": {"weighting": "entropy", "entropy_sharpness": -1.0},
         "score as priority": {"priority": "score"},
@@ -159,8 +166,8 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
             for policy in baselines
             for point in (
                 # Rank-balanced has a capacity per rank: there gamma is the bound.
-                *(() if policy == "rank-balanced" else by_gamma(policy, policy, DEFAULT)),
-                *by_target(policy, policy, DEFAULT),
+                *(() if policy == "rank-balanced" else by_gamma(policy, policy, BASELINE)),
+                *by_target(policy, policy, BASELINE),
             )
         ],
         "presets": [
@@ -181,14 +188,13 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
             *by_target(
                 "default, random weight",
                 "macs",
-                DEFAULT.updated(weighting="entropy"),
+                DEFAULT,
                 bounds,
                 random_weights=True,
             ),
         ],
-        "bounded": [
-            point for policy in (*baselines, "macs") for point in by_target(policy, policy, DEFAULT, bounds)
-        ]
+        "bounded": [point for policy in baselines for point in by_target(policy, policy, BASELINE, bounds)]
+        + by_target("macs", "macs", DEFAULT, bounds)
         + by_target("macs paper", "macs", PAPER, bounds),
     }
 
@@ -246,7 +252,7 @@ class Bench:
 
         def keep(module: Any, args: Any, kwargs: Any, logits: Tensor) -> None:
             if kwargs.get("input_ids", args[0] if args else logits).shape[1] > 1:
-                found.first += logits[:, -1].float().log_softmax(-1).unbind()
+                found.first += logits[:, -1].double().log_softmax(-1).unbind()
 
         handle = self.model.register_forward_hook(keep, with_kwargs=True)
         try:
@@ -361,6 +367,7 @@ def asked_points(arguments: argparse.Namespace) -> list[Point]:
             for batches in arguments.batches
             for name in arguments.grid
             for one in named[name]
+            if arguments.title is None or arguments.title in one.title
         ]
     found = list(read_points(arguments.chosen).values())
     points: dict[Point, None] = {}
@@ -546,6 +553,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--grid", nargs="+", choices=tuple(grids((1.05,))), default=["baselines", "presets"])
+    parser.add_argument("--title", help="of a grid only the points whose titles have this in them")
     parser.add_argument(
         "--chosen", type=Path, help="instead of a grid: of the points in this file the best within each bound"
     )

@@ -4,8 +4,8 @@
 
 The worth of an assignment is the KL, at the first token of the answer, between the model as it is and
 the model without that one assignment. For assignments of visual tokens drawn at random, one of every
-question in a pass: the rank correlation (Spearman) of that worth, layer by layer, with everything
-training-free that could serve as a semantic weight or a priority.
+question in a pass: the rank correlation (Spearman) of that worth, within the question and layer by
+layer, with everything training-free that could serve as a semantic weight or a priority.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
-from evaluate import Bench, one_process
+from evaluate import Bench, bootstrap, one_process
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -145,16 +145,21 @@ def worth(
 
     with planning(bench.runtime.layers[layer], lose):
         given = first_tokens(bench, batch)
-    return (expected.exp() * (expected - given)).sum(-1).clamp(min=0)
+    return (expected.exp() * (expected - given)).sum(-1)
 
 
-def measure(arguments: argparse.Namespace, console: Console) -> dict[str, list[tuple[int, float, int]]]:
-    """By predictor: layer, rank correlation and number of assignments."""
+Correlations = dict[str, list[tuple[int, float, float, float]]]
+"""By predictor, for every layer: its number, the mean rank correlation and its 95 % interval."""
+
+
+def measure(arguments: argparse.Namespace, console: Console) -> Correlations:
+    """What every predictor tells of the worth of the split's assignments."""
     bench = Bench(arguments, 1)
     bench.runtime.use("macs", EVERYTHING)
     generator = torch.Generator().manual_seed(arguments.seed)
     # Nothing attends to what image tokens are after the last layer: there they are worth nothing.
     layers = range(len(bench.runtime.layers) - 1)
+    # Of every layer, an array [trials, batch] for each batch.
     values: list[list[np.ndarray]] = [[] for _ in layers]
     predicted: list[dict[str, list[np.ndarray]]] = [{} for _ in layers]
     batches = bench.batches("image-flood", arguments.split, arguments.seed)[: arguments.batches]
@@ -164,21 +169,36 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, list[t
             expected, seen = observe(bench, batch)
             for layer in layers:
                 features = predictors(layer, seen)
-                for _ in range(arguments.trials):
-                    token = torch.randint(data.IMAGE_TOKENS, (len(batch),), generator=generator)
-                    slot = torch.randint(seen[layer].experts.shape[-1], (len(batch),), generator=generator)
-                    values[layer].append(worth(bench, batch, layer, expected, token, slot).numpy())
-                    for name, feature in features.items():
-                        picked = feature[token, torch.arange(len(batch)), slot].numpy()
-                        predicted[layer].setdefault(name, []).append(picked)
+                slots = seen[layer].experts.shape[-1]
+                # Different assignments of every question: [batch, trials].
+                drawn = torch.rand(len(batch), data.IMAGE_TOKENS * slots, generator=generator)
+                drawn = drawn.argsort(1)[:, : arguments.trials]
+                token, slot = (drawn // slots).T, (drawn % slots).T
+                kl = []
+                for trial in range(arguments.trials):
+                    kl.append(worth(bench, batch, layer, expected, token[trial], slot[trial]).numpy())
                     progress.advance(bar)
-    found: dict[str, list[tuple[int, float, int]]] = {}
+                values[layer].append(np.stack(kl))
+                question = torch.arange(len(batch)).expand_as(token)
+                for name, feature in features.items():
+                    picked = feature[token, question, slot].numpy()
+                    predicted[layer].setdefault(name, []).append(picked)
+    found: Correlations = {}
     for layer in layers:
-        truth = np.concatenate(values[layer])
+        truth = np.concatenate(values[layer], 1)  # [trials, questions]
         for name, parts in predicted[layer].items():
-            rank = float(spearmanr(truth, np.concatenate(parts)).statistic)
-            found.setdefault(name, []).append((layer, rank, len(truth)))
+            of_layer = within_questions(truth, np.concatenate(parts, 1))
+            found.setdefault(name, []).append((layer, *of_layer))
     return found
+
+
+def within_questions(truth: np.ndarray, parts: np.ndarray) -> tuple[float, float, float]:
+    """Mean over questions of the rank correlation within each, and its 95 % interval; both [trials, N].
+
+    Questions differ in how sure the model is, and so in what anything is worth.
+    """
+    ranks = [spearmanr(one, other).statistic for one, other in zip(truth.T, parts.T, strict=True)]
+    return bootstrap(np.nan_to_num(np.array(ranks)))
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -204,24 +224,26 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments, console = parse_arguments(given), Console()
     with cpu_engine(), one_process(), torch.inference_mode():
         found = measure(arguments, console)
-    layers = max(layer for entries in found.values() for layer, _, _ in entries) + 1
-    count = next(iter(found.values()))[0][2]
+    layers = max(entry[0] for entries in found.values() for entry in entries) + 1
     table = Table(
-        title="rank correlation with an assignment's worth, by layer",
-        caption=f"{count} assignments of visual tokens a layer (after the last one nobody sees them), "
-        f"{arguments.split} split; chance: within {1.96 / count**0.5:.3f}",
+        title="what predicts an assignment's worth: rank correlation by layer, 95 %",
+        caption=f"{arguments.questions} questions, {arguments.trials} assignments of visual tokens each in "
+        f"every layer but the last, after which nobody sees them; {arguments.split} split; by the mean over "
+        "the layers from 1 on",
     )
-    for name in ("", *(str(layer) for layer in range(layers)), "mean"):
+    for name in ("", *(str(layer) for layer in range(layers))):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    means = {name: float(np.mean([rank for _, rank, _ in entries])) for name, entries in found.items()}
-    for name in sorted(means, key=lambda one: -means[one]):
-        by_layer = {layer: rank for layer, rank, _ in found[name]}
-        cells = (f"{by_layer[layer]:.3f}" if layer in by_layer else "" for layer in range(layers))
-        table.add_row(name, *cells, f"{means[name]:.3f}")
+
+    def mean(name: str) -> float:
+        return float(np.mean([rank for layer, rank, _, _ in found[name] if layer > 0]))
+
+    for name in sorted(found, key=lambda one: -mean(one)):
+        cells = {layer: f"{rank:.2f} ({low:.2f} to {high:.2f})" for layer, rank, low, high in found[name]}
+        table.add_row(name, *(cells.get(layer, "") for layer in range(layers)))
     console.print(table)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"count": count, "correlations": found}, indent=1))
+        arguments.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

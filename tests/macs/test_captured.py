@@ -19,7 +19,7 @@ SETTINGS = [
     {"level": "rank", "reroute": "group"},
     {"normalization": "image", "max_drop": 0.1, "max_load_factor": 1.1},
     {"weighting": "constant", "drop_padding": True, "renormalize": True},
-    {"target_straggler": 0.7},
+    {"target_straggler": 0.7, "weighting": "distinct"},
     {"target_straggler": 0.7, "level": "rank", "cost": "one", "reroute": "group"},
 ]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

@@ -20,7 +20,14 @@ from macs.capacity import (
     row_bound,
 )
 from macs.fixed_point import UNIT, apportion
-from macs.weighting import constant_weights, entropy_weights, feature_entropy, normalize_entropy
+from macs.weighting import (
+    constant_weights,
+    distinct_weights,
+    distinctness,
+    entropy_weights,
+    feature_entropy,
+    normalize_entropy,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -112,6 +119,40 @@ def test_constant_weights():
     assert constant_weights(visual, 1e-4).tolist() == [7, UNIT]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sources", [1, 3])
+def test_distinctness(dtype, sources):
+    generator = torch.Generator().manual_seed(sources)
+    hidden = torch.randn(30, 7, generator=generator)
+    hidden[4] = 0
+    hidden = hidden.to(dtype)
+    visual = torch.rand(30, generator=generator) < 0.7
+    source = torch.arange(30) % sources
+    expected = []
+    for t in range(30):
+        mine = [reference.unit(hidden[i].tolist()) for i in range(30) if visual[i] and source[i] == source[t]]
+        mean = reference.unit([sum(column) / len(mine) for column in zip(*mine, strict=True)])
+        own = reference.unit(hidden[t].tolist())
+        expected.append(1 - sum(a * b for a, b in zip(own, mean, strict=True)))
+    found = distinctness(hidden, visual, source, sources)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=2e-6)
+
+
+def test_distinct_tokens_weigh_more_and_nonfinite_ones_nothing():
+    hidden = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0], [float("nan"), 0.0], [0.0, 9.0]])
+    visual = torch.tensor([True] * 8 + [False])
+    source = torch.zeros(9, dtype=torch.int64)
+    distinct = distinctness(hidden, visual, source, 1)
+    assert torch.isnan(distinct[7]) and bool(torch.isfinite(distinct[:7]).all())
+    weight = distinct_weights(distinct, visual, source, 1, 1.0, 0.2).tolist()
+    assert weight[8] == UNIT and weight[7] == 1
+    assert len(set(weight[:6])) == 1 and weight[0] < 0.2 * UNIT < weight[6] <= 0.4 * UNIT
+    # Alike all of them: each weighs what the usual one does.
+    alike = distinctness(hidden[:6], visual[:6], source[:6], 1)
+    assert distinct_weights(alike, visual[:6], source[:6], 1, 1.0, 0.2).tolist() == [round(0.2 * UNIT)] * 6
+
+
 @given(routings(config=configs(scope="local", **NO_BOUND)))
 @settings(max_examples=150)
 def test_loads_ratio_and_capacity(case):
@@ -199,7 +240,8 @@ def test_every_rank_has_the_largest_factor_that_meets_the_bound(ranks, target):
     )
     config = MACSConfig(target_straggler=target)
     bound = row_bound(table, config, 1, len(ranks))
-    assert bound.tolist() == [int(target * (tokens / len(ranks)))]
+    even = tokens / len(ranks)
+    assert bound.tolist() == [max(int(target * even), math.ceil(even) if target >= 1 else 0)]
     even = torch.tensor([[even for _, _, even in pools]], dtype=torch.float64)
     each = torch.arange(len(pools))
     found = meeting_factors(table, even, bound, each, rank_of, len(pools), len(ranks))[0].tolist()

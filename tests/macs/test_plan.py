@@ -14,7 +14,13 @@ from support.cases import NO_BOUND, configs, paper, routings
 from macs import MACSConfig, Planner, Tokens, Topology, build_policy
 from macs.capacity import LoadTable, measure, pool_capacity
 from macs.fixed_point import MASS_UNIT, UNIT, to_fixed
-from macs.weighting import constant_weights, entropy_weights, feature_entropy
+from macs.weighting import (
+    constant_weights,
+    distinct_weights,
+    distinctness,
+    entropy_weights,
+    feature_entropy,
+)
 
 MANY = settings(max_examples=250)
 
@@ -42,9 +48,25 @@ def semantic_weights(case, config):
     else:
         count = len(tokens.kinds)
         group, groups = tokens.source * count + tokens.segment, count * len(case.topology.sources)
+    if config.weighting == "distinct":
+        distinct = distinctness(case.hidden, tokens.visual, tokens.source, len(case.topology.sources))
+        usual = config.visual_weight
+        return distinct_weights(distinct, tokens.visual, group, groups, config.entropy_sharpness, usual)
     return entropy_weights(
         feature_entropy(case.hidden), tokens.visual, group, groups, config.entropy_sharpness
     )
+
+
+def row_limit(config, even):
+    """Rows that a rank may compute, of its even share."""
+    limits = []
+    if config.target_straggler is not None:
+        limits.append(math.floor(even * config.target_straggler))
+        if config.target_straggler >= 1:
+            limits[0] = max(limits[0], math.ceil(even))
+    if config.max_load_factor is not None:
+        limits.append(math.floor(even * config.max_load_factor))
+    return min(limits)
 
 
 def rooms(case, config, weight, cost):
@@ -66,10 +88,9 @@ def rooms(case, config, weight, cost):
             for row in by_expert
         ]
 
-    bounds = [factor for factor in (config.max_load_factor, config.target_straggler) if factor is not None]
     rows = None
-    if bounds:
-        rows = [[int(min(bounds) * (t * case.top_k / ranks))] * ranks for t in scope.tokens.tolist()]
+    if config.max_load_factor is not None or config.target_straggler is not None:
+        rows = [[row_limit(config, t * case.top_k / ranks)] * ranks for t in scope.tokens.tolist()]
     if config.scope == "group":
         grain = UNIT if config.cost == "one" else 1
         whole = [capacity // grain for capacity in room[0]]
@@ -111,7 +132,7 @@ def test_plan_is_the_reference_plan(case):
                 expected.reroute(config.reroute_rounds, config.reroute)
             if config.max_drop is not None:
                 masses = {(n, i): mass[t][i] for n, t in enumerate(mine) for i in range(case.top_k)}
-                expected.limit_drops(masses, config.max_drop)
+                expected.limit_drops(masses, config.max_drop, config.max_load_factor is not None)
         for n, t in enumerate(mine):
             for i in range(case.top_k):
                 want = expected.placed.get((n, i), -1) if active[s] else int(case.experts[t, i])
@@ -357,7 +378,7 @@ def test_sources_in_one_process_are_as_many_processes(case):
         assert torch.equal(plan.weights, whole.weights[rows])
 
 
-@given(routings(config=configs(**NO_BOUND), exempt=False))
+@given(routings(config=configs(max_load_factor=None), exempt=False))
 @MANY
 def test_max_drop_is_kept(case):
     assume(case.config.max_drop is not None)
@@ -408,6 +429,30 @@ def test_a_bound_on_drops_brings_back_no_expert_the_policy_added():
     # Experts 2 and 3 take everyone back; 0 and 1, which score higher but nobody chose, stay within
     # their capacity.
     assert plan.statistics.load_after.tolist() == [4, 4, 8, 8]
+
+
+@pytest.mark.parametrize(("count", "top_k", "ranks"), [(64, 1, 128), (100, 1, 64), (76, 8, 128), (72, 2, 4)])
+@pytest.mark.parametrize("level", ["rank", "expert"])
+def test_what_is_even_already_loses_nothing(count, top_k, ranks, level):
+    experts = torch.arange(count * top_k).view(count, top_k) % ranks
+    planner = Planner(MACSConfig(level=level), Topology(ranks, ranks), top_k)
+    plan = planner.plan(
+        torch.randn(count, 4), experts, torch.ones(count, top_k), torch.rand(count, ranks).softmax(1)
+    )
+    assert torch.equal(plan.experts, experts) and int(plan.statistics.planned) == 1
+
+
+def test_the_safe_preset_keeps_its_promise():
+    """At most 1 % of combine weight dropped, however skewed: the target gives way, and it is counted."""
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randn(512, 64, generator=generator) + 4.0 * (torch.arange(64) < 8)).softmax(1)
+    weights, experts = scores.topk(8)
+    for name, met in (("fast", False), ("safe", True)):
+        planner = Planner(MACSConfig.preset(name), Topology(64, 8), 8)
+        found = planner.plan(torch.randn(512, 4), experts, weights, scores).statistics
+        mass = float(found.kept_mass + found.rerouted_mass + found.dropped_mass)
+        assert (float(found.dropped_mass) <= 0.01 * mass) == met
+        assert int(found.unmet) == met
 
 
 def test_few_tokens_are_left_alone():

@@ -102,7 +102,7 @@ def configs(**fixed):
         "modality_strength": st.sampled_from([0.0, 0.5, 1.0]),
         "conserve": st.booleans(),
         "min_capacity": st.sampled_from([0.0, 1.0, 2.0]),
-        "weighting": st.sampled_from(["entropy", "constant"]),
+        "weighting": st.sampled_from(["entropy", "constant", "distinct"]),
         "visual_weight": st.sampled_from([0.25, 0.5, 1.0]),
         "normalization": st.sampled_from(["batch", "image"]),
         "cost": st.sampled_from(["weight", "one"]),

@@ -13,6 +13,12 @@ UNIT = 65536
 PRIORITY = 1 << 24
 
 
+def unit(row):
+    """A vector of length 1, or of nothing but zeros."""
+    length = math.sqrt(sum(value * value for value in row))
+    return [value / length if length else 0.0 for value in row]
+
+
 def entropy(features):
     """H = -sum p ln p, p = softmax(features); NaN if a feature is not finite."""
     if not all(math.isfinite(value) for value in features):
@@ -219,12 +225,13 @@ class Case:
                 options.append((-value, j))
         return min(options)[1] if options else None
 
-    def limit_drops(self, mass, max_drop):
-        """mass[(t, i)] in 1/1048576; the fewest of the dropped, best first, come back."""
+    def limit_drops(self, mass, max_drop, hard):
+        """mass[(t, i)] in 1/1048576; the fewest of the dropped, best first, come back; if the bound on rows
+        is hard, no more than it has room for."""
         everyone = self.assignments()
         dropped = sorted((a for a in everyone if a not in self.placed), key=self.order)
         excess = sum(mass[a] for a in dropped) - math.floor(sum(mass[a] for a in everyone) * max_drop)
-        if self.row_room is not None:
+        if hard:
             room = list(self.row_room)
             allowed = []
             for a in dropped:
