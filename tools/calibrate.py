@@ -25,7 +25,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def _request(line: str, place: str, folder: Path) -> Request:
 
 def tiny_sample(request: Request) -> data.Sample:
     """A request as the tiny model's prompt; words it does not know are unknown to it."""
-    pixels = None if request.picture is None else tiny.open_picture(request.picture)
+    pixels = None if request.picture is None else opened(request.picture, tiny.open_picture)
     prefix = encode(BEGIN) if pixels is None else data.PICTURE_PREFIX
     room = data.PROMPT_TOKENS - len(prefix)
     words = list(build_tokenizer()(request.text.lower())["input_ids"])[:room]
@@ -169,6 +169,8 @@ def processes() -> Iterator[None]:
     """The process group that a launcher started, or one of a single process."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     with tempfile.TemporaryDirectory() as folder:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
@@ -186,10 +188,10 @@ def own_batches(arguments: argparse.Namespace) -> list[list[Any]]:
     if arguments.data is None:
         asked: list[Any] = data.draw_samples(arguments.seed, "train", data.TASKS, arguments.samples)
     else:
-        requests = read_requests(arguments.data)[: arguments.samples]
-        # Sorted names would put pictures of one kind in one half.
+        requests = read_requests(arguments.data)
+        # In their order, pictures of one kind would make up one half, or all that is taken.
         order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(arguments.seed))
-        requests = [requests[i] for i in order.tolist()]
+        requests = [requests[i] for i in order[: arguments.samples].tolist()]
         asked = [tiny_sample(one) for one in requests] if arguments.model is None else requests
     if arguments.model is not None:
         asked = [processor_request(one) for one in asked]
@@ -211,8 +213,15 @@ def processor_request(request: Request) -> Any:
 
     if request.picture is None:
         return Asked(request.text, None)
-    with Image.open(request.picture) as image:
-        return Asked(request.text, image.convert("RGB"))
+    return Asked(request.text, opened(request.picture, lambda path: Image.open(path).convert("RGB")))
+
+
+def opened(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """What a reader makes of a picture; an error names the file."""
+    try:
+        return reader(path)
+    except OSError as error:
+        raise ValueError(f"--data: {path}: not a picture: {error}") from error
 
 
 def counted(runtime: Runtime, engine: Any, batches: Sequence[list[Any]], console: Console) -> list[Profile]:
@@ -338,6 +347,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if arguments.model is not None and arguments.data is None:
         parser.error("--model: expected --data with it, a sample of your own requests")
+    if arguments.batch < 1:
+        parser.error(f"--batch: found {arguments.batch}, expected 1 or more")
     for name in ("model", "checkpoint", "data", "check"):
         path = getattr(arguments, name)
         if path is not None and not path.exists():
@@ -351,9 +362,9 @@ def main(given: Sequence[str] | None = None) -> None:
     logging.disable(logging.WARNING)
     arguments = parse_arguments(given)
     console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)
-    config = MACSConfig(bias_threshold=arguments.threshold)
     engines = {"deepspeed": deepspeed, "megatron": megatron}
     try:
+        config = MACSConfig(bias_threshold=arguments.threshold)
         with engines[arguments.engine](arguments) as (runtime, engine), torch.inference_mode():
             if arguments.check is not None:
                 check(Profile.load(arguments.check), runtime)

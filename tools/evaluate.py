@@ -59,6 +59,9 @@ MIXES: dict[str, tuple[str, ...]] = {
 """What a batch is made of: tasks in turn. In multi-image batches another picture comes first."""
 
 COUNTED = (1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 2.0)
+PRESET_TITLES = ("macs fast", "macs safe")
+"""Points with a bound of their own."""
+
 WEIGHTED = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
 """Capacity factors: where every token costs one, and where it costs its weight."""
 
@@ -291,9 +294,14 @@ def bootstrap_ratio(values: np.ndarray, others: np.ndarray, draws: int = 1000) -
 
 
 def measured(
-    point: Point, asked: Sequence[data.Sample], found: Answers, vanilla: Answers, reports: list[Any]
+    point: Point,
+    asked: Sequence[data.Sample],
+    under: tuple[Answers, list[Any]],
+    stock: tuple[Answers, list[Any]],
 ) -> dict[str, Any]:
-    """The figures of a point; those of answers as (mean, low, high)."""
+    """The figures of a point, from its answers and reports and vanilla's; those of answers as (mean, low,
+    high). Intervals are over questions, which the plan of a batch ties to each other a little."""
+    (found, reports), (vanilla, untouched) = under, stock
     right = np.array([ids == sample.answer for ids, sample in zip(found.ids, asked, strict=True)])
     expected_right = np.array([ids == one.answer for ids, one in zip(vanilla.ids, asked, strict=True)])
     same = np.array([ids == other for ids, other in zip(found.ids, vanilla.ids, strict=True)])
@@ -312,7 +320,8 @@ def measured(
         return bootstrap_ratio(right[chosen].astype(float), expected_right[chosen].astype(float))
 
     after = torch.stack([report.straggler("after") for report in reports])  # [L, N]
-    before = torch.stack([report.straggler("before") for report in reports])
+    # Vanilla's own: before planning a layer has what the plans of those before it made of its input.
+    before = torch.stack([report.straggler("before") for report in untouched])
     experts = torch.stack([report.imbalance("after") for report in reports])
     shares = [report.shares() for report in reports]
     return {
@@ -369,32 +378,45 @@ def asked_points(arguments: argparse.Namespace) -> list[Point]:
             for one in named[name]
             if arguments.title is None or arguments.title in one.title
         ]
-    found = list(read_points(arguments.chosen).values())
-    points: dict[Point, None] = {}
-    for ranks in arguments.ranks:
-        for batches in arguments.batches:
-            # What was best in mixed batches is what any batch gets.
-            mixed = [one for one in found if (one["ranks"], one["batches"]) == (ranks, "mixed")]
-            if not mixed:
-                raise ValueError(f"{arguments.chosen}: found no points in mixed batches for {ranks} ranks")
-            for bound in arguments.bounds:
-                for one in best_within(mixed, bound).values():
-                    points[point_of(one, batches)] = None
-            for one in mixed:
-                if one["title"] in ("macs fast", "macs safe"):
-                    points[point_of(one, batches)] = None
-    return list(points)
+    return [
+        replace(point_of(one), batches=batches)
+        for ranks in arguments.ranks
+        for batches in arguments.batches
+        for bound in arguments.bounds
+        for one in chosen_within(arguments, ranks, bound)
+    ]
 
 
-def point_of(found: dict[str, Any], batches: str) -> Point:
-    """The point that gave these figures, on batches of another kind."""
+def chosen_within(arguments: argparse.Namespace, ranks: int, bound: float) -> list[dict[str, Any]]:
+    """What was best in the file's mixed batches of the validation split, whatever it is measured on."""
+    found = []
+    for key, one in read_points(arguments.chosen).items():
+        told = json.loads(key)
+        own = told["split"], told["batches"], told["ranks"], told["model"]
+        if own == ("validation", "mixed", ranks, str(arguments.checkpoint)):
+            found.append((told["questions"], one))
+    if not found:
+        raise ValueError(
+            f"--chosen {arguments.chosen}: found no points of {arguments.checkpoint} in mixed batches of the "
+            f"validation split for {ranks} ranks"
+        )
+    most = max(questions for questions, _ in found)
+    whole = [one for questions, one in found if questions == most]
+    presets = [one for one in whole if one["title"] in PRESET_TITLES]
+    best = best_within(whole, bound)
+    return [one for title, one in best.items() if title not in PRESET_TITLES] + presets
+
+
+def point_of(found: dict[str, Any]) -> Point:
+    """The point that gave these figures."""
     config = MACSConfig(**found["settings"])
-    return Point(found["title"], found["policy"], config, batches, found["ranks"], found["random_weights"])
+    own = (found[name] for name in ("batches", "ranks", "random_weights"))
+    return Point(found["title"], found["policy"], config, *own)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Measure the points that the file lacks; all points that were asked for."""
-    points = asked_points(arguments)
+    points = list(dict.fromkeys(asked_points(arguments)))
     done = read_points(arguments.out)
     missing = [point for point in points if point.key(arguments) not in done]
     console.print(f"{len(points)} points, {len(points) - len(missing)} of them in {arguments.out} already")
@@ -407,7 +429,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     benches: dict[int, Bench] = {}
-    vanilla: dict[tuple[int, str], Answers] = {}
+    vanilla: dict[tuple[int, str], tuple[Answers, list[Any]]] = {}
     with Progress(*columns, console=console) as progress, arguments.out.open("a") as out:
         bar = progress.add_task("measuring", total=len(missing))
         for point in missing:
@@ -417,11 +439,11 @@ def run(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]
             bench, kind = benches[point.ranks], (point.ranks, point.batches)
             if kind not in vanilla:
                 stock = Point("vanilla", "vanilla", MACSConfig(), point.batches, point.ranks)
-                vanilla[kind] = bench.ask(stock)[0]
+                vanilla[kind] = bench.ask(stock)
             batches = bench.batches(point.batches, arguments.split, arguments.seed)
             asked = [sample for batch in batches for sample in batch]
             answers, reports = bench.ask(point)
-            found = measured(point, asked, answers, vanilla[kind], reports)
+            found = measured(point, asked, (answers, reports), vanilla[kind])
             done[point.key(arguments)] = found
             out.write(json.dumps({"key": point.key(arguments), "found": found}) + "\n")
             out.flush()
@@ -446,18 +468,17 @@ def best_within(found: list[dict[str, Any]], bound: float) -> dict[str, dict[str
     return best
 
 
-def table_of(found: list[dict[str, Any]], bound: float, caption: str) -> Table:
-    """Every policy at its best setting within a bound, by KL."""
+def table_of(best: dict[str, dict[str, Any]], bound: float, caption: str) -> Table:
+    """Every policy, by KL. One whose load here is beyond the bound is marked."""
     table = Table(title=f"busiest rank at most {bound:g} times the mean", caption=caption)
     names = ("", "set by", "rank", "KL x 1000", "95 %", "over macs", "95 %", "texts' KL", "same")
     for name in (*names, "pictures", "texts", "rerouted", "dropped"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    best = best_within(found, bound)
     reference = best.get("macs", best.get("default"))
     for title, one in sorted(best.items(), key=lambda item: measure_of(item[1])[0]):
         kl, low, high = (1e3 * value for value in measure_of(one))
         over = ("", "")
-        if reference is not None and reference is not one and one["picture_kl_each"]:
+        if reference is not None and reference is not one and any(reference["picture_kl_each"]):
             each = (np.array(found["picture_kl_each"]) for found in (one, reference))
             ratio = bootstrap_ratio(*each)
             over = f"{ratio[0]:.1f}", f"{ratio[1]:.1f}-{ratio[2]:.1f}"
@@ -466,7 +487,7 @@ def table_of(found: list[dict[str, Any]], bound: float, caption: str) -> Table:
         table.add_row(
             title,
             one["setting"],
-            f"{one['straggler']:.3f}",
+            f"{one['straggler']:.3f}" + ("" if one["straggler"] <= bound else " !"),
             f"{kl:.2f}",
             f"{low:.2f}-{high:.2f}",
             *over,
@@ -503,16 +524,15 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def plot_layers(found: list[dict[str, Any]], bound: float, path: Path) -> None:
-    """The busiest rank of every layer, before planning and after, for the best of every policy."""
+def plot_layers(best: dict[str, dict[str, Any]], path: Path) -> None:
+    """The busiest rank of every layer, under vanilla and under every policy."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    best = best_within(found, bound)
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
-    layers = np.arange(len(found[0]["layers"]))
+    layers = np.arange(len(next(iter(best.values()))["layers"]))
     width = 0.8 / (len(best) + 1)
     before = [layer["before"] for layer in next(iter(best.values()))["layers"]]
     axes.bar(layers - 0.4, before, width, label="vanilla", color="grey", align="edge")
@@ -568,8 +588,11 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs") / "quality.jsonl")
     parser.add_argument("--plot", type=Path, help="pictures of KL against load and of loads")
     arguments = parser.parse_args(given)
-    if arguments.chosen is not None and not arguments.chosen.exists():
-        parser.error(f"--chosen: found no file {arguments.chosen}")
+    if arguments.chosen is not None:
+        if not arguments.chosen.exists():
+            parser.error(f"--chosen: found no file {arguments.chosen}")
+        if arguments.split == "validation":
+            parser.error("--chosen: found --split validation, where they were chosen; expected test")
     if arguments.questions < arguments.batch:
         parser.error(
             f"--questions: found {arguments.questions}, expected a batch ({arguments.batch}) or more"
@@ -590,11 +613,23 @@ def main(given: Sequence[str] | None = None) -> None:
             caption = f"{batches} batches of {arguments.batch}, {ranks} ranks, {arguments.split} split, "
             caption += f"{arguments.questions} questions; 95 % intervals"
             for bound in arguments.bounds:
-                console.print(table_of(chosen, bound, caption))
-            if arguments.plot is not None:
-                stem, kind = f"{arguments.plot.stem}-{batches}-{ranks}", arguments.plot.suffix or ".png"
-                plot(chosen, arguments.plot.with_name(stem + kind))
-                plot_layers(chosen, arguments.bounds[0], arguments.plot.with_name(stem + "-layers" + kind))
+                best = shown(arguments, chosen, ranks, bound)
+                console.print(table_of(best, bound, caption))
+                if arguments.plot is not None and best:
+                    stem = f"{arguments.plot.stem}-{batches}-{ranks}"
+                    plot(chosen, arguments.plot.with_name(f"{stem}.png"))
+                    plot_layers(best, arguments.plot.with_name(f"{stem}-layers-{bound:g}.png"))
+
+
+def shown(
+    arguments: argparse.Namespace, found: list[dict[str, Any]], ranks: int, bound: float
+) -> dict[str, dict[str, Any]]:
+    """The point of every title for a bound: the best within it, or, of points chosen elsewhere, the one that
+    was chosen for it, come what may."""
+    if arguments.chosen is None:
+        return best_within(found, bound)
+    settings = {one["title"]: one["settings"] for one in chosen_within(arguments, ranks, bound)}
+    return {one["title"]: one for one in found if settings.get(one["title"]) == one["settings"]}
 
 
 if __name__ == "__main__":

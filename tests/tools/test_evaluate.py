@@ -28,6 +28,20 @@ def evaluate(folder, *arguments):
     )
 
 
+def setting(point):
+    return point["title"], json.dumps(point["settings"], sort_keys=True)
+
+
+def best_of(points, bound):
+    """The point of least KL over pictures of every title within a bound."""
+    within = [one for one in points if one["straggler"] <= bound]
+    return {one["title"]: min((o for o in within if o["title"] == one["title"]), key=kl_of) for one in within}
+
+
+def kl_of(point):
+    return point["picture_kl"][0]
+
+
 def points_in(path):
     return [json.loads(line)["found"] for line in path.read_text().splitlines()]
 
@@ -39,7 +53,7 @@ def test_points_are_measured_once_shown_and_chosen_from(tmp_path):
     assert first.returncode == 0, first.stderr
     points = points_in(tmp_path / "points.jsonl")
     assert len(points) == 10 and (tmp_path / "curve-mixed-4.png").stat().st_size > 1000
-    assert (tmp_path / "curve-mixed-4-layers.png").stat().st_size > 1000
+    assert (tmp_path / "curve-mixed-4-layers-1.05.png").stat().st_size > 1000
     for found in points:
         assert found["ranks"] == 4 and len(found["layers"]) == 4
         mean, low, high = found["kl"]
@@ -57,9 +71,12 @@ def test_points_are_measured_once_shown_and_chosen_from(tmp_path):
     assert chosen.returncode == 0, chosen.stderr
     found = points_in(tmp_path / "test.jsonl")
     # The best of five policies within each of two bounds, measured where they were not chosen.
-    assert {one["title"] for one in found} == {one["title"] for one in points} and len(found) <= 10
+    best = [one for bound in (1.05, 1.2) for one in best_of(points, bound).values()]
+    assert sorted(map(setting, found)) == sorted({setting(one) for one in best})
     assert all(one["batches"] == "multi-image" and one["text_kl"] is None for one in found)
 
+    again = evaluate(tmp_path, *small, "--chosen", "points.jsonl")
+    assert again.returncode == 2 and "--chosen: found --split validation" in again.stderr
     refused = evaluate(tmp_path, "--questions", "10", "--batch", "28")
     assert refused.returncode == 2 and "--questions: found 10, expected a batch (28)" in refused.stderr
 
