@@ -71,15 +71,17 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
     -> float32 [T]; NaN where the features are not finite.
     """
     features = hidden.float()
-    unit = functional.normalize(features, dim=-1, eps=1e-12)
-    own = torch.where((visual & torch.isfinite(unit.sum(-1)))[:, None], unit, 0.0)
+    inverse = 1 / torch.linalg.vector_norm(features, dim=-1).clamp(min=1e-12)
+    share = torch.where(visual & torch.isfinite(inverse), inverse, 0.0)
+    own = (features * share[:, None]).nan_to_num_(0.0, 0.0, 0.0)
     # In float64 the order of the tokens cannot show after the cosine is rounded.
     if sources == 1:
         total = own.sum(0, dtype=torch.float64)[None]
     else:
         total = own.new_zeros(sources, own.shape[1], dtype=torch.float64).index_add(0, source, own.double())
     mean = functional.normalize(total, dim=-1, eps=1e-12).float()
-    return 1 - (unit * mean[source]).sum(-1)
+    near = features * (mean if sources == 1 else mean[source])
+    return 1 - near.sum(-1) * inverse
 
 
 def distinct_weights(

@@ -36,8 +36,8 @@ from torch import nn
 from torch.nn import functional
 
 import macs
-from macs import PRESETS, MACSConfig, Runtime
-from macs.weighting import feature_entropy
+from macs import MACSConfig, Runtime
+from macs.weighting import distinctness, feature_entropy
 from megatron_macs import cpu_engine, with_macs
 
 
@@ -109,8 +109,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     stock = build_layer(arguments, None).to(device)
     works: dict[str, Callable[[], Any]] = {"stock layer": lambda: stock(hidden)}
-    for preset in PRESETS:
-        runtime = Runtime(MACSConfig.preset(preset), virtual_ranks=arguments.virtual_ranks)
+    for preset, config in {"paper": MACSConfig.preset("paper"), "default": MACSConfig()}.items():
+        runtime = Runtime(config, virtual_ranks=arguments.virtual_ranks)
         layer = build_layer(arguments, runtime).to(device)
         seen: dict[str, tuple] = {}
         inner = runtime.layers[0].plan
@@ -134,7 +134,9 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         planner = runtime.layers[0].planner
         works[f"{preset}: layer"] = run
         works[f"{preset}: planner"] = lambda planner=planner, seen=seen: planner.plan(*seen["inputs"])
+    visual, source = mask[0], torch.zeros(len(hidden), dtype=torch.int64, device=device)
     works["entropy of the features"] = lambda: feature_entropy(hidden[:, 0])
+    works["distinctness of the features"] = lambda: distinctness(hidden[:, 0], visual, source, 1)
 
     times: dict[str, list[float]] = {name: [] for name in works}
     with torch.inference_mode():
