@@ -34,6 +34,7 @@ from tiny_vlm import data
 from tiny_vlm import model as tiny
 from tiny_vlm.deepspeed import Engine, start
 from tiny_vlm.experiment import (
+    PAPER,
     PROFILE,
     Experiment,
     LayerClock,
@@ -43,7 +44,6 @@ from tiny_vlm.experiment import (
 )
 
 import deepspeed_macs
-from macs import MACSConfig
 
 CONFIG = Path(__file__).parent / "ds_autoep_config.json"
 PICTURE_QUESTIONS = (
@@ -176,7 +176,7 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
         answers,
         LayerClock(engine.module, AutoEPMoELayer, length_axis=1),
         dist.group.WORLD,
-        {"paper": MACSConfig.preset("paper"), config["macs"].get("preset", "default"): engine.macs.config},
+        {"paper": PAPER, config["macs"].get("preset", "default"): engine.macs.config},
     )
 
 
