@@ -5,6 +5,8 @@ Shapes: T tokens, D features.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,6 +15,10 @@ from .fixed_point import ENTROPY_UNIT, UNIT, to_fixed
 
 FLAT_SPREAD = 1e-5
 """A standard deviation of entropy below this (nats) is no spread at all."""
+
+
+DISTINCT_UNIT = 1 << 12
+"""Distinctness is told in 1/4096."""
 
 
 def feature_entropy(hidden: Tensor) -> Tensor:
@@ -71,17 +77,20 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
     -> float32 [T]; NaN where the features are not finite.
     """
     features = hidden.float()
-    inverse = 1 / torch.linalg.vector_norm(features, dim=-1).clamp(min=1e-12)
-    share = torch.where(visual & torch.isfinite(inverse), inverse, 0.0)
-    own = (features * share[:, None]).nan_to_num_(0.0, 0.0, 0.0)
-    # In float64 the order of the tokens cannot show after the cosine is rounded.
-    if sources == 1:
-        total = own.sum(0, dtype=torch.float64)[None]
-    else:
-        total = own.new_zeros(sources, own.shape[1], dtype=torch.float64).index_add(0, source, own.double())
-    mean = functional.normalize(total, dim=-1, eps=1e-12).float()
-    near = features * (mean if sources == 1 else mean[source])
-    return 1 - near.sum(-1) * inverse
+    norm = torch.linalg.vector_norm(features, dim=-1)
+    inverse = torch.where(torch.isfinite(norm), 1 / norm.clamp(min=1e-12), torch.nan)
+    share = torch.where(visual & torch.isfinite(norm), inverse, 0.0)
+    belongs = source == torch.arange(sources, device=source.device)[:, None]
+    finite = torch.nan_to_num(features, 0.0, 0.0, 0.0)  # 0 times NaN would be NaN
+    # Matrix products leave no further copy of the features behind; not in autocast's precision.
+    kind = hidden.device.type
+    precise = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with precise:
+        mean = functional.normalize((share * belongs) @ finite, dim=-1, eps=1e-12)
+        near = finite @ mean.T
+    distinct = 1 - near.gather(1, source[:, None])[:, 0] * inverse
+    # Coarser than what the order of a sum can do to it: permuted tokens have the same weights.
+    return (distinct * DISTINCT_UNIT).round() / DISTINCT_UNIT
 
 
 def distinct_weights(
