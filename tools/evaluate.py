@@ -77,7 +77,9 @@ BASELINE = MACSConfig(weighting="constant")  # which no baseline heeds
 class Point:
     """One thing to measure: a policy and its settings, on batches of a kind, planned for so many ranks.
 
-    random_weights: a control; semantic weights come of noise instead of the features.
+    random_weights: a control; semantic weights come of noise instead of the features. rerouted_weight: what
+    a rerouted assignment counts in its token's output, "score" as planned (by its new expert's score), half
+    of that, or what it counted at its "former" expert.
     """
 
     title: str
@@ -86,6 +88,7 @@ class Point:
     batches: str = "mixed"
     ranks: int = 4
     random_weights: bool = False
+    rerouted_weight: str = "score"
 
     def key(self, arguments: argparse.Namespace) -> str:
         """What tells this point from all others in the file."""
@@ -195,6 +198,13 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
                 bounds,
                 random_weights=True,
             ),
+            *(
+                point
+                for rule in ("half", "former")
+                for point in by_target(
+                    f"default, rerouted at {rule} weight", "macs", DEFAULT, bounds, rerouted_weight=rule
+                )
+            ),
         ],
         "bounded": [point for policy in baselines for point in by_target(policy, policy, BASELINE, bounds)]
         + by_target("macs", "macs", DEFAULT, bounds)
@@ -244,7 +254,12 @@ class Bench:
         """Answers under a point's policy, and what its layers recorded while they read the prompts."""
         self.runtime.use(point.policy, point.config, self.profile)
         found = Answers()
-        with self._noise() if point.random_weights else contextlib.nullcontext(), self.first_answers(found):
+        with contextlib.ExitStack() as stack:
+            if point.random_weights:
+                stack.enter_context(self._noise())
+            if point.rerouted_weight != "score":
+                stack.enter_context(self._reweighed(point.rerouted_weight))
+            stack.enter_context(self.first_answers(found))
             for batch in self.batches(point.batches, self.arguments.split, self.arguments.seed):
                 found.ids += self.engine.generate(batch)
         return found, [report.prefill for report in self.runtime.reports()]
@@ -272,6 +287,23 @@ class Bench:
             layer.plan = lambda hidden, *rest, inner=inner: inner(  # type: ignore[method-assign]
                 torch.randn(hidden.shape, generator=generator), *rest
             )
+        try:
+            yield
+        finally:
+            for layer in self.runtime.layers:
+                del layer.plan
+
+    @contextlib.contextmanager
+    def _reweighed(self, rule: str) -> Iterator[None]:
+        """Rerouted assignments count half of what was planned, or what they did at their former expert."""
+        for layer in self.runtime.layers:
+
+            def plan(*inputs: Any, inner: Any = layer.plan) -> Any:
+                planned = inner(*inputs)
+                other = inputs[2] if rule == "former" else planned.weights / 2
+                return replace(planned, weights=torch.where(planned.rerouted, other, planned.weights))
+
+            layer.plan = plan  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -329,6 +361,7 @@ def measured(
         "setting": point.setting,
         "policy": point.policy,
         "random_weights": point.random_weights,
+        "rerouted_weight": point.rerouted_weight,
         "settings": asdict(point.config),
         "batches": point.batches,
         "ranks": point.ranks,
@@ -410,7 +443,7 @@ def chosen_within(arguments: argparse.Namespace, ranks: int, bound: float) -> li
 def point_of(found: dict[str, Any]) -> Point:
     """The point that gave these figures."""
     config = MACSConfig(**found["settings"])
-    own = (found[name] for name in ("batches", "ranks", "random_weights"))
+    own = (found[name] for name in ("batches", "ranks", "random_weights", "rerouted_weight"))
     return Point(found["title"], found["policy"], config, *own)
 
 
