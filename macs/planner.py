@@ -32,10 +32,10 @@ from .routing import (
 from .topology import Topology
 from .weighting import (
     constant_weights,
-    distinct_weights,
     distinctness,
     entropy_weights,
     feature_entropy,
+    relative_weights,
 )
 
 
@@ -257,7 +257,7 @@ class Planner:
         if self.config.weighting == "distinct":
             distinct = distinctness(hidden, tokens.visual, tokens.source, sources)
             usual = self.config.visual_weight
-            weight = distinct_weights(distinct, tokens.visual, group, groups, sharpness, usual)
+            weight = relative_weights(distinct, tokens.visual, group, groups, sharpness, usual)
             return weight, ~torch.isfinite(distinct)
         entropy = feature_entropy(hidden)
         weight = entropy_weights(entropy, tokens.visual, group, groups, sharpness)

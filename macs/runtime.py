@@ -153,7 +153,7 @@ class Runtime:
             visual, every = report.loads("visual").sum(0), report.loads("before").sum(0)
             row = self.profile.row_of(layer.router_weight(), layer.top_k)
             found.append(self.profile.drift(row, visual, every - visual))
-        if max(max(one) for one in found) > DRIFT_WARNING:
+        if max((max(one) for one in found), default=0.0) > DRIFT_WARNING:
             self.say_once(
                 f"MACS: the traffic is not what the profile was measured on: in a layer more than "
                 f"{DRIFT_WARNING:.0%} of the visual or text assignments go to other experts than then; "

@@ -64,9 +64,22 @@ def entropy_weights(entropy: Tensor, visual: Tensor, group: Tensor, groups: int,
     entropy float32 [T], visual bool [T], group int64 [T] -> int64 [T] in 1..UNIT. A visual token
     whose features are not finite gets the lowest weight and has no say in the moments.
     """
-    finite = torch.isfinite(entropy)
-    normalized = normalize_entropy(entropy, visual & finite, group, groups)
-    weight = to_fixed(torch.sigmoid(-sharpness * normalized), UNIT).clamp(1, UNIT)
+    return relative_weights(entropy, visual, group, groups, -sharpness, 0.5)
+
+
+def relative_weights(
+    value: Tensor, visual: Tensor, group: Tensor, groups: int, sharpness: float, usual: float
+) -> Tensor:
+    """w = 2 u sigmoid(delta v~) for visual tokens, 1 for the others, in fixed point.
+
+    value float32 [T], normalised to v~ within its group as entropy is, visual bool [T], group int64 [T];
+    usual: what a token in the middle weighs -> int64 [T] in 1..UNIT. A visual token whose value is not
+    finite gets the lowest weight and has no say in the moments.
+    """
+    finite = torch.isfinite(value)
+    normalized = normalize_entropy(value, visual & finite, group, groups)
+    share = 2 * usual * torch.sigmoid(sharpness * normalized)
+    weight = to_fixed(share, UNIT).clamp(1, UNIT)
     return torch.where(visual, torch.where(finite, weight, 1), UNIT)
 
 
@@ -91,27 +104,6 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
     distinct = 1 - near.gather(1, source[:, None])[:, 0] * inverse
     # Coarser than what the order of a sum can do to it: permuted tokens have the same weights.
     return (distinct * DISTINCT_UNIT).round() / DISTINCT_UNIT
-
-
-def distinct_weights(
-    distinct: Tensor,
-    visual: Tensor,
-    group: Tensor,
-    groups: int,
-    sharpness: float,
-    visual_weight: float,
-) -> Tensor:
-    """w = 2 v sigmoid(delta u~) for visual tokens, 1 for the others, in fixed point.
-
-    distinct float32 [T] (``distinctness``), normalised to u~ within its group as entropy is; v is
-    ``visual_weight``, what the usual token weighs -> int64 [T] in 1..UNIT. A visual token whose features
-    are not finite gets the lowest weight and has no say in the moments.
-    """
-    finite = torch.isfinite(distinct)
-    normalized = normalize_entropy(distinct, visual & finite, group, groups)
-    share = 2 * visual_weight * torch.sigmoid(sharpness * normalized)
-    weight = to_fixed(share, UNIT).clamp(1, UNIT)
-    return torch.where(visual, torch.where(finite, weight, 1), UNIT)
 
 
 def constant_weights(visual: Tensor, visual_weight: float) -> Tensor:

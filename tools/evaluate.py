@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from calibrate import processes
 from megatron.core import parallel_state
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -278,37 +278,36 @@ class Bench:
         finally:
             handle.remove()
 
-    @contextlib.contextmanager
-    def _noise(self) -> Iterator[None]:
+    def _noise(self) -> contextlib.AbstractContextManager[None]:
         """Layers plan on noise for features; their real features go on as they are."""
         generator = torch.Generator().manual_seed(0)
-        for layer in self.runtime.layers:
-            inner = layer.plan
-            layer.plan = lambda hidden, *rest, inner=inner: inner(  # type: ignore[method-assign]
-                torch.randn(hidden.shape, generator=generator), *rest
-            )
-        try:
-            yield
-        finally:
-            for layer in self.runtime.layers:
-                del layer.plan
+        return planning(
+            self.runtime.layers,
+            lambda inner, hidden, *rest: inner(torch.randn(hidden.shape, generator=generator), *rest),
+        )
 
-    @contextlib.contextmanager
-    def _reweighed(self, rule: str) -> Iterator[None]:
+    def _reweighed(self, rule: str) -> contextlib.AbstractContextManager[None]:
         """Rerouted assignments count half of what was planned, or what they did at their former expert."""
-        for layer in self.runtime.layers:
 
-            def plan(*inputs: Any, inner: Any = layer.plan) -> Any:
-                planned = inner(*inputs)
-                other = inputs[2] if rule == "former" else planned.weights / 2
-                return replace(planned, weights=torch.where(planned.rerouted, other, planned.weights))
+        def plan(inner: Any, *inputs: Any) -> Any:
+            planned = inner(*inputs)
+            other = inputs[2] if rule == "former" else planned.weights / 2
+            return replace(planned, weights=torch.where(planned.rerouted, other, planned.weights))
 
-            layer.plan = plan  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            for layer in self.runtime.layers:
-                del layer.plan
+        return planning(self.runtime.layers, plan)
+
+
+@contextlib.contextmanager
+def planning(layers: Sequence[Any], plan: Callable[..., Any]) -> Iterator[None]:
+    """Layers whose plans are ``plan(inner, hidden, experts, weights, scores, tokens)``, where ``inner`` of
+    the rest is what they would have been."""
+    for layer in layers:
+        layer.plan = functools.partial(plan, layer.plan)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.plan
 
 
 def bootstrap(values: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
@@ -588,17 +587,16 @@ def save(figure: Any, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """Megatron's parallel state for a single process, without a launcher."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = dist.FileStore(f"{folder}/store", 1)
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+def measuring() -> Iterator[None]:
+    """Megatron in this one process, without a launcher, on a CPU, and without a word from it."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    with cpu_engine(), processes(), torch.inference_mode():
         parallel_state.initialize_model_parallel()
         try:
             yield
         finally:
             parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -635,10 +633,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, and show what was measured."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     arguments, console = parse_arguments(given), Console()
-    with cpu_engine(), one_process(), torch.inference_mode():
+    with measuring():
         found = run(arguments, console)
     for ranks in arguments.ranks:
         for batches in arguments.batches:

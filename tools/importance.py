@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
-from evaluate import Bench, bootstrap, one_process
+from evaluate import Bench, bootstrap, measuring, planning
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -35,7 +32,6 @@ from torch.nn import functional
 
 from macs import MACSConfig, Plan
 from macs.weighting import feature_entropy
-from megatron_macs import cpu_engine
 
 EVERYTHING = MACSConfig(capacity_factor=1e6)
 """Room for all: the plan is the router's choice."""
@@ -53,21 +49,6 @@ class Seen:
     scores: Tensor
 
 
-@contextmanager
-def planning(layer: Any, change: Any) -> Iterator[None]:
-    """A layer whose plans go through ``change(plan, hidden, experts, scores)``."""
-    inner = layer.plan
-
-    def plan(hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Any) -> Plan:
-        return change(inner(hidden, experts, weights, scores, tokens), hidden, experts, scores)
-
-    layer.plan = plan
-    try:
-        yield
-    finally:
-        del layer.plan
-
-
 def first_tokens(bench: Bench, batch: list[data.Sample]) -> Tensor:
     """Log-probabilities of every answer's first token, [B, V]."""
     found = evaluate.Answers()
@@ -81,13 +62,13 @@ def observe(bench: Bench, batch: list[data.Sample]) -> tuple[Tensor, list[Seen]]
     seen: list[Seen] = []
     size = len(batch)
 
-    def keep(plan: Plan, hidden: Tensor, experts: Tensor, scores: Tensor) -> Plan:
+    def keep(
+        inner: Any, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Any
+    ) -> Plan:
         seen.append(Seen(*(value.unflatten(0, (-1, size)) for value in (hidden, experts, scores))))
-        return plan
+        return inner(hidden, experts, weights, scores, tokens)
 
-    with ExitStack() as stack:
-        for layer in bench.runtime.layers:
-            stack.enter_context(planning(layer, keep))
+    with planning(bench.runtime.layers, keep):
         return first_tokens(bench, batch), seen
 
 
@@ -137,13 +118,14 @@ def worth(
     """KL [B] of the answers when question b loses the assignment slot[b] of its image token token[b]."""
     question = torch.arange(len(batch))
 
-    def lose(plan: Plan, hidden: Tensor, experts: Tensor, scores: Tensor) -> Plan:
+    def lose(inner: Any, *inputs: Any) -> Plan:
+        plan = inner(*inputs)
         row = (FIRST + token) * len(batch) + question
         chosen, weights = plan.experts.clone(), plan.weights.clone()
         chosen[row, slot], weights[row, slot] = -1, 0
         return replace(plan, experts=chosen, weights=weights)
 
-    with planning(bench.runtime.layers[layer], lose):
+    with planning([bench.runtime.layers[layer]], lose):
         given = first_tokens(bench, batch)
     return (expected.exp() * (expected - given)).sum(-1)
 
@@ -219,10 +201,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, and show what was measured."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     arguments, console = parse_arguments(given), Console()
-    with cpu_engine(), one_process(), torch.inference_mode():
+    with measuring():
         found = measure(arguments, console)
     layers = max(entry[0] for entries in found.values() for entry in entries) + 1
     table = Table(

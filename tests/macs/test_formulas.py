@@ -22,11 +22,11 @@ from macs.capacity import (
 from macs.fixed_point import UNIT, apportion
 from macs.weighting import (
     constant_weights,
-    distinct_weights,
     distinctness,
     entropy_weights,
     feature_entropy,
     normalize_entropy,
+    relative_weights,
 )
 
 
@@ -145,12 +145,12 @@ def test_distinct_tokens_weigh_more_and_nonfinite_ones_nothing():
     source = torch.zeros(9, dtype=torch.int64)
     distinct = distinctness(hidden, visual, source, 1)
     assert torch.isnan(distinct[7]) and bool(torch.isfinite(distinct[:7]).all())
-    weight = distinct_weights(distinct, visual, source, 1, 1.0, 0.2).tolist()
+    weight = relative_weights(distinct, visual, source, 1, 1.0, 0.2).tolist()
     assert weight[8] == UNIT and weight[7] == 1
     assert len(set(weight[:6])) == 1 and weight[0] < 0.2 * UNIT < weight[6] <= 0.4 * UNIT
     # Alike all of them: each weighs what the usual one does.
     alike = distinctness(hidden[:6], visual[:6], source[:6], 1)
-    assert distinct_weights(alike, visual[:6], source[:6], 1, 1.0, 0.2).tolist() == [round(0.2 * UNIT)] * 6
+    assert relative_weights(alike, visual[:6], source[:6], 1, 1.0, 0.2).tolist() == [round(0.2 * UNIT)] * 6
 
 
 @given(routings(config=configs(scope="local", **NO_BOUND)))

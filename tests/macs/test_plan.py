@@ -16,10 +16,10 @@ from macs.capacity import LoadTable, measure, pool_capacity
 from macs.fixed_point import MASS_UNIT, UNIT, to_fixed
 from macs.weighting import (
     constant_weights,
-    distinct_weights,
     distinctness,
     entropy_weights,
     feature_entropy,
+    relative_weights,
 )
 
 MANY = settings(max_examples=250)
@@ -51,7 +51,7 @@ def semantic_weights(case, config):
     if config.weighting == "distinct":
         distinct = distinctness(case.hidden, tokens.visual, tokens.source, len(case.topology.sources))
         usual = config.visual_weight
-        return distinct_weights(distinct, tokens.visual, group, groups, config.entropy_sharpness, usual)
+        return relative_weights(distinct, tokens.visual, group, groups, config.entropy_sharpness, usual)
     return entropy_weights(
         feature_entropy(case.hidden), tokens.visual, group, groups, config.entropy_sharpness
     )

@@ -81,6 +81,25 @@ def test_points_are_measured_once_shown_and_chosen_from(tmp_path):
     assert refused.returncode == 2 and "--questions: found 10, expected a batch (28)" in refused.stderr
 
 
+def test_the_worth_of_assignments_is_held_against_what_a_planner_sees(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "importance.py"), "--batches", "1", "--batch", "14"]
+    done = subprocess.run(
+        [*command, "--trials", "4", "--json", str(tmp_path / "found.json")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    # In every layer but the last; what changed since the layer before is not known in the first.
+    assert [layer for layer, *_ in found["router's score"]] == [0, 1, 2]
+    assert [layer for layer, *_ in found["changed by the layer before"]] == [1, 2]
+    for entries in found.values():
+        assert all(-1 <= low <= rank <= high <= 1 for _, rank, low, high in entries)
+    assert sum(rank for _, rank, *_ in found["router's score"]) > 0  # better than chance
+
+
 def test_the_best_of_a_policy_keeps_to_the_bound():
     from evaluate import best_within
 
