@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import MACSConfig
 from .fixed_point import UNIT, apportion
+from .ops import fused
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def loads_of(experts: Tensor, num_experts: int) -> Tensor:
     return column.new_zeros(num_experts + 1).scatter_add(0, column, torch.ones_like(column))[:-1]
 
 
+@fused("loads")
 def measure(
     source: Tensor,
     valid: Tensor,

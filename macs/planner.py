@@ -45,8 +45,7 @@ class Constants:
 
     pool_of_expert: Tensor  # int64 [E]
     rank_of_expert: Tensor  # int64 [E]
-    candidates: Tensor  # int64 [E, C]
-    similarity: Tensor  # float32 [E, E]
+    affinity: Tensor  # float32 [E, E], similarity; 0 where rerouting may not go
     modality_bias: Tensor  # float64 [E]
     source_rank: Tensor  # int64 [S]
     local_experts: Tensor  # int64 [S, G], the experts on each source's own rank
@@ -227,12 +226,13 @@ class Planner:
             topology, experts = self.topology, self.topology.num_experts
             rank_of_expert = torch.tensor(topology.expert_rank)
             by_rank = torch.tensor(topology.experts_of_rank())
-            everyone = torch.arange(experts).expand(experts, experts)
+            reachable = rank_of_expert[:, None] == rank_of_expert
+            if self.config.reroute == "group":
+                reachable = torch.ones_like(reachable)
             constants = Constants(
                 pool_of_expert=torch.arange(experts) if self.config.level == "expert" else rank_of_expert,
                 rank_of_expert=rank_of_expert,
-                candidates=by_rank[rank_of_expert] if self.config.reroute == "rank" else everyone,
-                similarity=self._similarity,
+                affinity=self._similarity * reachable,
                 modality_bias=self._bias,
                 source_rank=torch.tensor(topology.sources),
                 local_experts=by_rank[torch.tensor(topology.sources)],
@@ -347,7 +347,7 @@ class Planner:
         real = experts >= 0
         planned = tokens.valid[:, None] & real
         own_scores = torch.where(real, scores.gather(1, experts.clamp(min=0)), 0)
-        priority = priority_of(own_scores, weight[:, None], config.priority)
+        priority = priority_of(own_scores, weight, config.priority)
         demand = Demand(
             experts=experts,
             scores=scores,
@@ -369,8 +369,7 @@ class Planner:
             placement = reroute(
                 demand,
                 placement,
-                constants.candidates,
-                constants.similarity,
+                constants.affinity,
                 config.reroute_rounds,
                 config.priority,
                 bounded,

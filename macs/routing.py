@@ -1,10 +1,10 @@
 """The plan: who is admitted, who is rerouted, who is dropped.
 
-Shapes: T tokens, k assignments of a token, N = T k, E experts, R ranks, S sources, P pools, C
-candidates of a token. Loads, costs, capacities and priorities are int64 (see ``fixed_point``).
-An *assignment* is one (token, expert) pair; a *pool* is what has a capacity: an expert or a rank,
-once for each source. Columns of [T, k] tensors ascend by expert id, so an assignment's place in the
-flattened [T, k] settles ties by token, then by expert.
+Shapes: T tokens, k assignments of a token, N = T k, E experts, R ranks, S sources, P pools. Loads,
+costs, capacities and priorities are int64 (see ``fixed_point``). An *assignment* is one (token, expert)
+pair; a *pool* is what has a capacity: an expert or a rank, once for each source. Columns of [T, k]
+tensors ascend by expert id, so an assignment's place in the flattened [T, k] settles ties by token, then
+by expert.
 """
 
 from __future__ import annotations
@@ -15,14 +15,23 @@ import torch
 from torch import Tensor
 
 from .fixed_point import PRIORITY_BITS, UNIT, to_fixed
+from .ops import fused
 
 EXEMPT_PRIORITY = (1 << PRIORITY_BITS) + 1
 """Above every other."""
 
 
-def priorities(score: Tensor) -> Tensor:
-    """Router scores or products of them with weights, 0..1, any shape -> int64, same shape."""
-    return to_fixed(score, 1 << PRIORITY_BITS).clamp(0, 1 << PRIORITY_BITS)
+@fused("rerouting")
+def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:
+    """Admission priority by rule "score", "weight" or "product".
+
+    score [T, m] in 0..1, weight int64 [T] in fixed point -> int64 [T, m] in 0..2 ** PRIORITY_BITS.
+    """
+    value = score.double()
+    if rule != "score":
+        share = weight.double()[:, None] / UNIT
+        value = share * value if rule == "product" else share.expand_as(value)
+    return to_fixed(value.clamp(0, 1), 1 << PRIORITY_BITS)
 
 
 def sort_key(pool: Tensor, pools: int, priority: Tensor, place: Tensor, places: int) -> Tensor:
@@ -41,13 +50,15 @@ def sort_key(pool: Tensor, pools: int, priority: Tensor, place: Tensor, places: 
     return (((pool << (PRIORITY_BITS + 1)) | (EXEMPT_PRIORITY - priority)) << place_bits) | place
 
 
-def admit(pool: Tensor, key: Tensor, cost: Tensor, capacity: Tensor) -> Tensor:
-    """The longest prefix of every pool, in key order, whose cost fits the pool's capacity.
+@fused("admission")
+def admit(pool: Tensor, priority: Tensor, place: Tensor, cost: Tensor, capacity: Tensor) -> Tensor:
+    """The longest prefix of every pool, by falling priority and then place, whose cost fits its capacity.
 
-    pool int64 [N] in 0..P (P: takes no part), key int64 [N] (``sort_key``), cost int64 [N] > 0,
-    capacity int64 [P] -> admitted bool [N]. One sort and one segmented cumulative sum.
+    pool int64 [N] in 0..P (P: takes no part), priority int64 [N] in 0..EXEMPT_PRIORITY, place int64 [N] a
+    permutation of 0..N-1, cost int64 [N] > 0, capacity int64 [P] -> admitted bool [N]. One sort and one
+    segmented cumulative sum.
     """
-    order = torch.sort(key).indices
+    order = torch.sort(sort_key(pool, len(capacity), priority, place, len(place))).indices
     sorted_pool, sorted_cost = pool[order], cost[order]
     load = capacity.new_zeros(len(capacity) + 1).scatter_add(0, pool, cost)
     before = load.cumsum(0) - load
@@ -88,6 +99,10 @@ class Demand:
     row_room: Tensor
 
     @property
+    def device(self) -> torch.device:
+        return self.experts.device
+
+    @property
     def place(self) -> Tensor:
         """Place of every assignment in batch-major order, int64 [T, k]."""
         k = self.experts.shape[1]
@@ -113,133 +128,142 @@ class Placement:
 
 def place_admitted(demand: Demand, bounded_rows: bool) -> Placement:
     """Admission: each pool's longest prefix, then, if rows are bounded, each rank's."""
-    sources, pools = demand.room.shape
-    ranks = demand.row_room.shape[1]
+    pools, ranks = demand.room.shape[1], demand.row_room.shape[1]
     cost = demand.cost[:, None].expand(demand.experts.shape)
     exempt = demand.exempt[:, None] & demand.planned
-    place, places = demand.place.flatten(), demand.experts.numel()
+    place = demand.place.flatten()
 
     def longest_prefix(of_expert: Tensor, size: int, who: Tensor, costs: Tensor, room: Tensor) -> Tensor:
         pool = demand.pools(demand.experts, of_expert, size, who).flatten()
-        key = sort_key(pool, sources * size, demand.priority.flatten(), place, places)
-        fits = admit(pool, key, costs.flatten(), room.flatten()).view(who.shape)
+        fits = admit(pool, demand.priority.flatten(), place, costs.flatten(), room.flatten()).view(who.shape)
         return fits | (exempt & who)
 
     kept = longest_prefix(demand.pool_of_expert, pools, demand.planned, cost, demand.room)
-    rows = torch.ones_like(cost)
     if bounded_rows:
+        rows = torch.ones_like(cost)
         kept = longest_prefix(demand.rank_of_expert, ranks, kept, rows, demand.row_room)
     experts = torch.where(kept, demand.experts, -1)
-    return Placement(
-        experts=experts,
-        kept=kept,
-        rerouted=torch.zeros_like(kept),
-        room=_take(demand, demand.room, demand.pool_of_expert, experts, cost),
-        row_room=_take(demand, demand.row_room, demand.rank_of_expert, experts, rows),
-    )
+    room, row_room = _room_left(demand, demand, experts)
+    return Placement(experts, kept, torch.zeros_like(kept), room, row_room)
 
 
-def _take(demand: Demand, room: Tensor, of_expert: Tensor, experts: Tensor, cost: Tensor) -> Tensor:
-    """Room [S, P] less the cost [T, m] of experts [T, m] (-1: none)."""
-    pool = demand.pools(experts, of_expert, room.shape[1], experts >= 0)
-    load = room.new_zeros(room.numel() + 1).scatter_add(0, pool.flatten(), cost.flatten())
+@fused("loads")
+def less(room: Tensor, source: Tensor, of_expert: Tensor, experts: Tensor, cost: Tensor) -> Tensor:
+    """Room int64 [S, P] less the cost int64 [T] of every expert in experts [T, m] (-1: none).
+
+    source int64 [T], of_expert int64 [E] in 0..P-1.
+    """
+    pool = source[:, None] * room.shape[1] + of_expert[experts.clamp(min=0)]
+    pool = torch.where(experts >= 0, pool, room.numel())
+    load = room.new_zeros(room.numel() + 1)
+    load = load.scatter_add(0, pool.flatten(), cost[:, None].expand(pool.shape).flatten())
     return room - load[:-1].view(room.shape)
 
 
+def _room_left(demand: Demand, before: Demand | Placement, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """Room of the pools and of the ranks, once experts [T, m] (-1: none) are taken."""
+    one = torch.ones_like(demand.cost)
+    return (
+        less(before.room, demand.source, demand.pool_of_expert, taken, demand.cost),
+        less(before.row_room, demand.source, demand.rank_of_expert, taken, one),
+    )
+
+
 def reroute(
-    demand: Demand,
-    placement: Placement,
-    candidates: Tensor,
-    similarity: Tensor,
-    rounds: int,
-    priority: str,
-    bounded_rows: bool,
+    demand: Demand, placement: Placement, affinity: Tensor, rounds: int, rule: str, bounded_rows: bool
 ) -> Placement:
     """Local semantic rerouting: what overflowed goes to the best expert that still has room.
 
-    candidates int64 [E, C]: the experts an assignment of expert j may go to. similarity float32
-    [E, E] in 0..1. In each of ``rounds`` rounds a token proposes its best waiting assignment to its
-    best candidate, by score times similarity, among those with room that it does not use and may
-    use; pools accept proposals in priority order while there is room. Ties go to the lower expert.
+    affinity float32 [E, E] in 0..1: how alike two experts are; 0 where an assignment of the first may not
+    go to the second. In each of ``rounds`` rounds a token proposes its best waiting assignment to its
+    best candidate, by score times affinity, among those with room that it does not use and may use;
+    pools accept proposals in priority order (``priority_of`` by ``rule``, at the candidate's score)
+    while there is room.
     """
-    k = demand.experts.shape[1]
-    used = torch.zeros_like(demand.scores, dtype=torch.bool)
-    # A token's own experts are out: it has them, or they had no room for it.
-    used = used.scatter(1, demand.experts.clamp(min=0), demand.experts >= 0)
     waiting = demand.planned & ~placement.kept
-    slots = torch.arange(k, device=waiting.device)
+    columns = torch.arange(waiting.shape[1], device=waiting.device)
     for _ in range(rounds):
-        best = torch.where(waiting, demand.priority, -1).argmax(1, keepdim=True)
-        asks = waiting.gather(1, best)
-        home = demand.experts.gather(1, best).clamp(min=0)
-        expert, score, found = _best_candidate(
-            demand, placement, home, candidates, similarity, used, bounded_rows
-        )
+        proposed = propose(demand, placement, waiting, affinity, rule, bounded_rows)
+        found = proposed.expert >= 0
+        accepted = _accept(demand, placement, proposed, bounded_rows)
+        chosen = columns == proposed.column
+        moved = accepted & chosen
         # No candidate now is none ever: room only shrinks. Let the token's next one have its turn.
-        waiting = waiting & ~((slots == best) & asks & ~found)
-        rank = _proposal_priority(demand, score, priority)
-        accepted = _accept(demand, placement, expert, asks & found, rank, bounded_rows)
-        moved = accepted & (slots == best)
-        waiting = waiting & ~moved
-        used = used | torch.zeros_like(used).scatter(1, expert, accepted)
-        taken = torch.where(accepted, expert, -1)
+        waiting = waiting & ~(chosen & (accepted | ~found))
+        taken = torch.where(accepted, proposed.expert, -1)
+        room, row_room = _room_left(demand, placement, taken)
         placement = Placement(
-            experts=torch.where(moved, expert, placement.experts),
+            experts=torch.where(moved, proposed.expert, placement.experts),
             kept=placement.kept,
             rerouted=placement.rerouted | moved,
-            room=_take(demand, placement.room, demand.pool_of_expert, taken, demand.cost[:, None]),
-            row_room=_take(demand, placement.row_room, demand.rank_of_expert, taken, torch.ones_like(taken)),
+            room=room,
+            row_room=row_room,
         )
     return placement
 
 
-def _best_candidate(
-    demand: Demand,
-    placement: Placement,
-    home: Tensor,
-    candidates: Tensor,
-    similarity: Tensor,
-    used: Tensor,
-    bounded_rows: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The candidate of most score times similarity, its score, and whether there is one: [T, 1]."""
-    options = candidates[home[:, 0]]  # [T, C]
-    score = demand.scores.gather(1, options)
-    value = score * similarity[home, options]
-    source = demand.source[:, None]
-    open_ = ~used.gather(1, options) & (value > 0)
-    open_ &= placement.room[source, demand.pool_of_expert[options]] >= demand.cost[:, None]
+@dataclass(frozen=True)
+class Proposals:
+    """What every token asks for in a round of rerouting, int64 [T, 1] each: an expert (-1: none), for its
+    assignment in this column, with this priority."""
+
+    expert: Tensor
+    column: Tensor
+    priority: Tensor
+
+
+@fused("rerouting")
+def propose(
+    demand: Demand, placement: Placement, waiting: Tensor, affinity: Tensor, rule: str, bounded_rows: bool
+) -> Proposals:
+    """The best candidate of every token's best waiting assignment; ties go to the lower column and expert.
+
+    waiting bool [T, k], affinity float32 [E, E].
+    """
+    column = torch.where(waiting, demand.priority, -1).argmax(1, keepdim=True)
+    token = _worth_a_look(waiting.any(1))  # [W]
+    home = demand.experts[token].gather(1, column[token])  # [W, 1]
+    score = demand.scores.index_select(0, token)  # [W, E]
+    value = score * affinity.index_select(0, home[:, 0].clamp(min=0))
+
+    def room_at(room: Tensor, of_expert: Tensor) -> Tensor:
+        room = room[:, of_expert]
+        return room if len(room) == 1 else room[demand.source[token]]  # [1 or W, E]
+
+    value.mul_(room_at(placement.room, demand.pool_of_expert) >= demand.cost[token, None])
     if bounded_rows:
-        open_ &= placement.row_room[source, demand.rank_of_expert[options]] >= 1
-    value, index = torch.where(open_, value, -1.0).max(1, keepdim=True)
-    return options.gather(1, index), score.gather(1, index), value > 0
+        value.mul_(room_at(placement.row_room, demand.rank_of_expert) >= 1)
+    # A token's own experts are out, it has them, or they had no room for it; so are those it was given.
+    own = torch.cat([demand.experts[token], placement.experts[token]], 1)
+    value.scatter_(1, torch.where(own >= 0, own, home).clamp(min=0), 0.0)
+    value, expert = value.max(1, keepdim=True)
+    found = waiting[token].any(1, keepdim=True) & (value > 0)
+    score = torch.where(found, score.gather(1, expert), 0)
+    everyone = torch.full_like(column, -1), torch.zeros_like(column)
+    priority = priority_of(score, demand.weight[token], rule)
+    return Proposals(
+        expert=everyone[0].index_copy(0, token, torch.where(found, expert, -1)),
+        column=column,
+        priority=everyone[1].index_copy(0, token, priority),
+    )
 
 
-def _proposal_priority(demand: Demand, score: Tensor, priority: str) -> Tensor:
-    """Priority of a proposal, by the rule of admission but at the candidate's score: int64 [T, 1]."""
-    return priority_of(score, demand.weight[:, None], priority)
+def _worth_a_look(asks: Tensor) -> Tensor:
+    """Numbers of the tokens to look at, bool [T] -> int64 [W]: those that ask on a CPU; all on a GPU, which
+    would have to tell the host how many they are."""
+    return asks.nonzero()[:, 0] if asks.device.type == "cpu" else torch.arange(len(asks), device=asks.device)
 
 
-def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:
-    """Admission priority by rule "score", "weight" or "product": score 0..1, weight fixed point."""
-    if rule == "score":
-        return priorities(score)
-    share = weight.double() / UNIT
-    return priorities((share * score if rule == "product" else share).expand_as(score))
-
-
-def _accept(
-    demand: Demand, placement: Placement, expert: Tensor, proposed: Tensor, rank: Tensor, bounded_rows: bool
-) -> Tensor:
-    """Which proposals [T, 1] find room, in priority order."""
-    accepted = proposed
+def _accept(demand: Demand, placement: Placement, proposed: Proposals, bounded_rows: bool) -> Tensor:
+    """Which proposals find room, in priority order: bool [T, 1]."""
+    accepted = proposed.expert >= 0
     bounds = [(demand.pool_of_expert, placement.room, demand.cost)]
     if bounded_rows:
         bounds.append((demand.rank_of_expert, placement.row_room, torch.ones_like(demand.cost)))
     for of_expert, room, cost in bounds:
-        pool = demand.pools(expert, of_expert, room.shape[1], accepted).flatten()
-        key = sort_key(pool, room.numel(), rank.flatten(), demand.position, len(demand.position))
-        accepted = admit(pool, key, cost, room.flatten())[:, None]
+        pool = demand.pools(proposed.expert, of_expert, room.shape[1], accepted).flatten()
+        fits = admit(pool, proposed.priority.flatten(), demand.position, cost, room.flatten())
+        accepted = fits[:, None]
     return accepted
 
 
@@ -260,8 +284,8 @@ def limit_drops(
     if bounded_rows:
         ranks = demand.row_room.shape[1]
         pool = demand.pools(demand.experts, demand.rank_of_expert, ranks, dropped).flatten()
-        key = sort_key(pool, sources * ranks, demand.priority.flatten(), place, places)
-        open_ = admit(pool, key, torch.ones_like(pool), placement.row_room.flatten()).view(dropped.shape)
+        one, room = torch.ones_like(pool), placement.row_room.flatten()
+        open_ = admit(pool, demand.priority.flatten(), place, one, room).view(dropped.shape)
 
     source = demand.source[:, None].expand_as(dropped)
 
@@ -281,13 +305,13 @@ def limit_drops(
     short = before < torch.cat([excess, excess.new_full((1,), -1)])[sorted_pool]
     back = torch.empty_like(short).scatter_(0, order, short).view(dropped.shape) & open_
     taken = torch.where(back, demand.experts, -1)
-    cost = demand.cost[:, None].expand(taken.shape)
+    room, row_room = _room_left(demand, placement, taken)
     limited = replace(
         placement,
         experts=torch.where(back, demand.experts, placement.experts),
         kept=placement.kept | back,
-        room=_take(demand, placement.room, demand.pool_of_expert, taken, cost),
-        row_room=_take(demand, placement.row_room, demand.rank_of_expert, taken, torch.ones_like(taken)),
+        room=room,
+        row_room=row_room,
     )
     return limited, excess > by_source(back)
 

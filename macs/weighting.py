@@ -12,15 +12,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from .fixed_point import ENTROPY_UNIT, UNIT, to_fixed
+from .ops import fused
 
 FLAT_SPREAD = 1e-5
 """A standard deviation of entropy below this (nats) is no spread at all."""
+
+EPSILON = 1e-6
+"""Added to a standard deviation before something is divided by it."""
 
 
 DISTINCT_UNIT = 1 << 12
 """Distinctness is told in 1/4096."""
 
 
+@fused("features")
 def feature_entropy(hidden: Tensor) -> Tensor:
     """H = -sum p ln p with p = softmax(z) of each token's features z, in nats.
 
@@ -35,10 +40,8 @@ def feature_entropy(hidden: Tensor) -> Tensor:
     return partition - p.mul_(shifted).sum(-1)
 
 
-def normalize_entropy(
-    entropy: Tensor, included: Tensor, group: Tensor, groups: int, epsilon: float = 1e-6
-) -> Tensor:
-    """H~ = (H - mu) / (sigma + epsilon), with mu and population sigma of each group.
+def normalize_entropy(entropy: Tensor, included: Tensor, group: Tensor, groups: int) -> Tensor:
+    """H~ = (H - mu) / (sigma + EPSILON), with mu and population sigma of each group.
 
     entropy float32 [T], included bool [T] (tokens that have a say), group int64 [T] in
     0..groups-1 -> float32 [T]; 0 in a group whose sigma is under ``FLAT_SPREAD``.
@@ -54,7 +57,7 @@ def normalize_entropy(
     deviation = torch.where(included, fixed - center.long()[group], 0)
     square = zeros.scatter_add(0, group, deviation * deviation).double() / count
     sigma = (square - (mean - center) ** 2).clamp(min=0).sqrt() / ENTROPY_UNIT
-    scale = torch.where(sigma < FLAT_SPREAD, 0.0, 1 / (sigma + epsilon))
+    scale = torch.where(sigma < FLAT_SPREAD, 0.0, 1 / (sigma + EPSILON))
     return ((fixed.double() - mean[group]) / ENTROPY_UNIT * scale[group]).float()
 
 
@@ -67,6 +70,7 @@ def entropy_weights(entropy: Tensor, visual: Tensor, group: Tensor, groups: int,
     return relative_weights(entropy, visual, group, groups, -sharpness, 0.5)
 
 
+@fused("weights")
 def relative_weights(
     value: Tensor, visual: Tensor, group: Tensor, groups: int, sharpness: float, usual: float
 ) -> Tensor:
@@ -83,6 +87,7 @@ def relative_weights(
     return torch.where(visual, torch.where(finite, weight, 1), UNIT)
 
 
+@fused("features")
 def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -> Tensor:
     """How unlike the mean visual token of its source a token is: 1 - cos(z, mean of z / |z|), 0..2.
 

@@ -1,0 +1,64 @@
+"""Triton kernels for the planner's hot path, and the rule for when they run.
+
+A function marked ``fused`` is plain torch: the readable form, and the oracle of its kernel's tests. For
+tensors on a GPU, where Triton is installed, the kernel of the same name in this package does its work:
+the same arguments, the same integers out (of floats, see the kernel).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_choice: ContextVar[str] = ContextVar("macs_kernels", default="auto")
+
+
+@contextmanager
+def kernels(choice: str) -> Iterator[None]:
+    """Within this block: "torch" (none), "triton" (always, as in Triton's interpreter), or "auto"."""
+    if choice not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels: found {choice!r}, expected 'auto', 'torch' or 'triton'")
+    token = _choice.set(choice)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels do the work for tensors on this device."""
+    choice = _choice.get()
+    return choice == "triton" or (choice == "auto" and device.type == "cuda" and has_triton())
+
+
+def fused(module: str) -> Callable[[Function], Function]:
+    """Mark a function whose first argument has a ``device``: ``macs.ops.MODULE`` has its kernel."""
+
+    def mark(twin: Function) -> Function:
+        name = twin.__name__
+
+        @functools.wraps(twin)
+        def run(first: Any, *rest: Any, **named: Any) -> Any:
+            if runs_on(first.device):
+                kernel = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+                return kernel(first, *rest, **named)
+            return twin(first, *rest, **named)
+
+        return run  # type: ignore[return-value]
+
+    return mark

@@ -1,0 +1,97 @@
+"""Kernels that count loads, in integers: exactly their twins in ``macs.capacity`` and ``macs.routing``."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..capacity import LoadTable
+from .shared import power_of_2
+
+TILE = 1024
+"""Assignments of one program."""
+
+
+def measure(
+    source: Tensor,
+    valid: Tensor,
+    visual: Tensor,
+    weight: Tensor,
+    cost: Tensor,
+    experts: Tensor,
+    num_sources: int,
+    num_experts: int,
+) -> LoadTable:
+    """One launch."""
+    count, k = experts.shape
+    by_source = torch.zeros(3, num_sources, dtype=torch.int64, device=experts.device)
+    by_expert = torch.zeros(2, num_sources, num_experts, dtype=torch.int64, device=experts.device)
+    if count:
+        columns = power_of_2(k)
+        tokens = max(1, TILE // columns)
+        tensors = (one.contiguous() for one in (source, valid, visual, weight, cost, experts))
+        _measure[(triton.cdiv(count, tokens),)](
+            *tensors, by_source, by_expert, count, k, num_sources, num_experts,
+            TOKENS=tokens, K=columns, SOURCES=power_of_2(num_sources),
+        )  # fmt: skip
+    return LoadTable(*by_source, *by_expert)
+
+
+@triton.jit
+def _measure(
+    source, valid, visual, weight, cost, experts, by_source, by_expert, count, k, sources, num_experts,
+    TOKENS: tl.constexpr, K: tl.constexpr, SOURCES: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    here = token < count
+    of = tl.load(source + token, mask=here, other=0)
+    counts = tl.load(valid + token, mask=here, other=0).to(tl.int1) & here
+    seen = tl.load(visual + token, mask=here, other=0).to(tl.int1) & here
+    heavy = tl.load(weight + token, mask=here, other=0)
+    place = tl.arange(0, SOURCES)
+    hit = of[:, None] == place[None, :]
+    inside = place < sources
+    tl.atomic_add(by_source + place, tl.sum((hit & counts[:, None]).to(tl.int64), 0), mask=inside)
+    weighs = tl.where(hit & counts[:, None], heavy[:, None], 0)
+    tl.atomic_add(by_source + sources + place, tl.sum(weighs, 0), mask=inside)
+    weighs = tl.where(hit & seen[:, None], heavy[:, None], 0)
+    tl.atomic_add(by_source + 2 * sources + place, tl.sum(weighs, 0), mask=inside)
+
+    column = tl.arange(0, K)
+    real = here[:, None] & (column < k)[None, :]
+    expert = tl.load(experts + token.to(tl.int64)[:, None] * k + column[None, :], mask=real, other=-1)
+    asks = counts[:, None] & (expert >= 0)
+    cell = of[:, None] * num_experts + expert
+    price = tl.load(cost + token, mask=here, other=0)[:, None] + tl.zeros([TOKENS, K], tl.int64)
+    tl.atomic_add(by_expert + cell, price, mask=asks)
+    tl.atomic_add(by_expert + sources * num_experts + cell, tl.full([TOKENS, K], 1, tl.int64), mask=asks)
+
+
+def less(room: Tensor, source: Tensor, of_expert: Tensor, experts: Tensor, cost: Tensor) -> Tensor:
+    """One launch, and the copy it takes from."""
+    left = room.clone(memory_format=torch.contiguous_format)
+    count, k = experts.shape
+    if count:
+        columns = power_of_2(k)
+        tokens = max(1, TILE // columns)
+        _less[(triton.cdiv(count, tokens),)](
+            left, source.contiguous(), of_expert, experts.contiguous(), cost.contiguous(),
+            count, k, room.shape[1], TOKENS=tokens, K=columns,
+        )  # fmt: skip
+    return left
+
+
+@triton.jit
+def _less(left, source, of_expert, experts, cost, count, k, pools, TOKENS: tl.constexpr, K: tl.constexpr):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    here = token < count
+    column = tl.arange(0, K)
+    real = here[:, None] & (column < k)[None, :]
+    expert = tl.load(experts + token.to(tl.int64)[:, None] * k + column[None, :], mask=real, other=-1)
+    takes = expert >= 0
+    pool = tl.load(of_expert + expert, mask=takes, other=0)
+    of = tl.load(source + token, mask=here, other=0)
+    price = tl.load(cost + token, mask=here, other=0)[:, None] + tl.zeros([TOKENS, K], tl.int64)
+    tl.atomic_add(left + of[:, None] * pools + pool, -price, mask=takes)

@@ -1,0 +1,26 @@
+"""What several kernels need."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rint(value):
+    """The nearest whole number of a float64, halves to the even one, as ``torch.round``."""
+    low = tl.floor(value)
+    rest = value - low
+    odd = low - 2 * tl.floor(low / 2) != 0
+    return tl.where((rest > 0.5) | ((rest == 0.5) & odd), low + 1, low)
+
+
+@triton.jit
+def finite(value):
+    """False for inf and NaN."""
+    return tl.abs(value) < float("inf")
+
+
+def power_of_2(count: int) -> int:
+    """The least power of two that is not below ``count``: the sides of tiles."""
+    return triton.next_power_of_2(max(1, count))

@@ -1,0 +1,249 @@
+"""Every Triton kernel beside its plain torch twin; in Triton's interpreter where there is no GPU.
+
+Memory that nobody has written holds NaN, or the largest integer, while a kernel runs.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.cases import configs, routings
+
+from macs import MACSConfig, Modality, Planner, Tokens, Topology, capacity, routing, weighting
+from macs.ops import fused, has_triton, kernels, runs_on
+
+pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UNIT = 1 << 16
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    real = torch.empty
+
+    def empty(*shape, **named):
+        fresh = real(*shape, **named)
+        worst = float("nan") if fresh.is_floating_point() else fresh.dtype is torch.bool
+        if not (fresh.is_floating_point() or fresh.dtype is torch.bool):
+            worst = torch.iinfo(fresh.dtype).max
+        return fresh.fill_(worst)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def both(function, *arguments):
+    """What the kernel says, and what its twin says."""
+    with kernels("triton"):
+        found = function(*arguments)
+    with kernels("torch"):
+        return found, function(*arguments)
+
+
+def generator(*seed):
+    return torch.Generator().manual_seed(hash(seed) % 2**31)
+
+
+def features(count, size, dtype, seed=0, scale=3.0):
+    return (torch.randn(count, size, generator=generator(count, size, seed)) * scale).to(dtype).to(DEVICE)
+
+
+SIZES = [(5, 7), (1, 128), (37, 129), (3, 1500), (2, 8192), (0, 16)]
+
+
+@pytest.mark.parametrize(("count", "size"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_entropy(count, size, dtype):
+    found, expected = both(weighting.feature_entropy, features(count, size, dtype))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_entropy_of_extremes():
+    hidden = features(9, 40, torch.float32)
+    hidden[0, 3], hidden[1, 39], hidden[2, 0] = float("nan"), float("inf"), -float("inf")
+    hidden[3], hidden[4] = 7.0, 3e38
+    hidden[5] = -3e38
+    hidden[6, 0] = 1e4
+    found, expected = both(weighting.feature_entropy, hidden)
+    assert found[:3].isnan().all() and expected[:3].isnan().all()
+    torch.testing.assert_close(found[3:], expected[3:], rtol=2e-6, atol=2e-6)
+
+
+def test_features_that_are_not_side_by_side():
+    hidden = features(2 * 11, 50, torch.float32)
+    for view in (hidden[::2], hidden.T):
+        found, expected = both(weighting.feature_entropy, view)
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(("count", "size"), SIZES)
+@pytest.mark.parametrize("sources", [1, 3])
+def test_distinctness(count, size, sources):
+    hidden = features(count, size, torch.bfloat16) + 0.5
+    if count > 4:
+        hidden[1, 2] = float("nan")
+        hidden[3] = 0.0
+    visual = (torch.rand(count, generator=generator(count)) < 0.6).to(DEVICE)
+    source = torch.randint(0, sources, (count,), generator=generator(size)).to(DEVICE)
+    found, expected = both(weighting.distinctness, hidden, visual, source, sources)
+    assert torch.equal(found.isnan(), expected.isnan()) and int(found.isnan().sum()) == (count > 4)
+    # Sums in another order: at most one of its steps apart.
+    close = torch.nan_to_num(found - expected).abs() <= 1 / weighting.DISTINCT_UNIT
+    assert close.all()
+
+
+@pytest.mark.parametrize("groups", [1, 4, 300])
+@pytest.mark.parametrize("count", [1, 77, 600])
+def test_weights(groups, count):
+    random = generator(groups, count)
+    value = torch.rand(count, generator=random) * 3
+    value[torch.rand(count, generator=random) < 0.05] = float("nan")
+    visual = torch.rand(count, generator=random) < 0.7
+    group = torch.randint(0, groups, (count,), generator=random)
+    inputs = [one.to(DEVICE) for one in (value, visual, group)]
+    found, expected = both(weighting.relative_weights, *inputs, groups, 1.5, 0.2)
+    assert (found - expected).abs().max() <= 1
+    flat, plain = both(
+        weighting.relative_weights, torch.full_like(inputs[0], 1.25), *inputs[1:], groups, 1.0, 0.5
+    )
+    assert torch.equal(flat, plain) and set(flat.tolist()) <= {UNIT, UNIT // 2}
+
+
+def choice(count, experts, k, seed=0, none=0.1):
+    """A router's choice int64 [T, k], ascending, some of it -1 at the end of a row."""
+    random = generator(count, experts, k, seed)
+    picked = torch.rand(count, experts, generator=random).argsort(1)[:, :k].sort(1).values
+    gone = torch.rand(count, k, generator=random) < none
+    return torch.where(gone, -1, picked).to(DEVICE)
+
+
+@pytest.mark.parametrize(("count", "experts", "k"), [(1, 2, 1), (45, 6, 3), (130, 512, 16), (0, 8, 2)])
+@pytest.mark.parametrize("sources", [1, 5])
+def test_loads(count, experts, k, sources):
+    random = generator(count, experts)
+    chosen = choice(count, experts, k)
+    source = torch.randint(0, sources, (count,), generator=random)
+    valid = torch.rand(count, generator=random) < 0.8
+    visual = valid & (torch.rand(count, generator=random) < 0.5)
+    weight, cost = torch.randint(1, UNIT, (2, count), generator=random)
+    tokens = [one.to(DEVICE) for one in (source, valid, visual, weight, cost)]
+    found, expected = both(capacity.measure, *tokens, chosen, sources, experts)
+    assert all(torch.equal(one, vars(expected)[name]) for name, one in vars(found).items())
+
+    room = torch.randint(-5, 9, (sources, 4), generator=random).to(DEVICE) * UNIT
+    of_expert = (torch.arange(experts) % 4).to(DEVICE)
+    before = room.clone()
+    found, expected = both(routing.less, room, tokens[0], of_expert, chosen, tokens[4])
+    assert torch.equal(found, expected) and torch.equal(room, before)
+
+
+@settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    count=st.integers(1, 90),
+    pools=st.sampled_from([1, 3, 40]),
+    levels=st.sampled_from([1, 3, 1 << 24]),
+    unit=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_admission(count, pools, levels, unit, seed):
+    random = generator(count, pools, levels, seed)
+    pool = torch.randint(0, pools + 1, (count,), generator=random) % (pools + 1)
+    priority = torch.randint(0, levels + 1, (count,), generator=random)
+    priority[torch.rand(count, generator=random) < 0.1] = routing.EXEMPT_PRIORITY
+    place = torch.randperm(count, generator=random)
+    cost = torch.full((count,), UNIT) if unit else torch.randint(1, UNIT, (count,), generator=random)
+    room = torch.randint(-1, 2 * count // pools + 2, (pools,), generator=random) * UNIT
+    inputs = [one.to(DEVICE) for one in (pool, priority, place, cost, room)]
+    found, expected = both(routing.admit, *inputs)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rule", ["score", "weight", "product"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_priorities(rule, dtype):
+    score = torch.rand(33, 5, generator=generator(1)).to(dtype).to(DEVICE)
+    score[0, 0], score[1, 1], score[2, 2] = float("nan"), 2.0, 0.5 + 2.0**-25
+    weight = torch.randint(1, UNIT, (33,), generator=generator(2)).to(DEVICE)
+    found, expected = both(routing.priority_of, score, weight, rule)
+    assert torch.equal(found, expected)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(routings(config=configs()))
+def test_a_whole_plan_is_the_same(case):
+    """But for the roundings of the weights, which are given to both alike."""
+    planner = Planner(
+        case.config, case.topology, case.top_k, modality_bias=case.bias, similarity=case.similarity
+    )
+    inputs = case.hidden, case.experts, case.weights, case.scores, case.tokens
+    with kernels("torch"):
+        weights = planner._weights(case.hidden, case.tokens)
+    planner._weights = lambda hidden, tokens: weights
+    found, expected = both(planner.plan, *inputs)
+    assert torch.equal(found.experts, expected.experts)
+    assert torch.equal(found.weights, expected.weights)
+    assert torch.equal(found.rerouted, expected.rerouted)
+    assert torch.equal(found.statistics.pack(), expected.statistics.pack())
+
+
+@pytest.mark.parametrize(("experts", "k"), [(2, 1), (96, 16), (512, 8)])
+def test_plans_of_many_experts_are_the_same(experts, k):
+    count = 41
+    random = generator(experts, k)
+    scores = (torch.randn(count, experts, generator=random) - torch.arange(experts) / experts * 4).softmax(1)
+    weights, chosen = scores.topk(k, 1)
+    tokens = Tokens.batch_major(Modality.of((torch.rand(1, count, generator=random) < 0.7).to(DEVICE)))
+    hidden = torch.randn(count, 24, generator=random)
+    inputs = [one.to(DEVICE) for one in (hidden, chosen, weights, scores)]
+    for config in (
+        MACSConfig(capacity_factor=0.5, min_tokens=0),
+        MACSConfig.preset("paper").updated(min_tokens=0),
+    ):
+        planner = Planner(config, Topology(experts, 2, sources=(0,)), k)
+        found, expected = both(planner.plan, *inputs, tokens)
+        assert torch.equal(found.experts, expected.experts) and torch.equal(found.weights, expected.weights)
+        assert int((found.experts != inputs[1]).sum()) > 0
+
+
+def test_which_runs():
+    assert not runs_on(torch.device("cpu")) and runs_on(torch.device("cuda"))
+    with kernels("torch"):
+        assert not runs_on(torch.device("cuda"))
+    with pytest.raises(ValueError, match="found 'cuda', expected 'auto'"), kernels("cuda"):
+        pass
+
+    @fused("features")
+    def feature_entropy(hidden):
+        return "twin"
+
+    assert feature_entropy(torch.ones(1, 4)) == "twin"
+    with kernels("triton"):
+        assert feature_entropy(torch.ones(1, 4, device=DEVICE)) != "twin"
+
+
+def test_every_kernel_compiles_for_a_gpu():
+    script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    sources = (Path(__file__).parents[2] / "macs" / "ops").glob("*.py")
+    launched = {
+        word.split("[")[0]
+        for path in sources
+        for word in path.read_text().split()
+        if word.startswith("_") and "[" in word
+    }
+    assert {line.split()[0] for line in run.stdout.splitlines()} >= launched and len(launched) > 10
