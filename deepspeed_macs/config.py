@@ -30,6 +30,8 @@ class MACSBlock:
     sequence_major      hidden states are [S, B, D] in ``deepspeed.moe.layer.MoE``, not [B, S, D]
     second_expert_sampling  with k = 2, keep the noise the gate is configured to choose its second
                         expert with; otherwise the choice is deterministic
+    record              path of a file for what the routers chose, written when the process ends; see
+                        ``macs.Recording``
     virtual_ranks       plan, in one process, as so many expert-parallel ranks would
     given               the fields of ``MACSConfig`` and ``preset``, as they are written
     """
@@ -44,6 +46,7 @@ class MACSBlock:
     padding_token_id: int | None = None
     sequence_major: bool = False
     second_expert_sampling: bool = False
+    record: str | os.PathLike[str] | None = None
     virtual_ranks: int = 1
     given: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,8 +82,12 @@ class MACSBlock:
         count = self.virtual_ranks
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             refuse("virtual_ranks", "a number of ranks, 1 or more")
-        if self.profile is not None and not isinstance(self.profile, (str, os.PathLike)):
-            refuse("profile", "a path")
+        for name in ("profile", "record"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, os.PathLike)):
+                refuse(name, "a path")
+        if self.record is not None and not Path(self.record).resolve().parent.is_dir():
+            refuse("record", "a path in a folder that exists")
         self.settings()  # an error in it is told here
 
     def settings(self, preset: str | None = None) -> MACSConfig:

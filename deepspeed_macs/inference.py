@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import inspect
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
-from macs import LayerRuntime, MACSConfig, Runtime, Topology, attach_modality
+from macs import LayerRuntime, MACSConfig, RoutingRecorder, Runtime, Topology, attach_modality
 from macs.config import read_mapping
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
@@ -130,7 +132,15 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
             )
         else:
             MACSAutoEPMoELayer.adopt(layer, mine)
+    if block.record is not None:
+        runtime.routing = RoutingRecorder()
+        atexit.register(_save_recording, runtime, block.record)
     return runtime
+
+
+def _save_recording(runtime: Runtime, path: str | os.PathLike[str]) -> None:
+    if runtime.routing is not None:  # else the script has saved it itself
+        runtime.save_routing(Path(path))
 
 
 def _init_inference_with(

@@ -18,6 +18,7 @@ from .plan import Plan, PlanStatistics
 from .planner import Planner, router_similarity
 from .policies import POLICIES, build_policy
 from .profile import Calibration, Profile, router_fingerprint
+from .recording import Recording, RoutingRecorder
 from .runtime import LayerRuntime, Runtime
 from .scoring import full_scores, within_groups
 from .topology import Topology
@@ -42,6 +43,8 @@ __all__ = [
     "PlanStatistics",
     "Planner",
     "Profile",
+    "Recording",
+    "RoutingRecorder",
     "Runtime",
     "Tokens",
     "Topology",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from .plan import Plan
 from .planner import Planner, router_similarity
 from .policies import build_policy
 from .profile import Calibration, Profile, router_fingerprint
+from .recording import RoutingRecorder
 from .topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ class Runtime:
         self.virtual_ranks = virtual_ranks
         self.layers: list[LayerRuntime] = []
         self.calibrating = False
+        self.routing: RoutingRecorder | None = None
         self._warned: set[str] = set()
         self.use(policy, config, profile)
 
@@ -96,7 +100,7 @@ class Runtime:
             topology = Topology(
                 topology.num_experts, self.virtual_ranks, sources=tuple(range(self.virtual_ranks))
             )
-        layer = LayerRuntime(self, router_weight, topology, top_k, group, check, part)
+        layer = LayerRuntime(self, len(self.layers), router_weight, topology, top_k, group, check, part)
         self.layers.append(layer)
         return layer
 
@@ -116,6 +120,31 @@ class Runtime:
         for layer in self.layers:
             layer.calibration = Calibration(layer.topology.num_experts)
         self.calibrating = True
+
+    @contextmanager
+    def record_routing(self, path: str | Path, **options: Any) -> Iterator[RoutingRecorder]:
+        """Within this block every layer's routing is recorded, under whatever policy is in force, and
+        written to ``path`` at its end (with several ranks, one file each, with the rank in its name).
+
+        ``options`` are those of ``RoutingRecorder``. Steps that are left alone, such as decoding, are not
+        recorded.
+        """
+        self.routing = RoutingRecorder(**options)
+        try:
+            yield self.routing
+        finally:
+            self.save_routing(path)
+
+    def save_routing(self, path: str | Path) -> Path | None:
+        """Write what ``routing`` has recorded, and stop recording; see ``RoutingRecorder.save``."""
+        recorder, self.routing = self.routing, None
+        if recorder is None:
+            raise ValueError("save_routing: nothing is being recorded; expected record_routing before")
+        if not self.layers:
+            logger.warning("MACS: nothing was recorded: the model has no MACS layer")
+            return None
+        topology = self.layers[0].topology
+        return recorder.save(path, num_experts=topology.num_experts, num_ranks=topology.num_ranks)
 
     def measured_profile(self, group: dist.ProcessGroup | None = None) -> Profile:
         """The profile of the last ``calibration`` block, summed over the group's members."""
@@ -187,6 +216,7 @@ class LayerRuntime:
     def __init__(
         self,
         runtime: Runtime,
+        index: int,
         router_weight: Callable[[], Tensor],
         topology: Topology,
         top_k: int,
@@ -195,6 +225,7 @@ class LayerRuntime:
         part: Callable[[], tuple[int, int]],
     ) -> None:
         self.runtime = runtime
+        self.index = index
         self.router_weight = router_weight
         self.topology = topology
         self.top_k = top_k
@@ -342,6 +373,8 @@ class LayerRuntime:
             return None
         if not self.runtime.enabled:
             return None
+        if self.runtime.routing is not None:
+            self.runtime.routing.observe(self.index, experts, weights, scores, tokens)
         self.captured = self.captured or capturing(hidden.device)
         plan = self.planner.plan(hidden, experts, weights, scores, tokens)
         if self.runtime.recording:

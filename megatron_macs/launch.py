@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from macs import Profile, Runtime
+from macs import Profile, RoutingRecorder, Runtime
 
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
 from .swap import install
@@ -68,6 +68,12 @@ def main(arguments: list[str] | None = None) -> None:
         type=Path,
         help="plan nothing, count whom every expert serves, and write a profile when the script ends",
     )
+    parser.add_argument(
+        "--moe-macs-record",
+        metavar="FILE",
+        type=Path,
+        help="write what the routers chose to a file, for tools/benchmark.py and tools/simulate.py",
+    )
     if missing:
         parser.parse_args(given)
         parser.error("expected a script, or -m and a module, and its arguments")
@@ -80,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         if flag.startswith("--moe-macs"):
             close = difflib.get_close_matches(flag.split("=")[0], parser._option_string_actions, 1)
             parser.error(f"found no flag {flag}" + (f"; is it {close[0]}?" if close else ""))
-    calibrate = own.moe_macs_calibrate
+    calibrate, record = own.moe_macs_calibrate, own.moe_macs_record
     try:
         runtime = runtime_from_args(own)
     except (ValueError, OSError) as error:
@@ -88,14 +94,19 @@ def main(arguments: list[str] | None = None) -> None:
     if calibrate is not None:
         if own.moe_macs_policy is not None or own.moe_macs_profile is not None:
             parser.error("found --moe-macs-calibrate with a policy or a profile; nothing is planned with it")
-        if not calibrate.resolve().parent.is_dir():
-            parser.error(f"--moe-macs-calibrate: found no folder {calibrate.resolve().parent}")
+        if record is not None:
+            parser.error("found --moe-macs-calibrate with --moe-macs-record; expected one of them")
+    for flag, path in (("--moe-macs-calibrate", calibrate), ("--moe-macs-record", record)):
+        if path is not None and not path.resolve().parent.is_dir():
+            parser.error(f"{flag}: found no folder {path.resolve().parent}")
     sys.argv = [script, *rest]
     uninstall = None if runtime is None else install(runtime, tokens_from_args(own))
     code: Any = None
     try:
         if runtime is not None and calibrate is not None:
             runtime.start_calibration()
+        if runtime is not None and record is not None:
+            runtime.routing = RoutingRecorder()
         if by_name:
             sys.path.insert(0, "")
             runpy.run_module(script, run_name="__main__", alter_sys=True)
@@ -111,6 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
         if code in (None, 0):  # of a script that failed the counts are not all there
             save_profile(runtime, calibrate)
     elif runtime is not None:
+        if record is not None:
+            runtime.save_routing(record)
         conclude(runtime)
     if code is not None:
         sys.exit(code)

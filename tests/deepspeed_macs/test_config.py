@@ -34,6 +34,10 @@ def test_a_block_is_its_own_fields_and_the_settings():
         ({"image_token_id": True}, "config.macs.image_token_id: found True, expected a token id"),
         ({"virtual_ranks": 0}, "config.macs.virtual_ranks: found 0, expected a number of ranks"),
         ({"profile": 3}, "config.macs.profile: found 3, expected a path"),
+        (
+            {"record": "/no/such/folder/file"},
+            "config.macs.record: found '/no/such/folder/file', expected a path in",
+        ),
         ({"capacity_factor": "big"}, "config.capacity_factor: found 'big', expected a number"),
         ([1], r"config.macs: expected a mapping of field to value; found \[1\]"),
         (True, "config.macs: expected a mapping of field to value; found True"),

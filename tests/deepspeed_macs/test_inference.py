@@ -14,6 +14,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.workers import RankFailed, free_port
 
+from macs import Recording
+
 ROOT = Path(__file__).parents[2]
 JOBS = "support.deepspeed_ways_in"
 
@@ -211,12 +213,15 @@ def test_a_script_that_does_not_change_runs_with_macs(tmp_path, launcher):
 def test_a_scripts_own_config_holds_the_block(tmp_path):
     config = {"dtype": "fp32", "moe": {"ep_size": 2}}
     config["macs"] = {"capacity_factor": 0.5, "min_tokens": 0, "image_token_id": 5}
+    config["macs"]["record"] = str(tmp_path / "routing.safetensors")
     (tmp_path / "ds_config.json").write_text(json.dumps(config))
     done, lines = launched(
         tmp_path, "torchrun", tmp_path / "script.py", "--config", tmp_path / "ds_config.json"
     )
     assert done.returncode == 0, done.stderr
     assert all(float(line.split()[-1]) > 0 for line in lines) and len(lines) == 2
+    recordings = [Recording.load(tmp_path / f"routing.rank{rank}.safetensors") for rank in (0, 1)]
+    assert all(one.num_ranks == 2 and len(one.records[0].kinds) > 0 for one in recordings)
 
 
 def test_a_script_that_is_not_there_is_named(tmp_path):

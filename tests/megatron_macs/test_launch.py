@@ -15,7 +15,7 @@ from dataclasses import fields
 
 from support.workers import free_port
 
-from macs import MACSConfig, Profile
+from macs import MACSConfig, Profile, Recording
 from megatron_macs import add_macs_args, runtime_from_args, tokens_from_args
 from megatron_macs.arguments import config_from_args
 
@@ -146,8 +146,17 @@ def test_a_script_that_does_not_change_runs_with_macs(tmp_path):
     roomy = ("--moe-macs", "--moe-macs-image-token-id", "3", "--moe-macs-capacity-factor", "1000")
     _, unbounded = launched(tmp_path, "unbounded", *roomy)
     tight = (*roomy[:3], "--moe-macs-capacity-factor", "0.3", "--moe-macs-reroute", "none")
-    done, bounded = launched(tmp_path, "bounded", *tight)
+    recorded = tmp_path / "routing.safetensors"
+    done, bounded = launched(tmp_path, "bounded", *tight, "--moe-macs-record", str(recorded))
     assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        recording = Recording.load(tmp_path / f"routing.rank{rank}.safetensors")
+        assert [(one.layer, one.step, len(one.kinds)) for one in recording.records] == [
+            (0, 0, 80),
+            (1, 0, 80),
+        ]
+        assert (recording.num_experts, recording.num_ranks, recording.top_k) == (4, 2, 2)
+        assert int((recording.records[0].kinds > 0).sum()) == bounded[rank]["images"]
     for rank in (0, 1):
         assert without[rank]["layer"] == "MoELayer" and unbounded[rank]["layer"] == "MACSMoELayer"
         assert torch.equal(without[rank]["logits"], stock[rank]["logits"])

@@ -1,0 +1,177 @@
+"""Recording: what a router chose in a real run, kept in a file for the benchmark and the simulator.
+
+Shapes: M records, one for every recorded call of a layer; N tokens of all of them, one after the other.
+The file is safetensors: nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checks import expect
+from .modality import Tokens
+
+FORMAT = "macs-routing-1"
+
+logger = logging.getLogger(__name__)
+
+
+class RoutingRecorder:
+    """Collects what the routers of a model's MACS layers choose, before anything is planned.
+
+    max_bytes: where to stop, in bytes of the file. every: record one in so many steps of each layer.
+    scores: keep the scores of all experts too (2 E bytes a token), without which whoever replays the
+    recording makes them up. Every record is copied to the host, which waits for the device: a run that
+    records is not one to be timed.
+    """
+
+    def __init__(self, *, max_bytes: int = 1 << 28, every: int = 1, scores: bool = False) -> None:
+        for name, value in (("max_bytes", max_bytes), ("every", every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"record.{name}: found {value!r}, expected a whole number, 1 or more")
+        self.max_bytes = max_bytes
+        self.every = every
+        self.scores = scores
+        self._bytes = 0
+        self._full = False
+        self._steps: dict[int, int] = {}
+        self._records: list[tuple[int, int, dict[str, Tensor]]] = []
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def observe(self, layer: int, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens) -> None:
+        """One call of a layer: as ``Planner.plan`` has them. Padding is left out."""
+        step = self._steps.get(layer, 0)
+        self._steps[layer] = step + 1
+        if self._full or step % self.every:
+            return
+        if experts.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("record: a CUDA graph captures this layer; record without graphs")
+        valid = tokens.valid
+        kept = {
+            "experts": experts[valid].to(torch.int16),
+            "weights": weights[valid].half(),
+            "kinds": tokens.kinds[valid],
+        }
+        if self.scores:
+            kept["scores"] = scores[valid].half()
+        size = sum(tensor.nbytes for tensor in kept.values())
+        if self._bytes + size > self.max_bytes:
+            self._full = True  # for good: what is there has no gaps but those of ``every``
+            logger.warning("MACS: the recording is full (%d bytes); nothing more is added", self._bytes)
+            return
+        self._bytes += size
+        self._records.append((layer, step, {name: tensor.cpu() for name, tensor in kept.items()}))
+
+    def save(self, path: str | Path, *, num_experts: int, num_ranks: int) -> Path | None:
+        """Write this rank's file, PATH itself where it is alone, else PATH with its rank in the name.
+
+        Returns what was written; None, with a warning, if nothing was recorded.
+        """
+        from safetensors.torch import save_file
+
+        path = rank_path(Path(path))
+        if not self._records:
+            logger.warning("MACS: nothing was recorded for %s; was a batch of min_tokens or more run?", path)
+            return None
+        layers, steps, parts = zip(*self._records, strict=True)
+        tensors = {
+            "layers": torch.tensor(layers, dtype=torch.int32),
+            "steps": torch.tensor(steps, dtype=torch.int64),
+            "counts": torch.tensor([len(part["kinds"]) for part in parts], dtype=torch.int64),
+        }
+        tensors |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        header = {"format": FORMAT, "num_experts": num_experts, "num_ranks": num_ranks}
+        # Written aside first: a run that is stopped leaves no half a file.
+        aside = path.with_name(path.name + ".part")
+        save_file(tensors, aside, metadata={"macs": json.dumps(header)})
+        aside.replace(path)
+        return path
+
+
+def rank_path(path: Path) -> Path:
+    """``a/b.x`` on the only rank, ``a/b.rank3.x`` on rank 3 of several."""
+    if dist.is_available() and dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    else:
+        # A script may have closed its process group by now; its launcher still says.
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return path if world == 1 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """One call of a layer: experts int64 [T, k] (-1: none), weights float32 [T, k], kinds int8 [T], and
+    scores float32 [T, E] where they were recorded."""
+
+    layer: int
+    step: int
+    experts: Tensor
+    weights: Tensor
+    kinds: Tensor
+    scores: Tensor | None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What ``RoutingRecorder.save`` wrote on one rank."""
+
+    num_experts: int
+    num_ranks: int
+    records: tuple[RoutingRecord, ...]
+
+    @property
+    def top_k(self) -> int:
+        return self.records[0].experts.shape[1]
+
+    def of_layer(self, layer: int) -> Iterator[RoutingRecord]:
+        """The records of a layer, in the order of their steps."""
+        return (record for record in self.records if record.layer == layer)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recording:
+        """From a file; one that is damaged or of another kind is a ``ValueError`` or ``TypeError``."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("macs", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"recording {path}: not a recording: {error}") from error
+        if header.get("format") != FORMAT:
+            raise ValueError(f"recording {path}: found format {header.get('format')!r}, expected {FORMAT!r}")
+        missing = {"layers", "steps", "counts", "experts", "weights", "kinds"} - set(tensors)
+        if missing:
+            raise ValueError(f"recording {path}: found no tensor {', '.join(sorted(missing))}")
+        count, experts = len(tensors["kinds"]), tensors["experts"]
+        expect("recording.experts", experts, (count, None), (torch.int16,))
+        expect("recording.weights", tensors["weights"], tuple(experts.shape), (torch.float16,))
+        counts = tensors["counts"]
+        shapes = len(tensors["layers"]), len(tensors["steps"])
+        if shapes != (len(counts), len(counts)) or int(counts.sum()) != count or not len(counts):
+            raise ValueError(f"recording {path}: its records do not add up to its {count} tokens")
+        if int(experts.max()) >= header["num_experts"] or int(experts.min()) < -1:
+            raise ValueError(f"recording {path}: found experts outside -1..{header['num_experts'] - 1}")
+        sizes = counts.tolist()
+        scores = tensors["scores"].float().split(sizes) if "scores" in tensors else [None] * len(sizes)
+        rows = zip(
+            tensors["layers"].tolist(),
+            tensors["steps"].tolist(),
+            experts.long().split(sizes),
+            tensors["weights"].float().split(sizes),
+            tensors["kinds"].split(sizes),
+            scores,
+            strict=True,
+        )
+        return cls(header["num_experts"], header["num_ranks"], tuple(RoutingRecord(*row) for row in rows))
