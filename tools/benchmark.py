@@ -1,0 +1,1004 @@
+"""What MACS costs and what it gains, beside the baselines and beside what is possible.
+
+    python tools/benchmark.py planner        # the planner alone: its parts, its share of a layer, its memory
+    python tools/benchmark.py layer          # Megatron's real MoE layer on two expert-parallel processes
+    python tools/benchmark.py virtual-ep     # one process computes every rank's real rows in turn
+    python tools/benchmark.py generate       # prompts through Megatron's static engine
+
+Every policy runs on the same inputs in the same turns, one after the other, first come first in turn; the
+time of a step is its slowest rank's. A policy is timed only after its output has been checked against
+the same plan computed by another dispatcher. Ratios are to vanilla, stock Megatron, in the same turn. The
+ideal ratio is that of the busiest ranks' rows; its share is how much of that speed-up there is to see.
+
+Shapes: T tokens of a source rank, D features, E experts, k experts a token, R ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import megatron.core
+import numpy as np
+import torch
+import torch.distributed as dist
+from cost_model import CostModel
+from moe_layers import (
+    Asked,
+    Oracle,
+    Side,
+    build_layer,
+    device,
+    engine,
+    force,
+    join,
+    layout_of,
+    median_of,
+    milliseconds,
+    over_ranks,
+    run_experts,
+    same_output,
+    together,
+)
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from workloads import (
+    SHAPES,
+    WORKLOADS,
+    Batch,
+    Contender,
+    Shape,
+    contenders,
+    draw,
+    features,
+    load_recordings,
+    loosened,
+    replay,
+)
+
+from macs import Modality, Plan, PlanStatistics, Tokens, Topology, build_policy, planner
+from macs.ops import has_triton, kernels
+
+VANILLA = "vanilla"
+NOTHING_OVER = "macs, nothing over"
+COLLECTIVES = (
+    "all_to_all_single",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "barrier",
+)
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("mode", choices=("planner", "layer", "virtual-ep", "generate"))
+    parser.add_argument("--shape", choices=SHAPES, default="cpu")
+    parser.add_argument("--tokens", type=int, help="of a source rank, instead of the shape's")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--policies", nargs="+", help="titles to run beside vanilla (default: all)")
+    parser.add_argument("--straggler", type=float, default=1.05, help="bound on the busiest rank")
+    parser.add_argument(
+        "--ladder", nargs="*", type=float, default=[], help="further bounds for token drop and expanded drop"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="processes, or ranks played in turn")
+    parser.add_argument("--threads", type=int, help="of each process (default: all cores, divided)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a workload")
+    parser.add_argument("--repeats", type=int, default=5, help="turns")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recordings", nargs="+", type=Path, help="one file for each source rank, instead")
+    parser.add_argument("--layer", type=int, default=0, help="layer of the recordings")
+    parser.add_argument("--json", type=Path, help="append the result, one line")
+    parser.add_argument("--cost-model", type=Path, help="write this machine's figures for simulate.py")
+    parser.add_argument("--plots", type=Path, help="folder for plots")
+    arguments = parser.parse_args(given)
+    arguments.shape_name = arguments.shape
+    arguments.shape = SHAPES[arguments.shape]
+    if arguments.recordings:
+        recordings = load_recordings(arguments.recordings)
+        arguments.ranks = len(recordings)
+        known = {"experts": recordings[0].num_experts, "top_k": recordings[0].top_k}
+        arguments.shape = replace(arguments.shape, **known)
+        arguments.workloads = ["recording"]
+    if arguments.tokens:
+        arguments.shape = replace(arguments.shape, tokens=arguments.tokens)
+    if arguments.threads is None:
+        processes = arguments.ranks if arguments.mode in ("layer", "generate") else 1
+        arguments.threads = max(1, (os.cpu_count() or 1) // processes)
+    known_titles = contenders(arguments.straggler)
+    for title in arguments.policies or ():
+        if title not in known_titles:
+            parser.error(f"--policies: found {title!r}, expected some of {', '.join(known_titles)}")
+    return arguments
+
+
+def running(arguments: argparse.Namespace) -> dict[str, Contender]:
+    """The policies asked for, vanilla first."""
+    chosen = contenders(arguments.straggler)
+    titles = [VANILLA, *(arguments.policies or list(chosen)[1:])]
+    found = {title: chosen[title] for title in dict.fromkeys(titles)}
+    for title in ("token drop", "expanded drop"):
+        if title in found:
+            found.update(loosened(title, chosen[title], bound) for bound in arguments.ladder)
+    return found
+
+
+def steps_of(arguments: argparse.Namespace, workload: str) -> Callable[[int, int], Batch]:
+    """The batch of a step and source rank."""
+    if arguments.recordings:
+        batches = replay(load_recordings(arguments.recordings), arguments.layer, arguments.tokens)
+        return lambda step, rank: batches[step % len(batches)][rank]
+    return lambda step, rank: draw(workload, arguments.shape, step, rank, arguments.ranks, arguments.seed)
+
+
+# What a policy did.
+
+
+@dataclass
+class Done:
+    """Loads of a policy over the steps of a workload: sums over all ranks, of every step."""
+
+    ranks: int
+    top_k: int
+    experts: list[np.ndarray]  # rows of each expert after planning, [E] a step
+    tokens: float = 0.0
+    sent: float = 0.0
+    kept: float = 0.0
+    rerouted: float = 0.0
+    dropped: float = 0.0
+    kept_mass: float = 0.0
+    mass: float = 0.0
+
+    def add(self, statistics: PlanStatistics, sent: Tensor) -> None:
+        """One step, from this rank's statistics and the rows it sent to others; all ranks together."""
+        total = over_ranks(statistics.pack()) if dist.is_initialized() else statistics.pack().cpu()
+        count = len(statistics.load_after)
+        names = PlanStatistics.scalar_names()
+        scalars = dict(zip(names, total[: len(names)].tolist(), strict=True))
+        self.experts.append(total[-count:].numpy())
+        self.tokens += scalars["tokens"]
+        self.kept += scalars["kept"]
+        self.rerouted += scalars["rerouted"]
+        self.dropped += scalars["dropped"]
+        self.kept_mass += scalars["kept_mass"]
+        self.mass += scalars["kept_mass"] + scalars["rerouted_mass"] + scalars["dropped_mass"]
+        self.sent += float(over_ranks(sent.double()) if dist.is_initialized() else sent)
+
+    @property
+    def busiest(self) -> float:
+        """Rows of the busiest rank, over all steps."""
+        return float(sum(step.reshape(self.ranks, -1).sum(1).max() for step in self.experts))
+
+    @property
+    def straggler(self) -> float:
+        """Those over vanilla's mean rank's."""
+        return self.busiest / (self.tokens * self.top_k / self.ranks)
+
+    @property
+    def busiest_expert(self) -> float:
+        """Rows of the busiest expert over vanilla's mean expert's."""
+        mean = self.tokens * self.top_k / len(self.experts[0])
+        return float(sum(step.max() for step in self.experts)) / mean
+
+    def shares(self) -> dict[str, float]:
+        count = self.kept + self.rerouted + self.dropped
+        return {
+            "dropped": self.dropped / count,
+            "rerouted": self.rerouted / count,
+            "kept_mass": self.kept_mass / self.mass,
+            "sent": self.sent / count,
+        }
+
+
+def sent_by(plan: Plan, topology: Topology, rank: int) -> Tensor:
+    """Rows that leave a source rank."""
+    ranks = torch.tensor(topology.expert_rank, device=plan.experts.device)
+    goes = plan.experts >= 0
+    return (goes & (ranks[plan.experts.clamp(min=0)] != rank)).sum()
+
+
+def row_of(
+    workload: str, title: str, done: Done, vanilla: Done, turns: Sequence[float], base: Sequence[float]
+) -> dict[str, Any]:
+    """A line of the table: turns and base are milliseconds of every turn, of this policy and vanilla."""
+    ratios = [mine / other for mine, other in zip(turns, base, strict=True)]
+    ideal = done.busiest / vanilla.busiest
+    steps = len(done.experts)
+    row = {
+        "workload": workload,
+        "policy": title,
+        "ms": statistics.median(turns) / steps,
+        "spread": _spread(turns) / steps,
+        "ratio": statistics.median(ratios),
+        "ratio_spread": _spread(ratios),
+        "ideal": ideal,
+        "share": ideal / statistics.median(ratios),
+        "straggler": done.straggler,
+        "busiest_expert": done.busiest_expert,
+    }
+    return row | done.shares()
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Between the quartiles."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4)
+    return high - low
+
+
+def table_of(rows: Sequence[dict[str, Any]], caption: str) -> Table:
+    table = Table(caption=caption, caption_justify="left")
+    titles = ("workload", "policy", "ms", "time / vanilla", "ideal", "share of ideal", "busiest rank")
+    titles += ("busiest expert", "sent", "dropped", "rerouted", "kept mass")
+    for title in titles:
+        table.add_column(title, justify="left" if title in ("workload", "policy") else "right")
+    last = None
+    for row in rows:
+        if last not in (None, row["workload"]):
+            table.add_section()
+        first = "" if row["workload"] == last else row["workload"]
+        last = row["workload"]
+        if "failed" in row:
+            table.add_row(first, row["policy"], f"not timed: {row['failed']}")
+            continue
+        table.add_row(
+            first,
+            row["policy"],
+            f"{row['ms']:.1f}",
+            f"{row['ratio']:.3f} ± {row['ratio_spread'] / 2:.3f}",
+            f"{row['ideal']:.3f}",
+            f"{row['share']:.0%}",
+            f"{row['straggler']:.3f}",
+            f"{row['busiest_expert']:.2f}",
+            f"{row['sent']:.1%}",
+            f"{row['dropped']:.1%}",
+            f"{row['rerouted']:.1%}",
+            f"{row['kept_mass']:.3f}",
+        )
+    return table
+
+
+def machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What it ran on, with what."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "cores": os.cpu_count(),
+        "threads": arguments.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron": megatron.core.__version__,
+        "triton": has_triton(),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "CPU"
+
+
+# layer: all ranks at once.
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[Counter[str]]:
+    """Calls of every collective within the block, and elements that are sent."""
+    counts: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        for name in COLLECTIVES:
+            real = getattr(dist, name)
+
+            def count(*args: Any, real: Any = real, name: str = name, **kwargs: Any) -> Any:
+                counts[name] += 1
+                tensors = [one for one in args if isinstance(one, Tensor)]
+                counts[f"{name} elements"] += tensors[-1].numel() if tensors else 0
+                return real(*args, **kwargs)
+
+            stack.enter_context(mock.patch.object(dist, name, count))
+        yield counts
+
+
+def layer_rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
+    """One expert-parallel rank of the layer benchmark; the first writes what was found."""
+    _quietly(arguments)
+    with engine(), torch.inference_mode():
+        join(rank, arguments.ranks, folder)
+        found = _layer_rank(rank, arguments)
+        if rank == 0:
+            (Path(folder) / "found.json").write_text(json.dumps(found))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _layer_rank(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    shape, asked = arguments.shape, Asked()
+    stock = build_layer(shape, None)
+    force(stock, asked)
+    oracle = Oracle(shape, stock)
+    chosen = running(arguments)
+    sides = {title: Side(shape, contender, stock, asked) for title, contender in chosen.items()}
+    topology = sides[VANILLA].macs.topology
+    rows: list[dict[str, Any]] = []
+    planning: dict[str, float] = {}
+    same: dict[str, Any] = {}
+    with Progress(console=Console(stderr=True), disable=rank > 0) as progress:
+        bar = progress.add_task(
+            "measuring", total=len(arguments.workloads) * arguments.steps * arguments.repeats
+        )
+        for workload in arguments.workloads:
+            batch_of = steps_of(arguments, workload)
+            steps = []
+            for step in range(arguments.steps):
+                batch = batch_of(step, rank)
+                hidden = features(batch, shape.hidden, step, rank, arguments.seed)
+                steps.append(layout_of(batch, hidden))
+            done = {title: Done(arguments.ranks, shape.top_k, []) for title in sides}
+            good = dict.fromkeys(sides, True)
+            for hidden, modality, logits in steps:
+                asked.logits = logits
+                for title, side in sides.items():
+                    output = side(hidden, modality)
+                    assert side.plan is not None
+                    done[title].add(side.plan.statistics, sent_by(side.plan, topology, rank))
+                    if title == VANILLA:
+                        good[title] &= torch.equal(output, stock(hidden)[0])
+                    good[title] &= same_output(output, oracle(hidden, side.plan))
+            works = {VANILLA: lambda hidden, modality: stock(hidden)}
+            works |= {title: side for title, side in sides.items() if title != VANILLA and good[title]}
+            turns: dict[str, list[float]] = {title: [] for title in works}
+            for turn in range(arguments.repeats):
+                spent = dict.fromkeys(works, 0.0)
+                for number, (hidden, modality, logits) in enumerate(steps):
+                    asked.logits = logits
+                    titles = list(works)
+                    first = (turn + number) % len(titles)
+                    for title in titles[first:] + titles[:first]:
+                        spent[title] += together(partial(works[title], hidden, modality))
+                    progress.advance(bar)
+                for title, value in spent.items():
+                    turns[title].append(value)
+            for title in sides:
+                if good[VANILLA] and title in works:
+                    rows.append(
+                        row_of(workload, title, done[title], done[VANILLA], turns[title], turns[VANILLA])
+                    )
+                else:
+                    rows.append({"workload": workload, "policy": title, "failed": "wrong output"})
+            if workload == arguments.workloads[0]:
+                for title, side in list(sides.items())[1:]:
+                    planning[title] = median_of(side.planning(), arguments.repeats)
+                if NOTHING_OVER in sides:
+                    same = _nothing_more(stock, sides[NOTHING_OVER], steps[0][0], steps[0][1])
+        model = measured_costs(arguments, stock, asked, planning)
+    return {"rows": rows, "under_capacity": same, "cost_model": asdict(model)}
+
+
+def _nothing_more(stock: Any, side: Side, hidden: Tensor, modality: Modality) -> dict[str, Any]:
+    """What stock Megatron sends, and what MACS does where nothing is over capacity."""
+    with counted_collectives() as before:
+        expected = stock(hidden)[0]
+    with counted_collectives() as after:
+        found = side(hidden, modality)
+    return {
+        "stock": dict(before),
+        "macs": dict(after),
+        "same_collectives": before == after,
+        "same_bits": torch.equal(found, expected),
+    }
+
+
+def measured_costs(
+    arguments: argparse.Namespace, stock: Any, asked: Asked, planning: dict[str, float]
+) -> CostModel:
+    """This machine's figures, from calls that no workload makes: experts with as many rows each, exchanges
+    between all, and two layers under even routing, of all tokens and of half."""
+    shape, ranks = arguments.shape, arguments.ranks
+    local = shape.experts // ranks
+    even = shape.tokens * shape.top_k // local
+    counts = [1, *sorted({max(2, even // divisor) for divisor in (16, 4, 2, 1)}), 2 * even + 2, 4 * even + 4]
+    each = [median_of(run_experts(stock, [count] * local, shape.hidden), 3) / local for count in counts]
+    each = list(np.maximum.accumulate(each))
+    size = shape.hidden * next(stock.experts.parameters()).element_size()
+    latency, rate = measured_exchange(ranks, shape, size)
+    model = CostModel(
+        rows=[float(count) for count in counts],
+        ms=[float(value) for value in each],
+        fixed_ms=0.0,
+        row_ms=0.0,
+        latency_ms=latency,
+        inside_gbs=rate,
+        beyond_gbs=rate,
+        node=ranks,
+        row_bytes=size,
+        expert_bytes=3 * shape.hidden * shape.ffn * next(stock.experts.parameters()).element_size(),
+        planner_ms=planning,
+        origin=f"measured: {ranks} processes, {machine(arguments)['device']}",
+    )
+    # What is left of a layer under even routing, at two sizes: a constant, and so much for every row.
+    left = []
+    for tokens in (shape.tokens // 2, shape.tokens):
+        some = replace(shape, tokens=tokens)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        batch = draw("W4", some, 0, rank, ranks, seed=1 + arguments.seed)
+        hidden, _, logits = layout_of(batch, features(batch, shape.hidden, 0, rank))
+        asked.logits = logits
+        spent = median_of(partial(stock, hidden), 5)
+        counts_of = np.full((ranks, shape.experts), tokens * shape.top_k / shape.experts)
+        left.append(spent - model.layer(counts_of).total)
+    slope = (left[1] - left[0]) / (shape.tokens * shape.top_k / 2)
+    row_ms = max(0.0, slope)
+    fixed = max(0.0, left[1] - row_ms * shape.tokens * shape.top_k)
+    return replace(model, row_ms=row_ms, fixed_ms=fixed)
+
+
+def measured_exchange(ranks: int, shape: Shape, size: int) -> tuple[float, float]:
+    """Latency in ms and 10^9 bytes a second of an exchange among all processes."""
+    if ranks == 1 or not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0.0, 1.0
+    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    sizes, spent = [], []
+    for part in (64, 8, 2, 1):
+        rows = max(1, shape.tokens * shape.top_k // ranks // part)
+        given = torch.zeros(rows * ranks, shape.hidden, dtype=kind, device=device())
+        taken = torch.empty_like(given)
+        spent.append(median_of(partial(dist.all_to_all_single, taken, given), 7))
+        sizes.append(rows * (ranks - 1) * size)
+    slope, latency = np.polyfit(sizes, spent, 1)
+    return max(0.0, float(latency)), 1 / max(float(slope) * 1e6, 1e-9)
+
+
+def run_layer(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(layer_rank, (arguments, folder), nprocs=arguments.ranks)
+        found = json.loads((Path(folder) / "found.json").read_text())
+    shape = arguments.shape
+    caption = (
+        f"Megatron-Core {megatron.core.__version__}, all-to-all, {arguments.ranks} processes of "
+        f"{arguments.threads} thread(s), T {shape.tokens}, D {shape.hidden}, FFN {shape.ffn} (gated), "
+        f"E {shape.experts}, k {shape.top_k}; {arguments.steps} steps, {arguments.repeats} turns, medians ± "
+        "half the quartile distance. Ratios: to stock Megatron in the same turn. Ideal: ratio of the busiest "
+        "ranks' rows. Busiest: rows over vanilla's mean."
+    )
+    console.print(table_of(found["rows"], caption))
+    same = found["under_capacity"]
+    if same:
+        console.print(
+            f"Nothing over capacity: collectives {'the same' if same['same_collectives'] else 'NOT the same'}"
+            f" ({same['stock']}), output bit for bit {'the same' if same['same_bits'] else 'NOT the same'}."
+        )
+    if arguments.cost_model:
+        CostModel(**found["cost_model"]).save(arguments.cost_model)
+    return found
+
+
+# virtual-ep: one process, every rank's experts in turn.
+
+
+def run_virtual(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Layer time = slowest source + exchanges + slowest rank's experts. All but the exchanges is measured
+    here; those are modelled, from the cost model's figures where one is given, else as memory copies."""
+    shape, ranks = arguments.shape, arguments.ranks
+    if shape.experts % ranks:
+        raise ValueError(f"--ranks: found {ranks}, expected a divisor of the {shape.experts} experts")
+    rows: list[dict[str, Any]] = []
+    chosen = running(arguments)
+    with engine(), torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        join(0, 1, folder)
+        # A rank's share of the experts, whose weights play every rank's in turn.
+        local = replace(shape, experts=shape.experts // ranks, top_k=1)
+        layer = build_layer(local, None)
+        model = virtual_costs(arguments, layer)
+        with Progress(console=Console(stderr=True)) as progress:
+            bar = progress.add_task("measuring", total=len(arguments.workloads) * arguments.steps)
+            for workload in arguments.workloads:
+                rows += _virtual_workload(arguments, workload, chosen, layer, model, progress, bar)
+        dist.destroy_process_group()
+    caption = (
+        f"One process of {arguments.threads} thread(s) as {ranks} ranks, T {shape.tokens} a rank, "
+        f"D {shape.hidden}, FFN {shape.ffn} (gated), E {shape.experts}, k {shape.top_k}. Experts and "
+        "planners are measured, on every rank's real rows; routers, permutations and exchanges are modelled "
+        f"({model.origin})."
+    )
+    console.print(table_of(rows, caption))
+    if arguments.cost_model and not arguments.cost_model.exists():
+        model.save(arguments.cost_model)
+    return {"rows": rows, "cost_model": asdict(model)}
+
+
+def virtual_costs(arguments: argparse.Namespace, layer: Any) -> CostModel:
+    """This process's expert times; of the rest what ``--cost-model`` says, if there is such a file."""
+    shape, ranks = arguments.shape, arguments.ranks
+    local = shape.experts // ranks
+    even = shape.tokens * shape.top_k // local
+    counts = [1, *sorted({max(2, even // part) for part in (16, 4, 2, 1)}), 2 * even + 2, 4 * even + 4]
+    each = [median_of(run_experts(layer, [count] * local, shape.hidden), 3) / local for count in counts]
+    size = shape.hidden * next(layer.experts.parameters()).element_size()
+    if arguments.cost_model and arguments.cost_model.exists():
+        rest = CostModel.load(arguments.cost_model)
+    else:
+        given = torch.zeros(shape.tokens * shape.top_k, shape.hidden, device=device())
+        copy = median_of(given.clone, 5)
+        rest = CostModel(
+            rows=[0.0, 1.0],
+            ms=[0.0, 0.0],
+            fixed_ms=0.0,
+            row_ms=2 * copy / len(given),
+            latency_ms=0.0,
+            inside_gbs=given.nbytes / copy / 1e6,
+            beyond_gbs=given.nbytes / copy / 1e6,
+            node=ranks,
+            row_bytes=size,
+            expert_bytes=0,
+            origin="as copies in memory",
+        )
+    return replace(
+        rest,
+        rows=[float(count) for count in counts],
+        ms=[float(value) for value in np.maximum.accumulate(each)],
+        node=ranks,
+    )
+
+
+def _virtual_workload(
+    arguments: argparse.Namespace,
+    workload: str,
+    chosen: dict[str, Contender],
+    layer: Any,
+    model: CostModel,
+    progress: Progress,
+    bar: Any,
+) -> list[dict[str, Any]]:
+    shape, ranks = arguments.shape, arguments.ranks
+    batch_of = steps_of(arguments, workload)
+    done = {title: Done(ranks, shape.top_k, []) for title in chosen}
+    spent = {title: [0.0] * arguments.repeats for title in chosen}
+    for step in range(arguments.steps):
+        batches = [batch_of(step, rank) for rank in range(ranks)]
+        asked: dict[str, Tensor] = {}
+        for title, contender in chosen.items():
+            parts, planning = [], 0.0
+            for rank, batch in enumerate(batches):
+                topology = Topology(shape.experts, ranks, sources=(rank,))
+                policy = build_policy(contender.policy, contender.config, topology, shape.top_k)
+                hidden = features(batch, shape.hidden, step, rank, arguments.seed).to(device())
+                inputs = [one.to(device()) for one in (batch.experts, batch.weights, batch.scores)]
+                tokens = Tokens.batch_major(Modality.of(batch.kinds[None].to(device())))
+                plan = policy.plan(hidden, *inputs, tokens)
+                if title != VANILLA and rank == 0:
+                    planning = median_of(partial(policy.plan, hidden, *inputs, tokens), 3)
+                _add_alone(done[title], plan, topology, rank)
+                parts.append(plan.statistics.load_after)
+            asked[title] = torch.stack(parts).cpu()
+            rest = model.layer(asked[title].numpy())
+            for turn in range(arguments.repeats):
+                spent[title][turn] += rest.source + rest.exchange + planning
+        by_rank = {title: table.view(ranks, ranks, -1).sum(0).tolist() for title, table in asked.items()}
+        for turn in range(arguments.repeats):
+            titles = list(chosen)
+            first = (turn + step) % len(titles)
+            for title in titles[first:] + titles[:first]:
+                times = []
+                for counts in by_rank[title]:
+                    works = run_experts(layer, [int(count) for count in counts], shape.hidden)
+                    times.append(milliseconds(works))
+                spent[title][turn] += max(times)
+        progress.advance(bar)
+    return [
+        row_of(workload, title, done[title], done[VANILLA], spent[title], spent[VANILLA]) for title in chosen
+    ]
+
+
+def _add_alone(done: Done, plan: Plan, topology: Topology, rank: int) -> None:
+    """A source rank's part of a step; the first of them opens the step."""
+    own = Done(done.ranks, done.top_k, [])
+    own.add(plan.statistics, sent_by(plan, topology, rank))
+    if rank == 0:
+        done.experts.append(own.experts[0])
+    else:
+        done.experts[-1] = done.experts[-1] + own.experts[0]
+    for name in ("tokens", "sent", "kept", "rerouted", "dropped", "kept_mass", "mass"):
+        setattr(done, name, getattr(done, name) + getattr(own, name))
+
+
+# planner: its parts, its growth, its memory.
+
+
+class Watch(TorchDispatchMode):
+    """What a call allocates: bytes alive at most, elements of the largest tensor, operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: Counter[int] = Counter()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = self.largest = self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {one.untyped_storage().data_ptr() for one in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        self.operators += 1
+        for one in _tensors(out):
+            place = one.untyped_storage().data_ptr()
+            if place in before and place not in self.alive:
+                continue  # a view of what was there
+            self.largest = max(self.largest, one.numel())
+            if not self.alive[place]:
+                self.sizes[place] = one.untyped_storage().nbytes()
+                self.now += self.sizes[place]
+                self.peak = max(self.peak, self.now)
+            self.alive[place] += 1
+            weakref.finalize(one, self._gone, place)
+        return out
+
+    def _gone(self, place: int) -> None:
+        self.alive[place] -= 1
+        if not self.alive[place]:
+            self.now -= self.sizes[place]
+            del self.alive[place]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [one for one in torch.utils._pytree.tree_leaves(value) if isinstance(one, Tensor)]
+
+
+PARTS = {
+    "semantic weights": (planner.Planner, "_weights"),
+    "loads": (planner, "measure"),
+    "capacities": (planner.Planner, "_room"),
+    "priorities": (planner, "priority_of"),
+    "admission": (planner, "place_admitted"),
+    "rerouting": (planner, "reroute"),
+    "combine weights": (planner, "combine_weights"),
+    "statistics": (planner, "describe"),
+}
+
+
+@contextlib.contextmanager
+def clocked_parts(spent: dict[str, float]) -> Iterator[None]:
+    """Adds up what the planner's parts take within the block."""
+    with contextlib.ExitStack() as stack:
+        for part, (owner, name) in PARTS.items():
+            real = getattr(owner, name)
+
+            def clock(*args: Any, real: Any = real, part: str = part, **kwargs: Any) -> Any:
+                found: list[Any] = []
+                spent[part] = spent.get(part, 0.0) + milliseconds(lambda: found.append(real(*args, **kwargs)))
+                return found[0]
+
+            stack.enter_context(mock.patch.object(owner, name, clock))
+        yield
+
+
+def planned_alone(
+    shape: Shape, contender: Contender, ranks: int, workload: str = "image-flood"
+) -> Callable[[], Plan]:
+    """A call that plans one source rank's tokens of a workload."""
+    batch = draw(workload, shape, 0, 0, ranks)
+    topology = Topology(shape.experts, ranks, sources=(0,))
+    policy = build_policy(contender.policy, contender.config, topology, shape.top_k)
+    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    hidden = features(batch, shape.hidden, 0, 0).to(device(), kind)
+    inputs = [one.to(device()) for one in (batch.experts, batch.weights, batch.scores)]
+    tokens = Tokens.batch_major(Modality.of(batch.kinds[None].to(device())))
+    return lambda: policy.plan(hidden, *inputs, tokens)
+
+
+def router_pass(shape: Shape) -> Callable[[], Any]:
+    """What a router does with its logits [T, E]: scores and the k best."""
+    logits = torch.randn(shape.tokens, shape.experts, device=device())
+    return lambda: logits.softmax(1).topk(shape.top_k, 1)
+
+
+def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    shape, ranks = arguments.shape, max(arguments.ranks, 8)
+    if not arguments.tokens:
+        shape = replace(shape, tokens=2 * shape.tokens)
+    names = arguments.policies or ["macs paper", "macs", "token drop", "rank-balanced"]
+    chosen = {title: contenders(arguments.straggler)[title] for title in names}
+    found: dict[str, Any] = {"tokens": shape.tokens, "virtual_ranks": ranks, "policies": {}}
+    with engine(), torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        join(0, 1, folder)
+        asked = Asked()
+        stock = build_layer(shape, None)
+        force(stock, asked)
+        batch = draw("image-flood", shape, 0, 0, ranks)
+        hidden, _, logits = layout_of(batch, features(batch, shape.hidden, 0, 0))
+        asked.logits = logits
+        works = {title: planned_alone(shape, one, ranks) for title, one in chosen.items()}
+        layers, spent = [], {title: [] for title in works}
+        stock(hidden)
+        for turn in range(arguments.repeats + 1):
+            layers.append(milliseconds(partial(stock, hidden)))
+            for title, work in works.items():
+                work()
+                spent[title].append(milliseconds(work))
+            if turn == 0:
+                layers.clear()
+                for values in spent.values():
+                    values.clear()
+        layer_ms = statistics.median(layers)
+        for title, work in works.items():
+            parts: list[dict[str, float]] = []
+            for _ in range(arguments.repeats):
+                parts.append({})
+                with clocked_parts(parts[-1]):
+                    work()
+            with Watch() as watch:
+                work()
+            found["policies"][title] = {
+                "ms": statistics.median(spent[title]),
+                "share": statistics.median(
+                    mine / layer for mine, layer in zip(spent[title], layers, strict=True)
+                ),
+                "parts": {part: statistics.median(one.get(part, 0.0) for one in parts) for part in PARTS},
+                "operators": watch.operators,
+                "bytes_a_token": watch.peak / shape.tokens,
+                "largest_tensor": watch.largest,
+            }
+        found["layer_ms"] = layer_ms
+        found["growth"] = growth(shape, chosen, ranks, arguments.repeats)
+        found["kernels"] = kernel_memory(chosen, ranks)
+        dist.destroy_process_group()
+    _show_planner(console, found, shape)
+    return found
+
+
+def growth(
+    shape: Shape, chosen: dict[str, Contender], ranks: int, repeats: int
+) -> dict[str, list[dict[str, float]]]:
+    """The planner's time by tokens and by experts, beside a router's pass over the same scores."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, shapes in {
+        "tokens": [replace(shape, tokens=shape.tokens * part // 4) for part in (1, 2, 4, 8)],
+        "experts": [replace(shape, experts=count) for count in (64, 128, 256, 512)],
+    }.items():
+        works = [
+            {title: planned_alone(one, contender, ranks) for title, contender in chosen.items()}
+            | {"router": router_pass(one)}
+            for one in shapes
+        ]
+        times: list[dict[str, list[float]]] = [{title: [] for title in row} for row in works]
+        for turn in range(repeats + 1):
+            for row, kept in zip(works, times, strict=True):
+                for title, work in row.items():
+                    work()
+                    kept[title].append(milliseconds(work))
+                    if turn == 0:
+                        kept[title].clear()
+        found[name] = [
+            {name: float(getattr(one, name))}
+            | {title: statistics.median(values) for title, values in kept.items()}
+            for one, kept in zip(shapes, times, strict=True)
+        ]
+    return found
+
+
+def kernel_memory(chosen: dict[str, Contender], ranks: int) -> dict[str, Any]:
+    """What a plan allocates with Triton's kernels (in its interpreter where there is no GPU), at the shape
+    of Qwen3-VL-30B-A3B, and what share that is of the layer's activations."""
+    shape = SHAPES["qwen3-vl-30b-a3b"]
+    if not has_triton() or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        return {}
+    shape = replace(shape, tokens=shape.tokens if torch.cuda.is_available() else 1024)
+    # A row as it is sent, gate and up, their product, and the result, in bfloat16.
+    activations = shape.top_k * (2 * shape.hidden + 3 * shape.ffn) * 2
+    found = {}
+    for title, contender in chosen.items():
+        work = planned_alone(shape, contender, ranks)
+        with kernels("triton"):
+            work()
+            with Watch() as watch:
+                work()
+        found[title] = {
+            "bytes_a_token": watch.peak / shape.tokens,
+            "share_of_activations": watch.peak / shape.tokens / activations,
+            "operators": watch.operators,
+        }
+    return found
+
+
+def _show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None:
+    titles = list(found["policies"])
+    table = Table(
+        caption=f"T {shape.tokens}, D {shape.hidden}, FFN {shape.ffn}, E {shape.experts}, k {shape.top_k}, "
+        f"image-flood, {found['virtual_ranks']} ranks; vanilla layer {found['layer_ms']:.0f} ms",
+        caption_justify="left",
+    )
+    for title in ("", *titles):
+        table.add_column(title, justify="left" if not title else "right")
+
+    def line(name: str, show: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(name, *(show(found["policies"][title]) for title in titles))
+
+    line("planner, ms", lambda one: f"{one['ms']:.1f}")
+    line("share of a vanilla layer", lambda one: f"{one['share']:.1%}")
+    table.add_section()
+    for part in PARTS:
+        line(f"{part}, ms", lambda one, part=part: f"{one['parts'][part]:.2f}")
+    table.add_section()
+    line("torch operators", lambda one: f"{one['operators']}")
+    line("peak bytes a token", lambda one: f"{one['bytes_a_token']:.0f}")
+    line(
+        "largest tensor / (T k E)",
+        lambda one: f"{one['largest_tensor'] / (shape.tokens * shape.top_k * shape.experts):.3f}",
+    )
+    if found["kernels"]:
+        table.add_section()
+        for name, key, show in (
+            ("with kernels, Qwen3-VL-30B-A3B: bytes a token", "bytes_a_token", "{:.0f}"),
+            ("… of the layer's activations", "share_of_activations", "{:.2%}"),
+            ("… operators beside kernels", "operators", "{:.0f}"),
+        ):
+            table.add_row(name, *(show.format(found["kernels"][title][key]) for title in titles))
+    console.print(table)
+    for name, rows in found["growth"].items():
+        table = Table(caption=f"ms by {name}; beside: less the router's own pass, over the first line's")
+        for heading in (name, "router", *(word for title in titles for word in (title, "beside"))):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            cells = []
+            for title in titles:
+                less = (row[title] - row["router"]) / (rows[0][title] - rows[0]["router"])
+                cells += [f"{row[title]:.1f}", f"{less:.2f}"]
+            table.add_row(f"{row[name]:.0f}", f"{row['router']:.1f}", *cells)
+        console.print(table)
+
+
+# generate: through the engine.
+
+
+def generate_rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
+    from generation import measure
+
+    _quietly(arguments)
+    with engine():
+        join(rank, arguments.ranks, folder)
+        found = measure(arguments.shape, running(arguments), arguments, rank)
+        if rank == 0:
+            (Path(folder) / "found.json").write_text(json.dumps(found))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_generate(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(generate_rank, (arguments, folder), nprocs=arguments.ranks)
+        found = json.loads((Path(folder) / "found.json").read_text())
+    table = Table(
+        caption=f"Megatron's static engine, {arguments.ranks} processes of {arguments.threads} thread(s); "
+        f"{found['layers']} layers, {found['prompts']} prompts of {found['prompt_tokens']} tokens a rank, "
+        f"{found['new_tokens']} new ones; {arguments.repeats} turns",
+        caption_justify="left",
+    )
+    for title in (
+        "workload",
+        "policy",
+        "prompt, ms",
+        "/ vanilla",
+        "with answers, ms",
+        "/ vanilla",
+        "busiest rank",
+    ):
+        table.add_column(title, justify="left" if title in ("workload", "policy") else "right")
+    for row in found["rows"]:
+        table.add_row(
+            row["workload"],
+            row["policy"],
+            f"{row['prompt_ms']:.0f}",
+            f"{row['prompt_ratio']:.3f}",
+            f"{row['ms']:.0f}",
+            f"{row['ratio']:.3f}",
+            f"{row['straggler']:.3f}",
+        )
+    console.print(table)
+    return found
+
+
+def _quietly(arguments: argparse.Namespace) -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(arguments.threads)
+
+
+def plot_rows(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Time over vanilla by workload and policy, with what the loads alone would give."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if "failed" not in row and row["policy"] != VANILLA]
+    loads = list(dict.fromkeys(row["workload"] for row in rows))
+    titles = list(dict.fromkeys(row["policy"] for row in rows))
+    figure, axes = pyplot.subplots(figsize=(1.5 + 0.9 * len(loads), 4.2))
+    width = 0.8 / max(1, len(titles))
+    for index, policy in enumerate(titles):
+        mine = [row for row in rows if row["policy"] == policy]
+        places = [loads.index(row["workload"]) + width * (index - len(titles) / 2 + 0.5) for row in mine]
+        axes.bar(places, [row["ratio"] for row in mine], width, label=policy)
+        axes.hlines(
+            [row["ideal"] for row in mine],
+            [place - width / 2 for place in places],
+            [place + width / 2 for place in places],
+            color="black",
+            linewidth=1,
+        )
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(loads)), loads, rotation=30, ha="right")
+    axes.set_ylabel("layer time / vanilla (line: by loads alone)")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, ncols=3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+RUNS = {
+    "planner": run_planner,
+    "layer": run_layer,
+    "virtual-ep": run_virtual,
+    "generate": run_generate,
+}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    _quietly(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 165)
+    started = time.time()
+    found = RUNS[arguments.mode](arguments, console)
+    told = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+        if name not in ("shape", "recordings", "json", "plots", "cost_model")
+    }
+    result = {
+        "mode": arguments.mode,
+        "arguments": told,
+        "shape": asdict(arguments.shape),
+        "machine": machine(arguments),
+        "seconds": round(time.time() - started),
+        **found,
+    }
+    if arguments.json:
+        with arguments.json.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    if arguments.plots and arguments.mode in ("layer", "virtual-ep"):
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        plot_rows(
+            found["rows"],
+            arguments.plots / f"{arguments.mode}-{arguments.ranks}.png",
+            f"{arguments.mode}, {arguments.ranks} ranks, {machine(arguments)['device']}",
+        )
+    if any("failed" in row for row in found.get("rows", ())):
+        sys.exit("benchmark: some output was wrong; see the table")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What an expert-parallel MoE layer takes, from the rows that every source sends to every expert.
+
+A layer has four parts, each as slow as its slowest rank: what a source does with its own tokens (router,
+planner, permutation), the exchange there, the experts, the exchange back. The figures of a machine come
+from measurement (``tools/benchmark.py layer``), or are stated, and said to be.
+
+Shapes: R ranks, as sources and as destinations; E experts, G = E / R a rank, neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from workloads import Shape
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Milliseconds of one layer."""
+
+    source: float
+    planner: float
+    exchange: float
+    experts: float
+
+    @property
+    def total(self) -> float:
+        return self.source + self.planner + self.exchange + self.experts
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """A machine running a layer of one shape.
+
+    rows, ms         an expert's time for so many rows, rising; straight lines between
+    fixed_ms         what a layer takes however few its tokens
+    row_ms           handling of a row, on its source and on its destination together
+    latency_ms       of an exchange
+    inside_gbs       10^9 bytes a second that a rank sends, or receives, within its node; beyond it
+    beyond_gbs
+    node             ranks of a node
+    row_bytes        of one token's features as they are sent
+    planner_ms       by policy, for one source's tokens
+    origin           where the figures come from
+    """
+
+    rows: list[float]
+    ms: list[float]
+    fixed_ms: float
+    row_ms: float
+    latency_ms: float
+    inside_gbs: float
+    beyond_gbs: float
+    node: int
+    row_bytes: int
+    expert_bytes: int
+    planner_ms: dict[str, float] = field(default_factory=dict)
+    origin: str = "measured"
+
+    def expert_ms(self, rows: np.ndarray) -> np.ndarray:
+        """Of experts that compute so many rows each, any shape."""
+        slope = (self.ms[-1] - self.ms[-2]) / (self.rows[-1] - self.rows[-2])
+        beyond = np.maximum(rows - self.rows[-1], 0) * slope
+        return np.where(rows > 0, np.interp(rows, self.rows, self.ms) + beyond, 0.0)
+
+    def exchange_ms(self, sent: np.ndarray, size: float | None = None) -> float:
+        """One exchange: sent [R, R] rows from source to destination, of ``size`` bytes each."""
+        ranks = len(sent)
+        if ranks == 1:
+            return 0.0
+        place = np.arange(ranks) // self.node
+        near = (place[:, None] == place) & ~np.eye(ranks, dtype=bool)
+        far = place[:, None] != place
+
+        def busiest(who: np.ndarray) -> float:
+            there = np.where(who, sent, 0)
+            return max(there.sum(0).max(), there.sum(1).max()) * (size or self.row_bytes)
+
+        # Both networks work at once.
+        slowest = max(busiest(near) / self.inside_gbs, busiest(far) / self.beyond_gbs)
+        return self.latency_ms + slowest / 1e6
+
+    def layer(self, asked: np.ndarray, planner: str | None = None) -> Breakdown:
+        """Of a layer whose sources ask for so many rows: asked [R, E]."""
+        ranks, experts = asked.shape
+        sent = asked.reshape(ranks, ranks, experts // ranks).sum(2)
+        rows = asked.sum(0).reshape(ranks, -1)
+        handled = (sent.sum(1).max() + sent.sum(0).max()) / 2
+        return Breakdown(
+            source=self.fixed_ms + self.row_ms * handled,
+            planner=0.0 if planner is None else self.planner_ms.get(planner, 0.0),
+            exchange=self.exchange_ms(sent) + self.exchange_ms(sent.T),
+            experts=float(self.expert_ms(rows).sum(1).max()),
+        )
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> CostModel:
+        values = json.loads(path.read_text())
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"cost model {path}: {error}") from error
+
+
+def stated_h100(shape: Shape) -> CostModel:
+    """An H100 as its makers and DeepEP's authors describe it, not measured here: bfloat16 grouped GEMM at
+    half of 990 TFLOP/s, or at the 3.35 TB/s at which an expert's weights come from memory; exchanges at
+    the 153 GB/s within a node and the 43 GB/s beyond that DeepEP reports; permutation at memory speed."""
+    memory, flops = 3.35e12, 0.5 * 990e12
+    expert_bytes = 3 * shape.hidden * shape.ffn * 2
+    least, a_row = expert_bytes / memory * 1e3, 6 * shape.hidden * shape.ffn / flops * 1e3
+    turn = least / a_row
+    return CostModel(
+        rows=[0.0, turn, 100 * turn],
+        ms=[least, least, 100 * least],
+        fixed_ms=0.1,
+        row_ms=8 * shape.hidden * 2 / memory * 1e3,
+        latency_ms=0.03,
+        inside_gbs=153.0,
+        beyond_gbs=43.0,
+        node=8,
+        row_bytes=2 * shape.hidden,
+        expert_bytes=expert_bytes,
+        origin="stated, not measured: H100 data sheet, DeepEP's published bandwidths",
+    )
+
+
+def on_network(model: CostModel, inside: float | None, beyond: float | None, node: int | None) -> CostModel:
+    """The same machine in another cluster; none leaves a figure as it is."""
+    given = {"inside_gbs": inside, "beyond_gbs": beyond, "node": node}
+    return replace(model, **{name: value for name, value in given.items() if value is not None})

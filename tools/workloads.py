@@ -1,0 +1,283 @@
+"""What the benchmark and the simulator run: routings, shapes, policies.
+
+W0 to W7 follow the rules of NVIDIA/Megatron-LM#7488, so that figures compare; but every source rank draws
+its own tokens, and runs take many steps, so that W6 does rotate and W7 does burst. They know nothing of
+modality; the others do, and so does a recording of one's own traffic (``macs.Recording``).
+
+Shapes: T tokens of one source rank, D features, E experts, k experts a token, R ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from macs import IMAGE, TEXT, VIDEO, MACSConfig, Modality, Recording, Tokens
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A MoE layer of gated experts, and the tokens of a rank."""
+
+    hidden: int
+    ffn: int
+    experts: int
+    top_k: int
+    tokens: int
+
+
+SHAPES = {
+    # Small enough for two CPU cores, with the proportions of the real ones.
+    "cpu": Shape(hidden=1024, ffn=512, experts=64, top_k=4, tokens=2048),
+    "tiny": Shape(hidden=64, ffn=32, experts=16, top_k=2, tokens=256),
+    "qwen3-vl-30b-a3b": Shape(hidden=2048, ffn=768, experts=128, top_k=8, tokens=8192),
+    "wide": Shape(hidden=2048, ffn=512, experts=512, top_k=8, tokens=4096),
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the router makes of one source rank's tokens: experts int64 [T, k], weights float32 [T, k],
+    scores float32 [T, E], kinds int8 [T]."""
+
+    experts: Tensor
+    weights: Tensor
+    scores: Tensor
+    kinds: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """What a softmax router, weights normalised over its choice, must see to do the same. [T, E]"""
+        return self.scores.clamp(min=1e-30).log()
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens.batch_major(self.modality)
+
+    @property
+    def modality(self) -> Modality:
+        return Modality.of(self.kinds[None])
+
+
+Draw = Callable[[Shape, int, int, int, torch.Generator], Batch]
+"""shape, step, rank, ranks, the stream of this workload, seed, step and rank -> a batch."""
+
+
+def stream(workload: str, seed: int, step: int, rank: int) -> torch.Generator:
+    """Random numbers of a source rank in a step."""
+    digest = hashlib.sha256(f"{workload}|{seed}|{step}|{rank}".encode()).hexdigest()
+    return torch.Generator().manual_seed(int(digest[:8], 16))
+
+
+# W0 to W7: picks from pools of experts.
+
+
+def _picked(shape: Shape, experts: Tensor, generator: torch.Generator) -> Batch:
+    """Gates even in [0.5, 1) for the picks; every other expert scores less than the least of them."""
+    experts = experts.sort(1).values
+    gates = torch.rand(experts.shape, generator=generator) / 2 + 0.5
+    below = torch.rand(len(experts), shape.experts, generator=generator) * gates.amin(1, keepdim=True) * 0.999
+    scores = below.scatter(1, experts, gates)
+    scores = scores / scores.sum(1, keepdim=True)
+    kinds = torch.full((len(experts),), TEXT, dtype=torch.int8)
+    return Batch(experts, gates / gates.sum(1, keepdim=True), scores, kinds)
+
+
+def _from_pools(shape: Shape, hot: Tensor, pool: Tensor, generator: torch.Generator) -> Tensor:
+    """k experts for each token, all different: of ``pool`` where ``hot`` bool [T], else of all."""
+    draws = torch.rand(len(hot), shape.experts, generator=generator)
+    outside = torch.ones(shape.experts, dtype=torch.bool).index_fill(0, pool, False)
+    return (draws + (hot[:, None] & outside)).topk(shape.top_k, 1, largest=False).indices
+
+
+def _w(number: int) -> Draw:
+    def draw(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
+        experts, k, token = shape.experts, shape.top_k, torch.arange(shape.tokens)
+        if number == 0:
+            return _picked(shape, (token[:, None] * k + torch.arange(k)) % experts, generator)
+        most = max(k, experts // 4)
+        three_in_four, everyone, nobody = token % 4 != 0, token >= 0, token < 0
+        hot, pool = {
+            1: (three_in_four, torch.arange(most)),
+            2: (three_in_four, torch.arange(most)),
+            3: (three_in_four, (2 * torch.arange(max(k, experts // 2)) % experts).unique()),
+            4: (nobody, torch.arange(most)),
+            5: (everyone, torch.arange(experts // 2, experts)),
+            6: (three_in_four, (step // 3 % 4 * most + torch.arange(most)) % experts),
+            7: (token % 2 == 0 if step % 4 == 3 else nobody, torch.arange(most)),
+        }[number]
+        return _picked(shape, _from_pools(shape, hot, pool, generator), generator)
+
+    return draw
+
+
+# Multimodal: scores are the softmax of noise and of what each modality's experts are worth to it.
+
+
+def _scored(shape: Shape, kinds: Tensor, lean: Tensor, noise: Tensor) -> Batch:
+    """lean, noise [T, E]: what every token likes beside chance, and chance."""
+    scores = (lean + noise).softmax(1)
+    weights, experts = scores.topk(shape.top_k, 1)
+    experts, order = experts.sort(1)
+    weights = weights.gather(1, order)
+    return Batch(experts, weights / weights.sum(1, keepdim=True), scores, kinds.to(torch.int8))
+
+
+def _noise(shape: Shape, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape.tokens, shape.experts, generator=generator)
+
+
+def _visual_experts(shape: Shape) -> Tensor:
+    """The first quarter of the experts, bool [E]: neighbours, as a rank's experts are."""
+    return torch.arange(shape.experts) < max(shape.top_k, shape.experts // 4)
+
+
+def _mixed(share: float, lean: float = 0.8) -> Draw:
+    """So large a share of visual tokens, in pictures of 64 rows, that lean to the visual experts."""
+
+    def draw(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
+        visual = torch.arange(shape.tokens) < round(share * shape.tokens)
+        leaning = lean * visual[:, None] * _visual_experts(shape)
+        return _scored(shape, torch.where(visual, IMAGE, TEXT), leaning, _noise(shape, generator))
+
+    return draw
+
+
+def _alternating(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
+    return _mixed(0.0 if step % 2 else 0.9)(shape, step, rank, ranks, generator)
+
+
+def _hot_rank(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
+    """Everyone leans to the last rank's experts, texts and the half that is pictures."""
+    lean = 0.8 * (torch.arange(shape.experts) >= shape.experts - shape.experts // ranks)
+    kinds = torch.where(torch.arange(shape.tokens) % 2 == 0, IMAGE, TEXT)
+    return _scored(shape, kinds, lean.expand(shape.tokens, -1), _noise(shape, generator))
+
+
+def _video(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
+    """Runs of 64 tokens that hardly differ, over almost all of the batch."""
+    runs = -(-shape.tokens // 64)
+    shared = torch.randn(runs, shape.experts, generator=generator).repeat_interleave(64, 0)[: shape.tokens]
+    noise = shared + 0.1 * _noise(shape, generator)
+    visual = torch.arange(shape.tokens) < round(0.95 * shape.tokens)
+    leaning = visual[:, None] * _visual_experts(shape)
+    return _scored(shape, torch.where(visual, VIDEO, TEXT), leaning.float(), noise)
+
+
+def _one_source(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
+    """The first rank has all the pictures, and nothing else."""
+    return _mixed(1.0 if rank == 0 else 0.0)(shape, step, rank, ranks, generator)
+
+
+WORKLOADS: dict[str, Draw] = {
+    **{f"W{number}": _w(number) for number in range(8)},
+    "image-flood": _mixed(0.9),
+    "text-heavy": _mixed(0.1),
+    "alternating": _alternating,
+    "video": _video,
+    "one-source": _one_source,
+    "background": _mixed(1.0, lean=2.0),
+    "hot-rank": _hot_rank,
+}
+
+
+def draw(workload: str, shape: Shape, step: int, rank: int, ranks: int, seed: int = 0) -> Batch:
+    """What a source rank's router makes of a step."""
+    if workload not in WORKLOADS:
+        raise ValueError(f"workload: found {workload!r}, expected one of {', '.join(WORKLOADS)}")
+    return WORKLOADS[workload](shape, step, rank, ranks, stream(workload, seed, step, rank))
+
+
+def with_visual_share(share: float) -> Draw:
+    """Image-flood at another share of visual tokens."""
+    return _mixed(share)
+
+
+def features(batch: Batch, size: int, step: int, rank: int, seed: int = 0) -> Tensor:
+    """hidden float32 [T, D]: unit normal; a visual row is close to what its whole batch has in common
+    (background) or far from it, and flat or peaked, by a share drawn for it."""
+    generator = stream("features", seed, step, rank)
+    hidden = torch.randn(len(batch.kinds), size, generator=generator)
+    common = torch.randn(size, generator=stream("common", seed, 0, 0))
+    own = torch.rand(len(hidden), 1, generator=generator)
+    visual = own * hidden * 2 + (1 - own) * common
+    return torch.where((batch.kinds != TEXT)[:, None], visual, hidden)
+
+
+def replay(recordings: Sequence[Recording], layer: int, tokens: int | None = None) -> list[list[Batch]]:
+    """Batches [step][rank] of what real routers chose in a layer; scores that were not recorded are made
+    up, below the least of the token's own. Steps of which some rank has no record are left out."""
+    records = [{one.step: one for one in recording.of_layer(layer)} for recording in recordings]
+    steps = sorted(set.intersection(*(set(one) for one in records)))
+    if not steps:
+        raise ValueError(f"recording: layer {layer} has no step that all {len(records)} files have")
+    batches = []
+    for step in steps:
+        row = []
+        for rank, by_step in enumerate(records):
+            record = by_step[step]
+            real = (record.experts >= 0).all(1)
+            experts, order = record.experts[real].sort(1)
+            weights = record.weights[real].gather(1, order)
+            shape = Shape(0, 0, recordings[rank].num_experts, experts.shape[1], len(experts))
+            batch = _picked(shape, experts, stream("replay", 0, step, rank))
+            if record.scores is not None:
+                scores = record.scores[real]
+            else:
+                # The others are to the least of the token's own as they would be among even gates.
+                ratio = batch.scores / batch.scores.gather(1, experts).amin(1, keepdim=True)
+                scores = (ratio * weights.amin(1, keepdim=True)).scatter(1, experts, weights)
+            scores = functional.normalize(scores, p=1, dim=1)
+            cut = slice(tokens)
+            row.append(Batch(experts[cut], weights[cut], scores[cut], record.kinds[real][cut]))
+        batches.append(row)
+    return batches
+
+
+def load_recordings(paths: Sequence[Path]) -> list[Recording]:
+    """Recordings of the ranks of one run, in the order of their ranks."""
+    found = [Recording.load(path) for path in paths]
+    kinds = {(one.num_experts, one.top_k) for one in found}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"recordings: found (experts, k) of {sorted(kinds)}, expected the same in every file"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy and its settings."""
+
+    policy: str
+    config: MACSConfig
+
+
+def contenders(straggler: float) -> dict[str, Contender]:
+    """By title: baselines and MACS, all with the busiest rank held to ``straggler`` times the mean, but for
+    the presets that have a bound of their own and the one without any."""
+    bound = {"target_straggler": straggler, "min_tokens": 0}
+    plain = MACSConfig(similarity="none").updated(**bound)
+    return {
+        "vanilla": Contender("vanilla", plain),
+        "token drop": Contender("token-drop", plain),
+        "expanded drop": Contender("expanded-drop", plain),
+        "rank-balanced": Contender("rank-balanced", plain),
+        "macs paper": Contender("macs", MACSConfig.preset("paper").updated(**bound)),
+        "macs": Contender("macs", MACSConfig(**bound)),
+        "macs fast": Contender("macs", MACSConfig.preset("fast").updated(min_tokens=0)),
+        "macs safe": Contender("macs", MACSConfig.preset("safe").updated(min_tokens=0)),
+        "macs, nothing over": Contender("macs", MACSConfig(capacity_factor=1e6, min_tokens=0)),
+    }
+
+
+def loosened(title: str, contender: Contender, straggler: float) -> tuple[str, Contender]:
+    """The same policy with the busiest rank held to another bound."""
+    config = contender.config.updated(target_straggler=straggler)
+    return f"{title} {straggler:g}", replace(contender, config=config)
