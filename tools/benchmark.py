@@ -64,6 +64,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import (
     SHAPES,
+    VANILLA,
     WORKLOADS,
     Batch,
     Contender,
@@ -79,7 +80,6 @@ from workloads import (
 from macs import Modality, Plan, PlanStatistics, Tokens, Topology, build_policy, planner
 from macs.ops import has_triton, kernels
 
-VANILLA = "vanilla"
 NOTHING_OVER = "macs, nothing over"
 COLLECTIVES = (
     "all_to_all_single",

@@ -5,8 +5,8 @@
     python tools/simulate.py --check runs/layer.jsonl                           # against measurements
 
 Every source rank's tokens are drawn, or taken from a recording, and planned by the real planner; the rows
-that result go through a cost model (tools/cost_model.py) whose figures come from ``benchmark.py --cost-model``
-or are stated. Beside the policies stand bounds that move weights instead of tokens: EPLB with replicated
+that result go through a cost model (tools/cost_model.py) whose figures come from ``benchmark.py
+--cost-model`` or are stated. Beside the policies stand bounds that move weights instead of tokens: EPLB with replicated
 experts (placed by the loads of the step before), least-loaded EP (spills to idle ranks, weights sent
 along), and ideal balance; what they take in memory and traffic is counted, and not overlapped with
 anything.
@@ -32,6 +32,7 @@ from rich.progress import track
 from rich.table import Table
 from workloads import (
     SHAPES,
+    VANILLA,
     WORKLOADS,
     Batch,
     Contender,
@@ -48,7 +49,7 @@ from workloads import (
 
 from macs import Modality, Tokens, Topology, build_policy
 
-VANILLA, IDEAL = "vanilla", "ideal balance"
+IDEAL = "ideal balance"
 BatchOf = Callable[[int, int], Batch]
 """step, source rank -> batch."""
 
@@ -405,7 +406,7 @@ def plot_quality(points: Path, shape: Shape, model: CostModel, path: Path) -> bo
             times = [time_of(one["straggler"], 1 - one["dropped"]) for one in mine]
             axes.plot(times, [one["picture_kl"][0] * 1000 for one in mine], "o", label=title)
         axes.axvline(time_of(chosen[0]["straggler_before"], 1.0), color="grey", linewidth=0.8, label=VANILLA)
-        axes.set_ylabel("KL to vanilla over picture questions, × 1000")
+        axes.set_ylabel("KL to vanilla over picture questions, x 1000")
         axes.set_yscale("log")
 
     _plot(path, f"Answers against time, {ranks} ranks", "MoE layer, ms", dots)

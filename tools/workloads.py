@@ -251,6 +251,9 @@ def load_recordings(paths: Sequence[Path]) -> list[Recording]:
     return found
 
 
+VANILLA = "vanilla"
+
+
 @dataclass(frozen=True)
 class Contender:
     """A policy and its settings."""
@@ -265,7 +268,7 @@ def contenders(straggler: float) -> dict[str, Contender]:
     bound = {"target_straggler": straggler, "min_tokens": 0}
     plain = MACSConfig(similarity="none").updated(**bound)
     return {
-        "vanilla": Contender("vanilla", plain),
+        VANILLA: Contender("vanilla", plain),
         "token drop": Contender("token-drop", plain),
         "expanded drop": Contender("expanded-drop", plain),
         "rank-balanced": Contender("rank-balanced", plain),

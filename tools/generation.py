@@ -1,0 +1,178 @@
+"""The benchmark's ``generate`` mode: prompts through Megatron's static inference engine, stock and planned.
+
+A model of random weights, two layers of the shape; its routers choose as the workload says while they read
+prompts, and by themselves while they answer. Image tokens are one input id, found by ``attach_modality``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.engines.static_engine import StaticInferenceEngine
+from megatron.core.inference.inference_request import InferenceRequest
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+    TextGenerationController,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import AttnBackend
+from moe_layers import Asked, device, force, settings_of, together
+from tiny_vlm.megatron_engine import greedy, wrapper_arguments
+from torch import Tensor
+from workloads import VANILLA, Batch, Contender, Shape, draw
+
+from macs import TEXT, Runtime
+from megatron_macs import attach_modality, with_macs
+
+LAYERS, PROMPTS, NEW_TOKENS, VOCABULARY, IMAGE_ID = 2, 8, 8, 512, 3
+
+
+class _Numbers:
+    """A tokenizer for which a word is a number."""
+
+    bos, eod, vocab_size = None, 0, VOCABULARY
+
+    def tokenize(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def detokenize(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        return " ".join(str(int(one)) for one in ids)
+
+
+def build(
+    shape: Shape, runtime: Runtime | None, asked: Asked, experts_of: GPTModel | None = None
+) -> GPTModel:
+    """A GPT model of random weights, the same for every runtime, routed by ``asked``."""
+    config = settings_of(
+        shape,
+        dist.get_world_size(),
+        num_layers=LAYERS,
+        num_attention_heads=max(1, shape.hidden // 64),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        attention_backend=AttnBackend.local,
+        pipeline_dtype=torch.float32,
+    )
+    spec = get_gpt_layer_local_spec(
+        num_experts=shape.experts, moe_grouped_gemm=False, normalization="RMSNorm"
+    )
+    torch.manual_seed(0)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec if runtime is None else with_macs(spec, runtime),
+        vocab_size=VOCABULARY,
+        max_sequence_length=shape.tokens,
+        position_embedding_type="rope",
+    )
+    for index, layer in enumerate(model.decoder.layers):
+        force(layer.mlp, asked)
+        if experts_of is not None:
+            layer.mlp.experts = experts_of.decoder.layers[index].mlp.experts
+    return model.eval().to(device())
+
+
+class Prompted:
+    """A model in the engine."""
+
+    def __init__(self, model: GPTModel, length: int) -> None:
+        wrapper = GPTInferenceWrapper(
+            model, *wrapper_arguments(model, StaticInferenceContext(PROMPTS, length + NEW_TOKENS))
+        )
+        controller = TextGenerationController(wrapper, _Numbers())
+        if getattr(controller, "pp_group", None) is None:
+            controller.pp_group = parallel_state.get_pipeline_model_parallel_group()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.engine = StaticInferenceEngine(controller, max_batch_size=PROMPTS, legacy=True)
+
+    def __call__(self, prompts: Tensor, tokens: int) -> list[list[int]]:
+        parameters = greedy(tokens)
+        requests = [
+            InferenceRequest(
+                request_id=self.engine.get_new_request_id(),
+                prompt="",
+                prompt_tokens=row,
+                sampling_params=parameters,
+            )
+            for row in prompts.tolist()
+        ]
+        results = self.engine.generate(inference_requests=requests)
+        return [result.generated_tokens.tolist() for result in results]
+
+
+def prompts_of(batch: Batch, length: int) -> tuple[Tensor, Tensor]:
+    """Input ids [B, S], and logits [S B, E] in Megatron's order, of a batch whose sequences lie end to end."""
+    ids = torch.randint(
+        IMAGE_ID + 1, VOCABULARY, batch.kinds.shape, generator=torch.Generator().manual_seed(0)
+    )
+    ids = torch.where(batch.kinds != TEXT, IMAGE_ID, ids).view(-1, length)
+    logits = batch.logits.view(len(ids), length, -1).transpose(0, 1)
+    return ids, logits.flatten(0, 1).to(device())
+
+
+def measure(
+    shape: Shape, chosen: dict[str, Contender], arguments: argparse.Namespace, rank: int
+) -> dict[str, Any]:
+    """Rows of the table, on every rank alike."""
+    length = shape.tokens // PROMPTS
+    asked = Asked()
+    runtime = Runtime()
+    stock = build(shape, None, asked)
+    planned = build(shape, runtime, asked, stock)
+    attach_modality(planned, image_token_id=IMAGE_ID)
+    engines = {title: Prompted(planned, length) for title in chosen}
+    engines[VANILLA] = Prompted(stock, length)
+    rows = []
+    for workload in arguments.workloads:
+        ids, asked.logits = prompts_of(
+            draw(workload, shape, 0, rank, arguments.ranks, arguments.seed), length
+        )
+        times: dict[str, list[tuple[float, float]]] = {title: [] for title in chosen}
+        stragglers: dict[str, float] = {}
+        answers: dict[str, Any] = {}
+        for turn in range(arguments.repeats + 1):
+            for title, contender in chosen.items():
+                runtime.use(contender.policy, contender.config.updated(min_tokens=64))
+                for layer in runtime.layers:
+                    layer.prepare(device())
+                engine = engines[title]
+                spent = together(partial(engine, ids, 1)), together(partial(engine, ids, NEW_TOKENS))
+                if turn:
+                    times[title].append(spent)
+                    continue
+                answers[title] = engine(ids, NEW_TOKENS)
+                if title != VANILLA:
+                    reports = runtime.reports(parallel_state.get_expert_model_parallel_group())
+                    stragglers[title] = float(reports[0].straggler("after").mean())
+                    stragglers[VANILLA] = float(reports[0].straggler("before").mean())
+        for title in chosen:
+            if len(answers[title]) != PROMPTS or any(len(one) != NEW_TOKENS for one in answers[title]):
+                raise RuntimeError(f"{title}: found {answers[title]}, expected {NEW_TOKENS} tokens a prompt")
+            rows.append({"workload": workload, "policy": title, "straggler": stragglers.get(title, 1.0)})
+            for index, name in ((0, "prompt_"), (1, "")):
+                own = [one[index] for one in times[title]]
+                ratios = [one / base[index] for one, base in zip(own, times[VANILLA], strict=True)]
+                rows[-1] |= {f"{name}ms": statistics.median(own), f"{name}ratio": statistics.median(ratios)}
+    return {
+        "rows": rows,
+        "layers": LAYERS,
+        "prompts": PROMPTS,
+        "prompt_tokens": length,
+        "new_tokens": NEW_TOKENS,
+    }
