@@ -117,7 +117,7 @@ class Prompted:
 
 
 def prompts_of(batch: Batch, length: int) -> tuple[Tensor, Tensor]:
-    """Input ids [B, S], and logits [S B, E] in Megatron's order, of a batch whose sequences lie end to end."""
+    """Input ids [B, S], and logits [S B, E] in Megatron's order, of a batch of sequences end to end."""
     ids = torch.randint(
         IMAGE_ID + 1, VOCABULARY, batch.kinds.shape, generator=torch.Generator().manual_seed(0)
     )

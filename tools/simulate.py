@@ -6,10 +6,10 @@
 
 Every source rank's tokens are drawn, or taken from a recording, and planned by the real planner; the rows
 that result go through a cost model (tools/cost_model.py) whose figures come from ``benchmark.py
---cost-model`` or are stated. Beside the policies stand bounds that move weights instead of tokens: EPLB with replicated
-experts (placed by the loads of the step before), least-loaded EP (spills to idle ranks, weights sent
-along), and ideal balance; what they take in memory and traffic is counted, and not overlapped with
-anything.
+--cost-model`` or are stated. Beside the policies stand bounds that move weights instead of tokens: EPLB
+with replicated experts (placed by the loads of the step before), least-loaded EP (spills to idle ranks,
+weights sent along), and ideal balance; what they take in memory and traffic is counted, and not
+overlapped with anything.
 
 Shapes: R ranks, E experts; asked [R, E] rows that each source sends to each expert.
 """
