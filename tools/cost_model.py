@@ -111,8 +111,8 @@ class CostModel:
 def stated_h100(shape: Shape) -> CostModel:
     """An H100 as its makers and DeepEP's authors describe it, not measured here: bfloat16 grouped GEMM at
     half of 990 TFLOP/s, or at the 3.35 TB/s at which an expert's weights come from memory; exchanges at
-    the 153 GB/s within a node and the 43 GB/s beyond that DeepEP reports; permutation at memory speed; a
-    planner of a hundred launches of 3 us."""
+    the 153 GB/s within a node and the 43 GB/s beyond that DeepEP reports of its first version on an H800;
+    permutation at memory speed; a planner of a hundred launches of 3 us."""
     memory, flops = 3.35e12, 0.5 * 990e12
     expert_bytes = 3 * shape.hidden * shape.ffn * 2
     least, a_row = expert_bytes / memory * 1e3, 6 * shape.hidden * shape.ffn / flops * 1e3

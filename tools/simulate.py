@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -451,7 +452,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 165)
     result: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(arguments).items()}}
     if arguments.check:
         result["errors"] = check(arguments.check, console)

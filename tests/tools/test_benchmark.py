@@ -1,0 +1,126 @@
+"""The benchmark: real layers on real processes, at the smallest size; what it counts, checks and refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+tool = pytest.importorskip("benchmark")
+
+
+def benchmark(folder, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "benchmark.py"), *arguments, "--json", "out.jsonl"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "out.jsonl").read_text()), done.stdout
+
+
+def test_layers_side_by_side(tmp_path):
+    flags = "layer --shape tiny --workloads image-flood --steps 1 --repeats 2 --ladder 1.3".split()
+    policies = ["--policies", "token drop", "expanded drop", "macs", "macs, nothing over"]
+    files = ["--cost-model", "costs.json", "--plots", "plots"]
+    found, shown = benchmark(tmp_path, *flags, *policies, *files)
+    rows = {row["policy"]: row for row in found["rows"]}
+    assert list(rows) == ["vanilla", *policies[1:], "token drop 1.3", "expanded drop 1.3"]
+    assert all(row["ms"] > 0 and row["share"] > 0 for row in rows.values())
+    assert rows["vanilla"]["ratio"] == rows["vanilla"]["ideal"] == 1
+    assert rows["macs"]["straggler"] <= 1.06 < rows["vanilla"]["straggler"]
+    assert rows["macs"]["ideal"] == pytest.approx(rows["macs"]["straggler"] / rows["vanilla"]["straggler"])
+    assert rows["token drop"]["straggler"] < rows["token drop 1.3"]["straggler"] <= 1.31
+    assert rows["token drop"]["rerouted"] == 0 < rows["macs"]["rerouted"]
+    for name in ("ideal", "straggler", "sent", "dropped", "kept_mass"):
+        assert rows["macs, nothing over"][name] == rows["vanilla"][name]
+    same = found["under_capacity"]
+    assert same["same_collectives"] and same["same_bits"] and same["stock"]["all_to_all_single"] >= 2
+    assert found["machine"]["megatron"] and found["shape"]["experts"] == 16
+    assert (tmp_path / "plots" / "layer-2.png").is_file() and "costs.json" in os.listdir(tmp_path)
+    assert "output bit for bit the same" in shown.replace("\n", " ")
+
+
+def test_ranks_played_in_turn(tmp_path):
+    flags = "virtual-ep --shape tiny --ranks 4 --workloads image-flood --steps 1 --repeats 1".split()
+    found, _ = benchmark(tmp_path, *flags, "--policies", "macs")
+    rows = {row["policy"]: row for row in found["rows"]}
+    assert rows["macs"]["straggler"] <= 1.08 < rows["vanilla"]["straggler"]
+    assert "copies in memory" in found["cost_model"]["origin"]
+
+
+def test_the_planner_alone(tmp_path):
+    found, _ = benchmark(tmp_path, *"planner --shape tiny --repeats 1 --policies macs".split())
+    macs = found["policies"]["macs"]
+    assert macs["ms"] > 0 and sum(macs["parts"].values()) > 0 and macs["operators"] > 50
+    shape = found["shape"]
+    # Never [T, k, E].
+    assert macs["largest_tensor"] < found["tokens"] * shape["top_k"] * shape["experts"]
+    assert macs["bytes_a_token"] > 0
+    assert [row["experts"] for row in found["growth"]["experts"]] == [64, 128, 256, 512]
+
+
+def test_prompts_through_the_engine(tmp_path):
+    flags = "generate --shape tiny --tokens 512 --workloads image-flood --repeats 1".split()
+    found, _ = benchmark(tmp_path, *flags, "--policies", "macs", "token drop")
+    rows = {row["policy"]: row for row in found["rows"]}
+    assert rows["macs"]["straggler"] <= 1.06 < rows["vanilla"]["straggler"]
+    assert all(row["ms"] > row["prompt_ms"] > 0 for row in rows.values())
+
+
+def test_wrong_output_is_not_timed(tmp_path):
+    """A policy whose layer does not compute its plan has no time, and the run fails."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); sys.argv = ['benchmark.py', *{'%s'}]\n"
+        "import benchmark\n"
+        "real = benchmark.same_output\n"
+        "benchmark.same_output = lambda found, expected: real(found + 0.1, expected)\n"
+        "import torch\n"
+        "torch.multiprocessing.spawn = lambda work, given, nprocs: work(0, *given)\n"
+        "benchmark.main()\n"
+    )
+    flags = "layer --shape tiny --ranks 1 --workloads W4 --steps 1 --repeats 1 --policies macs".split()
+    done = subprocess.run(
+        [sys.executable, "-c", code % flags],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and "some output was wrong" in done.stderr
+    assert done.stdout.count("not timed: wrong") == 2
+
+
+def test_memory_is_counted_while_it_lives():
+    with tool.Watch() as watch:
+        kept = torch.zeros(1000)
+        for _ in range(5):
+            torch.zeros(500).add_(1)
+        kept.view(10, 100).mul_(2)
+    assert watch.peak == 4 * 1500 and watch.largest == 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["layer", "--policies", "mac"], "--policies: found 'mac', expected some of vanilla"),
+        (["layer", "--shape", "huge"], "invalid choice: 'huge'"),
+        (["nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_mistakes_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        tool.parse_arguments(flags)
+    assert message in capsys.readouterr().err

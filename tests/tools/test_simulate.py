@@ -1,0 +1,149 @@
+"""The cost model, the bounds that move weights, and the simulator over them."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import simulate as tool
+from cost_model import CostModel, on_network, stated_h100
+from workloads import SHAPES, contenders
+
+SHAPE = replace(SHAPES["tiny"], tokens=256)
+MODEL = CostModel(
+    rows=[0.0, 10.0, 110.0],
+    ms=[1.0, 1.0, 11.0],
+    fixed_ms=2.0,
+    row_ms=0.01,
+    latency_ms=0.5,
+    inside_gbs=1.0,
+    beyond_gbs=0.1,
+    node=2,
+    row_bytes=1_000_000,
+    expert_bytes=3_000_000,
+    planner_ms={"macs": 3.0},
+)
+
+
+def test_parts_of_a_layer_are_those_of_the_slowest():
+    asked = np.array([[10, 0, 60, 0], [10, 0, 20, 20]])
+    found = MODEL.layer(asked, "macs")
+    # Destination 0 computes 20 rows of expert 0; destination 1 has 80 and 20.
+    assert found.experts == pytest.approx(8.0 + 2.0)
+    # Source 0 sends 60 rows of a megabyte away and 10 come back from source 1: 60 ms out, 60 ms home.
+    assert found.exchange == pytest.approx(2 * (0.5 + 60.0))
+    assert found.source == pytest.approx(2.0 + 0.01 * (70 + 100) / 2)
+    assert found.planner == 3.0 and MODEL.layer(asked).planner == 0.0
+    assert found.total == pytest.approx(found.experts + found.exchange + found.source + 3.0)
+    assert MODEL.expert_ms(np.array([0, 5, 60, 210])).tolist() == pytest.approx([0.0, 1.0, 6.0, 21.0])
+
+
+def test_what_leaves_a_node_goes_by_the_slower_network():
+    sent = np.zeros((4, 4))
+    sent[0, 1] = 10
+    assert MODEL.exchange_ms(sent) == pytest.approx(0.5 + 10)
+    sent[0, 2] = 5
+    assert MODEL.exchange_ms(sent) == pytest.approx(0.5 + 50)
+    assert on_network(MODEL, None, 1.0, None).exchange_ms(sent) == pytest.approx(0.5 + 10)
+    assert on_network(MODEL, None, None, 4).exchange_ms(sent) == pytest.approx(0.5 + 15)
+    assert MODEL.exchange_ms(np.ones((1, 1))) == 0.0
+
+
+def test_a_cost_model_comes_back_from_its_file(tmp_path):
+    MODEL.save(tmp_path / "a")
+    assert CostModel.load(tmp_path / "a") == MODEL
+    (tmp_path / "a").write_text('{"rowz": 1}')
+    with pytest.raises(ValueError, match=r"cost model .*rowz"):
+        CostModel.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_replicas_fill_their_places_and_even_the_load(replicas):
+    loads = np.random.default_rng(0).pareto(1.5, 32) * 100
+    placement = tool.replicated(loads, 4, replicas, 1000, 10)
+    assert placement.share.sum(1) == pytest.approx(np.ones(32))
+    copies = np.rint(1 / np.where(placement.share > 0, placement.share, np.inf).min(1))
+    assert placement.memory == replicas * 1000 and placement.moved == (8 + replicas) * 1000 / 10
+    assert copies.sum() <= 32 + 4 * replicas + 32  # copies of one expert may share a rank
+    before = (loads @ tool.at_home(32, 4)).max()
+    after = (loads @ placement.share).max()
+    assert loads.sum() / 4 <= after < before
+    assert copies[loads.argmax()] > 1 == copies[loads.argmin()]
+
+
+def test_least_loaded_is_even_and_pays_for_the_weights_it_moves():
+    loads = np.array([400.0, 100, 50, 50, 0, 0, 100, 100])
+    placement = tool.least_loaded(loads, 4, 1000)
+    assert placement.share.sum(1) == pytest.approx(np.ones(8))
+    assert np.abs(loads @ placement.share - loads.sum() / 4).max() <= 1
+    assert placement.moved >= 1000 and placement.memory == placement.moved
+    even = tool.least_loaded(np.full(8, 10.0), 4, 1000)
+    assert even.moved == 0 and (even.share == tool.at_home(8, 4)).all()
+
+
+def test_experts_at_home_cost_what_the_layer_costs():
+    asked = np.random.default_rng(1).integers(0, 50, (4, 8))
+    home = tool.Placement(tool.at_home(8, 4))
+    assert tool.layer_under(MODEL, asked, home) == MODEL.layer(asked)
+    assert tool.ideal(MODEL, asked).experts <= MODEL.layer(asked).experts
+
+
+def test_policies_lie_between_vanilla_and_the_bound():
+    known = contenders(1.05)
+    chosen = {title: known[title] for title in ("vanilla", "token drop", "macs", "macs, nothing over")}
+    model = replace(stated_h100(SHAPE), fixed_ms=0.0, planner_ms={}, latency_ms=0.0)
+    batch_of = tool.synthetic("image-flood", SHAPE, 4, 0)
+    rows = tool.simulate(SHAPE, 4, batch_of, chosen, model, 2, replicas=(1,))
+    by_title = {row["policy"]: row for row in rows}
+    assert by_title["vanilla"]["ratio"] == 1 and by_title["vanilla"]["won_back"] == 0
+    assert by_title["ideal balance"]["won_back"] == 1
+    assert by_title["macs, nothing over"]["ms"] == by_title["vanilla"]["ms"]
+    assert by_title["macs"]["straggler"] <= 1.06 < by_title["vanilla"]["straggler"]
+    assert by_title["macs"]["won_back"] > 0 and by_title["macs"]["kept_mass"] < 1
+    assert by_title["macs"]["dropped_mass"] < by_title["token drop"]["dropped_mass"]
+    assert by_title["EPLB, 1 replica a rank"]["extra_bytes"] == model.expert_bytes
+    assert {"least-loaded EP", "EPLB, 1 replica a rank"} < set(by_title)
+
+
+def test_a_prediction_is_held_against_what_was_measured(tmp_path):
+    chosen = {title: contenders(1.05)[title] for title in ("vanilla", "macs")}
+    rows = tool.simulate(SHAPE, 2, tool.synthetic("W1", SHAPE, 2, 3), chosen, MODEL, 1, bounds=False)
+    measured = [{**row, "workload": "W1"} for row in rows]
+    measured[1]["ms"] *= 2
+    measured[1]["ratio"] *= 2
+    result = {
+        "mode": "layer",
+        "arguments": {"ranks": 2, "straggler": 1.05, "steps": 1, "seed": 3, "ladder": []},
+        "shape": asdict(SHAPE),
+        "rows": [*measured, {"workload": "W2", "policy": "macs", "failed": "wrong output"}],
+        "cost_model": asdict(MODEL),
+    }
+    path = tmp_path / "results"
+    path.write_text(json.dumps(result) + "\n" + json.dumps({"mode": "planner"}) + "\n")
+    found = tool.check(path, Console(quiet=True))
+    assert [one["error"] for one in found] == pytest.approx([0.0, -0.5])
+
+
+def test_the_command_sweeps_sizes_and_shares(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    flags = "--shape tiny --tokens 64 --ranks 2 4 --policies macs --shares 0.1 0.9 --replicas 1".split()
+    points = Path(__file__).parents[2] / "docs" / "quality" / "test.jsonl"
+    flags += ["--plots", str(tmp_path / "plots"), "--json", str(tmp_path / "out"), "--quality", str(points)]
+    monkeypatch.setattr(sys, "argv", ["simulate.py", *flags])
+    tool.main()
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert names == {"size-image-flood.png", "share.png", "quality.png"}
+    told = json.loads((tmp_path / "out").read_text())
+    assert {row["ranks"] for row in told["sizes"]["image-flood"]} == {2, 4}
+    assert {row["share"] for row in told["shares"]} == {0.1, 0.9}
+    assert "won back" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["simulate.py", "--shape", "tiny", "--ranks", "3"])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "found 3, expected divisors of the 16 experts" in capsys.readouterr().err
