@@ -48,7 +48,7 @@ from workloads import (
     with_visual_share,
 )
 
-from macs import Modality, Tokens, Topology, build_policy
+from macs import Topology, build_policy
 
 IDEAL = "ideal balance"
 BatchOf = Callable[[int, int], Batch]
@@ -58,22 +58,33 @@ BatchOf = Callable[[int, int], Batch]
 # Loads.
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the sources ask for in a step: rows [R, E], and combine mass kept, rerouted, dropped (sums to 1)."""
+
+    rows: np.ndarray
+    mass: np.ndarray
+
+
 def asked_by(
-    shape: Shape, contender: Contender, batch_of: BatchOf, step: int, ranks: int, seed: int = 0
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Rows [R, E] that the sources ask for under a policy, and combine mass kept, rerouted, dropped."""
-    rows, mass = [], np.zeros(3)
+    shape: Shape, chosen: dict[str, Contender], batch_of: BatchOf, step: int, ranks: int
+) -> dict[str, Asked]:
+    """What they ask for under every policy."""
+    rows: dict[str, list[np.ndarray]] = {title: [] for title in chosen}
+    mass = {title: np.zeros(3) for title in chosen}
     for rank in range(ranks):
         batch = batch_of(step, rank)
+        # Features only tell visual tokens apart, and do so with fewer.
+        hidden = features(batch, min(shape.hidden, 256), step, rank)
+        tokens = batch.tokens
         topology = Topology(shape.experts, ranks, sources=(rank,))
-        policy = build_policy(contender.policy, contender.config, topology, shape.top_k)
-        hidden = features(batch, min(shape.hidden, 256), step, rank, seed)
-        tokens = Tokens.batch_major(Modality.of(batch.kinds[None]))
-        found = policy.plan(hidden, batch.experts, batch.weights, batch.scores, tokens).statistics
-        rows.append(found.load_after.numpy())
-        mass += [float(found.kept_mass), float(found.rerouted_mass), float(found.dropped_mass)]
-    kept, rerouted, dropped = mass / mass.sum()
-    return np.stack(rows), {"kept_mass": kept, "rerouted_mass": rerouted, "dropped_mass": dropped}
+        for title, contender in chosen.items():
+            policy = build_policy(contender.policy, contender.config, topology, shape.top_k)
+            found = policy.plan(hidden, batch.experts, batch.weights, batch.scores, tokens).statistics
+            rows[title].append(found.load_after.numpy())
+            parts = (found.kept_mass, found.rerouted_mass, found.dropped_mass)
+            mass[title] += [float(part) for part in parts]
+    return {title: Asked(np.stack(rows[title]), mass[title] / mass[title].sum()) for title in chosen}
 
 
 # Bounds: where the rows of an expert are computed instead. share [E, R]: what part of them on which rank.
@@ -182,25 +193,25 @@ def simulate(
     """Mean layer time of every policy and bound over the steps, in ms, and the parts of it."""
     times: dict[str, list[Breakdown]] = {}
     stragglers: dict[str, list[float]] = {}
-    masses: dict[str, list[dict[str, float]]] = {}
+    masses: dict[str, list[np.ndarray]] = {}
     extra: dict[str, Placement] = {}
     mean = shape.tokens * shape.top_k
     before: np.ndarray | None = None
     for step in range(steps):
-        for title, contender in chosen.items():
-            asked, mass = asked_by(shape, contender, batch_of, step, ranks)
+        asked = asked_by(shape, chosen, batch_of, step, ranks)
+        for title, one in asked.items():
             planner = None if title == VANILLA else title
-            times.setdefault(title, []).append(model.layer(asked, planner))
-            stragglers.setdefault(title, []).append(float(asked.sum(0).reshape(ranks, -1).sum(1).max()))
-            masses.setdefault(title, []).append(mass)
-            if title == VANILLA:
-                vanilla = asked
+            times.setdefault(title, []).append(model.layer(one.rows, planner))
+            stragglers.setdefault(title, []).append(float(one.rows.sum(0).reshape(ranks, -1).sum(1).max()))
+            masses.setdefault(title, []).append(one.mass)
+        vanilla = asked[VANILLA].rows
         if not bounds:
             continue
         loads = vanilla.sum(0).astype(float)
         if before is None:
             # Placed by what the experts had in another step of the same traffic.
-            before = asked_by(shape, chosen[VANILLA], batch_of, steps, ranks)[0].sum(0).astype(float)
+            other = asked_by(shape, {VANILLA: chosen[VANILLA]}, batch_of, steps, ranks)[VANILLA]
+            before = other.rows.sum(0).astype(float)
         placed = {
             f"EPLB, {count} replica{'s' * (count > 1)} a rank": replicated(
                 before, ranks, count, model.expert_bytes, interval
@@ -239,7 +250,8 @@ def simulate(
         if bounds and base > best:
             row["won_back"] = (base - total) / (base - best)
         if title in masses:
-            row |= {name: float(np.mean([one[name] for one in masses[title]])) for name in masses[title][0]}
+            names = ("kept_mass", "rerouted_mass", "dropped_mass")
+            row |= dict(zip(names, np.mean(masses[title], axis=0).tolist(), strict=True))
         if title in extra:
             row |= {"extra_bytes": extra[title].memory, "moved_bytes": extra[title].moved}
         rows.append(row)
