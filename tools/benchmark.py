@@ -425,6 +425,9 @@ def measured_costs(
     counts = [1, *sorted({max(2, even // divisor) for divisor in (16, 4, 2, 1)}), 2 * even + 2, 4 * even + 4]
     each = [median_of(run_experts(stock, [count] * local, shape.hidden), 3) / local for count in counts]
     each = list(np.maximum.accumulate(each))
+    # While the others wait: processes of one CPU share its memory and its clock.
+    spread_out = median_of(run_experts(stock, [even] * local, shape.hidden), 5)
+    alone = median_of(_first_alone(run_experts(stock, [even] * local, shape.hidden)), 5) / spread_out
     size = shape.hidden * next(stock.experts.parameters()).element_size()
     latency, rate = measured_exchange(ranks, shape, size)
     model = CostModel(
@@ -437,6 +440,7 @@ def measured_costs(
         beyond_gbs=rate,
         node=ranks,
         row_bytes=size,
+        alone=min(1.0, alone),
         expert_bytes=3 * shape.hidden * shape.ffn * next(stock.experts.parameters()).element_size(),
         planner_ms=planning,
         origin=f"measured: {ranks} processes, {machine(arguments)['device']}",
@@ -456,6 +460,12 @@ def measured_costs(
     row_ms = max(0.0, slope)
     fixed = max(0.0, left[1] - row_ms * shape.tokens * shape.top_k)
     return replace(model, row_ms=row_ms, fixed_ms=fixed)
+
+
+def _first_alone(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Done by the first process alone."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    return work if first else lambda: None
 
 
 def measured_exchange(ranks: int, shape: Shape, size: int) -> tuple[float, float]:
@@ -759,8 +769,12 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
                 "parts": {part: statistics.median(one.get(part, 0.0) for one in parts) for part in PARTS},
                 "operators": watch.operators,
                 "bytes_a_token": watch.peak / shape.tokens,
-                "largest_tensor": watch.largest,
             }
+            # Where k E is more than D.
+            work = planned_alone(replace(shape, experts=512), chosen[title], ranks)
+            with Watch() as watch:
+                work()
+            found["policies"][title]["largest_tensor_at_512"] = watch.largest
         found["layer_ms"] = layer_ms
         found["growth"] = growth(shape, chosen, ranks, arguments.repeats)
         found["kernels"] = kernel_memory(chosen, ranks)
@@ -844,10 +858,8 @@ def _show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None
     table.add_section()
     line("torch operators", lambda one: f"{one['operators']}")
     line("peak bytes a token", lambda one: f"{one['bytes_a_token']:.0f}")
-    line(
-        "largest tensor / (T k E)",
-        lambda one: f"{one['largest_tensor'] / (shape.tokens * shape.top_k * shape.experts):.3f}",
-    )
+    most = shape.tokens * shape.top_k * 512
+    line("E 512: largest tensor / (T k E)", lambda one: f"{one['largest_tensor_at_512'] / most:.2f}")
     if found["kernels"]:
         table.add_section()
         for name, key, show in (

@@ -36,6 +36,8 @@ class CostModel:
     """A machine running a layer of one shape.
 
     rows, ms         an expert's time for so many rows, rising; straight lines between
+    alone            what part of that it takes while the other ranks are idle: less than 1 where they share
+                     a memory or a clock, as processes on one CPU do
     fixed_ms         what a layer takes however few its tokens
     row_ms           handling of a row, on its source and on its destination together
     latency_ms       of an exchange
@@ -57,6 +59,7 @@ class CostModel:
     node: int
     row_bytes: int
     expert_bytes: int
+    alone: float = 1.0
     planner_ms: dict[str, float] = field(default_factory=dict)
     origin: str = "measured"
 
@@ -65,6 +68,13 @@ class CostModel:
         slope = (self.ms[-1] - self.ms[-2]) / (self.rows[-1] - self.rows[-2])
         beyond = np.maximum(rows - self.rows[-1], 0) * slope
         return np.where(rows > 0, np.interp(rows, self.rows, self.ms) + beyond, 0.0)
+
+    def experts_ms(self, rows: np.ndarray) -> float:
+        """Of the slowest rank, all having begun together: rows [R, experts]."""
+        each = self.expert_ms(rows).sum(1)
+        slowest = each.max()
+        others = (each.sum() - slowest) / max(1, len(each) - 1)
+        return float(self.alone * slowest + (1 - self.alone) * others)
 
     def exchange_ms(self, sent: np.ndarray, size: float | None = None) -> float:
         """One exchange: sent [R, R] rows from source to destination, of ``size`` bytes each."""
@@ -93,7 +103,7 @@ class CostModel:
             source=self.fixed_ms + self.row_ms * handled,
             planner=0.0 if planner is None else self.planner_ms.get(planner, self.planner_ms.get("*", 0.0)),
             exchange=self.exchange_ms(sent) + self.exchange_ms(sent.T),
-            experts=float(self.expert_ms(rows).sum(1).max()),
+            experts=self.experts_ms(rows),
         )
 
     def save(self, path: Path) -> None:

@@ -65,6 +65,7 @@ def settings_of(shape: Shape, world: int, dispatcher: str = "alltoall", **more: 
             "moe_router_topk": shape.top_k,
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
+            "moe_router_pre_softmax": shape.top_k == 1,  # Megatron refuses one without
             "moe_token_dispatcher_type": dispatcher,
             "expert_model_parallel_size": world,
             "normalization": "RMSNorm",

@@ -60,7 +60,7 @@ BatchOf = Callable[[int, int], Batch]
 
 @dataclass(frozen=True)
 class Asked:
-    """What the sources ask for in a step: rows [R, E], and combine mass kept, rerouted, dropped (sums to 1)."""
+    """What the sources ask for in a step: rows [R, E]; combine mass kept, rerouted, dropped (in sum 1)."""
 
     rows: np.ndarray
     mass: np.ndarray
@@ -167,7 +167,7 @@ def layer_under(model: CostModel, asked: np.ndarray, placement: Placement) -> Br
         source=model.fixed_ms + model.row_ms * handled,
         planner=0.0,
         exchange=model.exchange_ms(sent) + model.exchange_ms(sent.T) + moving,
-        experts=float(model.expert_ms(rows).sum(1).max()),
+        experts=model.experts_ms(rows),
     )
 
 

@@ -66,7 +66,7 @@ def test_the_planner_alone(tmp_path):
     assert macs["ms"] > 0 and sum(macs["parts"].values()) > 0 and macs["operators"] > 50
     shape = found["shape"]
     # Never [T, k, E].
-    assert macs["largest_tensor"] < found["tokens"] * shape["top_k"] * shape["experts"]
+    assert macs["largest_tensor_at_512"] < found["tokens"] * shape["top_k"] * 512
     assert macs["bytes_a_token"] > 0
     assert [row["experts"] for row in found["growth"]["experts"]] == [64, 128, 256, 512]
 

@@ -44,6 +44,15 @@ def test_parts_of_a_layer_are_those_of_the_slowest():
     assert MODEL.expert_ms(np.array([0, 5, 60, 210])).tolist() == pytest.approx([0.0, 1.0, 6.0, 21.0])
 
 
+def test_a_rank_is_faster_while_the_others_are_idle():
+    shared = replace(MODEL, alone=0.5)
+    rows = np.array([[110.0], [10.0]])
+    assert shared.experts_ms(rows) == pytest.approx(0.5 * 11 + 0.5 * 1)
+    assert MODEL.experts_ms(rows) == pytest.approx(11)
+    assert shared.experts_ms(rows[::-1]) == shared.experts_ms(rows)
+    assert shared.experts_ms(rows[:1].repeat(2, 0)) == pytest.approx(11)
+
+
 def test_what_leaves_a_node_goes_by_the_slower_network():
     sent = np.zeros((4, 4))
     sent[0, 1] = 10
