@@ -60,8 +60,8 @@ class Planner:
     group: the process group whose members share one capacity, for ``scope = "group"`` with more
     than one process; each member plans ``len(topology.sources)`` sources.
 
-    Nothing in ``plan`` reads a tensor on the host, loops over tokens or experts, or makes a tensor
-    whose shape depends on values. The first call on a device puts the constants there.
+    Nothing in ``plan`` reads a tensor on the host, loops over tokens or experts, or, on a GPU, makes a
+    tensor whose shape depends on values. The first call on a device puts the constants there.
     """
 
     plans = True

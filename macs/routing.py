@@ -233,6 +233,7 @@ def propose(
     value.mul_(room_at(placement.room, demand.pool_of_expert) >= demand.cost[token, None])
     if bounded_rows:
         value.mul_(room_at(placement.row_room, demand.rank_of_expert) >= 1)
+    value = torch.fmax(value, value.new_zeros(()))  # a score that is NaN is none
     # A token's own experts are out, it has them, or they had no room for it; so are those it was given.
     own = torch.cat([demand.experts[token], placement.experts[token]], 1)
     value.scatter_(1, torch.where(own >= 0, own, home).clamp(min=0), 0.0)
@@ -240,7 +241,7 @@ def propose(
     found = waiting[token].any(1, keepdim=True) & (value > 0)
     score = torch.where(found, score.gather(1, expert), 0)
     everyone = torch.full_like(column, -1), torch.zeros_like(column)
-    priority = priority_of(score, demand.weight[token], rule)
+    priority = torch.where(found, priority_of(score, demand.weight[token], rule), 0)
     return Proposals(
         expert=everyone[0].index_copy(0, token, torch.where(found, expert, -1)),
         column=column,

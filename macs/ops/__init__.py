@@ -2,7 +2,10 @@
 
 A function marked ``fused`` is plain torch: the readable form, and the oracle of its kernel's tests. For
 tensors on a GPU, where Triton is installed, the kernel of the same name in this package does its work:
-the same arguments, the same integers out (of floats, see the kernel).
+the same arguments, the same integers out (of floats, and of what is rounded from them, see the kernel).
+
+A kernel is compiled when it is first launched with tensors of some types: before a CUDA graph captures a
+layer, run it once at that size, as engines do.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -46,6 +49,11 @@ def runs_on(device: torch.device) -> bool:
     return choice == "triton" or (choice == "auto" and device.type == "cuda" and has_triton())
 
 
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, whichever one the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def fused(module: str) -> Callable[[Function], Function]:
     """Mark a function whose first argument has a ``device``: ``macs.ops.MODULE`` has its kernel."""
 
@@ -56,7 +64,8 @@ def fused(module: str) -> Callable[[Function], Function]:
         def run(first: Any, *rest: Any, **named: Any) -> Any:
             if runs_on(first.device):
                 kernel = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-                return kernel(first, *rest, **named)
+                with _current(first.device):
+                    return kernel(first, *rest, **named)
             return twin(first, *rest, **named)
 
         return run  # type: ignore[return-value]

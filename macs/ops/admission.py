@@ -2,8 +2,8 @@
 
 What a pool admits is all that comes before one key, the first that does not fit. That key is found digit
 by digit: of the assignments that share the digits found so far, the cost is summed by the next digit, and
-the first digit at which the running sum passes what is left of the capacity is the key's. Four to six
-passes over the assignments, whatever their number, and integers all along.
+the first digit at which the running sum passes what is left of the capacity is the key's. A few passes
+over the assignments, four for a rank's usual tokens and pools, and integers all along.
 """
 
 from __future__ import annotations
@@ -27,77 +27,73 @@ def admit(pool: Tensor, priority: Tensor, place: Tensor, cost: Tensor, capacity:
     if not count:
         return admitted
     place_bits = max(1, (count - 1).bit_length())
-    bits = PRIORITY_BITS + 1 + place_bits
-    # Histograms of about a megabyte: all of it stays in cache.
-    digit = min(11, max(8, 17 - pools.bit_length()))
+    # Histograms of a megabyte at most: all of it stays in cache.
+    digit = min(11, max(4, 17 - pools.bit_length()))
+    steps = triton.cdiv(PRIORITY_BITS + 1 + place_bits, digit)
     tensors = tuple(one.contiguous() for one in (pool, priority, place, cost))
     room = capacity.clone(memory_format=torch.contiguous_format)
     found = torch.zeros(pools, dtype=torch.int64, device=pool.device)
     histogram = torch.zeros(pools, 1 << digit, dtype=torch.int64, device=pool.device)
     grid = (triton.cdiv(count, BLOCK),)
-    form = {"TOP": EXEMPT_PRIORITY, "PLACE_BITS": place_bits, "BLOCK": BLOCK}
-    done = 0
-    while done < bits:
-        step = min(digit, bits - done)
-        left = bits - done - step
-        _count[grid](*tensors, found, histogram, count, pools, LEFT=left, STEP=step, WIDTH=1 << digit, **form)
-        _narrow[(pools,)](found, room, histogram, STEP=step, WIDTH=1 << digit)
-        done += step
-    _compare[grid](*tensors[:3], found, admitted, count, pools, **form)
+    form = {"TOP": EXEMPT_PRIORITY, "BLOCK": BLOCK}
+    for step in reversed(range(steps)):
+        _count[grid](*tensors, found, histogram, count, pools, place_bits, step * digit, DIGIT=digit, **form)
+        _narrow[(pools,)](found, room, histogram, DIGIT=digit)
+    _compare[grid](*tensors[:3], found, admitted, count, pools, place_bits, **form)
     return admitted
 
 
 @triton.jit
-def _key(priority, place, token, here, TOP: tl.constexpr, PLACE_BITS: tl.constexpr):
+def _key(priority, place, token, here, place_bits, TOP: tl.constexpr):
     """Rises as priority falls, then with the place."""
     before = TOP - tl.load(priority + token, mask=here, other=0)
-    return (before << PLACE_BITS) | tl.load(place + token, mask=here, other=0)
+    return (before << place_bits) | tl.load(place + token, mask=here, other=0)
 
 
-@triton.jit
+# Numbers that follow the batch's size are no part of what is compiled: one form serves every size.
+@triton.jit(do_not_specialize=["count", "place_bits", "left"])
 def _count(
-    pool, priority, place, cost, found, histogram, count, pools,
-    LEFT: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
-    TOP: tl.constexpr, PLACE_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    pool, priority, place, cost, found, histogram, count, pools, place_bits, left,
+    DIGIT: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Cost by pool and next digit, of the assignments whose digits so far are those found."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = token < count
     of = tl.load(pool + token, mask=here, other=0)
     takes = here & (of < pools)
-    key = _key(priority, place, token, here, TOP, PLACE_BITS) >> LEFT
-    takes = takes & ((key >> STEP) == tl.load(found + of, mask=takes, other=-1))
+    key = _key(priority, place, token, here, place_bits, TOP) >> left
+    takes = takes & ((key >> DIGIT) == tl.load(found + of, mask=takes, other=-1))
     price = tl.load(cost + token, mask=takes, other=0)
-    tl.atomic_add(histogram + of * WIDTH + (key & ((1 << STEP) - 1)), price, mask=takes)
+    cell = (of << DIGIT) + (key & ((1 << DIGIT) - 1))
+    tl.atomic_add(histogram + cell, price, mask=takes, sem="relaxed")
 
 
 @triton.jit
-def _narrow(found, room, histogram, STEP: tl.constexpr, WIDTH: tl.constexpr):
+def _narrow(found, room, histogram, DIGIT: tl.constexpr):
     """The next digit of a pool's key, the room left before it, and an empty histogram again.
 
     Where everything fits the digit is one past the last, which no assignment has, then or later.
     """
     pool = tl.program_id(0)
-    digit = tl.arange(0, 1 << STEP)
-    row = histogram + pool * WIDTH + digit
+    digit = tl.arange(0, 1 << DIGIT)
+    row = histogram + (pool << DIGIT) + digit
     cost = tl.load(row)
     left = tl.load(room + pool)
-    running = tl.cumsum(cost, 0)
-    fits = running <= left
-    tl.store(found + pool, (tl.load(found + pool) << STEP) + tl.sum(fits.to(tl.int64), 0))
+    fits = tl.cumsum(cost, 0) <= left
+    tl.store(found + pool, (tl.load(found + pool) << DIGIT) + tl.sum(fits.to(tl.int64), 0))
     tl.store(room + pool, left - tl.sum(tl.where(fits, cost, 0), 0))
-    tl.store(row, tl.zeros([1 << STEP], tl.int64))
+    tl.store(row, tl.zeros([1 << DIGIT], tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "place_bits"])
 def _compare(
-    pool, priority, place, found, admitted, count, pools,
-    TOP: tl.constexpr, PLACE_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    pool, priority, place, found, admitted, count, pools, place_bits,
+    TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = token < count
     of = tl.load(pool + token, mask=here, other=0)
     takes = here & (of < pools)
     limit = tl.load(found + of, mask=takes, other=0)
-    fits = takes & (_key(priority, place, token, here, TOP, PLACE_BITS) < limit)
+    fits = takes & (_key(priority, place, token, here, place_bits, TOP) < limit)
     tl.store(admitted + token, fits, mask=here)

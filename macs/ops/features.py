@@ -34,7 +34,7 @@ def feature_entropy(hidden: Tensor) -> Tensor:
     return entropy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _entropy(hidden, entropy, count, size, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < count
@@ -60,7 +60,8 @@ def _entropy(hidden, entropy, count, size, stride, ROWS: tl.constexpr, BLOCK: tl
 
 
 def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -> Tensor:
-    """Two reads, for a token can be compared with the mean only when that is known."""
+    """Two launches that read features, for a token can be compared with the mean only when that is known; the
+    first reads them twice, the second time mostly out of cache, and once more for every further source."""
     hidden = _by_rows(hidden)
     count, size = hidden.shape
     device = hidden.device
@@ -83,7 +84,7 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
     return distinct
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _directions(
     hidden, visual, source, inverse, partial, count, size, stride, sources,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -115,7 +116,7 @@ def _directions(
         tl.store(partial + place, tl.sum(z * share[:, None], 0), mask=column < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _unlike(
     hidden, mean, source, inverse, distinct, count, size, stride,
     UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -47,7 +47,7 @@ def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:
     return told
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _priorities(
     score, weight, told, total, k,
     RULE: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
@@ -67,7 +67,7 @@ def propose(
     rule: str,
     bounded_rows: bool,
 ) -> Proposals:
-    """One launch; scores are read for tokens that wait alone."""
+    """One launch, which reads the scores of waiting tokens only."""
     from ..routing import Proposals
 
     count, k = demand.experts.shape
@@ -90,9 +90,9 @@ def propose(
     return Proposals(expert, column, priority)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _propose(
-    experts, placed, waiting, priority, scores, affinity, source, cost, weight,
+    experts, placed, waiting, priority_of, scores, affinity, source, cost, weight,
     pool_of_expert, rank_of_expert, room, row_room, out_expert, out_column, out_priority,
     count, k, num_experts, pools, ranks,
     RULE: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr,
@@ -104,7 +104,7 @@ def _propose(
     cell = token[:, None] * k + slot[None, :]
     real = here[:, None] & (slot < k)[None, :]
     waits = tl.load(waiting + cell, mask=real, other=0).to(tl.int1)
-    first = tl.where(waits, tl.load(priority + cell, mask=real, other=-1), -1)
+    first = tl.where(waits, tl.load(priority_of + cell, mask=real, other=-1), -1)
     column = tl.argmax(first, 1)  # the first of equals
     asks = here & (tl.max(first, 1) >= 0)
     home = tl.load(experts + token * k + column, mask=asks, other=0)
@@ -134,4 +134,5 @@ def _propose(
     heavy = tl.load(weight + token, mask=here, other=0)
     tl.store(out_expert + token, tl.where(found, best, -1).to(tl.int64), mask=here)
     tl.store(out_column + token, column.to(tl.int64), mask=here)
-    tl.store(out_priority + token, _priority(told, heavy, RULE, UNIT, SCALE), mask=here)
+    priority = tl.where(found, _priority(told, heavy, RULE, UNIT, SCALE), 0)
+    tl.store(out_priority + token, priority, mask=here)

@@ -60,9 +60,11 @@ def _add(totals, group, groups, says, amount, GROUPS: tl.constexpr):
     if GROUPS > 0:
         column = tl.arange(0, GROUPS)
         hit = says[:, None] & (group[:, None] == column[None, :])
-        tl.atomic_add(totals + column, tl.sum(tl.where(hit, amount[:, None], 0), 0), mask=column < groups)
+        tl.atomic_add(
+            totals + column, tl.sum(tl.where(hit, amount[:, None], 0), 0), mask=column < groups, sem="relaxed"
+        )
     else:
-        tl.atomic_add(totals + group, amount, mask=says)
+        tl.atomic_add(totals + group, amount, mask=says, sem="relaxed")
 
 
 @triton.jit
@@ -71,7 +73,7 @@ def _mean(moments, group, groups, says):
     return tl.load(moments + groups + group, mask=says, other=0).to(tl.float64) / number, number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "groups"])
 def _sums(
     value, visual, group, moments, count, groups,
     SCALE: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
@@ -81,7 +83,7 @@ def _sums(
     _add(moments + groups, of, groups, says, fixed, GROUPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "groups"])
 def _squares(
     value, visual, group, moments, count, groups,
     SCALE: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
@@ -92,7 +94,7 @@ def _squares(
     _add(moments + 2 * groups, of, groups, says, deviation * deviation, GROUPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "groups"])
 def _weights(
     value, visual, group, moments, weight, count, groups, sharpness, usual,
     SCALE: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, EPSILON: tl.constexpr, TOKENS: tl.constexpr,

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.cases import configs, routings
 
-from macs import MACSConfig, Modality, Planner, Tokens, Topology, capacity, routing, weighting
+from macs import MACSConfig, Modality, Planner, Tokens, Topology, build_policy, capacity, routing, weighting
 from macs.ops import fused, has_triton, kernels, runs_on
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
@@ -152,7 +152,7 @@ def test_loads(count, experts, k, sources):
 )
 def test_admission(count, pools, levels, unit, seed):
     random = generator(count, pools, levels, seed)
-    pool = torch.randint(0, pools + 1, (count,), generator=random) % (pools + 1)
+    pool = torch.randint(0, pools + 1, (count,), generator=random)
     priority = torch.randint(0, levels + 1, (count,), generator=random)
     priority[torch.rand(count, generator=random) < 0.1] = routing.EXEMPT_PRIORITY
     place = torch.randperm(count, generator=random)
@@ -173,6 +173,12 @@ def test_priorities(rule, dtype):
     assert torch.equal(found, expected)
 
 
+def on_device(case):
+    """A drawn routing's inputs of ``plan``, where the kernels are."""
+    tokens = Tokens(**{name: one.to(DEVICE) for name, one in vars(case.tokens).items()})
+    return *(one.to(DEVICE) for one in (case.hidden, case.experts, case.weights, case.scores)), tokens
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(routings(config=configs()))
 def test_a_whole_plan_is_the_same(case):
@@ -180,9 +186,9 @@ def test_a_whole_plan_is_the_same(case):
     planner = Planner(
         case.config, case.topology, case.top_k, modality_bias=case.bias, similarity=case.similarity
     )
-    inputs = case.hidden, case.experts, case.weights, case.scores, case.tokens
+    inputs = on_device(case)
     with kernels("torch"):
-        weights = planner._weights(case.hidden, case.tokens)
+        weights = planner._weights(inputs[0], inputs[4])
     planner._weights = lambda hidden, tokens: weights
     found, expected = both(planner.plan, *inputs)
     assert torch.equal(found.experts, expected.experts)
@@ -208,6 +214,27 @@ def test_plans_of_many_experts_are_the_same(experts, k):
         found, expected = both(planner.plan, *inputs, tokens)
         assert torch.equal(found.experts, expected.experts) and torch.equal(found.weights, expected.weights)
         assert int((found.experts != inputs[1]).sum()) > 0
+
+
+@pytest.mark.parametrize("policy", ["expanded-drop", "rank-balanced"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("count", [0, 33])
+def test_other_policies_and_scores_that_are_not_numbers(policy, dtype, count):
+    random = generator(count)
+    scores = (torch.randn(count, 12, generator=random) - torch.arange(12) / 3).softmax(1).to(dtype)
+    weights, chosen = scores.topk(3, 1)
+    if count:
+        scores[3, 9], scores[5, 0] = float("nan"), float("nan")
+    tokens = Tokens.batch_major(Modality.of(torch.zeros(1, count, dtype=torch.bool, device=DEVICE)))
+    inputs = [one.to(DEVICE) for one in (torch.randn(count, 8, generator=random), chosen, weights, scores)]
+    config = MACSConfig(capacity_factor=0.7, min_tokens=0)
+    planner = build_policy(policy, config, Topology(12, 3, sources=(1,)), 3)
+    found, expected = both(planner.plan, *inputs, tokens)
+    assert torch.equal(found.experts, expected.experts) and torch.equal(found.rerouted, expected.rerouted)
+    assert found.experts.shape == (count, planner.slots)
+    assert not count or int((found.experts[:, :3] != inputs[1]).sum()) > 0
+    # The only open expert's score is no number: the others are not lost with it.
+    assert not count or policy != "rank-balanced" or bool(found.rerouted.any())
 
 
 def test_which_runs():

@@ -6,8 +6,8 @@ that does not. Not under TRITON_INTERPRET.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -25,6 +25,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
 }
 
 
@@ -35,16 +36,18 @@ def compile_all() -> dict[str, int]:
 
     def instead(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **named: Any) -> None:
         given = {**dict(zip(self.arg_names, args, strict=False)), **named}
-        constants = {p.name: given[p.name] for p in self.params if p.is_constexpr}
-        signature = {}
-        for name in self.arg_names:
-            value = given[name]
-            if name in constants:
-                signature[name] = "constexpr"
+        constants, signature = {}, {}
+        for parameter in self.params:
+            value = given[parameter.name]
+            # As a launch does it: a number that is 1 is part of the program, unless it says otherwise.
+            one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or one:
+                constants[parameter.name], kind = value, "constexpr"
             elif isinstance(value, torch.Tensor):
-                signature[name] = POINTERS[value.dtype]
+                kind = POINTERS[value.dtype]
             else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                kind = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = kind
         key = self.__name__, str(signature), str(constants)
         if key in seen:
             return
@@ -52,33 +55,41 @@ def compile_all() -> dict[str, int]:
         binary = triton.compile(ASTSource(fn=self, signature=signature, constexprs=constants), target=HOPPER)
         compiled[self.__name__] = compiled.get(self.__name__, 0) + len(binary.asm["cubin"])
 
-    real = JITFunction.run
-    JITFunction.run = instead
-    try:
-        with kernels("triton"):
-            for settings in (
-                {},
-                {"preset": "paper", "normalization": "image", "max_load_factor": 1.2},
-                {"level": "expert", "priority": "score"},
-                {"priority": "weight", "weighting": "entropy"},
-            ):
-                _plan(settings, 2048, 128, 8)
-            _plan({}, 100, 6, 3)
-    finally:
-        JITFunction.run = real
+    # Nothing is computed: what the launches would have written is zeros, with which plans go on.
+    with (
+        mock.patch.object(JITFunction, "run", instead),
+        mock.patch.object(torch, "empty", torch.zeros),
+        kernels("triton"),
+    ):
+        for settings in (
+            {},
+            {"preset": "paper", "normalization": "image", "max_load_factor": 1.2},
+            {"level": "expert", "priority": "score"},
+            {"priority": "weight", "weighting": "entropy"},
+        ):
+            _plan(settings, 2048, 128, 8)
+        _plan({}, 100, 6, 3, torch.bfloat16)
+        _plan({}, 100, 6, 1, torch.float16)
+        _plan({}, 100, 6, 3, sources=(0, 1))
     return compiled
 
 
-def _plan(settings: dict[str, Any], size: int, experts: int, k: int) -> None:
+def _plan(
+    settings: dict[str, Any],
+    size: int,
+    experts: int,
+    k: int,
+    kind: torch.dtype = torch.float32,
+    sources: tuple[int, ...] = (0,),
+) -> None:
     config = MACSConfig.from_dict({"min_tokens": 0, **settings})
     count = 256
-    weights, chosen = torch.rand(count, experts).topk(k, 1)
-    tokens = Tokens.batch_major(Modality.of(torch.rand(1, count) < 0.5))
+    scores = torch.rand(count, experts).to(kind)
+    weights, chosen = scores.topk(k, 1)
+    tokens = Tokens.batch_major(Modality.of(torch.rand(2, count // 2) < 0.5), len(sources))
     hidden = torch.randn(count, size).bfloat16()
-    planner = Planner(config, Topology(experts, 2, sources=(0,)), k)
-    # Nothing was computed: what the launches would have written is not there to go on with.
-    with suppress(IndexError, RuntimeError):
-        planner.plan(hidden, chosen, weights, torch.rand(count, experts), tokens)
+    planner = Planner(config, Topology(experts, 2, sources=sources), k)
+    planner.plan(hidden, chosen, weights, scores, tokens)
 
 
 if __name__ == "__main__":
