@@ -8,7 +8,6 @@ import functools
 import inspect
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
-from macs import LayerRuntime, MACSConfig, RoutingRecorder, Runtime, Topology, attach_modality
+from macs import LayerRuntime, MACSConfig, Runtime, Topology, attach_modality
 from macs.config import read_mapping
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
@@ -133,14 +132,9 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
         else:
             MACSAutoEPMoELayer.adopt(layer, mine)
     if block.record is not None:
-        runtime.routing = RoutingRecorder()
-        atexit.register(_save_recording, runtime, block.record)
+        runtime.start_routing()
+        atexit.register(runtime.save_routing, Path(block.record).resolve())
     return runtime
-
-
-def _save_recording(runtime: Runtime, path: str | os.PathLike[str]) -> None:
-    if runtime.routing is not None:  # else the script has saved it itself
-        runtime.save_routing(Path(path))
 
 
 def _init_inference_with(

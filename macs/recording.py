@@ -21,6 +21,8 @@ from .checks import expect
 from .modality import Tokens
 
 FORMAT = "macs-routing-1"
+OVERHEAD = 2048
+"""Bytes that a record takes beside its tensors' own, about: what is bounded is memory, too."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +30,10 @@ logger = logging.getLogger(__name__)
 class RoutingRecorder:
     """Collects what the routers of a model's MACS layers choose, before anything is planned.
 
-    max_bytes: where to stop, in bytes of the file. every: record one in so many steps of each layer.
-    scores: keep the scores of all experts too (2 E bytes a token), without which whoever replays the
-    recording makes them up. Every record is copied to the host, which waits for the device: a run that
-    records is not one to be timed.
+    max_bytes: where to stop, in bytes of tensors and of what keeps them. every: record one in so many
+    steps of each layer. scores: keep the scores of all experts too, in half precision (2 E bytes a token),
+    without which whoever replays the recording makes them up. Every record is copied to the host, which
+    waits for the device: a run that records is not one to be timed.
     """
 
     def __init__(self, *, max_bytes: int = 1 << 28, every: int = 1, scores: bool = False) -> None:
@@ -43,6 +45,7 @@ class RoutingRecorder:
         self.scores = scores
         self._bytes = 0
         self._full = False
+        self._form: tuple[int, int] | None = None
         self._steps: dict[int, int] = {}
         self._records: list[tuple[int, int, dict[str, Tensor]]] = []
 
@@ -55,17 +58,24 @@ class RoutingRecorder:
         self._steps[layer] = step + 1
         if self._full or step % self.every:
             return
-        if experts.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("record: a CUDA graph captures this layer; record without graphs")
+        form = experts.shape[1], scores.shape[1]
+        self._form = self._form or form
+        if form != self._form:
+            raise ValueError(
+                f"record: layer {layer} has (k, E) = {form}, expected {self._form} as the layers before: "
+                "a recording is of layers alike"
+            )
         valid = tokens.valid
         kept = {
             "experts": experts[valid].to(torch.int16),
-            "weights": weights[valid].half(),
+            "weights": weights.detach()[valid].half(),
             "kinds": tokens.kinds[valid],
         }
         if self.scores:
-            kept["scores"] = scores[valid].half()
-        size = sum(tensor.nbytes for tensor in kept.values())
+            kept["scores"] = scores.detach()[valid].half()
+        if not len(kept["kinds"]):
+            return
+        size = OVERHEAD + sum(tensor.nbytes for tensor in kept.values())
         if self._bytes + size > self.max_bytes:
             self._full = True  # for good: what is there has no gaps but those of ``every``
             logger.warning("MACS: the recording is full (%d bytes); nothing more is added", self._bytes)
@@ -73,7 +83,7 @@ class RoutingRecorder:
         self._bytes += size
         self._records.append((layer, step, {name: tensor.cpu() for name, tensor in kept.items()}))
 
-    def save(self, path: str | Path, *, num_experts: int, num_ranks: int) -> Path | None:
+    def save(self, path: str | Path, num_ranks: int) -> Path | None:
         """Write this rank's file, PATH itself where it is alone, else PATH with its rank in the name.
 
         Returns what was written; None, with a warning, if nothing was recorded.
@@ -91,7 +101,8 @@ class RoutingRecorder:
             "counts": torch.tensor([len(part["kinds"]) for part in parts], dtype=torch.int64),
         }
         tensors |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        header = {"format": FORMAT, "num_experts": num_experts, "num_ranks": num_ranks}
+        assert self._form is not None
+        header = {"format": FORMAT, "num_experts": self._form[1], "num_ranks": num_ranks}
         # Written aside first: a run that is stopped leaves no half a file.
         aside = path.with_name(path.name + ".part")
         save_file(tensors, aside, metadata={"macs": json.dumps(header)})
@@ -149,17 +160,21 @@ class Recording:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"recording {path}: not a recording: {error}") from error
-        if header.get("format") != FORMAT:
-            raise ValueError(f"recording {path}: found format {header.get('format')!r}, expected {FORMAT!r}")
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise ValueError(f"recording {path}: found header {header!r}, expected format {FORMAT!r}")
         missing = {"layers", "steps", "counts", "experts", "weights", "kinds"} - set(tensors)
         if missing:
             raise ValueError(f"recording {path}: found no tensor {', '.join(sorted(missing))}")
         count, experts = len(tensors["kinds"]), tensors["experts"]
         expect("recording.experts", experts, (count, None), (torch.int16,))
         expect("recording.weights", tensors["weights"], tuple(experts.shape), (torch.float16,))
+        expect("recording.kinds", tensors["kinds"], (None,), (torch.int8,))
+        if "scores" in tensors:
+            expect("recording.scores", tensors["scores"], (count, header["num_experts"]), (torch.float16,))
         counts = tensors["counts"]
         shapes = len(tensors["layers"]), len(tensors["steps"])
-        if shapes != (len(counts), len(counts)) or int(counts.sum()) != count or not len(counts):
+        good = shapes == (len(counts), len(counts)) and len(counts) > 0 and int(counts.min()) > 0
+        if not good or int(counts.sum()) != count:
             raise ValueError(f"recording {path}: its records do not add up to its {count} tokens")
         if int(experts.max()) >= header["num_experts"] or int(experts.min()) < -1:
             raise ValueError(f"recording {path}: found experts outside -1..{header['num_experts'] - 1}")

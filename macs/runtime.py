@@ -129,22 +129,29 @@ class Runtime:
         ``options`` are those of ``RoutingRecorder``. Steps that are left alone, such as decoding, are not
         recorded.
         """
-        self.routing = RoutingRecorder(**options)
+        path = Path(path).resolve()
+        if not path.parent.is_dir():
+            raise ValueError(f"record_routing: found no folder {path.parent}")
+        recorder = self.start_routing(**options)
         try:
-            yield self.routing
+            yield recorder
         finally:
             self.save_routing(path)
 
+    def start_routing(self, **options: Any) -> RoutingRecorder:
+        """As ``record_routing``, for a run that does nothing else; ``save_routing`` ends it."""
+        self._refuse_captured("record_routing")
+        if self.routing is not None:
+            raise ValueError("record_routing: found another recording under way, expected one at a time")
+        self.routing = RoutingRecorder(**options)
+        return self.routing
+
     def save_routing(self, path: str | Path) -> Path | None:
-        """Write what ``routing`` has recorded, and stop recording; see ``RoutingRecorder.save``."""
+        """Write what is being recorded, if anything is, and stop; see ``RoutingRecorder.save``."""
         recorder, self.routing = self.routing, None
         if recorder is None:
-            raise ValueError("save_routing: nothing is being recorded; expected record_routing before")
-        if not self.layers:
-            logger.warning("MACS: nothing was recorded: the model has no MACS layer")
             return None
-        topology = self.layers[0].topology
-        return recorder.save(path, num_experts=topology.num_experts, num_ranks=topology.num_ranks)
+        return recorder.save(path, self.layers[0].topology.num_ranks if self.layers else 1)
 
     def measured_profile(self, group: dist.ProcessGroup | None = None) -> Profile:
         """The profile of the last ``calibration`` block, summed over the group's members."""
@@ -374,6 +381,8 @@ class LayerRuntime:
         if not self.runtime.enabled:
             return None
         if self.runtime.routing is not None:
+            if capturing(hidden.device):
+                raise RuntimeError("record_routing: a CUDA graph captures this layer; record without graphs")
             self.runtime.routing.observe(self.index, experts, weights, scores, tokens)
         self.captured = self.captured or capturing(hidden.device)
         plan = self.planner.plan(hidden, experts, weights, scores, tokens)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from macs import Profile, RoutingRecorder, Runtime
+from macs import Profile, Runtime
 
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
 from .swap import install
@@ -86,7 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
         if flag.startswith("--moe-macs"):
             close = difflib.get_close_matches(flag.split("=")[0], parser._option_string_actions, 1)
             parser.error(f"found no flag {flag}" + (f"; is it {close[0]}?" if close else ""))
-    calibrate, record = own.moe_macs_calibrate, own.moe_macs_record
+    # Resolved now: the script may go to another folder.
+    calibrate, record = (
+        None if path is None else path.resolve() for path in (own.moe_macs_calibrate, own.moe_macs_record)
+    )
     try:
         runtime = runtime_from_args(own)
     except (ValueError, OSError) as error:
@@ -97,8 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
         if record is not None:
             parser.error("found --moe-macs-calibrate with --moe-macs-record; expected one of them")
     for flag, path in (("--moe-macs-calibrate", calibrate), ("--moe-macs-record", record)):
-        if path is not None and not path.resolve().parent.is_dir():
-            parser.error(f"{flag}: found no folder {path.resolve().parent}")
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{flag}: found no folder {path.parent}")
     sys.argv = [script, *rest]
     uninstall = None if runtime is None else install(runtime, tokens_from_args(own))
     code: Any = None
@@ -106,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         if runtime is not None and calibrate is not None:
             runtime.start_calibration()
         if runtime is not None and record is not None:
-            runtime.routing = RoutingRecorder()
+            runtime.start_routing()
         if by_name:
             sys.path.insert(0, "")
             runpy.run_module(script, run_name="__main__", alter_sys=True)
@@ -118,12 +121,12 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         if uninstall is not None:
             uninstall()
+        if runtime is not None and record is not None:
+            runtime.save_routing(record)  # also of a script that failed: what is there is as it was
     if runtime is not None and calibrate is not None:
         if code in (None, 0):  # of a script that failed the counts are not all there
             save_profile(runtime, calibrate)
     elif runtime is not None:
-        if record is not None:
-            runtime.save_routing(record)
         conclude(runtime)
     if code is not None:
         sys.exit(code)

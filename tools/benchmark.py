@@ -7,8 +7,9 @@
 
 Every policy runs on the same inputs in the same turns, one after the other, first come first in turn; the
 time of a step is its slowest rank's. A policy is timed only after its output has been checked against
-the same plan computed by another dispatcher. Ratios are to vanilla, stock Megatron, in the same turn. The
-ideal ratio is that of the busiest ranks' rows; its share is how much of that speed-up there is to see.
+the same plan computed by another dispatcher (in virtual-ep, where no layer runs whole, its plan against
+its bounds). Ratios are to vanilla, stock Megatron, in the same turn. The ideal ratio is that of the busiest
+ranks' rows; its share is the ideal ratio over the measured one.
 
 Shapes: T tokens of a source rank, D features, E experts, k experts a token, R ranks.
 """
@@ -21,6 +22,7 @@ import json
 import logging
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -28,7 +30,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +46,7 @@ from moe_layers import (
     Asked,
     Oracle,
     Side,
+    around_plan,
     build_layer,
     device,
     engine,
@@ -63,6 +66,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import (
+    NOTHING_OVER,
     SHAPES,
     VANILLA,
     WORKLOADS,
@@ -75,20 +79,12 @@ from workloads import (
     load_recordings,
     loosened,
     replay,
+    stream,
+    with_visual_share,
 )
 
-from macs import Modality, Plan, PlanStatistics, Tokens, Topology, build_policy, planner
+from macs import Modality, Plan, PlanStatistics, Tokens, Topology, build_policy, loads_of, planner
 from macs.ops import has_triton, kernels
-
-NOTHING_OVER = "macs, nothing over"
-COLLECTIVES = (
-    "all_to_all_single",
-    "all_gather_into_tensor",
-    "all_reduce",
-    "reduce_scatter_tensor",
-    "broadcast",
-    "barrier",
-)
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -112,19 +108,35 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recordings", nargs="+", type=Path, help="one file for each source rank, instead")
     parser.add_argument("--layer", type=int, default=0, help="layer of the recordings")
     parser.add_argument("--json", type=Path, help="append the result, one line")
-    parser.add_argument("--cost-model", type=Path, help="write this machine's figures for simulate.py")
+    parser.add_argument("--cost-model", type=Path, help="figures for what virtual-ep cannot measure")
+    parser.add_argument("--save-cost-model", type=Path, help="write this machine's, for simulate.py")
     parser.add_argument("--plots", type=Path, help="folder for plots")
     arguments = parser.parse_args(given)
-    arguments.shape_name = arguments.shape
-    arguments.shape = SHAPES[arguments.shape]
-    if arguments.recordings:
-        recordings = load_recordings(arguments.recordings)
-        arguments.ranks = len(recordings)
-        known = {"experts": recordings[0].num_experts, "top_k": recordings[0].top_k}
-        arguments.shape = replace(arguments.shape, **known)
-        arguments.workloads = ["recording"]
+    arguments.shape_name, arguments.shape = arguments.shape, SHAPES[arguments.shape]
+    if arguments.mode == "planner" and arguments.shape_name == "cpu":
+        arguments.shape = replace(arguments.shape, tokens=4096)
     if arguments.tokens:
         arguments.shape = replace(arguments.shape, tokens=arguments.tokens)
+    if arguments.recordings:
+        if arguments.mode not in ("layer", "virtual-ep"):
+            parser.error(f"--recordings: found mode {arguments.mode}, expected layer or virtual-ep")
+        recordings = load_recordings(arguments.recordings)
+        arguments.played = replay(recordings, arguments.layer, arguments.shape.tokens)
+        arguments.ranks, arguments.workloads = len(recordings), ["recording"]
+        arguments.shape = replace(
+            arguments.shape,
+            experts=recordings[0].num_experts,
+            top_k=recordings[0].top_k,
+            tokens=len(arguments.played[0][0].kinds),
+        )
+    for name in ("ranks", "steps", "repeats", "threads", "tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: found {value}, expected 1 or more")
+    if arguments.mode != "planner" and arguments.shape.experts % arguments.ranks:
+        parser.error(
+            f"--ranks: found {arguments.ranks}, expected a divisor of the {arguments.shape.experts} experts"
+        )
     if arguments.threads is None:
         processes = arguments.ranks if arguments.mode in ("layer", "generate") else 1
         arguments.threads = max(1, (os.cpu_count() or 1) // processes)
@@ -149,7 +161,7 @@ def running(arguments: argparse.Namespace) -> dict[str, Contender]:
 def steps_of(arguments: argparse.Namespace, workload: str) -> Callable[[int, int], Batch]:
     """The batch of a step and source rank."""
     if arguments.recordings:
-        batches = replay(load_recordings(arguments.recordings), arguments.layer, arguments.tokens)
+        batches = arguments.played
         return lambda step, rank: batches[step % len(batches)][rank]
     return lambda step, rank: draw(workload, arguments.shape, step, rank, arguments.ranks, arguments.seed)
 
@@ -172,20 +184,15 @@ class Done:
     kept_mass: float = 0.0
     mass: float = 0.0
 
-    def add(self, statistics: PlanStatistics, sent: Tensor) -> None:
-        """One step, from this rank's statistics and the rows it sent to others; all ranks together."""
-        total = over_ranks(statistics.pack()) if dist.is_initialized() else statistics.pack().cpu()
-        count = len(statistics.load_after)
+    def add(self, packed: Tensor, experts: int, sent: Tensor) -> None:
+        """One step: its statistics, packed, and the rows sent to others, of all ranks together."""
         names = PlanStatistics.scalar_names()
-        scalars = dict(zip(names, total[: len(names)].tolist(), strict=True))
-        self.experts.append(total[-count:].numpy())
-        self.tokens += scalars["tokens"]
-        self.kept += scalars["kept"]
-        self.rerouted += scalars["rerouted"]
-        self.dropped += scalars["dropped"]
-        self.kept_mass += scalars["kept_mass"]
+        scalars = dict(zip(names, packed[: len(names)].tolist(), strict=True))
+        self.experts.append(packed[-experts:].cpu().numpy())
+        for name in ("tokens", "kept", "rerouted", "dropped", "kept_mass"):
+            setattr(self, name, getattr(self, name) + scalars[name])
         self.mass += scalars["kept_mass"] + scalars["rerouted_mass"] + scalars["dropped_mass"]
-        self.sent += float(over_ranks(sent.double()) if dist.is_initialized() else sent)
+        self.sent += float(sent)
 
     @property
     def busiest(self) -> float:
@@ -230,6 +237,7 @@ def row_of(
     row = {
         "workload": workload,
         "policy": title,
+        "turns": len(turns),
         "ms": statistics.median(turns) / steps,
         "spread": _spread(turns) / steps,
         "ratio": statistics.median(ratios),
@@ -246,7 +254,7 @@ def _spread(values: Sequence[float]) -> float:
     """Between the quartiles."""
     if len(values) < 2:
         return 0.0
-    low, _, high = statistics.quantiles(values, n=4)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return high - low
 
 
@@ -269,7 +277,7 @@ def table_of(rows: Sequence[dict[str, Any]], caption: str) -> Table:
             first,
             row["policy"],
             f"{row['ms']:.1f}",
-            f"{row['ratio']:.3f} ± {row['ratio_spread'] / 2:.3f}",
+            f"{row['ratio']:.3f}" + (f" ± {row['ratio_spread'] / 2:.3f}" if row["turns"] > 1 else ""),
             f"{row['ideal']:.3f}",
             f"{row['share']:.0%}",
             f"{row['straggler']:.3f}",
@@ -307,22 +315,19 @@ def _processor() -> str:
 # layer: all ranks at once.
 
 
-@contextlib.contextmanager
-def counted_collectives() -> Iterator[Counter[str]]:
-    """Calls of every collective within the block, and elements that are sent."""
-    counts: Counter[str] = Counter()
-    with contextlib.ExitStack() as stack:
-        for name in COLLECTIVES:
-            real = getattr(dist, name)
+class Collectives(TorchDispatchMode):
+    """Counts the collectives within its block, whoever calls them, and the elements they are given."""
 
-            def count(*args: Any, real: Any = real, name: str = name, **kwargs: Any) -> Any:
-                counts[name] += 1
-                tensors = [one for one in args if isinstance(one, Tensor)]
-                counts[f"{name} elements"] += tensors[-1].numel() if tensors else 0
-                return real(*args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
 
-            stack.enter_context(mock.patch.object(dist, name, count))
-        yield counts
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.split("::")[1]
+            self.counts[name] += 1
+            self.counts[f"{name} elements"] += sum(one.numel() for one in _tensors((args, kwargs)))
+        return func(*args, **(kwargs or {}))
 
 
 def layer_rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
@@ -354,22 +359,31 @@ def _layer_rank(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
         )
         for workload in arguments.workloads:
             batch_of = steps_of(arguments, workload)
-            steps = []
+            steps, drawn = [], []
             for step in range(arguments.steps):
                 batch = batch_of(step, rank)
                 hidden = features(batch, shape.hidden, step, rank, arguments.seed)
                 steps.append(layout_of(batch, hidden))
+                drawn.append(loads_of(batch.experts, shape.experts))
             done = {title: Done(arguments.ranks, shape.top_k, []) for title in sides}
             good = dict.fromkeys(sides, True)
-            for hidden, modality, logits in steps:
+            for (hidden, modality, logits), loads in zip(steps, drawn, strict=True):
                 asked.logits = logits
                 for title, side in sides.items():
                     output = side(hidden, modality)
                     assert side.plan is not None
-                    done[title].add(side.plan.statistics, sent_by(side.plan, topology, rank))
-                    if title == VANILLA:
-                        good[title] &= torch.equal(output, stock(hidden)[0])
+                    packed = over_ranks(side.plan.statistics.pack())
+                    sent = over_ranks(sent_by(side.plan, topology, rank))
+                    done[title].add(packed, shape.experts, sent)
+                    good[title] &= torch.equal(side.plan.statistics.load_before.cpu(), loads)
+                    good[title] &= sound(side.plan, shape)
                     good[title] &= same_output(output, oracle(hidden, side.plan))
+                    if title == VANILLA:
+                        own = stock(hidden)[0]
+                        # On a GPU the engine itself adds up in another order every time.
+                        exact = device().type == "cpu"
+                        good[title] &= torch.equal(output, own) if exact else same_output(output, own)
+            good = {title: everywhere(value) for title, value in good.items()}
             works = {VANILLA: lambda hidden, modality: stock(hidden)}
             works |= {title: side for title, side in sides.items() if title != VANILLA and good[title]}
             turns: dict[str, list[float]] = {title: [] for title in works}
@@ -377,9 +391,7 @@ def _layer_rank(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
                 spent = dict.fromkeys(works, 0.0)
                 for number, (hidden, modality, logits) in enumerate(steps):
                     asked.logits = logits
-                    titles = list(works)
-                    first = (turn + number) % len(titles)
-                    for title in titles[first:] + titles[:first]:
+                    for title in order_of(works, turn, number):
                         spent[title] += together(partial(works[title], hidden, modality))
                     progress.advance(bar)
                 for title, value in spent.items():
@@ -391,25 +403,55 @@ def _layer_rank(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
                     )
                 else:
                     rows.append({"workload": workload, "policy": title, "failed": "wrong output"})
-            if workload == arguments.workloads[0]:
-                for title, side in list(sides.items())[1:]:
-                    planning[title] = median_of(side.planning(), arguments.repeats)
-                if NOTHING_OVER in sides:
-                    same = _nothing_more(stock, sides[NOTHING_OVER], steps[0][0], steps[0][1])
+            if NOTHING_OVER in sides and not same:
+                same = _nothing_more(stock, sides[NOTHING_OVER], steps[0][0], steps[0][1])
+        # Planners on a batch of no workload, in which as much is over capacity as in a middling one.
+        batch = calibrating(shape, rank, arguments.seed)
+        hidden, modality, asked.logits = layout_of(batch, features(batch, shape.hidden, 0, rank))
+        for title, side in list(sides.items())[1:]:
+            side(hidden, modality)
+            planning[title] = median_of(side.planning(), 5)
         model = measured_costs(arguments, stock, asked, planning)
     return {"rows": rows, "under_capacity": same, "cost_model": asdict(model)}
 
 
+def order_of(titles: Iterable[str], turn: int, step: int) -> list[str]:
+    """In which order a step's policies run: another every time, the same on every rank."""
+    found = list(titles)
+    random.Random(f"{turn}|{step}").shuffle(found)
+    return found
+
+
+def everywhere(value: bool) -> bool:
+    """Whether it holds on every rank."""
+    return bool(over_ranks(torch.tensor(int(value)), dist.ReduceOp.MIN))
+
+
+def sound(plan: Plan, shape: Shape) -> bool:
+    """Whether a plan gives no token an expert twice, weighs nothing that is dropped, and counts its rows."""
+    experts = plan.experts
+    ordered = experts.sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    weightless = bool((plan.weights[experts < 0] == 0).all())
+    counted = torch.equal(plan.statistics.load_after, loads_of(experts, shape.experts))
+    return weightless and counted and not bool(twice.any())
+
+
+def calibrating(shape: Shape, rank: int, seed: int) -> Batch:
+    """A batch of no workload: half of it visual."""
+    return with_visual_share(0.5)(shape, 0, rank, 1, stream("calibrating", seed, 0, rank))
+
+
 def _nothing_more(stock: Any, side: Side, hidden: Tensor, modality: Modality) -> dict[str, Any]:
     """What stock Megatron sends, and what MACS does where nothing is over capacity."""
-    with counted_collectives() as before:
+    with Collectives() as before:
         expected = stock(hidden)[0]
-    with counted_collectives() as after:
+    with Collectives() as after:
         found = side(hidden, modality)
     return {
-        "stock": dict(before),
-        "macs": dict(after),
-        "same_collectives": before == after,
+        "stock": dict(before.counts),
+        "macs": dict(after.counts),
+        "same_collectives": before.counts == after.counts,
         "same_bits": torch.equal(found, expected),
     }
 
@@ -420,19 +462,16 @@ def measured_costs(
     """This machine's figures, from calls that no workload makes: experts with as many rows each, exchanges
     between all, and two layers under even routing, of all tokens and of half."""
     shape, ranks = arguments.shape, arguments.ranks
-    local = shape.experts // ranks
-    even = shape.tokens * shape.top_k // local
-    counts = [1, *sorted({max(2, even // divisor) for divisor in (16, 4, 2, 1)}), 2 * even + 2, 4 * even + 4]
-    each = [median_of(run_experts(stock, [count] * local, shape.hidden), 3) / local for count in counts]
-    each = list(np.maximum.accumulate(each))
+    local, even = shape.experts // ranks, shape.tokens * shape.top_k * ranks // shape.experts
+    rows, ms = expert_curve(stock, local, even, shape.hidden)
     # While the others wait: processes of one CPU share its memory and its clock.
     spread_out = median_of(run_experts(stock, [even] * local, shape.hidden), 5)
     alone = median_of(_first_alone(run_experts(stock, [even] * local, shape.hidden)), 5) / spread_out
     size = shape.hidden * next(stock.experts.parameters()).element_size()
     latency, rate = measured_exchange(ranks, shape, size)
     model = CostModel(
-        rows=[float(count) for count in counts],
-        ms=[float(value) for value in each],
+        rows=rows,
+        ms=ms,
         fixed_ms=0.0,
         row_ms=0.0,
         latency_ms=latency,
@@ -441,7 +480,9 @@ def measured_costs(
         node=ranks,
         row_bytes=size,
         alone=min(1.0, alone),
-        expert_bytes=3 * shape.hidden * shape.ffn * next(stock.experts.parameters()).element_size(),
+        hidden=shape.hidden,
+        ffn=shape.ffn,
+        tokens=shape.tokens,
         planner_ms=planning,
         origin=f"measured: {ranks} processes, {machine(arguments)['device']}",
     )
@@ -460,6 +501,13 @@ def measured_costs(
     row_ms = max(0.0, slope)
     fixed = max(0.0, left[1] - row_ms * shape.tokens * shape.top_k)
     return replace(model, row_ms=row_ms, fixed_ms=fixed)
+
+
+def expert_curve(layer: Any, local: int, even: int, hidden: int) -> tuple[list[float], list[float]]:
+    """Rows of an expert, from hardly any to four times an even share, and ms for them."""
+    rows = [1, *sorted({max(2, even // part) for part in (16, 4, 2, 1)}), 2 * even + 2, 4 * even + 4]
+    ms = [median_of(run_experts(layer, [count] * local, hidden), 3) / local for count in rows]
+    return [float(count) for count in rows], np.maximum.accumulate(ms).tolist()
 
 
 def _first_alone(work: Callable[[], Any]) -> Callable[[], Any]:
@@ -503,28 +551,47 @@ def run_layer(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
             f"Nothing over capacity: collectives {'the same' if same['same_collectives'] else 'NOT the same'}"
             f" ({same['stock']}), output bit for bit {'the same' if same['same_bits'] else 'NOT the same'}."
         )
-    if arguments.cost_model:
-        CostModel(**found["cost_model"]).save(arguments.cost_model)
+    if arguments.save_cost_model:
+        CostModel(**found["cost_model"]).save(arguments.save_cost_model)
+    for line in at_same_mass(found["rows"]):
+        console.print(line)
     return found
+
+
+def at_same_mass(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a baseline takes, between its bounds, when it keeps as much combine mass as MACS does."""
+    lines = []
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        mine = [row for row in rows if row["workload"] == workload and "failed" not in row]
+        macs = next((row for row in mine if row["policy"] == "macs"), None)
+        for title in ("token drop", "expanded drop"):
+            ladder = sorted(
+                (row["kept_mass"], row["ratio"]) for row in mine if row["policy"].startswith(title)
+            )
+            if macs is None or len(ladder) < 2 or not ladder[0][0] <= macs["kept_mass"] <= ladder[-1][0]:
+                continue
+            ratio = float(np.interp(macs["kept_mass"], *zip(*ladder, strict=True)))
+            lines.append(
+                f"{workload}: keeping {macs['kept_mass']:.3f} of the mass, {title} takes {ratio:.3f} of "
+                f"vanilla's time, macs {macs['ratio']:.3f} (which reroutes {macs['rerouted']:.1%} besides)"
+            )
+    return lines
 
 
 # virtual-ep: one process, every rank's experts in turn.
 
 
 def run_virtual(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Layer time = slowest source + exchanges + slowest rank's experts. All but the exchanges is measured
-    here; those are modelled, from the cost model's figures where one is given, else as memory copies."""
+    """Layer time = slowest source + exchanges + slowest rank's experts: planners and experts are measured,
+    the rest follows the figures of ``--cost-model``, or copies in memory where none is given."""
     shape, ranks = arguments.shape, arguments.ranks
-    if shape.experts % ranks:
-        raise ValueError(f"--ranks: found {ranks}, expected a divisor of the {shape.experts} experts")
     rows: list[dict[str, Any]] = []
     chosen = running(arguments)
     with engine(), torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         join(0, 1, folder)
         # A rank's share of the experts, whose weights play every rank's in turn.
-        local = replace(shape, experts=shape.experts // ranks, top_k=1)
-        layer = build_layer(local, None)
-        model = virtual_costs(arguments, layer)
+        layer = build_layer(replace(shape, experts=shape.experts // ranks, top_k=1), None)
+        model = virtual_costs(arguments, chosen, layer)
         with Progress(console=Console(stderr=True)) as progress:
             bar = progress.add_task("measuring", total=len(arguments.workloads) * arguments.steps)
             for workload in arguments.workloads:
@@ -532,48 +599,50 @@ def run_virtual(arguments: argparse.Namespace, console: Console) -> dict[str, An
         dist.destroy_process_group()
     caption = (
         f"One process of {arguments.threads} thread(s) as {ranks} ranks, T {shape.tokens} a rank, "
-        f"D {shape.hidden}, FFN {shape.ffn} (gated), E {shape.experts}, k {shape.top_k}. Experts and "
-        "planners are measured, on every rank's real rows; routers, permutations and exchanges are modelled "
-        f"({model.origin})."
+        f"D {shape.hidden}, FFN {shape.ffn} (gated), E {shape.experts}, k {shape.top_k}. Experts are "
+        "measured on every rank's real rows, planners on the first source's; routers, permutations and "
+        f"exchanges are modelled ({model.origin})."
     )
     console.print(table_of(rows, caption))
-    if arguments.cost_model and not arguments.cost_model.exists():
-        model.save(arguments.cost_model)
+    if arguments.save_cost_model:
+        model.save(arguments.save_cost_model)
     return {"rows": rows, "cost_model": asdict(model)}
 
 
-def virtual_costs(arguments: argparse.Namespace, layer: Any) -> CostModel:
-    """This process's expert times; of the rest what ``--cost-model`` says, if there is such a file."""
+def virtual_costs(arguments: argparse.Namespace, chosen: dict[str, Contender], layer: Any) -> CostModel:
+    """This process's times of experts and planners; the rest as ``--cost-model`` says, if it is given."""
     shape, ranks = arguments.shape, arguments.ranks
-    local = shape.experts // ranks
-    even = shape.tokens * shape.top_k // local
-    counts = [1, *sorted({max(2, even // part) for part in (16, 4, 2, 1)}), 2 * even + 2, 4 * even + 4]
-    each = [median_of(run_experts(layer, [count] * local, shape.hidden), 3) / local for count in counts]
     size = shape.hidden * next(layer.experts.parameters()).element_size()
-    if arguments.cost_model and arguments.cost_model.exists():
-        rest = CostModel.load(arguments.cost_model)
-    else:
-        given = torch.zeros(shape.tokens * shape.top_k, shape.hidden, device=device())
-        copy = median_of(given.clone, 5)
-        rest = CostModel(
-            rows=[0.0, 1.0],
-            ms=[0.0, 0.0],
-            fixed_ms=0.0,
-            row_ms=2 * copy / len(given),
-            latency_ms=0.0,
-            inside_gbs=given.nbytes / copy / 1e6,
-            beyond_gbs=given.nbytes / copy / 1e6,
-            node=ranks,
-            row_bytes=size,
-            expert_bytes=0,
-            origin="as copies in memory",
-        )
-    return replace(
-        rest,
-        rows=[float(count) for count in counts],
-        ms=[float(value) for value in np.maximum.accumulate(each)],
+    even = shape.tokens * shape.top_k * ranks // shape.experts
+    rows, ms = expert_curve(layer, shape.experts // ranks, even, shape.hidden)
+    batch = calibrating(shape, 0, arguments.seed)
+    planning = {}
+    for title, contender in list(chosen.items())[1:]:
+        planning[title] = median_of(planned(shape, contender, ranks, 0, batch, 0), 5)
+    given = torch.zeros(shape.tokens * shape.top_k, shape.hidden, device=device())
+    copy = median_of(given.clone, 5)
+    own = CostModel(
+        rows=rows,
+        ms=ms,
+        fixed_ms=0.0,
+        row_ms=2 * copy / len(given),
+        latency_ms=0.0,
+        inside_gbs=given.nbytes / copy / 1e6,
+        beyond_gbs=given.nbytes / copy / 1e6,
         node=ranks,
+        row_bytes=size,
+        hidden=shape.hidden,
+        ffn=shape.ffn,
+        tokens=shape.tokens,
+        planner_ms=planning,
+        origin="as copies in memory",
     )
+    if arguments.cost_model is None:
+        return own
+    rest = CostModel.load(arguments.cost_model)
+    rest.check(shape)
+    # Ranks are played one after the other: each has the machine to itself.
+    return replace(rest, rows=rows, ms=ms, node=ranks, alone=1.0, planner_ms=planning, tokens=shape.tokens)
 
 
 def _virtual_workload(
@@ -588,53 +657,64 @@ def _virtual_workload(
     shape, ranks = arguments.shape, arguments.ranks
     batch_of = steps_of(arguments, workload)
     done = {title: Done(ranks, shape.top_k, []) for title in chosen}
-    spent = {title: [0.0] * arguments.repeats for title in chosen}
+    measured, modelled = dict.fromkeys(chosen, 0.0), dict.fromkeys(chosen, 0.0)
+    good = dict.fromkeys(chosen, True)
     for step in range(arguments.steps):
         batches = [batch_of(step, rank) for rank in range(ranks)]
-        asked: dict[str, Tensor] = {}
+        loads: dict[str, Tensor] = {}
         for title, contender in chosen.items():
-            parts, planning = [], 0.0
+            statistics_of, sent, parts = [], torch.zeros(()), []
             for rank, batch in enumerate(batches):
-                topology = Topology(shape.experts, ranks, sources=(rank,))
-                policy = build_policy(contender.policy, contender.config, topology, shape.top_k)
-                hidden = features(batch, shape.hidden, step, rank, arguments.seed).to(device())
-                inputs = [one.to(device()) for one in (batch.experts, batch.weights, batch.scores)]
-                tokens = Tokens.batch_major(Modality.of(batch.kinds[None].to(device())))
-                plan = policy.plan(hidden, *inputs, tokens)
+                work = planned(shape, contender, ranks, step, batch, rank, arguments.seed)
+                plan = work()
+                good[title] &= sound(plan, shape)
                 if title != VANILLA and rank == 0:
-                    planning = median_of(partial(policy.plan, hidden, *inputs, tokens), 3)
-                _add_alone(done[title], plan, topology, rank)
+                    measured[title] += median_of(work, 3)
+                statistics_of.append(plan.statistics.pack())
                 parts.append(plan.statistics.load_after)
-            asked[title] = torch.stack(parts).cpu()
-            rest = model.layer(asked[title].numpy())
-            for turn in range(arguments.repeats):
-                spent[title][turn] += rest.source + rest.exchange + planning
-        by_rank = {title: table.view(ranks, ranks, -1).sum(0).tolist() for title, table in asked.items()}
-        for turn in range(arguments.repeats):
-            titles = list(chosen)
-            first = (turn + step) % len(titles)
-            for title in titles[first:] + titles[:first]:
-                times = []
-                for counts in by_rank[title]:
-                    works = run_experts(layer, [int(count) for count in counts], shape.hidden)
-                    times.append(milliseconds(works))
-                spent[title][turn] += max(times)
+                sent = sent + sent_by(plan, Topology(shape.experts, ranks), rank).cpu()
+            done[title].add(torch.stack(statistics_of).sum(0), shape.experts, sent)
+            loads[title] = torch.stack(parts).cpu()
+            rest = model.layer(loads[title].numpy())
+            modelled[title] += rest.source + rest.exchange
+        times: dict[str, list[list[float]]] = {title: [] for title in chosen}
+        for turn in range(arguments.repeats + 1):
+            for title in order_of(chosen, turn, step):
+                by_rank = loads[title].view(ranks, ranks, -1).sum(0).tolist()
+                works = [run_experts(layer, [int(count) for count in rows], shape.hidden) for rows in by_rank]
+                times[title].append([milliseconds(work) for work in works])
+        for title, turns in times.items():
+            # The first turn warms up. A rank's time is its median: a maximum of single ones would be noise.
+            measured[title] += float(np.median(turns[1:], axis=0).max())
         progress.advance(bar)
-    return [
-        row_of(workload, title, done[title], done[VANILLA], spent[title], spent[VANILLA]) for title in chosen
-    ]
+    rows = []
+    for title in chosen:
+        if not good[title]:
+            rows.append({"workload": workload, "policy": title, "failed": "unsound plan"})
+            continue
+        total, base = measured[title] + modelled[title], measured[VANILLA] + modelled[VANILLA]
+        row = row_of(workload, title, done[title], done[VANILLA], [total], [base])
+        rows.append(row | {"measured_ms": measured[title] / arguments.steps})
+    return rows
 
 
-def _add_alone(done: Done, plan: Plan, topology: Topology, rank: int) -> None:
-    """A source rank's part of a step; the first of them opens the step."""
-    own = Done(done.ranks, done.top_k, [])
-    own.add(plan.statistics, sent_by(plan, topology, rank))
-    if rank == 0:
-        done.experts.append(own.experts[0])
-    else:
-        done.experts[-1] = done.experts[-1] + own.experts[0]
-    for name in ("tokens", "sent", "kept", "rerouted", "dropped", "kept_mass", "mass"):
-        setattr(done, name, getattr(done, name) + getattr(own, name))
+def planned(
+    shape: Shape,
+    contender: Contender,
+    ranks: int,
+    step: int,
+    batch: Batch,
+    rank: int,
+    seed: int = 0,
+) -> Callable[[], Plan]:
+    """A call that plans a source rank's batch."""
+    topology = Topology(shape.experts, ranks, sources=(rank,))
+    policy = build_policy(contender.policy, contender.config, topology, shape.top_k)
+    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    hidden = features(batch, shape.hidden, step, rank, seed).to(device(), kind)
+    inputs = [one.to(device()) for one in (batch.experts, batch.weights, batch.scores)]
+    tokens = Tokens.batch_major(Modality.of(batch.kinds[None].to(device())))
+    return lambda: policy.plan(hidden, *inputs, tokens)
 
 
 # planner: its parts, its growth, its memory.
@@ -709,14 +789,7 @@ def planned_alone(
     shape: Shape, contender: Contender, ranks: int, workload: str = "image-flood"
 ) -> Callable[[], Plan]:
     """A call that plans one source rank's tokens of a workload."""
-    batch = draw(workload, shape, 0, 0, ranks)
-    topology = Topology(shape.experts, ranks, sources=(0,))
-    policy = build_policy(contender.policy, contender.config, topology, shape.top_k)
-    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    hidden = features(batch, shape.hidden, 0, 0).to(device(), kind)
-    inputs = [one.to(device()) for one in (batch.experts, batch.weights, batch.scores)]
-    tokens = Tokens.batch_major(Modality.of(batch.kinds[None].to(device())))
-    return lambda: policy.plan(hidden, *inputs, tokens)
+    return planned(shape, contender, ranks, 0, draw(workload, shape, 0, 0, ranks), 0)
 
 
 def router_pass(shape: Shape) -> Callable[[], Any]:
@@ -727,8 +800,6 @@ def router_pass(shape: Shape) -> Callable[[], Any]:
 
 def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     shape, ranks = arguments.shape, max(arguments.ranks, 8)
-    if not arguments.tokens:
-        shape = replace(shape, tokens=2 * shape.tokens)
     names = arguments.policies or ["macs paper", "macs", "token drop", "rank-balanced"]
     chosen = {title: contenders(arguments.straggler)[title] for title in names}
     found: dict[str, Any] = {"tokens": shape.tokens, "virtual_ranks": ranks, "policies": {}}
@@ -742,15 +813,20 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
         asked.logits = logits
         works = {title: planned_alone(shape, one, ranks) for title, one in chosen.items()}
         layers, spent = [], {title: [] for title in works}
-        stock(hidden)
+        around = around_plan(batch.experts.to(device()), batch.scores.to(device()))
+        plans = {title: work() for title, work in works.items()}
+        beside: dict[str, list[float]] = {title: [] for title in works}
         for turn in range(arguments.repeats + 1):
+            stock(hidden)
             layers.append(milliseconds(partial(stock, hidden)))
             for title, work in works.items():
                 work()
                 spent[title].append(milliseconds(work))
+                around(plans[title])
+                beside[title].append(milliseconds(partial(around, plans[title])))
             if turn == 0:
                 layers.clear()
-                for values in spent.values():
+                for values in (*spent.values(), *beside.values()):
                     values.clear()
         layer_ms = statistics.median(layers)
         for title, work in works.items():
@@ -763,8 +839,10 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
                 work()
             found["policies"][title] = {
                 "ms": statistics.median(spent[title]),
+                "around_ms": statistics.median(beside[title]),
                 "share": statistics.median(
-                    mine / layer for mine, layer in zip(spent[title], layers, strict=True)
+                    (mine + other) / layer
+                    for mine, other, layer in zip(spent[title], beside[title], layers, strict=True)
                 ),
                 "parts": {part: statistics.median(one.get(part, 0.0) for one in parts) for part in PARTS},
                 "operators": watch.operators,
@@ -772,6 +850,7 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
             }
             # Where k E is more than D.
             work = planned_alone(replace(shape, experts=512), chosen[title], ranks)
+            work()
             with Watch() as watch:
                 work()
             found["policies"][title]["largest_tensor_at_512"] = watch.largest
@@ -869,7 +948,8 @@ def _show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None
         table.add_row(name, *(show(found["policies"][title]) for title in titles))
 
     line("planner, ms", lambda one: f"{one['ms']:.1f}")
-    line("share of a vanilla layer", lambda one: f"{one['share']:.1%}")
+    line("in and out of Megatron, ms", lambda one: f"{one['around_ms']:.1f}")
+    line("both, share of a vanilla layer", lambda one: f"{one['share']:.1%}")
     table.add_section()
     for part in PARTS:
         line(f"{part}, ms", lambda one, part=part: f"{one['parts'][part]:.2f}")
@@ -944,7 +1024,7 @@ def run_generate(arguments: argparse.Namespace, console: Console) -> dict[str, A
             f"{row['prompt_ratio']:.3f}",
             f"{row['ms']:.0f}",
             f"{row['ratio']:.3f}",
-            f"{row['straggler']:.3f}",
+            "" if row["straggler"] is None else f"{row['straggler']:.3f}",
         )
     console.print(table)
     return found
@@ -1004,9 +1084,9 @@ def main() -> None:
     started = time.time()
     found = RUNS[arguments.mode](arguments, console)
     told = {
-        name: str(value) if isinstance(value, Path) else value
+        name: str(value) if isinstance(value, (Path, list)) and name != "ladder" else value
         for name, value in vars(arguments).items()
-        if name not in ("shape", "recordings", "json", "plots", "cost_model")
+        if name not in ("shape", "played")
     }
     result = {
         "mode": arguments.mode,
@@ -1026,8 +1106,11 @@ def main() -> None:
             arguments.plots / f"{arguments.mode}-{arguments.ranks}.png",
             f"{arguments.mode}, {arguments.ranks} ranks, {machine(arguments)['device']}",
         )
+    same = found.get("under_capacity")
     if any("failed" in row for row in found.get("rows", ())):
         sys.exit("benchmark: some output was wrong; see the table")
+    if same and not (same["same_collectives"] and (same["same_bits"] or torch.cuda.is_available())):
+        sys.exit("benchmark: with nothing over capacity MACS does not do what stock Megatron does")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from workloads import Shape
+from workloads import VANILLA, Shape
+
+
+def at_home(experts: int, ranks: int) -> np.ndarray:
+    """Every expert on its own rank: neighbours together. [E, R]"""
+    return np.repeat(np.eye(ranks), experts // ranks, 0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,9 @@ class CostModel:
     beyond_gbs
     node             ranks of a node
     row_bytes        of one token's features as they are sent
-    planner_ms       by policy ("*": any other), for one source's tokens
+    hidden, ffn      the layer's
+    tokens           of a source, for which planner_ms is
+    planner_ms       by policy ("*": any other), with what surrounds the plan in the engine
     origin           where the figures come from
     """
 
@@ -58,10 +65,25 @@ class CostModel:
     beyond_gbs: float
     node: int
     row_bytes: int
-    expert_bytes: int
+    hidden: int
+    ffn: int
+    tokens: int
     alone: float = 1.0
     planner_ms: dict[str, float] = field(default_factory=dict)
     origin: str = "measured"
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert's weights, which are as precise as the features."""
+        return 3 * self.ffn * self.row_bytes
+
+    def planning_ms(self, title: str, tokens: int) -> float:
+        """Of a policy, which grows with the tokens of a source; nothing for vanilla."""
+        if title == VANILLA:
+            return 0.0
+        if title not in self.planner_ms and "*" not in self.planner_ms:
+            raise ValueError(f"cost model: found no planner_ms of {title!r} among {sorted(self.planner_ms)}")
+        return self.planner_ms.get(title, self.planner_ms.get("*", 0.0)) * tokens / self.tokens
 
     def expert_ms(self, rows: np.ndarray) -> np.ndarray:
         """Of experts that compute so many rows each, any shape."""
@@ -73,11 +95,11 @@ class CostModel:
         """Of the slowest rank, all having begun together: rows [R, experts]."""
         each = self.expert_ms(rows).sum(1)
         slowest = each.max()
-        others = (each.sum() - slowest) / max(1, len(each) - 1)
+        others = (each.sum() - slowest) / (len(each) - 1) if len(each) > 1 else slowest
         return float(self.alone * slowest + (1 - self.alone) * others)
 
-    def exchange_ms(self, sent: np.ndarray, size: float | None = None) -> float:
-        """One exchange: sent [R, R] rows from source to destination, of ``size`` bytes each."""
+    def exchange_ms(self, sent: np.ndarray) -> float:
+        """One exchange: sent [R, R] rows from source to destination."""
         ranks = len(sent)
         if ranks == 1:
             return 0.0
@@ -87,22 +109,30 @@ class CostModel:
 
         def busiest(who: np.ndarray) -> float:
             there = np.where(who, sent, 0)
-            return max(there.sum(0).max(), there.sum(1).max()) * (size or self.row_bytes)
+            return max(there.sum(0).max(), there.sum(1).max()) * self.row_bytes
 
         # Both networks work at once.
         slowest = max(busiest(near) / self.inside_gbs, busiest(far) / self.beyond_gbs)
         return self.latency_ms + slowest / 1e6
 
-    def layer(self, asked: np.ndarray, planner: str | None = None) -> Breakdown:
-        """Of a layer whose sources ask for so many rows: asked [R, E]."""
+    def layer(
+        self, asked: np.ndarray, planning: float = 0.0, share: np.ndarray | None = None, moving: float = 0.0
+    ) -> Breakdown:
+        """Of a layer whose sources ask for so many rows: asked [R, E].
+
+        planning, moving: ms for the plan, and for weights that are sent. share [E, R]: what part of an
+        expert's rows every rank computes, if not all at home.
+        """
         ranks, experts = asked.shape
-        sent = asked.reshape(ranks, ranks, experts // ranks).sum(2)
-        rows = asked.sum(0).reshape(ranks, -1)
+        share = at_home(experts, ranks) if share is None else share
+        sent = asked @ share
+        # Of every rank the experts it has a part of.
+        rows = (asked.sum(0)[:, None] * share).T
         handled = (sent.sum(1).max() + sent.sum(0).max()) / 2
         return Breakdown(
             source=self.fixed_ms + self.row_ms * handled,
-            planner=0.0 if planner is None else self.planner_ms.get(planner, self.planner_ms.get("*", 0.0)),
-            exchange=self.exchange_ms(sent) + self.exchange_ms(sent.T),
+            planner=planning,
+            exchange=self.exchange_ms(sent) + self.exchange_ms(sent.T) + moving,
             experts=self.experts_ms(rows),
         )
 
@@ -116,6 +146,14 @@ class CostModel:
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"cost model {path}: {error}") from error
+
+    def check(self, shape: Shape) -> None:
+        """Raise a ``ValueError`` if it is of another layer."""
+        if (self.hidden, self.ffn) != (shape.hidden, shape.ffn):
+            raise ValueError(
+                f"cost model: found one of D {self.hidden}, FFN {self.ffn}, expected D {shape.hidden}, FFN "
+                f"{shape.ffn}; measure that shape, or name the shape it is of"
+            )
 
 
 def stated_h100(shape: Shape) -> CostModel:
@@ -137,7 +175,9 @@ def stated_h100(shape: Shape) -> CostModel:
         beyond_gbs=43.0,
         node=8,
         row_bytes=2 * shape.hidden,
-        expert_bytes=expert_bytes,
+        hidden=shape.hidden,
+        ffn=shape.ffn,
+        tokens=shape.tokens,
         planner_ms={"*": 0.3},
         origin="stated, not measured: H100 data sheet, DeepEP's published bandwidths",
     )

@@ -7,6 +7,7 @@ prompts, and by themselves while they answer. Image tokens are one input id, fou
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 import warnings
@@ -32,7 +33,7 @@ from megatron.core.transformer.enums import AttnBackend
 from moe_layers import Asked, device, force, settings_of, together
 from tiny_vlm.megatron_engine import greedy, wrapper_arguments
 from torch import Tensor
-from workloads import VANILLA, Batch, Contender, Shape, draw
+from workloads import NOTHING_OVER, VANILLA, Batch, Contender, Shape, draw
 
 from macs import TEXT, Runtime
 from megatron_macs import attach_modality, with_macs
@@ -129,14 +130,19 @@ def prompts_of(batch: Batch, length: int) -> tuple[Tensor, Tensor]:
 def measure(
     shape: Shape, chosen: dict[str, Contender], arguments: argparse.Namespace, rank: int
 ) -> dict[str, Any]:
-    """Rows of the table, on every rank alike."""
+    """Rows of the table, on every rank alike: of a workload's first step, which every turn repeats.
+
+    No policy is timed unless the planned model, planning nothing, answers as the stock one does.
+    """
     length = shape.tokens // PROMPTS
-    asked = Asked()
+    asked = Asked(own_otherwise=True)
     runtime = Runtime()
+    rng = random.Random(0)
     stock = build(shape, None, asked)
     planned = build(shape, runtime, asked, stock)
     attach_modality(planned, image_token_id=IMAGE_ID)
     engines = {title: Prompted(planned, length) for title in chosen}
+    planned_engine = next((engines[title] for title in chosen if title != VANILLA), Prompted(planned, length))
     engines[VANILLA] = Prompted(stock, length)
     rows = []
     for workload in arguments.workloads:
@@ -147,7 +153,7 @@ def measure(
         stragglers: dict[str, float] = {}
         answers: dict[str, Any] = {}
         for turn in range(arguments.repeats + 1):
-            for title, contender in chosen.items():
+            for title, contender in rng.sample(list(chosen.items()), len(chosen)):
                 runtime.use(contender.policy, contender.config.updated(min_tokens=64))
                 for layer in runtime.layers:
                     layer.prepare(device())
@@ -157,6 +163,13 @@ def measure(
                     times[title].append(spent)
                     continue
                 answers[title] = engine(ids, NEW_TOKENS)
+                if title == VANILLA:
+                    runtime.use(VANILLA)
+                    counted = planned_engine(ids, NEW_TOKENS)
+                    if counted != answers[title]:
+                        raise RuntimeError(
+                            f"generate: stock answers {answers[title]}, counted ones {counted}"
+                        )
                 if title != VANILLA:
                     reports = runtime.reports(parallel_state.get_expert_model_parallel_group())
                     stragglers[title] = float(reports[0].straggler("after").mean())
@@ -164,7 +177,10 @@ def measure(
         for title in chosen:
             if len(answers[title]) != PROMPTS or any(len(one) != NEW_TOKENS for one in answers[title]):
                 raise RuntimeError(f"{title}: found {answers[title]}, expected {NEW_TOKENS} tokens a prompt")
-            rows.append({"workload": workload, "policy": title, "straggler": stragglers.get(title, 1.0)})
+            same = answers[title] == answers[VANILLA]
+            if title == NOTHING_OVER and not same:
+                raise RuntimeError(f"{title}: found {answers[title]}, expected vanilla's {answers[VANILLA]}")
+            rows.append({"workload": workload, "policy": title, "straggler": stragglers.get(title)})
             for index, name in ((0, "prompt_"), (1, "")):
                 own = [one[index] for one in times[title]]
                 ratios = [one / base[index] for one, base in zip(own, times[VANILLA], strict=True)]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,8 +26,9 @@ from torch.nn import functional
 from workloads import Batch, Contender, Shape
 
 import macs
-from macs import Plan, Runtime
+from macs import Plan, Runtime, full_scores
 from megatron_macs import cpu_engine, with_macs
+from megatron_macs.dispatcher import chosen_experts
 
 
 def device() -> torch.device:
@@ -42,6 +44,10 @@ def engine() -> AbstractContextManager[Any]:
 def join(rank: int, world: int, folder: str) -> None:
     """Process group and Megatron's parallel groups: experts are spread over all processes."""
     if torch.cuda.is_available():
+        if torch.cuda.device_count() < world:
+            raise RuntimeError(
+                f"--ranks: found {world}, but this machine has {torch.cuda.device_count()} GPUs"
+            )
         torch.cuda.set_device(rank)
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
@@ -50,6 +56,8 @@ def join(rank: int, world: int, folder: str) -> None:
         world_size=world,
     )
     parallel_state.initialize_model_parallel(expert_model_parallel_size=world)
+    if torch.cuda.is_available():
+        model_parallel_cuda_manual_seed(0)
 
 
 def settings_of(shape: Shape, world: int, dispatcher: str = "alltoall", **more: Any) -> TransformerConfig:
@@ -105,9 +113,11 @@ def build_layer(
 
 @dataclass
 class Asked:
-    """What the layers are to be routed by, now; calls on another number of tokens route themselves."""
+    """What the layers are to be routed by, now. own_otherwise: calls on another number of tokens, as in
+    decoding, route themselves; else they are an error."""
 
     logits: Tensor | None = None
+    own_otherwise: bool = False
 
 
 def force(layer: nn.Module, asked: Asked) -> None:
@@ -116,8 +126,16 @@ def force(layer: nn.Module, asked: Asked) -> None:
 
     def gating(hidden: Tensor) -> Tensor:
         logits = own(hidden)
-        forced = asked.logits is not None and asked.logits.numel() == logits.numel()
-        return asked.logits.view_as(logits) if forced else logits
+        if asked.logits is None:
+            return logits
+        if asked.logits.numel() == logits.numel():
+            return asked.logits.view_as(logits)
+        if asked.own_otherwise:
+            return logits
+        raise ValueError(
+            f"routing: found a call on {logits.numel() // logits.shape[-1]} tokens, asked for "
+            f"{asked.logits.numel() // logits.shape[-1]}"
+        )
 
     layer.router.gating = gating
 
@@ -147,9 +165,27 @@ class Side:
             return self.layer(hidden)[0]
 
     def planning(self) -> Callable[[], Any]:
-        """The planner alone, on what it got last."""
+        """The planner, and what is done around it, on what it got last."""
         inputs = self.inputs
-        return lambda: self.macs.planner.plan(*inputs)
+        around = around_plan(inputs[1], inputs[3])
+        return lambda: around(self.macs.planner.plan(*inputs))
+
+
+def around_plan(experts: Tensor, scores: Tensor) -> Callable[[Plan], Any]:
+    """What the Megatron adapter does beside a plan: the scores of all experts, the router's choice out of its
+    map, the plan into a map. experts int64 [T, k], scores [T, E]."""
+    logits = scores.clamp(min=1e-30).log()
+    count = scores.shape[1]
+    probs = torch.zeros_like(scores).scatter(1, experts, 1.0)
+    routing_map = probs > 0
+
+    def around(plan: Plan) -> Any:
+        full_scores(logits, "softmax")
+        chosen = chosen_experts(routing_map, experts.shape[1])
+        probs.gather(1, chosen.clamp(min=0))
+        return plan.as_map(count)
+
+    return around
 
 
 class Oracle:
@@ -185,6 +221,7 @@ def over_ranks(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
 def milliseconds(work: Callable[[], Any]) -> float:
     """Of one call on this process: by the clock, or by events on a GPU."""
     if torch.cuda.is_available():
+        torch.cuda.synchronize()  # what is queued before is not its own
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
         work()

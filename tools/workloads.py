@@ -56,6 +56,10 @@ class Batch:
         """What a softmax router, weights normalised over its choice, must see to do the same. [T, E]"""
         return self.scores.clamp(min=1e-30).log()
 
+    def first(self, count: int) -> Batch:
+        """Of so many tokens."""
+        return Batch(self.experts[:count], self.weights[:count], self.scores[:count], self.kinds[:count])
+
     @property
     def tokens(self) -> Tokens:
         return Tokens.batch_major(self.modality)
@@ -109,7 +113,7 @@ def _w(number: int) -> Draw:
             3: (three_in_four, (2 * torch.arange(max(k, experts // 2)) % experts).unique()),
             4: (nobody, torch.arange(most)),
             5: (everyone, torch.arange(experts // 2, experts)),
-            6: (three_in_four, (step // 3 % 4 * most + torch.arange(most)) % experts),
+            6: (three_in_four, (step // 3 * most + torch.arange(most)) % experts),
             7: (token % 2 == 0 if step % 4 == 3 else nobody, torch.arange(most)),
         }[number]
         return _picked(shape, _from_pools(shape, hot, pool, generator), generator)
@@ -139,7 +143,7 @@ def _visual_experts(shape: Shape) -> Tensor:
 
 
 def _mixed(share: float, lean: float = 0.8) -> Draw:
-    """So large a share of visual tokens, in pictures of 64 rows, that lean to the visual experts."""
+    """So large a share of visual tokens, which lean to the visual experts."""
 
     def draw(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
         visual = torch.arange(shape.tokens) < round(share * shape.tokens)
@@ -200,19 +204,23 @@ def with_visual_share(share: float) -> Draw:
 
 
 def features(batch: Batch, size: int, step: int, rank: int, seed: int = 0) -> Tensor:
-    """hidden float32 [T, D]: unit normal; a visual row is close to what its whole batch has in common
-    (background) or far from it, and flat or peaked, by a share drawn for it."""
+    """hidden float32 [T, D]: unit normal; a visual row is close to what all visual rows of a run have in
+    common (background) or far from it, and flat or peaked, by a share drawn for it; those of a video in
+    runs of 64 that hardly differ."""
     generator = stream("features", seed, step, rank)
     hidden = torch.randn(len(batch.kinds), size, generator=generator)
     common = torch.randn(size, generator=stream("common", seed, 0, 0))
     own = torch.rand(len(hidden), 1, generator=generator)
     visual = own * hidden * 2 + (1 - own) * common
+    run = torch.arange(len(hidden)) // 64 * 64
+    visual = torch.where((batch.kinds == VIDEO)[:, None], visual[run] + 0.1 * hidden, visual)
     return torch.where((batch.kinds != TEXT)[:, None], visual, hidden)
 
 
 def replay(recordings: Sequence[Recording], layer: int, tokens: int | None = None) -> list[list[Batch]]:
     """Batches [step][rank] of what real routers chose in a layer; scores that were not recorded are made
-    up, below the least of the token's own. Steps of which some rank has no record are left out."""
+    up, below the least of the token's own. Steps of which some rank has no record are left out. With
+    ``tokens``, all batches have so many, or as many as the shortest has."""
     records = [{one.step: one for one in recording.of_layer(layer)} for recording in recordings]
     steps = sorted(set.intersection(*(set(one) for one in records)))
     if not steps:
@@ -234,14 +242,16 @@ def replay(recordings: Sequence[Recording], layer: int, tokens: int | None = Non
                 ratio = batch.scores / batch.scores.gather(1, experts).amin(1, keepdim=True)
                 scores = (ratio * weights.amin(1, keepdim=True)).scatter(1, experts, weights)
             scores = functional.normalize(scores, p=1, dim=1)
-            cut = slice(tokens)
-            row.append(Batch(experts[cut], weights[cut], scores[cut], record.kinds[real][cut]))
+            row.append(Batch(experts, weights, scores, record.kinds[real]))
         batches.append(row)
-    return batches
+    if tokens is None:
+        return batches
+    least = min(tokens, min(len(one.kinds) for row in batches for one in row))
+    return [[one.first(least) for one in row] for row in batches]
 
 
 def load_recordings(paths: Sequence[Path]) -> list[Recording]:
-    """Recordings of the ranks of one run, in the order of their ranks."""
+    """Recordings of the ranks of one run, in the order given."""
     found = [Recording.load(path) for path in paths]
     kinds = {(one.num_experts, one.top_k) for one in found}
     if len(kinds) != 1:
@@ -252,6 +262,7 @@ def load_recordings(paths: Sequence[Path]) -> list[Recording]:
 
 
 VANILLA = "vanilla"
+NOTHING_OVER = "macs, nothing over"
 
 
 @dataclass(frozen=True)
@@ -265,8 +276,10 @@ class Contender:
 def contenders(straggler: float) -> dict[str, Contender]:
     """By title: baselines and MACS, all with the busiest rank held to ``straggler`` times the mean, but for
     the presets that have a bound of their own and the one without any."""
-    bound = {"target_straggler": straggler, "min_tokens": 0}
-    plain = MACSConfig(similarity="none").updated(**bound)
+    # Routers of random weights have no similarity to speak of; without, every tool plans the same.
+    free = {"similarity": "none", "min_tokens": 0}
+    bound = {"target_straggler": straggler, **free}
+    plain = MACSConfig(**bound)
     return {
         VANILLA: Contender("vanilla", plain),
         "token drop": Contender("token-drop", plain),
@@ -274,9 +287,9 @@ def contenders(straggler: float) -> dict[str, Contender]:
         "rank-balanced": Contender("rank-balanced", plain),
         "macs paper": Contender("macs", MACSConfig.preset("paper").updated(**bound)),
         "macs": Contender("macs", MACSConfig(**bound)),
-        "macs fast": Contender("macs", MACSConfig.preset("fast").updated(min_tokens=0)),
-        "macs safe": Contender("macs", MACSConfig.preset("safe").updated(min_tokens=0)),
-        "macs, nothing over": Contender("macs", MACSConfig(capacity_factor=1e6, min_tokens=0)),
+        "macs fast": Contender("macs", MACSConfig.preset("fast").updated(**free)),
+        "macs safe": Contender("macs", MACSConfig.preset("safe").updated(**free)),
+        NOTHING_OVER: Contender("macs", MACSConfig(capacity_factor=1e6, **free)),
     }
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import macs
 from macs import MACSConfig, Recording, RoutingRecorder, Runtime, Topology
 from macs.modality import Modality
-from macs.recording import rank_path
+from macs.recording import OVERHEAD, rank_path
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 24, 8, 6, 2
 
@@ -66,7 +66,7 @@ def test_what_was_recorded_comes_back(tmp_path, with_scores):
 
 def test_it_stays_within_its_bounds(tmp_path, caplog):
     runtime = running(1)
-    one = 20 * (TOP_K * 4 + 1)
+    one = 20 * (TOP_K * 4 + 1) + OVERHEAD
     with runtime.record_routing(tmp_path / "a", every=3) as recorder:
         for seed in range(7):
             step(runtime, seed)
@@ -87,14 +87,26 @@ def test_it_stays_within_its_bounds(tmp_path, caplog):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"record\.every: found 0, expected a whole number"):
         RoutingRecorder(every=0)
-    with pytest.raises(ValueError, match="nothing is being recorded"):
-        running().save_routing(tmp_path / "a")
+    runtime = running()
+    assert runtime.save_routing(tmp_path / "a") is None
+    with runtime.record_routing(tmp_path / "a"):
+        with pytest.raises(ValueError, match="found another recording under way"):
+            runtime.start_routing()
+        step(runtime, 0)
+    assert (tmp_path / "a").is_file()
+    with pytest.raises(ValueError, match="found no folder"), runtime.record_routing(tmp_path / "no" / "a"):
+        pass
+    recorder = RoutingRecorder()
+    tokens = macs.Tokens.all_text(3, "cpu")
+    recorder.observe(0, torch.zeros(3, 2).long(), torch.ones(3, 2), torch.ones(3, 6), tokens)
+    with pytest.raises(ValueError, match=r"layer 1 has \(k, E\) = \(2, 8\), expected \(2, 6\)"):
+        recorder.observe(1, torch.zeros(3, 2).long(), torch.ones(3, 2), torch.ones(3, 8), tokens)
     path = tmp_path / "b"
     path.write_bytes(b"no such thing")
     with pytest.raises(ValueError, match="not a recording"):
         Recording.load(path)
     save_file({"layers": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="found format None, expected 'macs-routing-1'"):
+    with pytest.raises(ValueError, match=r"found header \{\}, expected format 'macs-routing-1'"):
         Recording.load(path)
 
 

@@ -15,6 +15,19 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 tool = pytest.importorskip("benchmark")
+import workloads  # noqa: E402
+
+from macs import RoutingRecorder  # noqa: E402
+
+
+def test_time_at_the_same_damage_lies_between_the_bounds():
+    def row(policy, kept, ratio):
+        return {"workload": "W", "policy": policy, "kept_mass": kept, "ratio": ratio, "rerouted": 0.1}
+
+    rows = [row("macs", 0.8, 0.7), row("token drop", 0.7, 0.6), row("token drop 1.5", 0.9, 0.9)]
+    (line,) = tool.at_same_mass([*rows, row("expanded drop", 0.7, 0.6)])
+    assert "token drop takes 0.750 of vanilla's time, macs 0.700" in line
+    assert tool.at_same_mass([rows[0], rows[2]]) == []
 
 
 def benchmark(folder, *arguments):
@@ -33,7 +46,7 @@ def benchmark(folder, *arguments):
 def test_layers_side_by_side(tmp_path):
     flags = "layer --shape tiny --workloads image-flood --steps 1 --repeats 2 --ladder 1.3".split()
     policies = ["--policies", "token drop", "expanded drop", "macs", "macs, nothing over"]
-    files = ["--cost-model", "costs.json", "--plots", "plots"]
+    files = ["--save-cost-model", "costs.json", "--plots", "plots"]
     found, shown = benchmark(tmp_path, *flags, *policies, *files)
     rows = {row["policy"]: row for row in found["rows"]}
     assert list(rows) == ["vanilla", *policies[1:], "token drop 1.3", "expanded drop 1.3"]
@@ -46,7 +59,9 @@ def test_layers_side_by_side(tmp_path):
     for name in ("ideal", "straggler", "sent", "dropped", "kept_mass"):
         assert rows["macs, nothing over"][name] == rows["vanilla"][name]
     same = found["under_capacity"]
-    assert same["same_collectives"] and same["same_bits"] and same["stock"]["all_to_all_single"] >= 2
+    assert same["same_collectives"] and same["same_bits"] and same["stock"]["alltoall_base_"] >= 2
+    assert same["stock"] == same["macs"] and len(same["stock"]) >= 4
+    assert set(found["cost_model"]["planner_ms"]) == set(rows) - {"vanilla"}
     assert found["machine"]["megatron"] and found["shape"]["experts"] == 16
     assert (tmp_path / "plots" / "layer-2.png").is_file() and "costs.json" in os.listdir(tmp_path)
     assert "output bit for bit the same" in shown.replace("\n", " ")
@@ -58,10 +73,27 @@ def test_ranks_played_in_turn(tmp_path):
     rows = {row["policy"]: row for row in found["rows"]}
     assert rows["macs"]["straggler"] <= 1.08 < rows["vanilla"]["straggler"]
     assert "copies in memory" in found["cost_model"]["origin"]
+    model = found["cost_model"]
+    assert rows["macs"]["measured_ms"] > 0 < model["planner_ms"]["macs"] and model["hidden"] == 64
+    # Two recordings of other lengths, played on two ranks: as many tokens as the shorter has.
+    drawn = [workloads.draw("image-flood", workloads.SHAPES["tiny"], 0, rank, 2) for rank in range(2)]
+    for rank, batch in enumerate(drawn):
+        recorder = RoutingRecorder()
+        cut = batch.first(256 - 50 * rank)
+        recorder.observe(0, cut.experts, cut.weights, cut.scores, cut.tokens)
+        recorder.save(tmp_path / f"{rank}.safetensors", 2)
+    (tmp_path / "out.jsonl").unlink()
+    files = ["--recordings", "0.safetensors", "1.safetensors"]
+    flags = "virtual-ep --shape tiny --steps 1 --repeats 1".split()
+    found, _ = benchmark(tmp_path, *flags, "--policies", "macs", *files)
+    assert found["shape"]["tokens"] == 206
+    loads = sum(one.first(206).experts.flatten().bincount(minlength=16) for one in drawn).view(2, 8).sum(1)
+    vanilla = next(row for row in found["rows"] if row["policy"] == "vanilla")
+    assert vanilla["straggler"] == pytest.approx(float(loads.max() / loads.sum() * 2))
 
 
 def test_the_planner_alone(tmp_path):
-    found, _ = benchmark(tmp_path, *"planner --shape tiny --repeats 1 --policies macs".split())
+    found, _ = benchmark(tmp_path, *"planner --shape tiny --tokens 512 --repeats 1 --policies macs".split())
     macs = found["policies"]["macs"]
     assert macs["ms"] > 0 and sum(macs["parts"].values()) > 0 and macs["operators"] > 50
     shape = found["shape"]
@@ -84,13 +116,16 @@ def test_wrong_output_is_not_timed(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); sys.argv = ['benchmark.py', *{'%s'}]\n"
         "import benchmark\n"
-        "real = benchmark.same_output\n"
-        "benchmark.same_output = lambda found, expected: real(found + 0.1, expected)\n"
+        "real = benchmark.Side.__call__\n"
+        "def wrong(side, *given):\n"
+        "    return real(side, *given) + 0.1 * (side.runtime.policy == 'token-drop')\n"
+        "benchmark.Side.__call__ = wrong\n"
         "import torch\n"
         "torch.multiprocessing.spawn = lambda work, given, nprocs: work(0, *given)\n"
         "benchmark.main()\n"
     )
-    flags = "layer --shape tiny --ranks 1 --workloads W4 --steps 1 --repeats 1 --policies macs".split()
+    flags = "layer --shape tiny --ranks 1 --workloads W4 --steps 1 --repeats 1".split()
+    flags += ["--policies", "macs", "token drop"]
     done = subprocess.run(
         [sys.executable, "-c", code % flags],
         cwd=tmp_path,
@@ -100,7 +135,7 @@ def test_wrong_output_is_not_timed(tmp_path):
         timeout=300,
     )
     assert done.returncode == 1 and "some output was wrong" in done.stderr
-    assert done.stdout.count("not timed: wrong") == 2
+    assert done.stdout.count("not timed: wrong") == 1 and "token drop │ not timed: wrong" in done.stdout
 
 
 def test_memory_is_counted_while_it_lives():
@@ -118,6 +153,12 @@ def test_memory_is_counted_while_it_lives():
         (["layer", "--policies", "mac"], "--policies: found 'mac', expected some of vanilla"),
         (["layer", "--shape", "huge"], "invalid choice: 'huge'"),
         (["nothing"], "invalid choice: 'nothing'"),
+        (["layer", "--ranks", "3"], "--ranks: found 3, expected a divisor of the 64 experts"),
+        (["layer", "--repeats", "0"], "--repeats: found 0, expected 1 or more"),
+        (
+            ["generate", "--recordings", "x"],
+            "--recordings: found mode generate, expected layer or virtual-ep",
+        ),
     ],
 )
 def test_mistakes_are_named(flags, message, capsys):
