@@ -353,6 +353,7 @@ class Planner:
             scores=scores,
             weight=weight,
             cost=cost,
+            same_cost=config.cost == "one",
             priority=torch.where(tokens.exempt[:, None], EXEMPT_PRIORITY, priority),
             position=tokens.position,
             source=tokens.source,

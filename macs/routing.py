@@ -76,6 +76,7 @@ class Demand:
     scores float [T, E]     the router's scores, 0..1; 0 where it may not send the token
     weight int64 [T]        semantic weights, what a score is multiplied by (priority = product)
     cost int64 [T]          what one assignment of the token takes from a capacity
+    same_cost               whether that is one (``UNIT``) for every token
     priority int64 [T, k]
     position, source int64 [T]; exempt bool [T]
     planned bool [T, k]     False: stays as it is and counts nowhere (padding)
@@ -88,6 +89,7 @@ class Demand:
     scores: Tensor
     weight: Tensor
     cost: Tensor
+    same_cost: bool
     priority: Tensor
     position: Tensor
     source: Tensor
@@ -226,13 +228,17 @@ def propose(
     score = demand.scores.index_select(0, token)  # [W, E]
     value = score * affinity.index_select(0, home[:, 0].clamp(min=0))
 
-    def room_at(room: Tensor, of_expert: Tensor) -> Tensor:
-        room = room[:, of_expert]
-        return room if len(room) == 1 else room[demand.source[token]]  # [1 or W, E]
+    def at_token(by_source: Tensor) -> Tensor:
+        return by_source if len(by_source) == 1 else by_source[demand.source[token]]  # [1 or W, E]
 
-    value.mul_(room_at(placement.room, demand.pool_of_expert) >= demand.cost[token, None])
+    # Whether there is room is told for every expert, not for every token, wherever that will do.
+    room = placement.room[:, demand.pool_of_expert]  # [S, E]
+    if demand.same_cost:
+        value.mul_(at_token((room >= UNIT).to(value.dtype)))
+    else:
+        value.mul_(at_token(room) >= demand.cost[token, None])
     if bounded_rows:
-        value.mul_(room_at(placement.row_room, demand.rank_of_expert) >= 1)
+        value.mul_(at_token((placement.row_room[:, demand.rank_of_expert] >= 1).to(value.dtype)))
     value = torch.fmax(value, value.new_zeros(()))  # a score that is NaN is none
     # A token's own experts are out, it has them, or they had no room for it; so are those it was given.
     own = torch.cat([demand.experts[token], placement.experts[token]], 1)

@@ -31,7 +31,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -342,77 +342,88 @@ def layer_rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
         dist.destroy_process_group()
 
 
+Step = tuple[Tensor, Modality, Tensor]
+"""hidden [T, 1, D], modality, and the logits that the router is to see."""
+
+
 def _layer_rank(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
     shape, asked = arguments.shape, Asked()
     stock = build_layer(shape, None)
     force(stock, asked)
     oracle = Oracle(shape, stock)
-    chosen = running(arguments)
-    sides = {title: Side(shape, contender, stock, asked) for title, contender in chosen.items()}
-    topology = sides[VANILLA].macs.topology
+    sides = {title: Side(shape, one, stock, asked) for title, one in running(arguments).items()}
     rows: list[dict[str, Any]] = []
-    planning: dict[str, float] = {}
     same: dict[str, Any] = {}
     with Progress(console=Console(stderr=True), disable=rank > 0) as progress:
-        bar = progress.add_task(
-            "measuring", total=len(arguments.workloads) * arguments.steps * arguments.repeats
-        )
+        bar = progress.add_task("measuring", total=len(arguments.workloads) * arguments.repeats)
+        costs = Costs(shape, arguments.ranks, stock, asked, arguments.seed)
         for workload in arguments.workloads:
+            costs.sample()
             batch_of = steps_of(arguments, workload)
-            steps, drawn = [], []
-            for step in range(arguments.steps):
-                batch = batch_of(step, rank)
-                hidden = features(batch, shape.hidden, step, rank, arguments.seed)
-                steps.append(layout_of(batch, hidden))
-                drawn.append(loads_of(batch.experts, shape.experts))
+            batches = [batch_of(step, rank) for step in range(arguments.steps)]
+            steps = [
+                layout_of(batch, features(batch, shape.hidden, step, rank, arguments.seed))
+                for step, batch in enumerate(batches)
+            ]
             done = {title: Done(arguments.ranks, shape.top_k, []) for title in sides}
             good = dict.fromkeys(sides, True)
-            for (hidden, modality, logits), loads in zip(steps, drawn, strict=True):
-                asked.logits = logits
+            for step, batch in zip(steps, batches, strict=True):
+                asked.logits = step[2]
                 for title, side in sides.items():
-                    output = side(hidden, modality)
-                    assert side.plan is not None
-                    packed = over_ranks(side.plan.statistics.pack())
-                    sent = over_ranks(sent_by(side.plan, topology, rank))
-                    done[title].add(packed, shape.experts, sent)
-                    good[title] &= torch.equal(side.plan.statistics.load_before.cpu(), loads)
-                    good[title] &= sound(side.plan, shape)
-                    good[title] &= same_output(output, oracle(hidden, side.plan))
-                    if title == VANILLA:
-                        own = stock(hidden)[0]
-                        # On a GPU the engine itself adds up in another order every time.
-                        exact = device().type == "cpu"
-                        good[title] &= torch.equal(output, own) if exact else same_output(output, own)
+                    good[title] &= _checked(side, step, batch, stock, oracle, done[title])
             good = {title: everywhere(value) for title, value in good.items()}
             works = {VANILLA: lambda hidden, modality: stock(hidden)}
             works |= {title: side for title, side in sides.items() if title != VANILLA and good[title]}
             turns: dict[str, list[float]] = {title: [] for title in works}
             for turn in range(arguments.repeats):
                 spent = dict.fromkeys(works, 0.0)
-                for number, (hidden, modality, logits) in enumerate(steps):
-                    asked.logits = logits
+                for number, (hidden, modality, asked.logits) in enumerate(steps):
                     for title in order_of(works, turn, number):
                         spent[title] += together(partial(works[title], hidden, modality))
-                    progress.advance(bar)
                 for title, value in spent.items():
                     turns[title].append(value)
+                progress.advance(bar)
             for title in sides:
                 if good[VANILLA] and title in works:
-                    rows.append(
-                        row_of(workload, title, done[title], done[VANILLA], turns[title], turns[VANILLA])
-                    )
+                    base = turns[VANILLA]
+                    rows.append(row_of(workload, title, done[title], done[VANILLA], turns[title], base))
                 else:
                     rows.append({"workload": workload, "policy": title, "failed": "wrong output"})
             if NOTHING_OVER in sides and not same:
-                same = _nothing_more(stock, sides[NOTHING_OVER], steps[0][0], steps[0][1])
+                asked.logits = steps[0][2]
+                same = _nothing_more(stock, sides[NOTHING_OVER], *steps[0][:2])
         # Planners on a batch of no workload, in which as much is over capacity as in a middling one.
         batch = calibrating(shape, rank, arguments.seed)
         hidden, modality, asked.logits = layout_of(batch, features(batch, shape.hidden, 0, rank))
+        planning = {}
         for title, side in list(sides.items())[1:]:
             side(hidden, modality)
             planning[title] = median_of(side.planning(), 5)
-        model = measured_costs(arguments, stock, asked, planning)
-    return {"rows": rows, "under_capacity": same, "cost_model": asdict(model)}
+        origin = f"measured: {arguments.ranks} processes, {machine(arguments)['device']}"
+        costs.sample()
+        model = costs.model(planning, origin)
+        speeds = dict(zip(arguments.workloads, costs.slowness(), strict=True))
+    return {"rows": rows, "under_capacity": same, "cost_model": asdict(model), "slowness": speeds}
+
+
+def _checked(side: Side, step: Step, batch: Batch, stock: Any, oracle: Oracle, done: Done) -> bool:
+    """Whether a layer was routed as asked, made a sound plan, and computed what the plan says; what it did
+    is added to ``done``. Vanilla's output must be stock Megatron's, too."""
+    hidden, modality, _ = step
+    output, plan = side(hidden, modality), side.plan
+    assert plan is not None
+    topology = side.macs.topology
+    sent = over_ranks(sent_by(plan, topology, topology.sources[0]))
+    done.add(over_ranks(plan.statistics.pack()), side.shape.experts, sent)
+    routed = torch.equal(plan.statistics.load_before.cpu(), loads_of(batch.experts, side.shape.experts))
+    good = routed and sound(plan, side.shape)
+    good &= same_output(output, oracle(hidden, plan))
+    if side.runtime.policy == VANILLA:
+        own = stock(hidden)[0]
+        # On a GPU the engine itself adds up in another order every time.
+        exact = device().type == "cpu"
+        good &= torch.equal(output, own) if exact else same_output(output, own)
+    return good
 
 
 def order_of(titles: Iterable[str], turn: int, step: int) -> list[str]:
@@ -456,80 +467,119 @@ def _nothing_more(stock: Any, side: Side, hidden: Tensor, modality: Modality) ->
     }
 
 
-def measured_costs(
-    arguments: argparse.Namespace, stock: Any, asked: Asked, planning: dict[str, float]
-) -> CostModel:
+@dataclass
+class Costs:
     """This machine's figures, from calls that no workload makes: experts with as many rows each, exchanges
-    between all, and two layers under even routing, of all tokens and of half."""
-    shape, ranks = arguments.shape, arguments.ranks
-    local, even = shape.experts // ranks, shape.tokens * shape.top_k * ranks // shape.experts
-    rows, ms = expert_curve(stock, local, even, shape.hidden)
-    # While the others wait: processes of one CPU share its memory and its clock.
-    spread_out = median_of(run_experts(stock, [even] * local, shape.hidden), 5)
-    alone = median_of(_first_alone(run_experts(stock, [even] * local, shape.hidden)), 5) / spread_out
-    size = shape.hidden * next(stock.experts.parameters()).element_size()
-    latency, rate = measured_exchange(ranks, shape, size)
-    model = CostModel(
-        rows=rows,
-        ms=ms,
-        fixed_ms=0.0,
-        row_ms=0.0,
-        latency_ms=latency,
-        inside_gbs=rate,
-        beyond_gbs=rate,
-        node=ranks,
-        row_bytes=size,
-        alone=min(1.0, alone),
-        hidden=shape.hidden,
-        ffn=shape.ffn,
-        tokens=shape.tokens,
-        planner_ms=planning,
-        origin=f"measured: {ranks} processes, {machine(arguments)['device']}",
-    )
-    # What is left of a layer under even routing, at two sizes: a constant, and so much for every row.
-    left = []
-    for tokens in (shape.tokens // 2, shape.tokens):
-        some = replace(shape, tokens=tokens)
+    between all, and two layers under even routing, of all tokens and of half. One ``sample`` between
+    workloads, for the machine is not the same all the time; ``model`` takes medians."""
+
+    shape: Shape
+    ranks: int
+    stock: Any
+    asked: Asked
+    seed: int
+    samples: list[dict[str, list[float]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.local, self.even = _experts_of(self.shape, self.ranks)
+        self.counts = curve_rows(self.even)
+        self.sample()
+        self.samples.clear()  # the first one warmed up
+
+    def sample(self) -> None:
+        """Measure everything once, on all ranks at the same time."""
+        hidden = self.shape.hidden
+        even = run_experts(self.stock, [self.even] * self.local, hidden)
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        self.samples.append(
+            {
+                "experts": [
+                    together(run_experts(self.stock, [count] * self.local, hidden)) / self.local
+                    for count in self.counts
+                ],
+                # While the others wait: processes of one CPU share its memory and its clock.
+                "alone": [together(even if first else lambda: None), together(even)],
+                "exchange": [together(work) for work in self._exchanges()],
+                "layers": [together(work) for work in self._even_layers()],
+            }
+        )
+
+    def _exchanges(self) -> list[Callable[[], Any]]:
+        kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        works = []
+        for rows in self._exchanged():
+            given = torch.zeros(rows * self.ranks, self.shape.hidden, dtype=kind, device=device())
+            works.append(partial(dist.all_to_all_single, torch.empty_like(given), given))
+        return works
+
+    def _exchanged(self) -> list[int]:
+        """Rows that go from one rank to another."""
+        return [max(1, self.shape.tokens * self.shape.top_k // self.ranks // part) for part in (64, 8, 2, 1)]
+
+    def _even_layers(self) -> list[Callable[[], Any]]:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        batch = draw("W4", some, 0, rank, ranks, seed=1 + arguments.seed)
-        hidden, _, logits = layout_of(batch, features(batch, shape.hidden, 0, rank))
-        asked.logits = logits
-        spent = median_of(partial(stock, hidden), 5)
-        counts_of = np.full((ranks, shape.experts), tokens * shape.top_k / shape.experts)
-        left.append(spent - model.layer(counts_of).total)
-    slope = (left[1] - left[0]) / (shape.tokens * shape.top_k / 2)
-    row_ms = max(0.0, slope)
-    fixed = max(0.0, left[1] - row_ms * shape.tokens * shape.top_k)
-    return replace(model, row_ms=row_ms, fixed_ms=fixed)
+        works = []
+        for tokens in (self.shape.tokens // 2, self.shape.tokens):
+            batch = draw("W4", replace(self.shape, tokens=tokens), 0, rank, self.ranks, 1 + self.seed)
+            hidden, _, logits = layout_of(batch, features(batch, self.shape.hidden, 0, rank))
+
+            def work(hidden: Tensor = hidden, logits: Tensor = logits) -> Any:
+                self.asked.logits = logits
+                return self.stock(hidden)
+
+            works.append(work)
+        return works
+
+    def slowness(self) -> list[float]:
+        """Between one sample and the next, how much longer everything took than in the median sample: what
+        the machine was like while a workload ran."""
+        layers = np.array([one["layers"][1] for one in self.samples])
+        return ((layers[:-1] + layers[1:]) / 2 / np.median(layers)).tolist()
+
+    def model(self, planning: dict[str, float], origin: str) -> CostModel:
+        """The figures, of all samples so far."""
+        shape = self.shape
+        found = {name: np.median([one[name] for one in self.samples], axis=0) for name in self.samples[0]}
+        size = shape.hidden * next(self.stock.experts.parameters()).element_size()
+        sent = [rows * (self.ranks - 1) * size for rows in self._exchanged()]
+        slope, latency = np.polyfit(sent, found["exchange"], 1)
+        rate = 1 / max(float(slope) * 1e6, 1e-9)
+        alone, together_ms = found["alone"]
+        model = CostModel(
+            rows=self.counts,
+            ms=np.maximum.accumulate(found["experts"]).tolist(),
+            fixed_ms=0.0,
+            row_ms=0.0,
+            latency_ms=max(0.0, float(latency)),
+            inside_gbs=rate,
+            beyond_gbs=rate,
+            node=self.ranks,
+            row_bytes=size,
+            alone=min(1.0, float(alone / together_ms)),
+            hidden=shape.hidden,
+            ffn=shape.ffn,
+            tokens=shape.tokens,
+            planner_ms=planning,
+            origin=origin,
+        )
+        # What is left of a layer under even routing, at two sizes: a constant, and so much for every row.
+        rows = np.array([shape.tokens // 2, shape.tokens]) * shape.top_k
+        left = [
+            spent - model.layer(np.full((self.ranks, shape.experts), count / shape.experts)).total
+            for count, spent in zip(rows, found["layers"], strict=True)
+        ]
+        row_ms = max(0.0, float((left[1] - left[0]) / (rows[1] - rows[0])))
+        return replace(model, row_ms=row_ms, fixed_ms=max(0.0, float(left[1] - row_ms * rows[1])))
 
 
-def expert_curve(layer: Any, local: int, even: int, hidden: int) -> tuple[list[float], list[float]]:
-    """Rows of an expert, from hardly any to four times an even share, and ms for them."""
-    rows = [1, *sorted({max(2, even // part) for part in (16, 4, 2, 1)}), 2 * even + 2, 4 * even + 4]
-    ms = [median_of(run_experts(layer, [count] * local, hidden), 3) / local for count in rows]
-    return [float(count) for count in rows], np.maximum.accumulate(ms).tolist()
+def _experts_of(shape: Shape, ranks: int) -> tuple[int, int]:
+    """Experts of a rank, and an expert's rows where all have as many."""
+    return shape.experts // ranks, shape.tokens * shape.top_k * ranks // shape.experts
 
 
-def _first_alone(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Done by the first process alone."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    return work if first else lambda: None
-
-
-def measured_exchange(ranks: int, shape: Shape, size: int) -> tuple[float, float]:
-    """Latency in ms and 10^9 bytes a second of an exchange among all processes."""
-    if ranks == 1 or not dist.is_initialized() or dist.get_world_size() == 1:
-        return 0.0, 1.0
-    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    sizes, spent = [], []
-    for part in (64, 8, 2, 1):
-        rows = max(1, shape.tokens * shape.top_k // ranks // part)
-        given = torch.zeros(rows * ranks, shape.hidden, dtype=kind, device=device())
-        taken = torch.empty_like(given)
-        spent.append(median_of(partial(dist.all_to_all_single, taken, given), 7))
-        sizes.append(rows * (ranks - 1) * size)
-    slope, latency = np.polyfit(sizes, spent, 1)
-    return max(0.0, float(latency)), 1 / max(float(slope) * 1e6, 1e-9)
+def curve_rows(even: int) -> list[float]:
+    """Rows to time an expert with, from hardly any to four times an even share."""
+    return [1.0, *sorted({max(2.0, even // part) for part in (16, 4, 2, 1)}), 2.0 * even + 2, 4.0 * even + 4]
 
 
 def run_layer(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -613,8 +663,10 @@ def virtual_costs(arguments: argparse.Namespace, chosen: dict[str, Contender], l
     """This process's times of experts and planners; the rest as ``--cost-model`` says, if it is given."""
     shape, ranks = arguments.shape, arguments.ranks
     size = shape.hidden * next(layer.experts.parameters()).element_size()
-    even = shape.tokens * shape.top_k * ranks // shape.experts
-    rows, ms = expert_curve(layer, shape.experts // ranks, even, shape.hidden)
+    count, even = _experts_of(shape, ranks)
+    rows = curve_rows(even)
+    times = [median_of(run_experts(layer, [one] * count, shape.hidden), 3) / count for one in rows]
+    ms = np.maximum.accumulate(times).tolist()
     batch = calibrating(shape, 0, arguments.seed)
     planning = {}
     for title, contender in list(chosen.items())[1:]:

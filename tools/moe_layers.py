@@ -247,13 +247,13 @@ def median_of(work: Callable[[], Any], repeats: int) -> float:
     return statistics.median(together(work) for _ in range(repeats))
 
 
-def run_experts(layer: nn.Module, rows: Sequence[int], hidden: int) -> Callable[[], Any]:
+def run_experts(layer: nn.Module, rows: Sequence[float], hidden: int) -> Callable[[], Any]:
     """The layer's experts, given so many rows each, as its dispatcher would."""
     kind = next(layer.experts.parameters()).dtype
-    inputs = torch.randn(sum(rows), hidden, device=device(), dtype=kind)
-    probs = torch.rand(sum(rows), device=device())
     # On the CPU, where Megatron's dispatchers leave it for the experts.
-    count = torch.tensor(list(rows), dtype=torch.int64)
+    count = torch.tensor(list(rows)).long()
+    inputs = torch.randn(int(count.sum()), hidden, device=device(), dtype=kind)
+    probs = torch.rand(len(inputs), device=device())
     return lambda: layer.experts(inputs, count, probs)
 
 
