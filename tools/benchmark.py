@@ -541,9 +541,11 @@ class Costs:
         shape = self.shape
         found = {name: np.median([one[name] for one in self.samples], axis=0) for name in self.samples[0]}
         size = shape.hidden * next(self.stock.experts.parameters()).element_size()
-        sent = [rows * (self.ranks - 1) * size for rows in self._exchanged()]
-        slope, latency = np.polyfit(sent, found["exchange"], 1)
-        rate = 1 / max(float(slope) * 1e6, 1e-9)
+        latency, rate = 0.0, float("nan")  # a single process exchanges nothing: not measured
+        if self.ranks > 1:
+            sent = [rows * (self.ranks - 1) * size for rows in self._exchanged()]
+            slope, latency = np.polyfit(sent, found["exchange"], 1)
+            rate = 1 / max(float(slope) * 1e6, 1e-9)
         alone, together_ms = found["alone"]
         model = CostModel(
             rows=self.counts,
