@@ -646,8 +646,16 @@ def run_virtual(arguments: argparse.Namespace, console: Console) -> dict[str, An
         model = virtual_costs(arguments, chosen, layer)
         with Progress(console=Console(stderr=True)) as progress:
             bar = progress.add_task("measuring", total=len(arguments.workloads) * arguments.steps)
+            curves = []
             for workload in arguments.workloads:
+                curves.append(sampled_curve(shape, ranks, layer))
                 rows += _virtual_workload(arguments, workload, chosen, layer, model, progress, bar)
+            curves.append(sampled_curve(shape, ranks, layer))
+        # As in ``Costs``: experts as they are in the median, and how slow the machine was meanwhile.
+        usual = np.median(curves, axis=0)
+        model = replace(model, ms=np.maximum.accumulate(usual).tolist())
+        pace = np.array(curves)[:, 1:].sum(1) / usual[1:].sum()
+        slowness = dict(zip(arguments.workloads, ((pace[:-1] + pace[1:]) / 2).tolist(), strict=True))
         dist.destroy_process_group()
     caption = (
         f"One process of {arguments.threads} thread(s) as {ranks} ranks, T {shape.tokens} a rank, "
@@ -658,17 +666,15 @@ def run_virtual(arguments: argparse.Namespace, console: Console) -> dict[str, An
     console.print(table_of(rows, caption))
     if arguments.save_cost_model:
         model.save(arguments.save_cost_model)
-    return {"rows": rows, "cost_model": asdict(model)}
+    return {"rows": rows, "cost_model": asdict(model), "slowness": slowness}
 
 
 def virtual_costs(arguments: argparse.Namespace, chosen: dict[str, Contender], layer: Any) -> CostModel:
     """This process's times of experts and planners; the rest as ``--cost-model`` says, if it is given."""
     shape, ranks = arguments.shape, arguments.ranks
     size = shape.hidden * next(layer.experts.parameters()).element_size()
-    count, even = _experts_of(shape, ranks)
-    rows = curve_rows(even)
-    times = [median_of(run_experts(layer, [one] * count, shape.hidden), 3) / count for one in rows]
-    ms = np.maximum.accumulate(times).tolist()
+    curve = sampled_curve(shape, ranks, layer)
+    rows, ms = curve_rows(_experts_of(shape, ranks)[1]), np.maximum.accumulate(curve).tolist()
     batch = calibrating(shape, 0, arguments.seed)
     planning = {}
     for title, contender in list(chosen.items())[1:]:
@@ -697,6 +703,14 @@ def virtual_costs(arguments: argparse.Namespace, chosen: dict[str, Contender], l
     rest.check(shape)
     # Ranks are played one after the other: each has the machine to itself.
     return replace(rest, rows=rows, ms=ms, node=ranks, alone=1.0, planner_ms=planning, tokens=shape.tokens)
+
+
+def sampled_curve(shape: Shape, ranks: int, layer: Any) -> np.ndarray:
+    """ms of an expert for ``curve_rows``, of one call each after one that does not count."""
+    count, even = _experts_of(shape, ranks)
+    return np.array(
+        [median_of(run_experts(layer, [one] * count, shape.hidden), 1) / count for one in curve_rows(even)]
+    )
 
 
 def _virtual_workload(
