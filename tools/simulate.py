@@ -20,6 +20,7 @@ import argparse
 import heapq
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -368,10 +369,11 @@ def _plot(path: Path, title: str, across: str, draw_on: Callable[[Any], None]) -
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.4))
+    figure, axes = pyplot.subplots(figsize=(7, 4.6))
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     draw_on(axes)
     axes.set_xlabel(across)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(textwrap.fill(title, 90), fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.tight_layout()
@@ -565,7 +567,7 @@ def show(rows: Sequence[dict[str, Any]], name: str, layers: int, model: CostMode
         "busiest rank",
         "experts",
     )
-    headings += ("exchange", "kept mass", "dropped mass", "extra GB", "moved MB")
+    headings += ("exchange", "kept mass", "dropped mass", "extra MB", "moved MB")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "policy" else "right")
 
@@ -584,7 +586,7 @@ def show(rows: Sequence[dict[str, Any]], name: str, layers: int, model: CostMode
             f"{row['exchange']:.3f}",
             told(row, "kept_mass", "{:.3f}"),
             told(row, "dropped_mass", "{:.3f}"),
-            told(row, "extra_bytes", "{:.2f}", 1e-9),
+            told(row, "extra_bytes", "{:.1f}", 1e-6),
             told(row, "moved_bytes", "{:.1f}", 1e-6),
         )
     console.print(table)
