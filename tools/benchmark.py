@@ -85,6 +85,7 @@ from workloads import (
 
 from macs import Modality, Plan, PlanStatistics, Tokens, Topology, build_policy, loads_of, planner
 from macs.ops import has_triton, kernels
+from macs.weighting import feature_entropy
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -925,6 +926,7 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
         found["layer_ms"] = layer_ms
         found["growth"] = growth(shape, chosen, ranks, arguments.repeats)
         found["kernels"] = kernel_memory(chosen, ranks)
+        found["bandwidth"] = bandwidths(shape, arguments.repeats)
         dist.destroy_process_group()
     _show_planner(console, found, shape)
     return found
@@ -958,6 +960,22 @@ def growth(
             for one, kept in zip(shapes, times, strict=True)
         ]
     return found
+
+
+def bandwidths(shape: Shape, repeats: int) -> dict[str, float]:
+    """10^9 bytes a second of features read for their entropy, and read and written by a copy, in turn."""
+    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    hidden = torch.randn(shape.tokens, shape.hidden, device=device()).to(kind)
+    works = {"entropy": (partial(feature_entropy, hidden), 1), "copy": (hidden.clone, 2)}
+    spent: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, (work, _) in works.items():
+            work()
+            spent[name].append(milliseconds(work))
+    return {
+        name: times * hidden.nbytes / statistics.median(spent[name]) / 1e6
+        for name, (_, times) in works.items()
+    }
 
 
 def kernel_memory(chosen: dict[str, Contender], ranks: int) -> dict[str, Any]:
@@ -1035,6 +1053,11 @@ def _show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None
         ):
             table.add_row(name, *(show.format(found["kernels"][title][key]) for title in titles))
     console.print(table)
+    rates = found["bandwidth"]
+    console.print(
+        f"Entropy reads {rates['entropy']:.1f} GB/s, {rates['entropy'] / rates['copy']:.0%} of what a copy reads "
+        f"and writes ({rates['copy']:.1f})"
+    )
     for name, rows in found["growth"].items():
         table = Table(caption=f"ms by {name}; beside: less the router's own pass, over the first line's")
         for heading in (name, "router", *(word for title in titles for word in (title, "beside"))):

@@ -99,7 +99,7 @@ def test_the_planner_alone(tmp_path):
     shape = found["shape"]
     # Never [T, k, E].
     assert macs["largest_tensor_at_512"] < found["tokens"] * shape["top_k"] * 512
-    assert macs["bytes_a_token"] > 0
+    assert macs["bytes_a_token"] > 0 < min(found["bandwidth"].values())
     assert [row["experts"] for row in found["growth"]["experts"]] == [64, 128, 256, 512]
 
 
