@@ -1055,8 +1055,8 @@ def _show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None
     console.print(table)
     rates = found["bandwidth"]
     console.print(
-        f"Entropy reads {rates['entropy']:.1f} GB/s, {rates['entropy'] / rates['copy']:.0%} of what a copy reads "
-        f"and writes ({rates['copy']:.1f})"
+        f"Entropy reads {rates['entropy']:.1f} GB/s, {rates['entropy'] / rates['copy']:.0%} of what a copy "
+        f"reads and writes ({rates['copy']:.1f})"
     )
     for name, rows in found["growth"].items():
         table = Table(caption=f"ms by {name}; beside: less the router's own pass, over the first line's")
