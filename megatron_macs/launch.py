@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from macs import Profile, Runtime
+from macs.recording import rank_path
 
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
 from .swap import install
@@ -146,7 +147,7 @@ def save_profile(runtime: Runtime, path: Path) -> None:
         dist.all_gather_object(parts, mine)
         rank = dist.get_rank()
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        path, rank = path.with_name(f"{path.stem}.rank{rank}{path.suffix}"), 0
+        path, rank = rank_path(path), 0
     counted = [one for one in parts if one is not None]
     if not counted and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1):
         sys.exit("megatron_macs.launch: --moe-macs-calibrate was given, but no MoE layer saw a token")

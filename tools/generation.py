@@ -10,7 +10,6 @@ import argparse
 import random
 import statistics
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.inference.engines.static_engine import StaticInferenceEngine
-from megatron.core.inference.inference_request import InferenceRequest
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.text_generation_controllers.text_generation_controller import (
-    TextGenerationController,
-)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnBackend
 from moe_layers import Asked, device, force, settings_of, together
-from tiny_vlm.megatron_engine import greedy, wrapper_arguments
+from tiny_vlm.megatron_engine import answer, static_engine
 from torch import Tensor
 from workloads import NOTHING_OVER, VANILLA, Batch, Contender, Shape, draw
 
@@ -92,29 +84,10 @@ class Prompted:
     """A model in the engine."""
 
     def __init__(self, model: GPTModel, length: int) -> None:
-        wrapper = GPTInferenceWrapper(
-            model, *wrapper_arguments(model, StaticInferenceContext(PROMPTS, length + NEW_TOKENS))
-        )
-        controller = TextGenerationController(wrapper, _Numbers())
-        if getattr(controller, "pp_group", None) is None:
-            controller.pp_group = parallel_state.get_pipeline_model_parallel_group()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.engine = StaticInferenceEngine(controller, max_batch_size=PROMPTS, legacy=True)
+        self.engine = static_engine(model, _Numbers(), PROMPTS, length + NEW_TOKENS)
 
     def __call__(self, prompts: Tensor, tokens: int) -> list[list[int]]:
-        parameters = greedy(tokens)
-        requests = [
-            InferenceRequest(
-                request_id=self.engine.get_new_request_id(),
-                prompt="",
-                prompt_tokens=row,
-                sampling_params=parameters,
-            )
-            for row in prompts.tolist()
-        ]
-        results = self.engine.generate(inference_requests=requests)
-        return [result.generated_tokens.tolist() for result in results]
+        return answer(self.engine, prompts.tolist(), tokens)
 
 
 def prompts_of(batch: Batch, length: int) -> tuple[Tensor, Tensor]:

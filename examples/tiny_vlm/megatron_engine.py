@@ -56,15 +56,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.pictures = pictures
-        context = StaticInferenceContext(largest_batch, prompt_tokens + ANSWER_TOKENS)
-        wrapper = GPTInferenceWrapper(model, *wrapper_arguments(model, context))
-        controller = TextGenerationController(wrapper, WordTokenizer())
-        # Newer versions make theirs part of the constructor's work, older ones of the caller's.
-        if getattr(controller, "pp_group", None) is None:
-            controller.pp_group = parallel_state.get_pipeline_model_parallel_group()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.engine = StaticInferenceEngine(controller, max_batch_size=largest_batch, legacy=True)
+        self.engine = static_engine(model, WordTokenizer(), largest_batch, prompt_tokens + ANSWER_TOKENS)
 
     def generate(self, samples: Sequence[Sample], tokens: int = ANSWER_TOKENS) -> list[list[int]]:
         """The answer to every sample: token ids up to and with the end token.
@@ -72,23 +64,44 @@ class Engine:
         All prompts have as many tokens (``PROMPT_TOKENS``), so that they prefill in one step; and every
         answer takes ``tokens`` steps, so that ranks stay in step.
         """
-        parameters = greedy(tokens)
-        requests = [
-            InferenceRequest(
-                request_id=self.engine.get_new_request_id(),
-                prompt="",
-                prompt_tokens=list(sample.prompt),
-                sampling_params=parameters,
-            )
-            for sample in samples
-        ]
         with self.model.pictures(self.pictures(samples)):
-            results = self.engine.generate(inference_requests=requests)
-        return [up_to_end(result.generated_tokens.tolist()) for result in results]
+            answers = answer(self.engine, [list(sample.prompt) for sample in samples], tokens)
+        return [up_to_end(ids) for ids in answers]
 
     def words(self, ids: Sequence[int]) -> str:
         """An answer as text."""
         return words_of(ids)
+
+
+def static_engine(
+    model: GPTModel, tokenizer: Any, largest_batch: int, largest_length: int
+) -> StaticInferenceEngine:
+    """Megatron's static engine around a model, for so many sequences of so many tokens, answers and all."""
+    context = StaticInferenceContext(largest_batch, largest_length)
+    wrapper = GPTInferenceWrapper(model, *wrapper_arguments(model, context))
+    controller = TextGenerationController(wrapper, tokenizer)
+    # Newer versions make theirs part of the constructor's work, older ones of the caller's.
+    if getattr(controller, "pp_group", None) is None:
+        controller.pp_group = parallel_state.get_pipeline_model_parallel_group()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return StaticInferenceEngine(controller, max_batch_size=largest_batch, legacy=True)
+
+
+def answer(engine: StaticInferenceEngine, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """So many tokens after every prompt, the likeliest each time."""
+    parameters = greedy(tokens)
+    requests = [
+        InferenceRequest(
+            request_id=engine.get_new_request_id(),
+            prompt="",
+            prompt_tokens=prompt,
+            sampling_params=parameters,
+        )
+        for prompt in prompts
+    ]
+    results = engine.generate(inference_requests=requests)
+    return [result.generated_tokens.tolist() for result in results]
 
 
 def greedy(tokens: int) -> SamplingParams:
