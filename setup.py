@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+VERSION = (HERE / "macs" / "version.py").read_text().split('"')[-2]
 
 # Upper bounds are the releases the tests run on: engines change their insides with every minor
 # release, and so does transformers (5.23 breaks DeepSpeed's AutoEP).
@@ -24,7 +25,7 @@ TEST = ["hypothesis>=6.100", "mypy>=1.11", "pytest>=8", "ruff>=0.8", "types-PyYA
 
 setup(
     name="macs-moe",
-    version="0.1.0",
+    version=VERSION,
     description="Modality-aware capacity scaling: balanced expert parallelism for multimodal MoE inference",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",

@@ -21,7 +21,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, RouterOutput
 from deepspeed.moe import ep_tp_dispatch
 from torch import Tensor, nn
 
-from macs import LayerRuntime, full_scores, loads_of, within_groups
+from macs import LayerRuntime, full_scores, loads_of, within_groups, without_outcasts
 
 
 class MACSAutoEPMoELayer(AutoEPMoELayer):
@@ -37,9 +37,17 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
 
     def _forward(self, hidden_states: Tensor) -> Any:
         """hidden_states [B, S, D] -> what the base class returns."""
-        batch, length, features = hidden_states.shape
-        if self.macs is None or self.training or not self.macs.acts_on(batch * length):
+        if self.macs is None:
             return super()._forward(hidden_states)
+        count = hidden_states.shape[:-1].numel()
+        with self.macs.forward_pass(count, hidden_states.device, self.training):
+            if self.training or not self.macs.acts_on(count):
+                return super()._forward(hidden_states)
+            return self._planned_forward(hidden_states)
+
+    def _planned_forward(self, hidden_states: Tensor) -> Any:
+        assert self.macs is not None
+        batch, length, features = hidden_states.shape
         tokens = self.macs.tokens(batch, length, sequence_major=False, device=hidden_states.device)
         x = hidden_states.reshape(-1, features)
         weights, experts, counts, scores = self._scored_routes(x)
@@ -75,6 +83,11 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
             handle.remove()
         scores = full_scores(logits[0], router.score_func)
         scores = within_groups(scores, experts, router.num_expert_groups)
+        given = [one for one in (self.expert_bias, router.e_score_correction_bias) if one is not None]
+        bias = sum(given[1:], given[0].float()) if given else None
+        scores = without_outcasts(
+            scores, bias, router.top_k, router.num_expert_groups, router.num_limited_groups
+        )
         return weights, experts, counts, scores
 
     def _route(self, x: Tensor, routed: RouterOutput, shape: tuple[int, int, int]) -> Tensor:

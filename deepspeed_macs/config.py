@@ -13,7 +13,7 @@ from macs.config import check_name
 
 EXPERT_PARALLEL = "expert_parallel"
 MACS = "macs"
-MODALITIES = ("auto", "manual")
+MODALITIES = ("auto", "manual", "text")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class MACSBlock:
     profile             path of a calibration profile
     modality            "auto": visual tokens are found in what the model is called with, by the token
                         ids below or those in the model's config, or by ``mm_token_type_ids``;
-                        "manual": the script sets ``macs.modality`` around its calls
+                        "manual": the script sets ``macs.modality`` around its calls; "text": the model
+                        has no modality but text. Padding is told by the calls in any case
     image_token_id, video_token_id, audio_token_id, padding_token_id
     sequence_major      hidden states are [S, B, D] in ``deepspeed.moe.layer.MoE``, not [B, S, D]
     second_expert_sampling  with k = 2, keep the noise the gate is configured to choose its second

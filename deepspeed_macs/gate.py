@@ -54,8 +54,38 @@ class MACSTopKGate(TopKGate):
         [k', T], exp_counts [E]), -1 for what is dropped; without it (l_aux, weights [T, E, C], mask
         bool [T, E, C], exp_counts [E]). ``exp_counts`` are the router's, before the plan.
         """
-        if self.macs is None or self.training or not self.macs.on:
+        if self.macs is None:
             return super().forward(input, used_token, sparse_routes, use_tutel)
+        with self.macs.entering(len(input), input.device, self.training):
+            if self.training or not self.macs.on:
+                return self._stock(input, used_token, sparse_routes, use_tutel)
+            return self._planned(input, used_token, sparse_routes)
+
+    def _stock(
+        self, input: Tensor, used_token: Tensor | None, sparse_routes: bool, use_tutel: bool
+    ) -> tuple[Any, ...]:
+        """The base class's routes, for C rows that all ranks agree on, as in a planned step.
+
+        So ranks make the same collectives whether MACS is on or off there, and whatever mode they are in. Where
+        all are alike, C is what the base class has; with ``drop_tokens=False`` it has agreed on it by itself.
+        """
+        found = super().forward(input, used_token, sparse_routes, use_tutel)
+        assert self.macs is not None
+        if not self.drop_tokens or self.macs.group is None:
+            return found
+        if sparse_routes:
+            auxiliary, capacity, *rest = found
+            return auxiliary, self._agreed(capacity.clone()), *rest
+        auxiliary, weights, mask, counts = found
+        capacity = torch.tensor(weights.shape[2], device=weights.device)
+        more = int(self._agreed(capacity)) - weights.shape[2]
+        return auxiliary, functional.pad(weights, (0, more)), functional.pad(mask, (0, more)), counts
+
+    def _planned(
+        self, input: Tensor, used_token: Tensor | None, sparse_routes: bool
+    ) -> tuple[Any, ...]:
+        """The routes that the plan leaves, dropless where the step is too small to plan."""
+        assert self.macs is not None
         logits = functional.linear(input.float(), self.wg.weight.float())
         if used_token is not None:
             used_token = used_token.flatten().long()
@@ -104,13 +134,17 @@ class MACSTopKGate(TopKGate):
 
         Every rank takes part in every forward pass, also with no tokens, so that all agree.
         """
-        assert self.macs is not None
-        capacity = loads_of(experts, num_experts).amax()
-        if self.macs.group is not None:
-            dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.macs.group)
+        capacity = self._agreed(loads_of(experts, num_experts).amax())
         # The layer divides the C rows among tensor-parallel ranks, whose tokens are the same.
         shares = bwc_tensor_model_parallel_world_size(groups.mpu)
         return (capacity + shares - 1) // shares * shares
+
+    def _agreed(self, capacity: Tensor) -> Tensor:
+        """The largest capacity of the group's members, in place: int64 []"""
+        assert self.macs is not None
+        if self.macs.group is not None:
+            dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.macs.group)
+        return capacity
 
 
 def places_of(experts: Tensor, num_experts: int, route_major: bool) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
+import torch
 from deepspeed.module_inject.auto_ep_comm import DEEPEP_BACKEND
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
@@ -24,7 +25,8 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
-from macs import LayerRuntime, MACSConfig, Runtime, Topology, attach_modality
+from macs import LayerRuntime, MACSConfig, ModalityHook, Runtime, Share, Topology, attach_modality, place_among
+from macs.calls import CallReader
 from macs.config import read_mapping
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
@@ -121,8 +123,12 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
     own += [_add_autoep(runtime, layer, same_tokens, blind) for layer in autoep]
     if block.modality == "auto" and blind is None:
         attach_modality(model, **_named_tokens(block), padding_token_id=block.padding_token_id)
+    else:  # padding is still told by what a call brings
+        text_only = blind is not None or block.modality == "text"
+        ModalityHook(model, CallReader(padding_id=block.padding_token_id, text_only=text_only))
     for layer, mine in zip([*gates, *autoep], own, strict=True):
         if isinstance(layer, MOELayer):
+            layer.register_forward_hook(LeftLayer(mine))
             MACSTopKGate.adopt(
                 layer.gate,
                 mine,
@@ -278,7 +284,8 @@ def _check_settings(policy: str, config: MACSConfig, same_tokens: int, blind: st
     if policy == "macs" and blind is not None:
         raise ValueError(
             f"config.macs: no way to find the visual tokens ({blind}). Give image_token_id, or set "
-            '"modality": "manual" and macs.modality(mask) around every forward pass'
+            '"modality": "text" for a model that has nothing else, or "manual" and macs.modality(mask) around '
+            "every forward pass"
         )
     if same_tokens > 1:
         why = f"the expert-parallel group holds {same_tokens} tensor-parallel ranks with the same tokens"
@@ -294,63 +301,111 @@ def _check_settings(policy: str, config: MACSConfig, same_tokens: int, blind: st
 
 
 def _add_gate(runtime: Runtime, layer: MOELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
-    gate, ranks = layer.gate, layer.ep_size
     if groups._get_expert_model_parallel_world_size() > 1:
         same_tokens = 1  # then the group has one rank of every tensor-parallel group
+    ranks = layer.ep_size
+    seam = GateSeam(layer, layer.gate.wg.weight, same_tokens if ranks > 1 else 1, blind, runtime)
+    return _add_layer(runtime, seam, ranks * layer.num_local_experts, ranks, layer.gate.k)
 
-    def check(policy: str, config: MACSConfig) -> None:
-        _check_settings(policy, config, same_tokens if ranks > 1 else 1, blind)
-        if gate.drop_tokens:
-            runtime.say_once(
+
+def _add_autoep(runtime: Runtime, layer: AutoEPMoELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
+    same_tokens = max(same_tokens, folded_size(layer)) if layer.ep_size > 1 else 1
+    seam = AutoEPSeam(layer, layer.router.gate.weight, same_tokens, blind, runtime)
+    return _add_layer(runtime, seam, layer.num_experts, layer.ep_size, layer.top_k)
+
+
+def _add_layer(runtime: Runtime, seam: Seam, experts: int, ranks: int, top_k: int) -> LayerRuntime:
+    group = seam.layer.ep_group if ranks > 1 else None
+    topology = _topology(experts, ranks, group)
+    return runtime.add_layer(seam.router_rows, topology, top_k, group, seam.check, seam.share, seam.refetch)
+
+
+class LeftLayer:
+    """A hook at the end of ``MOELayer``, whose collectives come after its gate."""
+
+    def __init__(self, macs: LayerRuntime) -> None:
+        self.macs = macs
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.macs.left()
+
+
+class Seam:
+    """What the runtime asks of a layer of DeepSpeed's.
+
+    weight: the router's. same_tokens: ranks of the expert-parallel group that hold the same tokens, and must
+    plan alike. blind: why visual tokens could not be found, if so.
+    """
+
+    def __init__(
+        self, layer: nn.Module, weight: nn.Parameter, same_tokens: int, blind: str | None, runtime: Runtime
+    ) -> None:
+        self.layer: Any = layer
+        self.same_tokens = same_tokens
+        self.blind = blind
+        self.runtime = runtime
+        self._place: int | None = None
+        self._weight = weight
+        # ZeRO-3 keeps a part of the rows on each rank, and putting them together within a forward pass would
+        # disturb its own fetching: they are copied now, on all ranks together.
+        self._rows = _gathered(weight) if is_zero_param(weight) else None
+        if layer.ep_size > 1 and isinstance(layer.ep_group, torch.distributed.ProcessGroup):
+            members = torch.distributed.get_process_group_ranks(layer.ep_group)
+            self._place = place_among(members, torch.distributed.get_rank(), same_tokens)
+
+    def router_rows(self) -> Tensor:
+        """The router's rows [E, D]."""
+        return self._weight if self._rows is None else self._rows
+
+    def refetch(self) -> None:
+        """Fetch the rows anew where ZeRO-3 keeps them in parts; on all ranks together."""
+        if self._rows is not None:
+            with torch.inference_mode():
+                self._rows.copy_(_gathered(self._weight))
+
+    def share(self) -> Share:
+        """Which tokens this rank has."""
+        return Share(place=self._place)
+
+    def check(self, policy: str, config: MACSConfig) -> None:
+        """Raise a ``ValueError`` for what this layer cannot honour."""
+        _check_settings(policy, config, self.same_tokens, self.blind)
+
+
+class GateSeam(Seam):
+    """Of ``deepspeed.moe.layer.MoE``."""
+
+    def check(self, policy: str, config: MACSConfig) -> None:
+        super().check(policy, config)
+        if self.layer.gate.drop_tokens:
+            self.runtime.say_once(
                 "MACS: while it is on, deepspeed.moe.layer.MoE drops by its plan alone; drop_tokens and "
                 "eval_capacity_factor have no effect"
             )
         pooled = policy == "rank-balanced" or (policy == "macs" and config.level == "rank")
         bounds = config.max_load_factor, config.target_straggler
         if policy != "vanilla" and (pooled or bounds != (None, None)):
-            runtime.say_once(
+            self.runtime.say_once(
                 "MACS: deepspeed.moe.layer.MoE computes as many rows for every expert as the fullest one "
                 "has: capacity pooled over a rank (level = rank, rank-balanced) and bounds on a rank's rows "
                 "(max_load_factor, target_straggler) do not shorten its steps; use preset = padded"
             )
 
-    return runtime.add_layer(
-        _rows_of(gate.wg.weight),
-        _topology(ranks * layer.num_local_experts, ranks, layer.ep_group),
-        gate.k,
-        layer.ep_group if ranks > 1 else None,
-        check,
-    )
 
+class AutoEPSeam(Seam):
+    """Of AutoEP."""
 
-def _add_autoep(runtime: Runtime, layer: AutoEPMoELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
-    same_tokens = max(same_tokens, folded_size(layer)) if layer.ep_size > 1 else 1
-
-    def check(policy: str, config: MACSConfig) -> None:
-        _check_settings(policy, config, same_tokens, blind)
+    def check(self, policy: str, config: MACSConfig) -> None:
+        super().check(policy, config)
+        layer = self.layer
         if policy == "expanded-drop" and layer.comm_backend == DEEPEP_BACKEND and layer.ep_size > 1:
             raise ValueError(
                 "policy expanded-drop cannot be used with expert_parallel.comm_backend = 'deepep': its "
                 f"buffers hold {layer.top_k} assignments a token; use comm_backend = 'comm'"
             )
 
-    return runtime.add_layer(
-        _rows_of(layer.router.gate.weight),
-        _topology(layer.num_experts, layer.ep_size, layer.ep_group),
-        layer.top_k,
-        layer.ep_group if layer.ep_size > 1 else None,
-        check,
-    )
 
-
-def _rows_of(weight: nn.Parameter) -> Callable[[], Tensor]:
-    """A router's rows [E, D], to be asked for at any time.
-
-    ZeRO-3 keeps a part of them on each rank, and putting them together within a forward pass would
-    disturb its own fetching: they are copied now, on all ranks together.
-    """
-    if not is_zero_param(weight):
-        return lambda: weight
+def _gathered(weight: nn.Parameter) -> Tensor:
+    """A copy of the whole of a weight that ZeRO-3 keeps in parts."""
     with deepspeed.zero.GatheredParameters([weight]):
-        rows = weight.detach().clone()
-    return lambda: rows
+        return weight.detach().clone()

@@ -19,11 +19,10 @@ from .planner import Planner, router_similarity
 from .policies import POLICIES, build_policy
 from .profile import Calibration, Profile, router_fingerprint
 from .recording import Recording, RoutingRecorder
-from .runtime import LayerRuntime, Runtime
-from .scoring import full_scores, within_groups
+from .runtime import LayerRuntime, Runtime, Share, place_among
+from .scoring import full_scores, in_service, within_groups, without_outcasts
 from .topology import Topology
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "AUDIO",
@@ -46,15 +45,20 @@ __all__ = [
     "Recording",
     "RoutingRecorder",
     "Runtime",
+    "Share",
     "Tokens",
     "Topology",
+    "__version__",
     "attach_modality",
     "build_policy",
     "current_modality",
     "full_scores",
+    "in_service",
     "loads_of",
     "modality",
+    "place_among",
     "router_fingerprint",
     "router_similarity",
     "within_groups",
+    "without_outcasts",
 ]

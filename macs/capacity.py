@@ -103,6 +103,7 @@ def pool_capacity(
     rank_of_expert: Tensor,
     pools: int,
     ranks: int,
+    bound: Tensor | None = None,
 ) -> Tensor:
     """Capacity of every pool, int64 [S, P]: C_base (1 + rho m (R_v - 0.5)), at least ``min_capacity``.
 
@@ -111,7 +112,7 @@ def pool_capacity(
     gamma sum(w) k n / E), in whole tokens, rounded up as count-based capacity is, so that text alone
     gives exactly that. With ``conserve`` the factors are rescaled to sum to E. A pool of several
     experts has the mean of their factors. With ``target_straggler`` every rank has its own gamma, see
-    ``meeting_factors``.
+    ``meeting_factors``; bound is ``row_bound``'s, as it is without places if none is given.
     """
     num_experts = len(modality_bias)
     lean = effective_visual_ratio(table) - 0.5
@@ -129,7 +130,7 @@ def pool_capacity(
     if config.capacity_factor is not None:
         share = config.capacity_factor * share
     else:
-        bound = row_bound(table, config, top_k, ranks)
+        bound = row_bound(table, config, top_k, ranks) if bound is None else bound
         even = share * pooled / (members * UNIT)
         share = share * meeting_factors(table, even, bound, pool_of_expert, rank_of_expert, pools, ranks)
     # The small step down keeps the noise of the division from adding a token to a share that is whole.
@@ -140,19 +141,37 @@ def pool_capacity(
     return capacity.clamp(min=round(config.min_capacity * UNIT))
 
 
-def row_bound(table: LoadTable, config: MACSConfig, top_k: int, ranks: int) -> Tensor:
-    """Rows that a rank may compute, by ``target_straggler`` and ``max_load_factor``: int64 [S].
+def row_bound(
+    table: LoadTable, config: MACSConfig, top_k: int, ranks: int, places: Tensor | None = None
+) -> Tensor:
+    """Rows that a rank may compute, by ``target_straggler`` and ``max_load_factor``: int64 [S, R].
 
-    In whole rows, rounded down; but a target of 1 or more leaves room for the even share T k / R, rounded
-    up, so that what is even already loses nothing. Without either, that is the answer, and no bound.
+    In whole rows: floor(target T k / R), where that covers the even share T k / R rounded up, so that what is
+    even already loses nothing. A target of 1 or more may round to less than that where a source is small.
+    If every source then rounded up, the group would exceed the target. So a source may give one row
+    beyond floor(T k / R) to floor(target T k) - R floor(T k / R) ranks, from rank ``place`` times as many
+    on: places int64 [S] are where the sources stand among those whose tokens meet, and with equally
+    large sources the extra rows are spread evenly, the group keeping to the target. With uneven ones
+    the worst is the sum over the sources of T k / R rounded up. Without places (one capacity for all sources)
+    there is nobody to share with, and such a bound is the even share rounded up.
+
+    Without either setting, that is the answer, and no bound.
     """
-    even = table.tokens.double() * top_k / ranks
+    total = table.tokens.double() * top_k
+    even = total / ranks
     target = 1.0 if config.target_straggler is None else config.target_straggler
-    room = (even * target).floor()
+    room = (even * target).floor()[:, None].expand(-1, ranks)
     if target >= 1:
-        room = torch.maximum(room, even.ceil())
+        whole, least = even.ceil()[:, None], even.floor()[:, None]
+        if places is None:
+            rounded = whole.expand(-1, ranks)
+        else:
+            extra = (total * target).floor()[:, None] - ranks * least
+            turn = torch.arange(ranks, device=total.device) - places[:, None] * extra
+            rounded = least + (turn.remainder(ranks) < extra).double()
+        room = torch.where(room < whole, rounded, room)
     if config.max_load_factor is not None:
-        hard = (even * config.max_load_factor).floor()
+        hard = (even * config.max_load_factor).floor()[:, None].expand(-1, ranks)
         room = hard if config.target_straggler is None else torch.minimum(room, hard)
     return room.long()
 
@@ -168,7 +187,7 @@ def meeting_factors(
 ) -> Tensor:
     """The largest capacity factor of every pool at which its rank admits at most ``bound`` rows.
 
-    even float64 [S, P] is the capacity at a factor of 1, in tokens; bound int64 [S] -> float64 [S, P],
+    even float64 [S, P] is the capacity at a factor of 1, in tokens; bound int64 [S, R] -> float64 [S, P],
     the same for the pools of a rank; inf where the rank keeps to the bound by itself.
 
     A pool that is asked for a cost c admits all its n rows from the factor g = c / even on, and below
@@ -190,11 +209,11 @@ def meeting_factors(
     before = (full[:, None, :] < full[:, :, None]) & same  # [S, P, P]
     whole = torch.where(before, rows[:, None, :], 0.0).sum(-1)
     rising = torch.where(same & ~before, slope[:, None, :], 0.0).sum(-1)
-    gamma = ((bound[:, None] - whole) / rising.clamp(min=1e-12)).masked_fill(rising <= 0, 0.0)
+    gamma = ((bound[:, rank] - whole) / rising.clamp(min=1e-12)).masked_fill(rising <= 0, 0.0)
     column = rank.expand(sources, -1)
     by_rank = gamma.new_zeros(sources, ranks).scatter_reduce(1, column, gamma, "amax")
     asked = gamma.new_zeros(sources, ranks).index_add(1, rank, rows)
-    return torch.where(asked <= bound[:, None], torch.inf, by_rank)[:, rank]
+    return torch.where(asked <= bound, torch.inf, by_rank)[:, rank]
 
 
 def quotas(capacity: Tensor, demand: Tensor, grain: int = 1) -> Tensor:

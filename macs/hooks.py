@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import sys
 import threading
 from contextlib import ExitStack
 from typing import Any
@@ -10,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, current_modality, modality
+from .agreement import Agreement, pass_around
+from .calls import CallReader
+from .modality import AUDIO, IMAGE, VIDEO, Modality, Unreadable, current_modality, reading
+from .runtime import LayerRuntime
+
+logger = logging.getLogger(__name__)
 
 TOKEN_ID_NAMES = {
     IMAGE: ("image_token_id", "image_token_index", "media_placeholder_token_id"),
@@ -32,89 +39,126 @@ def token_kinds_of(config: Any) -> dict[int, int]:
 
 
 class ModalityHook:
-    """The hooks ``attach_modality`` set; ``remove`` takes them off."""
+    """The hooks ``attach_modality`` set; ``remove`` takes them off.
 
-    def __init__(self, model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> None:
-        self._token_kinds = token_kinds
-        self._padding_id = padding_id
-        self._signature = inspect.signature(model.forward)
-        self._own = threading.local()  # of each thread: the calls under way, innermost last
-        self._handles = [
+    They sit on the model and on all that wraps it (PEFT, ``torch.compile``, training wrappers), since
+    calls come in at any of them: ``generate`` of a PEFT model calls the model inside. Copies and pickles of the
+    model have hooks of their own, which do the same.
+    """
+
+    def __init__(self, model: nn.Module, reader: CallReader) -> None:
+        self.reader = reader
+        self._name = type(innermost(model)).__name__
+        self._warned = False
+        self._handles = []
+        modules = entrances(model)
+        # A wrapper that takes any arguments hands them on as the model inside takes them.
+        self._order = {type(module): parameters(modules[-1]) for module in modules}
+        self._order |= {type(one): parameters(one) for one in modules if "input_ids" in parameters(one)}
+        for module in modules:
             # Before all others, so that whatever fails after it, ``_leave`` has something to leave.
-            model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True),
-        ]
+            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
 
-    def of_call(self, given: dict[str, Any]) -> Modality | None:
-        """The modality of the tokens of a call with these arguments; none if nothing tells.
+    def of_call(self, given: dict[str, Any]) -> Modality | Unreadable | None:
+        """The modality of the tokens of a call with these arguments, see ``macs.calls``; none if nothing
+        tells."""
+        found = self.reader.read(given, current_modality(), self.engine_kinds(given))
+        told = self.reader.token_kinds or self.reader.text_only or given.get("mm_token_type_ids") is not None
+        if isinstance(found, Modality) and current_modality() is None and not told and not self._warned:
+            self._warned = True
+            logger.warning(
+                "MACS: nothing in a call of %s tells visual tokens from text; every token counts as text", self._name
+            )
+        return found
 
-        What the caller said of these very tokens, in a block around it, goes before what their ids say.
-        """
-        names = ("input_ids", "mm_token_type_ids", "attention_mask")
-        found, outer = self.modality_of(*(given.get(name) for name in names)), current_modality()
-        same = found is not None and outer is not None and outer.kinds.shape == found.kinds.shape
-        return outer if same else found
+    def engine_kinds(self, given: dict[str, Any]) -> Tensor | None:
+        """Modality ids int8 [B, S] as the engine itself has them, where it does."""
+        return None
 
-    def modality_of(
-        self,
-        input_ids: Tensor | None,
-        mm_token_type_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Modality | None:
-        """The modality of the tokens of a call; none if nothing tells.
-
-        input_ids int [B, S]; mm_token_type_ids int [B, S' >= S], a processor's own kinds, which go before
-        what the ids say; attention_mask [B, S' >= S], 0 for padding. Of the wider ones the last S
-        columns belong to these tokens, those before to a cache. An attention mask of another rank says
-        nothing of padding.
-        """
-        types = mm_token_type_ids
-        if types is not None and types.dim() != 2:
-            types = None
-        if types is not None and (input_ids is None or types.shape == input_ids.shape):
-            kinds = types
-        elif input_ids is not None and self._token_kinds:
-            kinds = torch.full_like(input_ids, TEXT, dtype=torch.int8)
-            for token_id, kind in self._token_kinds.items():
-                kinds = kinds.masked_fill(input_ids == token_id, kind)
-        elif types is not None and input_ids is not None:
-            kinds = _last_columns("mm_token_type_ids", types, input_ids)
-        else:
-            return None
-        valid = torch.ones_like(kinds, dtype=torch.bool)
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            valid = valid & (_last_columns("attention_mask", attention_mask, kinds) != 0)
-        if self._padding_id is not None and input_ids is not None:
-            valid = valid & (input_ids != self._padding_id)
-        return Modality.of(kinds.to(torch.int8), valid=valid)
-
+    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack = ExitStack()
-        if not hasattr(self._own, "calls"):
-            self._own.calls = []
-        self._own.calls.append(stack)
-        given = {**kwargs, **self._signature.bind_partial(*args, **kwargs).arguments}
+        _calls_of_thread().append((stack, sys.exc_info()[1]))
+        stack.enter_context(pass_around(lambda: groups_of(module)))
+        given = {**dict(zip(self._order[type(module)], args, strict=False)), **kwargs}
+        given = {name: value for name, value in given.items() if value is not None}
         found = self.of_call(given)
         if found is not None:
-            stack.enter_context(modality(found))
+            stack.enter_context(reading(found))
 
+    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._own.calls.pop().close()
+        stack, error_before = _calls_of_thread().pop()
+        error = sys.exc_info()
+        # A model may be called where somebody handles another error.
+        stack.__exit__(*(error if error[1] is not error_before else (None, None, None)))
 
 
-def _last_columns(name: str, tensor: Tensor, tokens: Tensor) -> Tensor:
-    """The columns of ``tensor`` [B, S' >= S] that belong to ``tokens`` [B, S]."""
-    rows, count = tokens.shape
-    if tensor.shape[0] != rows or tensor.shape[1] < count:
-        raise ValueError(
-            f"{name}: found shape {tuple(tensor.shape)}, expected {rows} sequences of {count} tokens or more"
-        )
-    return tensor[:, tensor.shape[1] - count :]
+_threads = threading.local()
+
+
+def _calls_of_thread() -> list[tuple[ExitStack, BaseException | None]]:
+    """The calls under way in this thread, innermost last, and the error that was being handled before."""
+    if not hasattr(_threads, "calls"):
+        _threads.calls = []
+    calls: list[tuple[ExitStack, BaseException | None]] = _threads.calls
+    return calls
+
+
+def planning_layers(model: nn.Module) -> list[LayerRuntime]:
+    """What the MACS layers in a model share their state through."""
+    found = (getattr(module, "macs", None) for module in model.modules())
+    return list({id(layer): layer for layer in found if isinstance(layer, LayerRuntime)}.values())
+
+
+def groups_of(model: nn.Module) -> list[Agreement]:
+    """The groups of processes that wait for each other in a model's layers, where those plan."""
+    if model.training:
+        return []
+    layers = [layer for layer in planning_layers(model) if layer.on]
+    return list({id(one.agreement): one.agreement for one in layers if one.agreement is not None}.values())
+
+
+def parameters(model: nn.Module) -> tuple[str, ...]:
+    """What a model's ``forward`` takes, in order."""
+    return tuple(inspect.signature(model.forward).parameters)
+
+
+def entrances(model: nn.Module) -> list[nn.Module]:
+    """Where a call of the model may come in: the model that is given, all that it wraps, and the model
+    inside, outermost first."""
+    found = [model]
+    while (inner := _wrapped(found[-1])) is not None:
+        found.append(inner)
+    return found
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model inside of what wraps it."""
+    return entrances(model)[-1]
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """What a wrapper wraps; none for a model."""
+    compiled = getattr(model, "_orig_mod", None)  # torch.compile
+    if isinstance(compiled, nn.Module):
+        return compiled
+    peft = sys.modules.get("peft")
+    if peft is not None:
+        if isinstance(model, peft.PeftModel):
+            return model.base_model
+        if isinstance(model, peft.tuners.tuners_utils.BaseTuner):
+            return model.model
+    inner = getattr(model, "module", None)  # DistributedDataParallel, DeepSpeed's engine, Float16Module
+    if isinstance(inner, nn.Module) and "input_ids" not in parameters(model):
+        return inner
+    return None
 
 
 def attach_modality(
@@ -127,19 +171,20 @@ def attach_modality(
 ) -> ModalityHook:
     """Set the modality mask around every forward pass of a model that takes ``input_ids`` [B, S].
 
-    Token ids that are not given are read from ``model.config`` where it has them (Hugging Face);
-    ``mm_token_type_ids`` and a two-dimensional ``attention_mask`` are heeded where the model is called
-    with them. ``padding_token_id`` marks padding in prompts that come without such a mask; padding has
-    no weight and no say. Every pipeline stage must be called with the ids, as Megatron's inference
-    engines do. A ``macs.modality`` block of the same [B, S] around the call goes first, so that it can
-    exempt tokens. Returns a handle with ``remove``.
+    Token ids that are not given are read from ``model.config`` where it has them (Hugging Face).
+    ``macs.calls`` says what else in a call is read, and what takes precedence. ``padding_token_id`` marks
+    padding in prompts that come without a mask; padding has no weight and is not counted. Every pipeline
+    stage must be called with the ids, as Megatron's inference engines do. A ``macs.modality`` block of the
+    same [B, S] around the call takes precedence, so that it can exempt tokens. What wraps a model may stay:
+    PEFT, ``torch.compile``, accelerate, training wrappers. Returns a handle with ``remove``.
 
     Raises a ``ValueError`` where nothing would tell visual tokens from text.
     """
     named = named_kinds(image_token_id, video_token_id, audio_token_id)
-    kinds = completed(named, token_kinds_of(getattr(model, "config", None)))
-    check_tells(model, kinds)
-    return ModalityHook(model, kinds, padding_token_id)
+    inner = innermost(model)
+    kinds = completed(named, token_kinds_of(getattr(inner, "config", None)))
+    check_tells(inner, kinds)
+    return ModalityHook(model, CallReader(kinds, padding_token_id))
 
 
 def named_kinds(image: int | None, video: int | None, audio: int | None) -> dict[int, int]:
@@ -156,12 +201,12 @@ def completed(named: dict[int, int], told: dict[int, int]) -> dict[int, int]:
 
 def check_tells(model: nn.Module, token_kinds: dict[int, int]) -> None:
     """Raise a ``ValueError`` where nothing that a model is called with tells visual tokens from text."""
-    parameters = inspect.signature(model.forward).parameters
-    if not (token_kinds or "mm_token_type_ids" in parameters):
+    taken = parameters(model)
+    if not (token_kinds or "mm_token_type_ids" in taken):
         raise ValueError(
             "attach_modality: expected image_token_id, video_token_id or audio_token_id, as an argument or "
             f"in the model's config; found none, and {type(model).__name__}.forward takes no "
             "mm_token_type_ids"
         )
-    if "input_ids" not in parameters:
+    if "input_ids" not in taken:
         raise ValueError(f"attach_modality: {type(model).__name__}.forward takes no input_ids")

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .agreement import pass_around
 from .checks import INTEGERS, expect
 
 TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
@@ -32,6 +34,7 @@ class Modality:
              only where weights are normalised by image
     exempt   bool: tokens that are never dropped nor rerouted
     held     whether it lies in ``ModalityBuffers``, where a captured CUDA graph may read it
+    states_valid  whether somebody said which tokens are padding; otherwise what comes with a call may
     """
 
     kinds: Tensor
@@ -39,6 +42,7 @@ class Modality:
     segments: Tensor
     exempt: Tensor
     held: bool = False
+    states_valid: bool = False
     _layouts: dict[tuple[str, int], Tokens] = field(default_factory=dict, repr=False, compare=False)
     _parts: dict[tuple[int, int], Modality] = field(default_factory=dict, repr=False, compare=False)
 
@@ -79,6 +83,47 @@ class Modality:
             valid=everything if valid is None else valid,
             segments=segments.long(),
             exempt=~everything if exempt is None else exempt,
+            states_valid=valid is not None,
+        )
+
+    def with_valid(self, valid: Tensor) -> Modality:
+        """The same tokens, of which those outside ``valid`` bool [B, S] are padding."""
+        expect("valid", valid, tuple(self.kinds.shape), (torch.bool,), self.kinds.device)
+        return self._changed(valid=valid, states_valid=True)
+
+    def _changed(self, **fields: Any) -> Modality:
+        """A copy that shares no layout with this one, and lies in no buffer."""
+        return replace(self, held=False, _layouts={}, _parts={}, **fields)
+
+    def folded(self, size: int) -> Modality:
+        """A row of samples, ``size`` tokens each, as a sequence each: [B, n size] -> [B n, size]."""
+        names = "kinds", "valid", "segments", "exempt"
+        return self._changed(**{name: getattr(self, name).reshape(-1, size) for name in names})
+
+    def packed(self, lengths: Tensor, ends: Tensor, count: int) -> Modality:
+        """As models that take padding out by themselves: [B, S] -> [1, count].
+
+        lengths int [B]: valid tokens of each sequence. ends int [B + 1]: where each begins and the last one
+        ends, with what fills it up. What is filled up is padding.
+        """
+        rows, columns = self.kinds.shape
+        token = torch.arange(count, device=self.kinds.device)
+        ends = ends.to(torch.int64).contiguous()
+        index = (torch.searchsorted(ends, token, right=True) - 1).clamp(0, max(0, rows - 1))
+        place = token - ends[index]
+        real = (place < lengths[index]) & (token < ends[-1])
+        order = torch.argsort((~self.valid).to(torch.int8), dim=1, stable=True)  # valid ones first
+        origin = order[index, place.clamp(0, max(0, columns - 1))]
+
+        def taken(values: Tensor) -> Tensor:
+            return values[index, origin][None]
+
+        return self._changed(
+            kinds=torch.where(real, taken(self.kinds), TEXT).to(torch.int8),
+            valid=taken(self.valid) & real,
+            segments=taken(self.segments),
+            exempt=taken(self.exempt) & real,
+            states_valid=True,
         )
 
     def columns(self, first: int, count: int) -> Modality:
@@ -94,6 +139,7 @@ class Modality:
                 segments=self.segments[:, taken],
                 exempt=self.exempt[:, taken],
                 held=self.held,
+                states_valid=self.states_valid,
             )
         return self._parts[first, count]
 
@@ -116,6 +162,7 @@ class Modality:
             valid=self.valid.gather(1, origin) & real,
             segments=origin + offset,
             exempt=self.exempt.gather(1, origin) & real,
+            states_valid=self.states_valid,
         )
 
     def batch_major(self, sources: int = 1) -> Tokens:
@@ -152,6 +199,7 @@ class ModalityBuffers:
                     modality.segments.clone(),
                     modality.exempt.clone(),
                     held=True,
+                    states_valid=modality.states_valid,
                 )
         return self._held[key]
 
@@ -245,12 +293,39 @@ class Tokens:
         return (self.kinds != TEXT) & self.valid
 
 
-_current: ContextVar[Modality | None] = ContextVar("macs_modality", default=None)
+@dataclass(frozen=True)
+class Unreadable:
+    """A call that says something of its tokens which cannot be read, and why. An error, but one of the layer
+    that needs it: training, or a model with MACS off, is called as it likes."""
+
+    reason: str
+
+
+_current: ContextVar[Modality | Unreadable | None] = ContextVar("macs_modality", default=None)
 
 
 def current_modality() -> Modality | None:
     """The modality of the forward pass under way, if any was set."""
-    return _current.get()
+    found = _current.get()
+    return None if isinstance(found, Unreadable) else found
+
+
+def needed_modality() -> Modality | None:
+    """The same, for who is about to use it: a ``ValueError`` where a call says what cannot be read."""
+    found = _current.get()
+    if isinstance(found, Unreadable):
+        raise ValueError(found.reason)
+    return found
+
+
+@contextmanager
+def reading(found: Modality | Unreadable) -> Iterator[None]:
+    """What a call says of its tokens is in force in this block; for hooks."""
+    token = _current.set(found)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 @contextmanager
@@ -274,6 +349,7 @@ def modality(
         value = Modality.of(mask, valid=valid, segments=segments, exempt=exempt)
     token = _current.set(value)
     try:
-        yield value
+        with pass_around():
+            yield value
     finally:
         _current.reset(token)

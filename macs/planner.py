@@ -47,7 +47,8 @@ class Constants:
     rank_of_expert: Tensor  # int64 [E]
     affinity: Tensor  # float32 [E, E], similarity; 0 where rerouting may not go
     modality_bias: Tensor  # float64 [E]
-    source_rank: Tensor  # int64 [S]
+    reachable: Tensor  # bool [E, E], where rerouting may go
+    places: Tensor  # int64 [S], where sources stand among those whose tokens meet
     local_experts: Tensor  # int64 [S, G], the experts on each source's own rank
 
 
@@ -93,7 +94,7 @@ class Planner:
         if similarity is None:
             similarity = torch.ones(experts, experts)
         expect("similarity", similarity, (experts, experts), FLOATS)
-        self._similarity = similarity.detach().float().cpu()
+        self._similarity = similarity.detach().float()
         self._on_device: dict[torch.device, Constants] = {}
 
     @property
@@ -104,6 +105,15 @@ class Planner:
     def prepare(self, device: torch.device) -> None:
         """Put the constants on a device, which the first plan there does otherwise."""
         self._constants(device)
+
+    def update_similarity(self, similarity: Tensor) -> None:
+        """Replace the similarity, [E, E] in 0..1, where it lies, so that captured graphs read the new one."""
+        experts = self.topology.num_experts
+        expect("similarity", similarity, (experts, experts), FLOATS)
+        with torch.inference_mode():  # constants made in an engine's inference mode are of it
+            self._similarity = similarity.detach().float()
+            for device, constants in self._on_device.items():
+                constants.affinity.copy_(self._similarity.to(device) * constants.reachable)
 
     def leaves_alone(self, count: int) -> bool:
         """Whether ``count`` tokens are too few to plan, as in decoding, known without looking at them.
@@ -232,9 +242,10 @@ class Planner:
             constants = Constants(
                 pool_of_expert=torch.arange(experts) if self.config.level == "expert" else rank_of_expert,
                 rank_of_expert=rank_of_expert,
-                affinity=self._similarity * reachable,
+                affinity=self._similarity.cpu() * reachable,
                 modality_bias=self._bias,
-                source_rank=torch.tensor(topology.sources),
+                reachable=reachable,
+                places=torch.tensor(topology.places),
                 local_experts=by_rank[torch.tensor(topology.sources)],
             )
             self._on_device[device] = Constants(
@@ -295,7 +306,7 @@ class Planner:
         def pooled(by_expert: Tensor, of_expert: Tensor, size: int) -> Tensor:
             return by_expert.new_zeros(len(by_expert), size).index_add(1, of_expert, by_expert)
 
-        row_room = row_bound(scope, config, self.top_k, ranks)[:, None].expand(-1, ranks)
+        row_room = row_bound(scope, config, self.top_k, ranks, None if shared else constants.places)
         if config.pools_rows:
             room = row_room * UNIT
         else:
@@ -308,6 +319,7 @@ class Planner:
                 constants.rank_of_expert,
                 pools,
                 ranks,
+                row_room,
             )
         if shared:
             cost = pooled(table.cost, constants.pool_of_expert, pools)
@@ -389,11 +401,12 @@ class Planner:
 
 
 def router_similarity(router_weight: Tensor) -> Tensor:
-    """Similarity of experts by their router rows, (1 + cos) / 2: [E, D] -> float32 [E, E] in 0..1.
+    """Similarity of experts by their router rows, (1 + cos) / 2: [E, D] -> float32 [E, E] in 0..1, on the
+    weight's device.
 
     Rounded to 1/65536, so that every device and rank has the same numbers.
     """
     expect("router_weight", router_weight, (None, None), FLOATS)
-    rows = torch.nn.functional.normalize(router_weight.detach().double().cpu(), dim=1)
+    rows = torch.nn.functional.normalize(router_weight.detach().double(), dim=1)
     similarity = ((1 + rows @ rows.T) / 2).clamp(0, 1)
     return ((similarity * UNIT).round() / UNIT).float()

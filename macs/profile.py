@@ -77,6 +77,15 @@ class Profile:
     def num_experts(self) -> int:
         return self.visual.shape[1]
 
+    @property
+    def digest(self) -> str:
+        """What tells one profile from another, 16 hex digits."""
+        said = hashlib.sha256(json.dumps([list(self.fingerprints), self.top_k]).encode())
+        for tensor in (self.visual, self.text, self.similarity):
+            if tensor is not None:
+                said.update(tensor.cpu().contiguous().numpy().tobytes())
+        return said.hexdigest()[:16]
+
     def visual_preference(self) -> Tensor:
         """q_j = f_v / (f_v + f_t), float64 [L, E]: 1 serves visual tokens alone, 0 text alone.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +15,46 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .agreement import Agreement
 from .config import MACSConfig
 from .metrics import LayerRecorder, LayerReport
-from .modality import Modality, Tokens, current_modality
+from .modality import Modality, Tokens, needed_modality
 from .plan import Plan
 from .planner import Planner, router_similarity
 from .policies import build_policy
 from .profile import Calibration, Profile, router_fingerprint
 from .recording import RoutingRecorder
 from .topology import Topology
+from .version import __version__
 
 logger = logging.getLogger(__name__)
 
+REFRESH_EVERY = 64
+"""Planned steps of a layer after which its similarity is made anew from the router's weights, for those
+who overwrite weights where nothing tells (``param.data.copy_``)."""
+
 DRIFT_WARNING = 0.15
 """Share of assignments at other experts than in the profile that is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which tokens a process has, of those that meet in a layer's experts.
+
+    index, parts: under sequence parallelism this process has the index-th part of every sequence, while
+    masks cover whole ones. place: where the process stands among those whose tokens meet, 0, 1, 2 and so
+    on, the same for processes with the same tokens; none: as its expert-parallel rank says.
+    """
+
+    index: int = 0
+    parts: int = 1
+    place: int | None = None
+
+
+def place_among(ranks: list[int], own: int, replicas: int) -> int:
+    """The ``place`` of rank ``own`` in a group of global ``ranks``, of which ``replicas`` neighbours each
+    hold the same tokens."""
+    return sorted({rank // replicas for rank in ranks}).index(own // replicas)
 
 
 class Runtime:
@@ -44,10 +73,14 @@ class Runtime:
         profile: Profile | None = None,
         virtual_ranks: int = 1,
     ) -> None:
+        if profile is not None and not isinstance(profile, Profile):
+            raise TypeError(f"Runtime.profile: found {profile!r}, expected a macs.Profile; Profile.load reads one")
         self.enabled = True
         self.recording = True
         self.virtual_ranks = virtual_ranks
-        self.layers: list[LayerRuntime] = []
+        self._layers: list[weakref.ref[LayerRuntime]] = []
+        self._agreements: list[tuple[Any, Agreement]] = []
+        self._told: tuple[MACSConfig, dict[str, Any], dict[str, Any]] | None = None
         self.calibrating = False
         self.routing: RoutingRecorder | None = None
         self._warned: set[str] = set()
@@ -61,6 +94,10 @@ class Runtime:
         Forgets what was recorded. Call it on every rank alike.
         """
         config = MACSConfig() if config is None else config
+        if not isinstance(config, MACSConfig):
+            raise TypeError(f"Runtime.use: found config {config!r}, expected a macs.MACSConfig")
+        if profile is not None and not isinstance(profile, Profile):
+            raise TypeError(f"Runtime.use: found profile {profile!r}, expected a macs.Profile")
         self._refuse_captured("use")
         # An unknown policy, or a profile that lacks something, is told here and changes nothing.
         build_policy(policy, config.updated(similarity="none"), Topology(1), 1)
@@ -69,6 +106,7 @@ class Runtime:
         for layer in self.layers:
             layer.check(policy, config)
         self.policy, self.config, self.profile = policy, config, profile
+        self._told = None
         for layer in self.layers:
             layer.reset()
 
@@ -79,15 +117,18 @@ class Runtime:
         top_k: int,
         group: dist.ProcessGroup | None = None,
         check: Callable[[str, MACSConfig], None] | None = None,
-        part: Callable[[], tuple[int, int]] = lambda: (0, 1),
+        share: Callable[[], Share] | None = None,
+        refetch: Callable[[], None] | None = None,
     ) -> LayerRuntime:
         """Register a MoE layer; for engine adapters.
 
         ``router_weight`` returns the router's rows [E, D] once weights are loaded. ``group`` holds
         the processes whose tokens meet in this layer's experts. ``check`` raises a ``ValueError`` for a
         policy and settings that the engine cannot honour here, now or when ``use`` asks for them.
-        ``part`` tells (index, parts): under sequence parallelism this process has the index-th part of
-        every sequence, while masks cover whole ones. An engine may change its mind about that.
+        ``share`` tells which tokens this process has; an engine may change its mind about that. ``refetch``
+        brings router weights that an engine keeps elsewhere up to date. The layer lives as long as the
+        engine's module that keeps what is returned; the functions are methods of what belongs to that
+        module, so that copies of it have their own.
         """
         if check is not None:
             check(self.policy, self.config)
@@ -100,9 +141,68 @@ class Runtime:
             topology = Topology(
                 topology.num_experts, self.virtual_ranks, sources=tuple(range(self.virtual_ranks))
             )
-        layer = LayerRuntime(self, len(self.layers), router_weight, topology, top_k, group, check, part)
-        self.layers.append(layer)
+        layer = LayerRuntime(self, len(self.layers), router_weight, topology, top_k, group, check, share, refetch)
+        self._register(layer)
         return layer
+
+    @property
+    def layers(self) -> list[LayerRuntime]:
+        """The layers that are alive, in the order in which they were added."""
+        return [layer for layer in (one() for one in self._layers) if layer is not None]
+
+    def _register(self, layer: LayerRuntime) -> None:
+        self._layers = [one for one in self._layers if one() is not None]
+        self._layers.append(weakref.ref(layer))
+        if layer.agreement is None:
+            layer.agreement = self._agreement_of(layer.group)
+        if layer.agreement is not None:
+            layer.agreement.layers.add(layer)
+
+    def _agreement_of(self, group: dist.ProcessGroup | None) -> Agreement | None:
+        """The one that all layers on these processes share; none for a process by itself."""
+        if not isinstance(group, dist.ProcessGroup) or group.size() == 1:
+            return None
+        self._agreements = [(held, one) for held, one in self._agreements if len(one.layers)]
+        for held, one in self._agreements:
+            if held is group:
+                return one
+        made = Agreement(group)
+        self._agreements.append((group, made))
+        return made
+
+    def settings(self, training: bool) -> dict[str, Any]:
+        """What members of a group must have alike, as plain values."""
+        now = {
+            "enabled": self.enabled,
+            "calibrating": self.calibrating,
+            "training": training,
+        }
+        if self._told is None or self._told[0] is not self.config or self._told[1] != now:
+            more = {
+                **now,
+                "macs version": __version__,
+                "policy": self.policy,
+                **{f"config.{name}": value for name, value in asdict(self.config).items()},
+                "profile": None if self.profile is None else self.profile.digest,
+                "virtual_ranks": self.virtual_ranks,
+            }
+            self._told = self.config, now, more
+        return self._told[2]
+
+    def refresh(self) -> None:
+        """Make what depends on the routers' weights anew, in place, also for captured graphs.
+
+        To be called, on every rank alike, when weights were exchanged while serving. What is not called is
+        noticed where a weight's version or memory tells, and by itself after a number of steps.
+        """
+        for layer in self.layers:
+            if layer._refetch is not None:
+                layer._refetch()
+            layer.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Layers come back with the modules that keep them, and register themselves.
+        return {**vars(self), "_layers": [], "_agreements": [], "_told": None}
 
     @contextmanager
     def calibration(self) -> Iterator[None]:
@@ -158,6 +258,12 @@ class Runtime:
         if not self.layers:
             raise ValueError("calibration: the model has no MACS layer")
         device = self.layers[0].router_weight().device
+        sizes = sorted({layer.topology.num_experts for layer in self.layers})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"calibration: found layers of {', '.join(map(str, sizes))} experts (as in PR-MoE); a profile is of "
+                "layers alike"
+            )
         counts = torch.stack([layer.calibration.counts(device) for layer in self.layers])  # [L, 2, E]
         if group is not None:
             dist.all_reduce(counts, group=group)
@@ -218,7 +324,11 @@ class Runtime:
 
 
 class LayerRuntime:
-    """One MoE layer's part: its planner, its records, and the scores on their way to the planner."""
+    """One MoE layer's part: its planner, its records, and the scores on their way to the planner.
+
+    A copy of the module that keeps it has one of its own, of the same runtime and process group. Saved
+    with a module, it comes back with a runtime of the same settings, and without a process group.
+    """
 
     def __init__(
         self,
@@ -229,7 +339,8 @@ class LayerRuntime:
         top_k: int,
         group: dist.ProcessGroup | None,
         check: Callable[[str, MACSConfig], None] | None,
-        part: Callable[[], tuple[int, int]],
+        share: Callable[[], Share] | None,
+        refetch: Callable[[], None] | None,
     ) -> None:
         self.runtime = runtime
         self.index = index
@@ -237,18 +348,109 @@ class LayerRuntime:
         self.topology = topology
         self.top_k = top_k
         self.group = group
+        self.agreement: Agreement | None = None
         self._check = check
-        self._part = part
-        self._parts = part()[1]
+        self._share = share
+        self._refetch = refetch
+        self._shared = self._now_shared()
+        self._settle_place()
         self.captured = False
         self.calibration = Calibration(topology.num_experts)
         self._scores: Tensor | None = None
         self.reset()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerRuntime:
+        made = object.__new__(LayerRuntime)
+        memo[id(self)] = made
+        shared = {"runtime": self.runtime, "group": self.group, "topology": self.topology}
+        own = {
+            name: copy.deepcopy(value, memo)
+            for name, value in self.__getstate__().items()
+            if name not in (*shared, "calibration")
+        }
+        vars(made).update(own, **shared)
+        if self.agreement is not None:  # the copy's layers share one of their own
+            key = "macs agreement", id(self.agreement)
+            if key not in memo:
+                memo[key] = Agreement(self.group)  # type: ignore[index, arg-type]
+            made.agreement = memo[key]  # type: ignore[index]
+        made.__setstate__({})
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = {"group": None, "agreement": None, "_planner": None, "recorder": None, "_scores": None}
+        return {**vars(self), **dropped, "calibration": None, "captured": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.calibration = Calibration(self.topology.num_experts)
+        self.reset()
+        self.runtime._register(self)
+
     def reset(self) -> None:
-        """Forget the planner and the records; needed when the model's weights change."""
+        """Forget the planner and the records."""
         self._planner: Planner | None = None
+        self._weights_seen: tuple[int, int] | None = None
+        self._steps_since = 0
         self.recorder = LayerRecorder(self.topology, self.top_k)
+
+    def refresh(self) -> None:
+        """Make the similarity anew from the router's weights as they are now, in place."""
+        if self._planner is None:
+            return
+        self._steps_since = 0
+        weight = self.router_weight()
+        self._weights_seen = seen_of(weight)
+        if self.runtime.config.similarity == "router" and self.runtime.policy == "macs":
+            self._planner.update_similarity(router_similarity(weight))
+
+    def _follow_weights(self) -> None:
+        """``refresh`` where the router's weights are, or may be, others than they were."""
+        weight = self.router_weight()
+        seen = seen_of(weight)
+        self._steps_since += 1
+        if seen != self._weights_seen or self._steps_since >= REFRESH_EVERY:
+            self.refresh()
+
+    @contextmanager
+    def entering(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
+        """Around what a layer does with ``count`` tokens before its collectives; ``left`` comes after them.
+
+        The first layer of a group's makes sure that all members run with the same settings; an error
+        within leaves the others alone in the pass, and every later pass of this process is refused.
+        """
+        agreement = self.agreement
+        if agreement is None or capturing(device):
+            yield
+            return
+        try:
+            agreement.refuse_broken()
+            if self.index == agreement.first_layer():
+                agreement.begin(self.runtime.settings(training), count >= self.runtime.config.min_tokens)
+            yield
+        except BaseException as error:
+            agreement.break_off(error)
+            raise
+
+    def left(self) -> None:
+        """The layer has made its last collective."""
+        if self.agreement is not None:
+            self.agreement.end(self.index)
+
+    @contextmanager
+    def forward_pass(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
+        """``entering`` and ``left``, around all that a layer does."""
+        with self.entering(count, device, training):
+            yield
+        self.left()
+
+    def _now_shared(self) -> Share:
+        return Share() if self._share is None else self._share()
+
+    def _settle_place(self) -> None:
+        place = self._shared.place
+        if place is not None and len(self.topology.sources) == 1:
+            self.topology = replace(self.topology, places=(place,))
 
     def check(self, policy: str, config: MACSConfig) -> None:
         """Raise a ``ValueError`` if the engine cannot honour this policy or these settings here."""
@@ -307,6 +509,7 @@ class LayerRuntime:
                 similarity=similarity,
                 group=self.group,
             )
+            self._weights_seen = seen_of(self.router_weight())
         return self._planner
 
     def tokens(
@@ -316,41 +519,44 @@ class LayerRuntime:
         sequence_major: bool,
         device: torch.device,
         first: int = 0,
-        whole: int | None = None,
+        chunks: int = 1,
     ) -> Tokens:
         """The layer's tokens, B x S = batch x length of them, from the modality around the call.
 
-        ``whole``: where this call has but a part of this process's tokens, from token ``first`` of every
-        sequence on, how many of each sequence the process has. A mask of another shape or device is an
-        error; no mask at all makes every token text.
+        Where an engine cuts what a process has into ``chunks``, this call has those from token ``first`` of
+        every sequence on. A mask of another shape or device is an error that says what to do; no mask at all
+        makes every token text.
         """
-        whole = length if whole is None else whole
-        index, parts = self._part()
-        if parts != self._parts:
+        share = self._now_shared()
+        if share != self._shared:
             self.check(self.runtime.policy, self.runtime.config)  # of what may hold no longer
-            self._parts = parts
-        expected = batch, whole * parts
-        modality = self._modality(*expected, device)
-        found = tuple(modality.kinds.shape)
-        if found != expected:
-            raise ValueError(
-                f"modality mask: found shape {found}, the layer has {batch} sequences of {expected[1]} tokens"
-            )
-        return self._laid_out(modality.columns(index * whole + first, length), sequence_major)
+            self._shared = share
+            self._settle_place()
+            if self._planner is not None:
+                self._refuse_moved()
+                self._planner = None
+        modality = self._modality(batch, length * share.parts, device)
+        rows, columns = modality.kinds.shape
+        whole = columns // share.parts
+        size = -(-whole // max(1, min(chunks, whole)))  # as torch.chunk has it
+        if (rows, whole * share.parts) != (batch, columns) or length != min(size, whole - first):
+            raise ValueError(misfit(modality, batch, length * share.parts))
+        return self._laid_out(modality.columns(share.index * whole + first, length), sequence_major)
 
     def counted_tokens(self, count: int, sequence_major: bool, device: torch.device) -> Tokens:
         """As ``tokens``, for an engine that says only how many tokens, B S = count, there are."""
         modality = self._modality(1, count, device)
         if modality.kinds.numel() != count:
-            raise ValueError(
-                f"modality mask: found shape {tuple(modality.kinds.shape)}, {modality.kinds.numel()} tokens; "
-                f"the layer has {count}"
-            )
+            raise ValueError(misfit(modality, None, count))
         return self._laid_out(modality, sequence_major)
+
+    def _refuse_moved(self) -> None:
+        if self.captured:
+            raise RuntimeError("sequence parallelism changed after a CUDA graph captured this layer")
 
     def _modality(self, batch: int, length: int, device: torch.device) -> Modality:
         """The modality around the call; all text, [batch, length], where there is none."""
-        modality = current_modality()
+        modality = needed_modality()
         if capturing(device) and (modality is None or not modality.held):
             raise RuntimeError(
                 "modality: a CUDA graph captures this layer, and would replay the mask of this one step; "
@@ -384,11 +590,44 @@ class LayerRuntime:
             if capturing(hidden.device):
                 raise RuntimeError("record_routing: a CUDA graph captures this layer; record without graphs")
             self.runtime.routing.observe(self.index, experts, weights, scores, tokens)
-        self.captured = self.captured or capturing(hidden.device)
+        if capturing(hidden.device):
+            self.captured = True
+        else:
+            self._follow_weights()
         plan = self.planner.plan(hidden, experts, weights, scores, tokens)
         if self.runtime.recording:
             self.recorder.record(plan.statistics)
         return plan
+
+
+def seen_of(weight: Tensor) -> tuple[int, int]:
+    """What changes, without a look at its values, when a weight is replaced or written in the usual ways."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def misfit(modality: Modality, batch: int | None, length: int) -> str:
+    """What to say of a mask that is of other tokens than a layer has, and what to do: [batch, length], or
+    ``length`` tokens in all."""
+    rows, columns = modality.kinds.shape
+    if batch is None:
+        said = f"found shape {(rows, columns)}, {rows * columns} tokens; the layer has {length}"
+    else:
+        said = f"found shape {(rows, columns)}, the layer has {batch} sequences of {length} tokens"
+    count = length if batch is None else batch * length
+    if batch == rows and length < columns:
+        way_out = (
+            "if this is a decoding step of generate() inside a macs.modality block, the block covers the prompt "
+            "alone: use attach_modality, which follows every step, or set min_tokens above the batch size"
+        )
+    elif batch == 1 and count < rows * columns:
+        way_out = (
+            "if the model packs padded sequences by itself, the layers get fewer tokens than it was called with: "
+            "use attach_modality on the model that is called with packed_seq_params too, or set macs.modality "
+            "around that one"
+        )
+    else:
+        way_out = "set macs.modality, or attach_modality, on the very call whose tokens reach this layer"
+    return f"modality mask: {said}; {way_out}"
 
 
 def capturing(device: torch.device) -> bool:

@@ -31,3 +31,33 @@ def within_groups(scores: Tensor, experts: Tensor, num_groups: int | None) -> Te
     used = torch.zeros(len(scores), num_groups + 1, dtype=torch.bool, device=scores.device)
     used = used.scatter_(1, group, True)[:, :-1]
     return scores.masked_fill(~used.repeat_interleave(size, 1), 0.0)
+
+
+def in_service(
+    bias: Tensor, top_k: int, num_groups: int | None = None, groups_used: int | None = None
+) -> Tensor:
+    """Which experts a router with these correction biases can choose at all: bias [E] -> bool [E].
+
+    For scores in 0..1, which the bias is added to before the top-k are taken: expert j can never be
+    chosen if k others always come before it, b_j + 1 < b_i, as where a pruned or broken expert is taken
+    out by a bias of -inf or -1e4. Under group-limited routing the others are those of its own group and of
+    the ``groups_used - 1`` further groups that have the fewest of them.
+    """
+    above = bias[None, :] > bias[:, None] + 1  # [E, E]: who always comes before whom
+    if num_groups is None:
+        return above.sum(1) < top_k
+    experts = len(bias)
+    by_group = above.view(experts, num_groups, -1).sum(2)  # [E, groups]
+    own = torch.arange(experts, device=bias.device)[:, None] * num_groups // experts
+    before = by_group.gather(1, own)[:, 0]
+    others = by_group.scatter(1, own, experts).sort(1).values
+    return before + others[:, : (groups_used or 1) - 1].sum(1) < top_k
+
+
+def without_outcasts(
+    scores: Tensor, bias: Tensor | None, top_k: int, num_groups: int | None = None, groups_used: int | None = None
+) -> Tensor:
+    """Scores [T, E], 0 for the experts that the correction biases [E] take out of service; see ``in_service``."""
+    if bias is None:
+        return scores
+    return scores * in_service(bias, top_k, num_groups, groups_used).to(scores.dtype)

@@ -14,12 +14,15 @@ class Topology:
     expert_rank: for every expert the rank it lives on; contiguous blocks by default.
     sources: the ranks whose tokens this process plans. One, its own, under expert parallelism;
         several let one process plan what several would (``Tokens.source`` says whose a token is).
+    places: where each source stands among all whose tokens meet in these experts, the same for
+    sources with the same tokens; their ranks by default. It only staggers how small sources round.
     """
 
     num_experts: int
     num_ranks: int = 1
     expert_rank: tuple[int, ...] = ()
     sources: tuple[int, ...] = (0,)
+    places: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_experts < 1 or self.num_ranks < 1:
@@ -37,6 +40,13 @@ class Topology:
         if not self.sources or not all(0 <= rank < self.num_ranks for rank in self.sources):
             raise ValueError(
                 f"topology.sources: found {self.sources}, expected ranks from 0 to {self.num_ranks - 1}"
+            )
+
+        if not self.places:
+            object.__setattr__(self, "places", self.sources)
+        if len(self.places) != len(self.sources) or any(place < 0 for place in self.places):
+            raise ValueError(
+                f"topology.places: found {self.places}, expected {len(self.sources)} numbers, one a source"
             )
 
     @property

@@ -9,6 +9,8 @@ Shapes: S tokens of B sequences, T = S B tokens in the order s B + b, E experts,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
@@ -23,16 +25,24 @@ from macs import LayerRuntime, Plan, within_groups
 
 
 class _PlansFirst(MoETokenDispatcher):
-    """Plans, then does what the dispatcher behind it in the class's order does."""
+    """Mixin: applies the plan, then calls ``super()``."""
 
     macs: LayerRuntime
     planned = False
+    chunk: Chunk | None = None
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [S, B, D], routing_map bool [T, E], probs [T, E]: as the base class."""
-        routing_map, probs, self.planned = replan(self.macs, hidden_states, routing_map, probs, self.config)
+        chunks, first = self.config.mlp_chunks_for_prefill, 0
+        if chunks > 1:
+            # The engine cuts the hidden states up, and tells the layer nothing: it is called again.
+            self.chunk = Chunk.of(hidden_states, self.chunk)
+            first = self.chunk.first
+        routing_map, probs, self.planned = replan(
+            self.macs, hidden_states, routing_map, probs, self.config, (chunks, first)
+        )
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
 
@@ -77,11 +87,17 @@ class MACSFlexTokenDispatcher(_PlansFirst, MoEFlexTokenDispatcher):
 
 
 def replan(
-    layer: LayerRuntime, hidden: Tensor, routing_map: Tensor, probs: Tensor, config: TransformerConfig
+    layer: LayerRuntime,
+    hidden: Tensor,
+    routing_map: Tensor,
+    probs: Tensor,
+    config: TransformerConfig,
+    chunk: tuple[int, int] = (1, 0),
 ) -> tuple[Tensor, Tensor, bool]:
     """The planned routing map bool [T, E] and probs [T, E], and whether there is a plan at all.
 
-    In ``train()`` mode, with MACS off, or while it calibrates, they are the ones passed in.
+    chunk: into how many the tokens are cut, and from which token of every sequence on these are. In
+    ``train()`` mode, with MACS off, or while it calibrates, map and probs are the ones passed in.
     """
     scores = layer.take_scores()
     if scores is None:
@@ -89,7 +105,7 @@ def replan(
     experts = chosen_experts(routing_map, layer.top_k)
     weights = probs.gather(1, experts.clamp(min=0))
     scores = within_groups(scores, experts, config.moe_router_num_groups)
-    plan = plan_of(layer, hidden, experts, weights, scores, config.mlp_chunks_for_prefill > 1)
+    plan = plan_of(layer, hidden, experts, weights, scores, chunk)
     if plan is None:
         return routing_map, probs, False
     return (*plan.as_map(routing_map.shape[1]), True)
@@ -101,29 +117,38 @@ def plan_of(
     experts: Tensor,
     weights: Tensor,
     scores: Tensor,
-    chunked: bool = False,
+    chunk: tuple[int, int] = (1, 0),
 ) -> Plan | None:
-    """The layer's plan, if it makes one: hidden [S, B, D], experts and weights [T, k], scores [T, E].
-
-    ``chunked``: hidden may be a chunk of the tokens (``mlp_chunks_for_prefill``).
-    """
+    """The layer's plan, if it makes one: hidden [S, B, D], experts and weights [T, k], scores [T, E]."""
     length, batch = hidden.shape[:2]
-    first, whole = chunk_of(hidden) if chunked else (0, length)
-    tokens = layer.tokens(batch, length, True, hidden.device, first, whole)
+    chunks, first = chunk
+    tokens = layer.tokens(batch, length, True, hidden.device, first, chunks)
     return layer.plan(hidden.flatten(0, 1), experts, weights, scores, tokens)
 
 
-def chunk_of(hidden: Tensor) -> tuple[int, int]:
-    """Of which token on, of how many, a chunk [S, B, D] of the hidden states holds S.
+@dataclass(frozen=True)
+class Chunk:
+    """Where in the hidden states a chunk of them lies (``mlp_chunks_for_prefill``).
 
-    The engine cuts the chunks off one tensor, and says nothing of it to the layer. They are views, so
-    where in its memory one starts tells which it is.
+    memory: the address of the first chunk's storage. offset: where in it this chunk starts, and end: where
+    it ends. first: the token of every sequence that it begins with.
     """
-    row = hidden.shape[1] * hidden.shape[2]
-    if not row or hidden.stride(0) != row:
-        return 0, hidden.shape[0]
-    whole = hidden.untyped_storage().nbytes() // hidden.element_size()
-    return hidden.storage_offset() // row, whole // row
+
+    memory: int
+    offset: int
+    end: int
+    first: int
+
+    @classmethod
+    def of(cls, hidden: Tensor, former: Chunk | None) -> Chunk:
+        """The chunk that hidden [S, B, D] is: the next one if it begins where the former one, a view of the same
+        memory, ended; else the first of another forward pass."""
+        memory, offset = hidden.untyped_storage().data_ptr(), hidden.storage_offset()
+        end = offset + hidden.shape[0] * hidden.stride(0)
+        follows = former is not None and (former.memory, former.end) == (memory, offset)
+        before = former.end - former.offset if former is not None else 0
+        first = former.first + before // hidden.stride(0) if former is not None and follows else 0
+        return cls(memory, offset, end, first)
 
 
 def chosen_experts(routing_map: Tensor, top_k: int) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from macs import AUDIO, IMAGE, VIDEO, LayerRuntime, Modality, ModalityHook, current_modality
-from macs.hooks import check_tells, completed, named_kinds, token_kinds_of
-from macs.modality import ModalityBuffers
+from macs import AUDIO, IMAGE, TEXT, VIDEO, Modality, ModalityHook, current_modality
+from macs.calls import CallReader, real_keys
+from macs.hooks import check_tells, completed, innermost, named_kinds, planning_layers, token_kinds_of
+from macs.modality import ModalityBuffers, Unreadable
 
 KIND_OF_NAME = {"image": IMAGE, "vision": IMAGE, "video": VIDEO, "audio": AUDIO, "sound": AUDIO}
 """What the modalities of a ``MimoModel`` are called, in the singular or the plural."""
@@ -20,62 +20,86 @@ KIND_OF_NAME = {"image": IMAGE, "vision": IMAGE, "video": VIDEO, "audio": AUDIO,
 class MegatronHook(ModalityHook):
     """``ModalityHook`` for models of Megatron: GPT, hybrid, MIMO.
 
-    Marks the padding of the dynamic engine, and keeps masks where captured CUDA graphs find them.
+    Knows the dynamic engine's padding and its mask of image tokens, and keeps masks where captured CUDA
+    graphs find them.
     """
 
     def __init__(self, model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> None:
-        captured = getattr(model.config, "cuda_graph_impl", "none") != "none"
-        if captured and hasattr(model, "cudagraph_manager"):
+        inner = innermost(model)
+        captured = getattr(inner.config, "cuda_graph_impl", "none") != "none"
+        if captured and hasattr(inner, "cudagraph_manager"):
             raise ValueError(
                 "attach_modality: inference_cuda_graph_scope = 'block' captures the model whole, and with it "
                 "the mask of one step; expected 'layer'"
             )
-        super().__init__(model, token_kinds, padding_id)
+        super().__init__(model, CallReader(token_kinds, padding_id, masked_is_true=True))
         self._buffers = ModalityBuffers() if captured else None
         self._layers = planning_layers(model) if captured else []
 
-    def of_call(self, given: dict[str, Any]) -> Modality | None:
+    def engine_kinds(self, given: dict[str, Any]) -> Tensor | None:
+        """From the context of a dynamic engine that serves multimodal models: int8 [1, S]."""
+        tell = getattr(given.get("inference_context"), "current_image_token_mask", None)
+        mask = None if tell is None else tell()
+        if mask is None:
+            return None
+        ids = given.get("input_ids")
+        if ids is not None and mask.shape != ids.shape:
+            raise ValueError(
+                f"current_image_token_mask: found shape {tuple(mask.shape)}, the call has {tuple(ids.shape)} tokens"
+            )
+        return torch.where(mask >= 0, IMAGE, TEXT).to(torch.int8)
+
+    def of_call(self, given: dict[str, Any]) -> Modality | Unreadable | None:
         """As the base class, with the padding of a dynamic engine; in a buffer if a graph may read it."""
         found = self._of_tokens(given)
-        if found is None or self._buffers is None or not may_be_graphed(given.get("inference_context")):
+        if self._buffers is None or not isinstance(found, Modality):
+            return found
+        if not may_be_graphed(given.get("inference_context")):
             return found
         for layer in self._layers:
             layer.prepare(found.kinds.device)
         return self._buffers.hold(found)
 
-    def _of_tokens(self, given: dict[str, Any]) -> Modality | None:
+    def _of_tokens(self, given: dict[str, Any]) -> Modality | Unreadable | None:
         """The modality of the tokens that the layers get."""
         found = super().of_call(given)
         input_ids, context = given.get("input_ids"), given.get("inference_context")
         if input_ids is None or context is None or context.is_static_batching():
+            return found
+        if isinstance(found, Unreadable):
             return found
         if found is None:
             found = current_modality()
         if found is None or found.kinds.shape != input_ids.shape:
             found = Modality.of(torch.zeros_like(input_ids, dtype=torch.bool))
         real = torch.arange(input_ids.shape[1], device=input_ids.device) < context.active_token_count
-        return replace(found, valid=found.valid & real, held=False, _layouts={}, _parts={})
+        return found.with_valid(found.valid & real)
 
 
 class LLaVAHook(MegatronHook):
     """For ``LLaVAModel``, where the features of a picture take the place of one token inside the model."""
 
-    def __init__(self, model: Any, token_kinds: dict[int, int], padding_id: int | None) -> None:
+    def __init__(self, model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> None:
         super().__init__(model, token_kinds, padding_id)
-        self._model = model
+        self._model: Any = innermost(model)
 
-    def _of_tokens(self, given: dict[str, Any]) -> Modality | None:
+    def _of_tokens(self, given: dict[str, Any]) -> Modality | Unreadable | None:
         """The modality [B, S'] of the tokens that the language model gets."""
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4:  # of the tokens the language model gets
+            given = {**given, "attention_mask": None}
+        else:
+            mask = None
         found = super()._of_tokens(given)
         input_ids, context = given["input_ids"], given.get("inference_context")
         memory = {} if context is None else context.key_value_memory_dict
         cached = "image_tokens_count" in memory or "sound_tokens_count" in memory
-        if found is None or cached or not self._model.add_decoder:
+        if not isinstance(found, Modality) or cached or not self._model.add_decoder:
             return found  # the pictures are in the cache, or the language model is elsewhere
         outer = current_modality()
         if given.get("imgs_sizes") is not None:
             if outer is None:
-                raise ValueError(
+                return Unreadable(
                     "attach_modality: found imgs_sizes, pictures of many sizes, and cannot tell which tokens "
                     "come of them; set macs.modality around the call"
                 )
@@ -86,8 +110,12 @@ class LLaVAHook(MegatronHook):
         # One look at the values a prompt, as the model itself takes.
         length = self._length(int(repeats.sum(1).max()), context)
         if outer is not None and outer.kinds.shape == (len(input_ids), length):
-            return outer
-        return replace(found, kinds=found.kinds.masked_fill(image, IMAGE)).expanded(repeats, length)
+            found = outer
+        else:
+            found = replace(found, kinds=found.kinds.masked_fill(image, IMAGE)).expanded(repeats, length)
+        if mask is not None and not found.states_valid:
+            found = found.with_valid(found.valid & real_keys(~(mask != 0), tuple(found.kinds.shape)))
+        return found
 
     def _repeats(self, image: Tensor, tiles: Any) -> Tensor:
         """How many tokens come of each of the ids' [B, S]."""
@@ -140,17 +168,17 @@ def attach_modality(
 
     Raises a ``ValueError`` where nothing would tell visual tokens from text.
     """
-    model = unwrapped(model)
+    inner = innermost(model)
     named = named_kinds(image_token_id, video_token_id, audio_token_id)
-    kinds = known_token_kinds(model, named)
-    check_tells(model, kinds)
+    kinds = known_token_kinds(inner, named)
+    check_tells(inner, kinds)
     return watch(model, kinds, padding_token_id)
 
 
 def watch(model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> ModalityHook:
     """``attach_modality`` with what is known of the ids, which may be nothing: then a ``macs.modality``
     around the call tells, and only a dynamic engine's padding is added to it."""
-    return (LLaVAHook if is_llava(model) else MegatronHook)(model, token_kinds, padding_id)
+    return (LLaVAHook if is_llava(innermost(model)) else MegatronHook)(model, token_kinds, padding_id)
 
 
 def known_token_kinds(model: Any, named: dict[int, int]) -> dict[int, int]:
@@ -169,16 +197,6 @@ def known_token_kinds(model: Any, named: dict[int, int]) -> dict[int, int]:
     return completed(named, told)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what training wraps around it, which takes any arguments."""
-    while "input_ids" not in inspect.signature(model.forward).parameters:
-        inner = getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model
-
-
 def kind_of_name(name: str) -> int:
     """The kind of a modality that a model calls by this name."""
     for known, kind in KIND_OF_NAME.items():
@@ -188,12 +206,6 @@ def kind_of_name(name: str) -> int:
         f"special_token_ids: found a modality {name!r}, expected its token id among the arguments, or a name "
         f"that starts with one of {', '.join(KIND_OF_NAME)}"
     )
-
-
-def planning_layers(model: nn.Module) -> list[LayerRuntime]:
-    """What the MACS layers in a model share their state through."""
-    found = (getattr(module, "macs", None) for module in model.modules())
-    return list({id(layer): layer for layer in found if isinstance(layer, LayerRuntime)}.values())
 
 
 def is_llava(model: nn.Module) -> bool:

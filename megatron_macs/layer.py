@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -13,8 +14,9 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEFlexTokenDispatcher,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
-from macs import LayerRuntime, MACSConfig, Runtime, Topology
+from macs import LayerRuntime, MACSConfig, Runtime, Share, Topology, current_modality, place_among
 
 from .compat import INFERENCE_OPTIMIZED_SINCE, inference_optimized
 from .dispatcher import (
@@ -36,6 +38,8 @@ class MACSMoELayer(MoELayer):
     Weights and state dict are the base class's.
     """
 
+    macs: LayerRuntime | None = None
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -55,30 +59,64 @@ class MACSMoELayer(MoELayer):
             )
         if kwargs.get("is_mtp_layer"):
             return  # it guesses tokens ahead, by calls of its own that no mask covers: left as it is
+        self._replicas = utils.get_pg_rank(pg_collection.tp), utils.get_pg_size(pg_collection.tp)
+        sharing = pg_collection.tp_ep  # whose tokens meet in these experts
+        ranks = dist.get_process_group_ranks(sharing) if utils.get_pg_size(sharing) > 1 else [dist.get_rank()]
+        size = self._replicas[1]
+        self._places = {parts: place_among(ranks, dist.get_rank(), size // parts) for parts in {1, size}}
         topology = Topology(
             num_experts=config.num_moe_experts,
             num_ranks=utils.get_pg_size(self.ep_group),
             sources=(utils.get_pg_rank(self.ep_group),),
         )
-        tensor_parallel = utils.get_pg_rank(pg_collection.tp), utils.get_pg_size(pg_collection.tp)
-
-        def part() -> tuple[int, int]:
-            # Megatron's static engine takes sequence parallelism back when it begins to serve.
-            return tensor_parallel if config.sequence_parallel else (0, 1)
-
         self.macs = runtime.add_layer(
-            lambda: self.router.weight,
+            self.router_rows,
             topology,
             config.moe_router_topk,
-            pg_collection.tp_ep,  # whose tokens meet in these experts
-            lambda policy, settings: check_policy(config, policy, settings, tensor_parallel[1] // part()[1]),
-            part,
+            sharing,
+            self.check_policy,
+            self.share,
         )
         self.router.macs = self.macs
         adopt(self.token_dispatcher, self.macs)
         if config.transformer_impl == "inference_optimized":
             # The layer takes one or the other, as an inference engine uses it or not.
             adopt(self._inference_token_dispatcher, self.macs)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """hidden_states [S, B, D] and what else the base class takes -> what it returns."""
+        if self.macs is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        count = hidden_states.shape[:-1].numel()
+        with self.macs.forward_pass(count, hidden_states.device, self.training):
+            padding = kwargs.get("padding_mask")
+            if padding is not None and not self.training and self.macs.acts_on(count):
+                refuse_unread_padding()
+            return super().forward(hidden_states, *args, **kwargs)
+
+    def router_rows(self) -> Tensor:
+        """The router's rows [E, D]."""
+        return self.router.weight
+
+    def check_policy(self, policy: str, settings: MACSConfig) -> None:
+        """See the function of this name."""
+        check_policy(self.config, policy, settings, self._replicas[1] // self.share().parts)
+
+    def share(self) -> Share:
+        """Which tokens this rank has. Megatron's static engine takes sequence parallelism back when it begins
+        to serve."""
+        index, parts = self._replicas if self.config.sequence_parallel else (0, 1)
+        return Share(index, parts, self._places[parts])
+
+
+def refuse_unread_padding() -> None:
+    """A padding mask that reaches a layer must have been read where the model was called."""
+    known = current_modality()
+    if known is None or not known.states_valid:
+        raise ValueError(
+            "padding_mask: the model was called with one, and the modality in force does not know it; expected "
+            "attach_modality(model), which reads it, or macs.modality(mask, valid=~padding_mask) around the call"
+        )
 
 
 def adopt(dispatcher: Any, layer: LayerRuntime) -> None:
@@ -157,6 +195,8 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
         refuse("moe_pad_expert_input_to_capacity", "it needs moe_expert_capacity_factor")
     if config.moe_router_padding_for_quantization:
         refuse("moe_router_padding_for_quantization", "it adds rows after the plan")
+    if config.moe_router_score_function not in ("softmax", "sigmoid"):
+        refuse("moe_router_score_function", "scores must lie between 0 and 1, as those of softmax and sigmoid do")
     if config.moe_latent_size:
         refuse("moe_latent_size", "the dispatcher would see projected features, not the layer's input")
     if getattr(config, "moe_enable_routing_replay", False):

@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from macs import LayerRuntime, full_scores
+from macs import LayerRuntime, full_scores, without_outcasts
 
 
 class MACSTopKRouter(TopKRouter):
@@ -38,4 +38,6 @@ class MACSTopKRouter(TopKRouter):
         # A static engine may have the experts padded while it decodes, which leaves nothing to plan.
         padded = self.config.moe_pad_expert_input_to_capacity
         if not self.training and not padded and self.macs.acts_on(logits.shape[:-1].numel()):
-            self.macs.offer_scores(full_scores(logits.flatten(0, -2), self.score_function))
+            scores = full_scores(logits.flatten(0, -2), self.score_function)
+            groups = self.config.moe_router_num_groups, self.config.moe_router_group_topk
+            self.macs.offer_scores(without_outcasts(scores, self.expert_bias, self.macs.top_k, *groups))

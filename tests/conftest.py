@@ -1,21 +1,59 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, hypothesis profiles, and the tiers of the suite.
+
+    pytest              everything that this machine can run
+    pytest -m fast      what needs no engine, no kernel and no program of its own: two minutes
+
+A test is ``kernels`` (Triton, in its interpreter where there is no GPU), ``engine`` (worker processes with
+a real engine) or ``e2e`` (whole programs: examples, launchers, tools) by the file it is in, or by a mark of
+its own; ``fast`` is what is left.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from support.workers import Pool
 
-# Speed lives in benchmarks: no test fails because a machine is slow.
-settings.register_profile("macs", deadline=None, print_blob=True, derandomize=True)
-settings.load_profile("macs")
+# Speed lives in benchmarks: no test fails because a machine is slow. The number of examples is the
+# profile's alone; the continuous integration asks for the full one.
+EXAMPLES = {"quick": 25, "full": 250}
+for name, count in EXAMPLES.items():
+    settings.register_profile(
+        name,
+        max_examples=count,
+        deadline=None,
+        print_blob=True,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
+settings.load_profile(PROFILE)
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+TIERS = {
+    "kernels": ("macs/test_ops.py",),
+    "e2e": ("examples/", "tools/"),
+    "engine": ("megatron_macs/", "deepspeed_macs/", "test_both_engines.py"),
+}
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test its tier."""
+    for item in items:
+        own = {mark.name for mark in item.iter_markers()} & set(TIERS)
+        if not own:
+            place = item.path.relative_to(HERE).as_posix()
+            own = {tier for tier, paths in TIERS.items() if place.startswith(paths)}
+        for tier in own or {"fast"}:
+            item.add_marker(tier)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import configs, routings
 
@@ -142,7 +142,6 @@ def test_loads(count, experts, k, sources):
     assert torch.equal(found, expected) and torch.equal(room, before)
 
 
-@settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     count=st.integers(1, 90),
     pools=st.sampled_from([1, 3, 40]),
@@ -179,7 +178,6 @@ def on_device(case):
     return *(one.to(DEVICE) for one in (case.hidden, case.experts, case.weights, case.scores)), tokens
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(routings(config=configs()))
 def test_a_whole_plan_is_the_same(case):
     """But for the roundings of the weights, which are given to both alike."""

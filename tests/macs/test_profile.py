@@ -35,7 +35,8 @@ def test_calibration_counts_whom_experts_serve():
 def test_calibration_without_a_run_says_so():
     assert not Calibration(3).counts().any()  # of one rank; others may have had tokens
     runtime = Runtime()
-    runtime.add_layer(lambda: torch.randn(3, 4), Topology(3), 1)
+    layer = runtime.add_layer(lambda: torch.randn(3, 4), Topology(3), 1)
+    assert runtime.layers == [layer]
     with pytest.raises(ValueError, match="no tokens were observed"):
         runtime.measured_profile()
 

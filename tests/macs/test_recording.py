@@ -17,8 +17,8 @@ TOKENS, HIDDEN, EXPERTS, TOP_K = 24, 8, 6, 2
 def running(layers=2):
     runtime = Runtime(MACSConfig(capacity_factor=0.5, min_tokens=0, similarity="none"))
     router = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
-    for _ in range(layers):
-        runtime.add_layer(lambda: router, Topology(EXPERTS, 2, sources=(0,)), TOP_K)
+    topology = Topology(EXPERTS, 2, sources=(0,))
+    runtime.kept = [runtime.add_layer(lambda: router, topology, TOP_K) for _ in range(layers)]
     return runtime
 
 

@@ -209,6 +209,7 @@ def test_too_large_a_plan_says_so():
         sort_key(one, 1 << 20, one, one, 1 << 30)
 
 
+@pytest.mark.e2e
 def test_macs_needs_torch_alone():
     code = (
         "import sys\n"

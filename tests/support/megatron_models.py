@@ -204,7 +204,8 @@ def llava_of_many_tiles() -> dict[str, Any]:
         ("sizes", {"imgs_sizes": torch.ones(1, 2)}),
     ):
         try:
-            hook.of_call({"input_ids": ids, **changes})
+            found = hook.of_call({"input_ids": ids, **changes})
+            errors[name] = found.reason
         except ValueError as error:
             errors[name] = str(error)
     cached = SimpleNamespace(key_value_memory_dict={"image_tokens_count": 5}, is_static_batching=lambda: True)
