@@ -10,6 +10,7 @@ from typing import Any
 
 from macs import POLICIES, MACSConfig, Profile
 from macs.config import check_name
+from macs.files import check_output
 
 EXPERT_PARALLEL = "expert_parallel"
 MACS = "macs"
@@ -87,8 +88,8 @@ class MACSBlock:
             value = getattr(self, name)
             if value is not None and not isinstance(value, (str, os.PathLike)):
                 refuse(name, "a path")
-        if self.record is not None and not Path(self.record).resolve().parent.is_dir():
-            refuse("record", "a path in a folder that exists")
+        if self.record is not None:
+            check_output(self.record, "config.macs.record")
         self.settings()  # an error in it is told here
 
     def settings(self, preset: str | None = None) -> MACSConfig:

@@ -66,8 +66,9 @@ class MACSTopKGate(TopKGate):
     ) -> tuple[Any, ...]:
         """The base class's routes, for C rows that all ranks agree on, as in a planned step.
 
-        So ranks make the same collectives whether MACS is on or off there, and whatever mode they are in. Where
-        all are alike, C is what the base class has; with ``drop_tokens=False`` it has agreed on it by itself.
+        So ranks make the same collectives whether MACS is on or off there, and whatever mode they are in.
+        Where all are alike, C is what the base class has; with ``drop_tokens=False`` it has agreed on it
+        by itself.
         """
         found = super().forward(input, used_token, sparse_routes, use_tutel)
         assert self.macs is not None
@@ -81,9 +82,7 @@ class MACSTopKGate(TopKGate):
         more = int(self._agreed(capacity)) - weights.shape[2]
         return auxiliary, functional.pad(weights, (0, more)), functional.pad(mask, (0, more)), counts
 
-    def _planned(
-        self, input: Tensor, used_token: Tensor | None, sparse_routes: bool
-    ) -> tuple[Any, ...]:
+    def _planned(self, input: Tensor, used_token: Tensor | None, sparse_routes: bool) -> tuple[Any, ...]:
         """The routes that the plan leaves, dropless where the step is too small to plan."""
         assert self.macs is not None
         logits = functional.linear(input.float(), self.wg.weight.float())

@@ -19,13 +19,23 @@ from deepspeed.module_inject.auto_ep_comm import DEEPEP_BACKEND
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero.utils import is_zero_param
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
-from macs import LayerRuntime, MACSConfig, ModalityHook, Runtime, Share, Topology, attach_modality, place_among
+from macs import (
+    LayerRuntime,
+    MACSConfig,
+    ModalityHook,
+    Runtime,
+    Share,
+    Topology,
+    attach_modality,
+    place_among,
+)
 from macs.calls import CallReader
 from macs.config import read_mapping
 
@@ -153,7 +163,7 @@ def _init_inference_with(
     given = config
     if isinstance(config, str):
         with open(config) as file:
-            given = json.load(file)
+            given = json.load(file, object_pairs_hook=dict_raise_error_on_duplicate_keys)
     if not (given is None or isinstance(given, dict)):
         return stock(model, config, **kwargs)  # which says what it expects
     rest, block = take_block(given or {})
@@ -284,8 +294,8 @@ def _check_settings(policy: str, config: MACSConfig, same_tokens: int, blind: st
     if policy == "macs" and blind is not None:
         raise ValueError(
             f"config.macs: no way to find the visual tokens ({blind}). Give image_token_id, or set "
-            '"modality": "text" for a model that has nothing else, or "manual" and macs.modality(mask) around '
-            "every forward pass"
+            '"modality": "text" for a model that has nothing else, or "manual" and macs.modality(mask) '
+            "around every forward pass"
         )
     if same_tokens > 1:
         why = f"the expert-parallel group holds {same_tokens} tensor-parallel ranks with the same tokens"

@@ -93,7 +93,8 @@ class Agreement:
         if self.broken is not None:
             raise RuntimeError(
                 f"MACS: an earlier forward pass on rank {self.own} ended before its last collective "
-                f"({self.broken}), and the other members of its group, ranks {self.ranks}, may still wait in it: "
+                f"({self.broken}), and the other members of its group, ranks {self.ranks}, may still wait "
+                f"in it: "
                 "what this rank sends now would be taken for a part of that batch. Build the process groups "
                 "and the model anew, or start the processes again"
             )
@@ -171,7 +172,9 @@ class Agreement:
                 # The first pass of all: the others may be long in loading, and are looked for again.
                 logger.warning(
                     "MACS: ranks %s have not begun their first forward pass after %g s; their settings are "
-                    "compared when they have", missing, WAIT.total_seconds(),
+                    "compared when they have",
+                    missing,
+                    WAIT.total_seconds(),
                 )
                 return
             if missing:
@@ -196,8 +199,13 @@ def difference(first: dict[str, Any], second: dict[str, Any], one: str = "", oth
         return repr(settings.get(name))
 
     if not one:
-        return ", ".join(f"{name} from {shown(first, name)} to {shown(second, name)}" for name in fields) or "nothing"
-    return ", ".join(f"{name}: {shown(first, name)} on {one}, {shown(second, name)} on {other}" for name in fields)
+        return (
+            ", ".join(f"{name} from {shown(first, name)} to {shown(second, name)}" for name in fields)
+            or "nothing"
+        )
+    return ", ".join(
+        f"{name}: {shown(first, name)} on {one}, {shown(second, name)} on {other}" for name in fields
+    )
 
 
 _begun: ContextVar[set[Agreement] | None] = ContextVar("macs_begun", default=None)

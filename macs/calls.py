@@ -94,7 +94,10 @@ class CallReader:
         ids, types = given.get("input_ids"), given.get("mm_token_type_ids")
         if isinstance(types, Tensor):
             if types.dim() != 2:
-                return None, f"mm_token_type_ids: found shape {tuple(types.shape)}, expected [B, S]; {WAY_OUT}"
+                return (
+                    None,
+                    f"mm_token_type_ids: found shape {tuple(types.shape)}, expected [B, S]; {WAY_OUT}",
+                )
             return last_columns("mm_token_type_ids", types, shape), None
         if isinstance(ids, Tensor):
             if not (self.token_kinds or self.text_only or self.padding_id is not None or self._masks(given)):
@@ -107,7 +110,8 @@ class CallReader:
         if self.text_only:
             return torch.zeros(shape, dtype=torch.int8, device=embeds.device), None
         return None, (
-            "inputs_embeds: found them in the place of input_ids, and they do not tell visual tokens from text; "
+            "inputs_embeds: found them in the place of input_ids, and they do not tell visual tokens from "
+            "text; "
             f"expected input_ids or mm_token_type_ids beside them, or {WAY_OUT}"
         )
 
@@ -140,7 +144,8 @@ class CallReader:
         if starts is not None:
             if shape[0] != 1:
                 return None, (
-                    f"packed sequences: found {shape[0]} rows of tokens, expected one that holds them all; {WAY_OUT}"
+                    f"packed sequences: found {shape[0]} rows of tokens, expected one that holds them "
+                    f"all; {WAY_OUT}"
                 )
             told.append(within_sequences(*starts, shape[1]))
         if told:
@@ -186,7 +191,8 @@ def real_keys(seen: Tensor, shape: tuple[int, int]) -> Tensor:
     rows, count = shape
     if seen.shape[0] not in (1, rows) or seen.shape[2] != count or seen.shape[3] < count:
         raise ValueError(
-            f"attention_mask: found shape {tuple(seen.shape)}, expected [{rows} or 1, 1, {count}, {count} or more]"
+            f"attention_mask: found shape {tuple(seen.shape)}, expected [{rows} or 1, 1, {count}, {count} "
+            f"or more]"
         )
     looks = seen.any(1)  # [B, S, K]
     if count == 0:
@@ -244,7 +250,8 @@ def packed_inside(outer: Modality, packed: Any) -> Modality | Unreadable | None:
     rows = outer.kinds.shape[0]
     if len(lengths) != rows:
         return Unreadable(
-            f"packed sequences: found {len(lengths)}, the modality mask around them has {rows} sequences; set "
+            f"packed sequences: found {len(lengths)}, the modality mask around them has {rows} sequences; "
+            f"set "
             "macs.modality around the model that is called with the packed tokens"
         )
     total = getattr(packed, "total_tokens", None)

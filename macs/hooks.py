@@ -42,8 +42,8 @@ class ModalityHook:
     """The hooks ``attach_modality`` set; ``remove`` takes them off.
 
     They sit on the model and on all that wraps it (PEFT, ``torch.compile``, training wrappers), since
-    calls come in at any of them: ``generate`` of a PEFT model calls the model inside. Copies and pickles of the
-    model have hooks of their own, which do the same.
+    calls come in at any of them: ``generate`` of a PEFT model calls the model inside. Copies and pickles
+    of the model have hooks of their own, which do the same.
     """
 
     def __init__(self, model: nn.Module, reader: CallReader) -> None:
@@ -57,7 +57,9 @@ class ModalityHook:
         self._order |= {type(one): parameters(one) for one in modules if "input_ids" in parameters(one)}
         for module in modules:
             # Before all others, so that whatever fails after it, ``_leave`` has something to leave.
-            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            self._handles.append(
+                module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+            )
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def remove(self) -> None:
@@ -73,7 +75,8 @@ class ModalityHook:
         if isinstance(found, Modality) and current_modality() is None and not told and not self._warned:
             self._warned = True
             logger.warning(
-                "MACS: nothing in a call of %s tells visual tokens from text; every token counts as text", self._name
+                "MACS: nothing in a call of %s tells visual tokens from text; every token counts as text",
+                self._name,
             )
         return found
 

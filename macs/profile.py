@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .checks import FLOATS, expect
 from .config import MACSConfig
+from .files import save_tensors
 from .modality import Tokens
 
 FORMAT = "macs-profile-1"
@@ -176,14 +177,12 @@ class Profile:
         return moved(visual, self.visual[row]), moved(text, self.text[row])
 
     def save(self, path: str | Path) -> None:
-        """Write the profile to one safetensors file."""
-        from safetensors.torch import save_file
-
+        """Write the profile to one safetensors file, whole or not at all."""
         tensors = {"visual": self.visual.cpu().contiguous(), "text": self.text.cpu().contiguous()}
         if self.similarity is not None:
             tensors["similarity"] = self.similarity.cpu().contiguous()
         header = {"fingerprints": list(self.fingerprints), "top_k": self.top_k}
-        save_file(tensors, str(path), metadata={"format": FORMAT, "macs": json.dumps(header)})
+        save_tensors(tensors, path, {"format": FORMAT, "macs": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

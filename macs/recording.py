@@ -12,13 +12,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .checks import expect
-from .modality import Tokens
+from .files import save_tensors
+from .modality import KINDS, Tokens
 
 FORMAT = "macs-routing-1"
 OVERHEAD = 2048
@@ -88,8 +90,6 @@ class RoutingRecorder:
 
         Returns what was written; None, with a warning, if nothing was recorded.
         """
-        from safetensors.torch import save_file
-
         path = rank_path(Path(path))
         if not self._records:
             logger.warning("MACS: nothing was recorded for %s; was a batch of min_tokens or more run?", path)
@@ -103,10 +103,7 @@ class RoutingRecorder:
         tensors |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         assert self._form is not None
         header = {"format": FORMAT, "num_experts": self._form[1], "num_ranks": num_ranks}
-        # Written aside first: a run that is stopped leaves no half a file.
-        aside = path.with_name(path.name + ".part")
-        save_file(tensors, aside, metadata={"macs": json.dumps(header)})
-        aside.replace(path)
+        save_tensors(tensors, path, {"macs": json.dumps(header)})
         return path
 
 
@@ -158,10 +155,18 @@ class Recording:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("macs", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"recording {path}: not a recording: {error}") from error
         if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise ValueError(f"recording {path}: found header {header!r}, expected format {FORMAT!r}")
+            raise ValueError(
+                f"recording {path}: found header {str(header)[:200]}, expected format {FORMAT!r}"
+            )
+        num_experts, num_ranks = (_whole(path, header, name) for name in ("num_experts", "num_ranks"))
+        if num_experts % num_ranks:
+            raise ValueError(
+                f"recording {path}: found {num_experts} experts on {num_ranks} ranks, which do not divide "
+                f"them"
+            )
         missing = {"layers", "steps", "counts", "experts", "weights", "kinds"} - set(tensors)
         if missing:
             raise ValueError(f"recording {path}: found no tensor {', '.join(sorted(missing))}")
@@ -170,14 +175,30 @@ class Recording:
         expect("recording.weights", tensors["weights"], tuple(experts.shape), (torch.float16,))
         expect("recording.kinds", tensors["kinds"], (None,), (torch.int8,))
         if "scores" in tensors:
-            expect("recording.scores", tensors["scores"], (count, header["num_experts"]), (torch.float16,))
+            expect("recording.scores", tensors["scores"], (count, num_experts), (torch.float16,))
         counts = tensors["counts"]
-        shapes = len(tensors["layers"]), len(tensors["steps"])
-        good = shapes == (len(counts), len(counts)) and len(counts) > 0 and int(counts.min()) > 0
+        records = len(counts) if counts.dim() == 1 else 0
+        expect("recording.counts", counts, (None,), (torch.int64,))
+        expect("recording.layers", tensors["layers"], (records,), (torch.int32,))
+        expect("recording.steps", tensors["steps"], (records,), (torch.int64,))
+        # Each by itself first: a sum of large counts may wrap to the right one.
+        good = records > 0 and int(counts.min()) > 0 and int(counts.max()) <= count
         if not good or int(counts.sum()) != count:
             raise ValueError(f"recording {path}: its records do not add up to its {count} tokens")
-        if int(experts.max()) >= header["num_experts"] or int(experts.min()) < -1:
-            raise ValueError(f"recording {path}: found experts outside -1..{header['num_experts'] - 1}")
+        if not 1 <= experts.shape[1] <= num_experts:
+            raise ValueError(
+                f"recording {path}: found {experts.shape[1]} assignments a token, expected 1 to {num_experts}"
+            )
+        for name, values, low, high in (
+            ("experts", experts, -1, num_experts - 1),
+            ("modalities", tensors["kinds"], 0, KINDS - 1),
+            ("layers", tensors["layers"], 0, None),
+            ("steps", tensors["steps"], 0, None),
+        ):
+            if int(values.min()) < low or (high is not None and int(values.max()) > high):
+                raise ValueError(
+                    f"recording {path}: found {name} outside {low}..{'' if high is None else high}"
+                )
         sizes = counts.tolist()
         scores = tensors["scores"].float().split(sizes) if "scores" in tensors else [None] * len(sizes)
         rows = zip(
@@ -189,4 +210,14 @@ class Recording:
             scores,
             strict=True,
         )
-        return cls(header["num_experts"], header["num_ranks"], tuple(RoutingRecord(*row) for row in rows))
+        return cls(num_experts, num_ranks, tuple(RoutingRecord(*row) for row in rows))
+
+
+def _whole(path: str | Path, header: dict[str, Any], name: str) -> int:
+    """A number of a recording's header, 1 or more."""
+    value = header.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**15:
+        raise ValueError(
+            f"recording {path}: found {name} {str(value)[:50]!r}, expected a whole number, 1 or more"
+        )
+    return value

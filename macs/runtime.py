@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .agreement import Agreement
 from .config import MACSConfig
+from .files import check_output
 from .metrics import LayerRecorder, LayerReport
 from .modality import Modality, Tokens, needed_modality
 from .plan import Plan
@@ -74,7 +75,9 @@ class Runtime:
         virtual_ranks: int = 1,
     ) -> None:
         if profile is not None and not isinstance(profile, Profile):
-            raise TypeError(f"Runtime.profile: found {profile!r}, expected a macs.Profile; Profile.load reads one")
+            raise TypeError(
+                f"Runtime.profile: found {profile!r}, expected a macs.Profile; Profile.load reads one"
+            )
         self.enabled = True
         self.recording = True
         self.virtual_ranks = virtual_ranks
@@ -141,7 +144,9 @@ class Runtime:
             topology = Topology(
                 topology.num_experts, self.virtual_ranks, sources=tuple(range(self.virtual_ranks))
             )
-        layer = LayerRuntime(self, len(self.layers), router_weight, topology, top_k, group, check, share, refetch)
+        layer = LayerRuntime(
+            self, len(self.layers), router_weight, topology, top_k, group, check, share, refetch
+        )
         self._register(layer)
         return layer
 
@@ -229,9 +234,7 @@ class Runtime:
         ``options`` are those of ``RoutingRecorder``. Steps that are left alone, such as decoding, are not
         recorded.
         """
-        path = Path(path).resolve()
-        if not path.parent.is_dir():
-            raise ValueError(f"record_routing: found no folder {path.parent}")
+        path = check_output(path, "record_routing")
         recorder = self.start_routing(**options)
         try:
             yield recorder
@@ -261,7 +264,8 @@ class Runtime:
         sizes = sorted({layer.topology.num_experts for layer in self.layers})
         if len(sizes) > 1:
             raise ValueError(
-                f"calibration: found layers of {', '.join(map(str, sizes))} experts (as in PR-MoE); a profile is of "
+                f"calibration: found layers of {', '.join(map(str, sizes))} experts (as in PR-MoE); a "
+                f"profile is of "
                 "layers alike"
             )
         counts = torch.stack([layer.calibration.counts(device) for layer in self.layers])  # [L, 2, E]
@@ -616,13 +620,16 @@ def misfit(modality: Modality, batch: int | None, length: int) -> str:
     count = length if batch is None else batch * length
     if batch == rows and length < columns:
         way_out = (
-            "if this is a decoding step of generate() inside a macs.modality block, the block covers the prompt "
+            "if this is a decoding step of generate() inside a macs.modality block, the block covers the "
+            "prompt "
             "alone: use attach_modality, which follows every step, or set min_tokens above the batch size"
         )
     elif batch == 1 and count < rows * columns:
         way_out = (
-            "if the model packs padded sequences by itself, the layers get fewer tokens than it was called with: "
-            "use attach_modality on the model that is called with packed_seq_params too, or set macs.modality "
+            "if the model packs padded sequences by itself, the layers get fewer tokens than it was "
+            "called with: "
+            "use attach_modality on the model that is called with packed_seq_params too, or set "
+            "macs.modality "
             "around that one"
         )
     else:

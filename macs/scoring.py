@@ -55,9 +55,14 @@ def in_service(
 
 
 def without_outcasts(
-    scores: Tensor, bias: Tensor | None, top_k: int, num_groups: int | None = None, groups_used: int | None = None
+    scores: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    num_groups: int | None = None,
+    groups_used: int | None = None,
 ) -> Tensor:
-    """Scores [T, E], 0 for the experts that the correction biases [E] take out of service; see ``in_service``."""
+    """Scores [T, E], 0 for the experts that the correction biases [E] take out of service; see
+    ``in_service``."""
     if bias is None:
         return scores
     return scores * in_service(bias, top_k, num_groups, groups_used).to(scores.dtype)

@@ -141,8 +141,8 @@ class Chunk:
 
     @classmethod
     def of(cls, hidden: Tensor, former: Chunk | None) -> Chunk:
-        """The chunk that hidden [S, B, D] is: the next one if it begins where the former one, a view of the same
-        memory, ended; else the first of another forward pass."""
+        """The chunk that hidden [S, B, D] is: the next one if it begins where the former one, a view of
+        the same memory, ended; else the first of another forward pass."""
         memory, offset = hidden.untyped_storage().data_ptr(), hidden.storage_offset()
         end = offset + hidden.shape[0] * hidden.stride(0)
         follows = former is not None and (former.memory, former.end) == (memory, offset)

@@ -45,7 +45,8 @@ class MegatronHook(ModalityHook):
         ids = given.get("input_ids")
         if ids is not None and mask.shape != ids.shape:
             raise ValueError(
-                f"current_image_token_mask: found shape {tuple(mask.shape)}, the call has {tuple(ids.shape)} tokens"
+                f"current_image_token_mask: found shape {tuple(mask.shape)}, the call has "
+                f"{tuple(ids.shape)} tokens"
             )
         return torch.where(mask >= 0, IMAGE, TEXT).to(torch.int8)
 

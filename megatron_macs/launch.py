@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from macs import Profile, Runtime
+from macs.files import check_output
 from macs.recording import rank_path
 
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
@@ -87,11 +88,15 @@ def main(arguments: list[str] | None = None) -> None:
         if flag.startswith("--moe-macs"):
             close = difflib.get_close_matches(flag.split("=")[0], parser._option_string_actions, 1)
             parser.error(f"found no flag {flag}" + (f"; is it {close[0]}?" if close else ""))
-    # Resolved now: the script may go to another folder.
-    calibrate, record = (
-        None if path is None else path.resolve() for path in (own.moe_macs_calibrate, own.moe_macs_record)
-    )
     try:
+        # Made absolute now: the script may go to another folder.
+        calibrate, record = (
+            None if path is None else check_output(path, flag)
+            for flag, path in (
+                ("--moe-macs-calibrate", own.moe_macs_calibrate),
+                ("--moe-macs-record", own.moe_macs_record),
+            )
+        )
         runtime = runtime_from_args(own)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -100,9 +105,6 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error("found --moe-macs-calibrate with a policy or a profile; nothing is planned with it")
         if record is not None:
             parser.error("found --moe-macs-calibrate with --moe-macs-record; expected one of them")
-    for flag, path in (("--moe-macs-calibrate", calibrate), ("--moe-macs-record", record)):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"{flag}: found no folder {path.parent}")
     sys.argv = [script, *rest]
     uninstall = None if runtime is None else install(runtime, tokens_from_args(own))
     code: Any = None

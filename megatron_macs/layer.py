@@ -114,8 +114,10 @@ def refuse_unread_padding() -> None:
     known = current_modality()
     if known is None or not known.states_valid:
         raise ValueError(
-            "padding_mask: the model was called with one, and the modality in force does not know it; expected "
-            "attach_modality(model), which reads it, or macs.modality(mask, valid=~padding_mask) around the call"
+            "padding_mask: the model was called with one, and the modality in force does not know it; "
+            "expected "
+            "attach_modality(model), which reads it, or macs.modality(mask, valid=~padding_mask) around "
+            "the call"
         )
 
 
@@ -196,7 +198,9 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
     if config.moe_router_padding_for_quantization:
         refuse("moe_router_padding_for_quantization", "it adds rows after the plan")
     if config.moe_router_score_function not in ("softmax", "sigmoid"):
-        refuse("moe_router_score_function", "scores must lie between 0 and 1, as those of softmax and sigmoid do")
+        refuse(
+            "moe_router_score_function", "scores must lie between 0 and 1, as those of softmax and sigmoid do"
+        )
     if config.moe_latent_size:
         refuse("moe_latent_size", "the dispatcher would see projected features, not the layer's input")
     if getattr(config, "moe_enable_routing_replay", False):

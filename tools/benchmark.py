@@ -84,6 +84,7 @@ from workloads import (
 )
 
 from macs import Modality, Plan, PlanStatistics, Tokens, Topology, build_policy, loads_of, planner
+from macs.files import output_file, output_folder
 from macs.ops import has_triton, kernels
 from macs.weighting import feature_entropy
 
@@ -108,10 +109,10 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recordings", nargs="+", type=Path, help="one file for each source rank, instead")
     parser.add_argument("--layer", type=int, default=0, help="layer of the recordings")
-    parser.add_argument("--json", type=Path, help="append the result, one line")
+    parser.add_argument("--json", type=output_file, help="append the result, one line")
     parser.add_argument("--cost-model", type=Path, help="figures for what virtual-ep cannot measure")
     parser.add_argument("--save-cost-model", type=Path, help="write this machine's, for simulate.py")
-    parser.add_argument("--plots", type=Path, help="folder for plots")
+    parser.add_argument("--plots", type=output_folder, help="folder for plots")
     arguments = parser.parse_args(given)
     arguments.shape_name, arguments.shape = arguments.shape, SHAPES[arguments.shape]
     if arguments.mode == "planner" and arguments.shape_name == "cpu":

@@ -44,6 +44,7 @@ from tiny_vlm import model as tiny
 from tiny_vlm.vocabulary import BEGIN, FILLER, build_tokenizer, encode
 
 from macs import MACSConfig, Profile, Runtime
+from macs.files import output_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DEFAULT_QUESTION = "Describe this picture."
@@ -336,8 +337,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=14, help="requests asked at once, on each process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threshold", type=float, default=0.1, help="[tau] of a modality bias")
-    parser.add_argument("--out", type=Path, default=Path("runs") / "model.safetensors")
-    parser.add_argument("--plot", type=Path, help="a picture of every expert's visual preference")
+    parser.add_argument("--out", type=output_file, default=Path("runs") / "model.safetensors")
+    parser.add_argument("--plot", type=output_file, help="a picture of every expert's visual preference")
     parser.add_argument("--check", type=Path, help="a profile to hold against the model instead")
     arguments = parser.parse_args(given)
     if arguments.model is not None and arguments.engine == "megatron":

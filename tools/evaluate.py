@@ -46,6 +46,7 @@ from tiny_vlm.megatron_engine import Engine
 from torch import Tensor
 
 from macs import MACSConfig, Profile, Runtime
+from macs.files import output_file
 from megatron_macs import attach_modality, cpu_engine
 
 MIXES: dict[str, tuple[str, ...]] = {
@@ -616,8 +617,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bounds", nargs="+", type=float, default=[1.05, 1.1])
     parser.add_argument("--checkpoint", type=Path, default=tiny.CHECKPOINT)
-    parser.add_argument("--out", type=Path, default=Path("runs") / "quality.jsonl")
-    parser.add_argument("--plot", type=Path, help="pictures of KL against load and of loads")
+    parser.add_argument("--out", type=output_file, default=Path("runs") / "quality.jsonl")
+    parser.add_argument("--plot", type=output_file, help="pictures of KL against load and of loads")
     arguments = parser.parse_args(given)
     if arguments.chosen is not None:
         if not arguments.chosen.exists():

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from macs import MACSConfig, Plan
+from macs.files import output_file
 from macs.weighting import feature_entropy
 
 EVERYTHING = MACSConfig(capacity_factor=1e6)
@@ -193,7 +194,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=56, help="questions asked at once")
     parser.add_argument("--trials", type=int, default=12, help="passes for each batch and layer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to write the correlations")
+    parser.add_argument("--json", type=output_file, help="where to write the correlations")
     arguments = parser.parse_args(given)
     arguments.questions = arguments.batches * arguments.batch
     return arguments

@@ -50,6 +50,7 @@ from workloads import (
 )
 
 from macs import Topology, build_policy
+from macs.files import output_file, output_folder
 
 IDEAL = "ideal balance"
 BatchOf = Callable[[int, int], Batch]
@@ -470,8 +471,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--check", type=Path, help="results of benchmark.py to be predicted, and nothing else"
     )
-    parser.add_argument("--plots", type=Path)
-    parser.add_argument("--json", type=Path, help="append the result, one line")
+    parser.add_argument("--plots", type=output_folder)
+    parser.add_argument("--json", type=output_file, help="append the result, one line")
     arguments = parser.parse_args(given)
     known = contenders(arguments.straggler)
     for title in arguments.policies or ():

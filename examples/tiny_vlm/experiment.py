@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import nn
 
 from macs import MACSConfig, Profile, Runtime
+from macs.files import output_file
 
 from . import data
 from . import model as tiny
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=9, help="prompts timed for each policy")
     parser.add_argument("--checkpoint", type=Path, default=tiny.CHECKPOINT)
     parser.add_argument("--profile", type=Path, default=PROFILE, help="made if it is not there")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=output_file, help="write all figures to this file")
     parser.add_argument("--picture", type=Path, help="ask about this picture instead")
     parser.add_argument("--question", help="what to ask about --picture")
 

@@ -57,7 +57,8 @@ def semantic_weights(case, config):
 
 
 def row_limits(config, asked, ranks, place):
-    """Rows that each rank may compute of ``asked``; place is the source's, none where all share a capacity."""
+    """Rows that each rank may compute of ``asked``; place is the source's, none where all share a
+    capacity."""
     even, limits = Fraction(asked, ranks), []
     if config.target_straggler is not None:
         room = [math.floor(asked / ranks * config.target_straggler)] * ranks
