@@ -348,9 +348,9 @@ class Seam:
     """
 
     def __init__(
-        self, layer: nn.Module, weight: nn.Parameter, same_tokens: int, blind: str | None, runtime: Runtime
+        self, layer: Any, weight: nn.Parameter, same_tokens: int, blind: str | None, runtime: Runtime
     ) -> None:
-        self.layer: Any = layer
+        self.layer = layer
         self.same_tokens = same_tokens
         self.blind = blind
         self.runtime = runtime
@@ -359,8 +359,8 @@ class Seam:
         # ZeRO-3 keeps a part of the rows on each rank, and putting them together within a forward pass would
         # disturb its own fetching: they are copied now, on all ranks together.
         self._rows = _gathered(weight) if is_zero_param(weight) else None
-        if layer.ep_size > 1 and isinstance(layer.ep_group, torch.distributed.ProcessGroup):
-            members = torch.distributed.get_process_group_ranks(layer.ep_group)
+        if isinstance(self.layer.ep_group, torch.distributed.ProcessGroup) and self.layer.ep_size > 1:
+            members = torch.distributed.get_process_group_ranks(self.layer.ep_group)
             self._place = place_among(members, torch.distributed.get_rank(), same_tokens)
 
     def router_rows(self) -> Tensor:

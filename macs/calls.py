@@ -136,9 +136,9 @@ class CallReader:
             return None, f"attention_mask: found {what}, expected [B, S] or [B, 1, S, K]; {WAY_OUT}"
         padding = given.get("padding_mask")
         if padding is not None:
-            if not isinstance(padding, Tensor) or tuple(padding.shape) != shape:
-                what = tuple(padding.shape) if isinstance(padding, Tensor) else type(padding).__name__
-                raise ValueError(f"padding_mask: found {what}, expected shape {shape}, True for padding")
+            found = tuple(padding.shape) if isinstance(padding, Tensor) else type(padding).__name__
+            if found != shape:
+                raise ValueError(f"padding_mask: found {found}, expected shape {shape}, True for padding")
             told.append(padding == 0)
         starts = packing_of(given)
         if starts is not None:
@@ -179,7 +179,7 @@ def last_columns(name: str, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
     return tensor[:, tensor.shape[1] - count :]
 
 
-def real_keys(seen: Tensor, shape: tuple[int, int]) -> Tensor:
+def real_keys(seen: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Which tokens are no padding, from an attention mask: seen bool [B or 1, 1 or heads, S, K], True where
     the query looks at the key -> bool [B, S].
 

@@ -143,8 +143,8 @@ class Chunk:
     def of(cls, hidden: Tensor, former: Chunk | None) -> Chunk:
         """The chunk that hidden [S, B, D] is: the next one if it begins where the former one, a view of
         the same memory, ended; else the first of another forward pass."""
-        memory, offset = hidden.untyped_storage().data_ptr(), hidden.storage_offset()
-        end = offset + hidden.shape[0] * hidden.stride(0)
+        memory, offset = hidden.untyped_storage().data_ptr(), int(hidden.storage_offset())
+        end = offset + int(hidden.shape[0] * hidden.stride(0))
         follows = former is not None and (former.memory, former.end) == (memory, offset)
         before = former.end - former.offset if former is not None else 0
         first = former.first + before // hidden.stride(0) if former is not None and follows else 0
