@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from macs import (
 )
 from macs.calls import CallReader
 from macs.config import read_mapping
+from macs.installed import Installed
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
 from .compat import check_transformers
@@ -77,25 +79,49 @@ def install(macs: Block | str | Path | None = None) -> Callable[[], None]:
     """Put these functions in the place of DeepSpeed's, for scripts that must not change.
 
     ``macs``: a block, or the path of a JSON or YAML file with one, for the models with MoE layers of
-    scripts whose config has none. Returns a function that puts back what was there. A script that did
-    ``from deepspeed import initialize`` before this is not reached.
+    scripts whose config has none. Returns a function that uninstalls it, in any order among others, of
+    which the last one acts. A script that did ``from deepspeed import initialize`` before this is not
+    reached.
     """
-    default = None if macs is None else _read_block(macs)
+    return _installed.add(_Default(None if macs is None else _read_block(macs)))
+
+
+@dataclass(frozen=True)
+class _Default:
+    """The block of an installation, for configs that have none."""
+
+    block: MACSBlock | None
+
+
+def _put() -> Callable[[], None]:
+    """Put our functions over DeepSpeed's."""
     before = deepspeed.init_inference, deepspeed.initialize
-    deepspeed.init_inference = functools.partial(_init_inference_with, _beneath(before[0]), default)
-    deepspeed.initialize = functools.partial(_initialize_with, _beneath(before[1]), default)
 
-    def uninstall() -> None:
-        deepspeed.init_inference, deepspeed.initialize = before
+    @functools.wraps(before[0])
+    def init_inference(*args: Any, **kwargs: Any) -> Any:
+        if _installed.current is None:  # somebody kept this function
+            return before[0](*args, **kwargs)
+        return _init_inference_with(before[0], _installed.current.block, *args, **kwargs)
 
-    return uninstall
+    @functools.wraps(before[1])
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        if _installed.current is None:
+            return before[1](*args, **kwargs)
+        return _initialize_with(before[1], _installed.current.block, *args, **kwargs)
+
+    deepspeed.init_inference, deepspeed.initialize = init_inference, initialize
+
+    def take_away() -> None:
+        # What somebody else has put over ours since stays; ours, beneath it, only hands calls on.
+        if deepspeed.init_inference is init_inference:
+            deepspeed.init_inference = before[0]
+        if deepspeed.initialize is initialize:
+            deepspeed.initialize = before[1]
+
+    return take_away
 
 
-def _beneath(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function an installation replaced, or ``function`` itself: of several the last one acts."""
-    if isinstance(function, functools.partial) and function.func in (_init_inference_with, _initialize_with):
-        return function.args[0]
-    return function
+_installed: Installed[_Default] = Installed(_put)
 
 
 def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) -> Runtime:

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from macs import Runtime
 from macs.hooks import named_kinds
+from macs.installed import Installed
 
 from .hooks import known_token_kinds, watch
 from .spec import macs_mlp
@@ -30,10 +31,17 @@ MODELS = (
 def install(runtime: Runtime, token_ids: dict[str, int] | None = None) -> Callable[[], None]:
     """Build every transformer layer with MACS from now on; returns a function that undoes it.
 
+    Of several installations the last one acts; they may be undone in any order.
+
     ``token_ids``: arguments of ``attach_modality``, for every model built; where they and the model say
     nothing, the mask is left to ``macs.modality``.
     """
-    undo = [_wrap(TransformerLayer, functools.partial(_build_layer, runtime))]
+    return _installed.add((runtime, token_ids or {}))
+
+
+def _put() -> Callable[[], None]:
+    """Put the constructors of layers and models over the engine's."""
+    undo = [_wrap(TransformerLayer, _build_layer)]
     wrapped: list[type] = []
     for module, name in MODELS:
         try:
@@ -41,14 +49,17 @@ def install(runtime: Runtime, token_ids: dict[str, int] | None = None) -> Callab
         except (ImportError, AttributeError):
             continue  # not in this Megatron, or it needs a package that is not here
         if not issubclass(model, tuple(wrapped)):
-            undo.append(_wrap(model, functools.partial(_build_model, token_ids or {})))
+            undo.append(_wrap(model, _build_model))
             wrapped.append(model)
 
-    def uninstall() -> None:
+    def take_away() -> None:
         for one in reversed(undo):
             one()
 
-    return uninstall
+    return take_away
+
+
+_installed: Installed[tuple[Runtime, dict[str, int]]] = Installed(_put)
 
 
 def _wrap(owner: type, around: Callable[..., None]) -> Callable[[], None]:
@@ -58,7 +69,9 @@ def _wrap(owner: type, around: Callable[..., None]) -> Callable[[], None]:
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        around(original, signature.bind(self, *args, **kwargs))
+        if _installed.current is None:  # somebody kept this constructor
+            return original(self, *args, **kwargs)
+        return around(original, signature.bind(self, *args, **kwargs), *_installed.current)
 
     owner.__init__ = init  # type: ignore[misc]
 
@@ -68,7 +81,9 @@ def _wrap(owner: type, around: Callable[..., None]) -> Callable[[], None]:
     return undo
 
 
-def _build_layer(runtime: Runtime, original: Callable[..., None], call: inspect.BoundArguments) -> None:
+def _build_layer(
+    original: Callable[..., None], call: inspect.BoundArguments, runtime: Runtime, token_ids: dict[str, int]
+) -> None:
     submodules = call.arguments["submodules"]
     mlp = macs_mlp(submodules.mlp, runtime, call.arguments.get("pg_collection"))
     if mlp is not None:
@@ -78,7 +93,7 @@ def _build_layer(runtime: Runtime, original: Callable[..., None], call: inspect.
 
 
 def _build_model(
-    token_ids: dict[str, int], original: Callable[..., None], call: inspect.BoundArguments
+    original: Callable[..., None], call: inspect.BoundArguments, runtime: Runtime, token_ids: dict[str, int]
 ) -> None:
     original(*call.args, **call.kwargs)
     model = call.args[0]

@@ -1,4 +1,4 @@
-"""Which experts rerouting may go to, and what small sources may give a rank: rules of the router and of the group."""
+"""Which experts rerouting may go to, and what small sources may give a rank."""
 
 import math
 
@@ -53,7 +53,10 @@ def test_an_expert_that_is_out_is_never_chosen_and_one_that_is_in_can_be(seed, t
         for expert in found.nonzero()[:, 0].tolist():
             best = torch.zeros(8)
             best[expert] = 1.0  # the most that scores can do for it
-            assert expert in (bias + best).topk(top_k).indices.tolist() or (bias > bias[expert] + 1).sum() < top_k
+            assert (
+                expert in (bias + best).topk(top_k).indices.tolist()
+                or (bias > bias[expert] + 1).sum() < top_k
+            )
 
 
 @pytest.mark.parametrize("policy", ["macs", "rank-balanced", "expanded-drop"])

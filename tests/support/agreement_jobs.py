@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ class Layer(torch.nn.Module):
 
     def __init__(self, runtime: Runtime, group: Any) -> None:
         super().__init__()
-        self.register_buffer("router", torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer(
+            "router", torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
+        )
         own, size = dist.get_rank(group), dist.get_world_size(group)
         topology = Topology(EXPERTS, size, sources=(own,))
         self.macs = runtime.add_layer(self.rows, topology, TOP_K, group)
@@ -65,7 +68,9 @@ IDS = torch.ones(1, TOKENS, dtype=torch.int64)
 
 def profile_of(count: int) -> Profile:
     counts = torch.full((1, EXPERTS), count, dtype=torch.int64)
-    fingerprint = macs.router_fingerprint(torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0)))
+    fingerprint = macs.router_fingerprint(
+        torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
+    )
     return Profile(counts, counts.clone(), (fingerprint,), TOP_K)
 
 
@@ -94,7 +99,8 @@ def ranks_that_differ(kind: str, before_first: bool) -> Any:
     """Two passes; rank 1 changes something before the first or the second of them."""
     runtime = Runtime()
     model = Model(runtime)
-    version = macs.runtime.__version__
+    version, wait = macs.runtime.__version__, macs.agreement.WAIT
+    macs.agreement.WAIT = timedelta(seconds=1)
     began = time.monotonic()
     try:
         if not before_first:
@@ -106,7 +112,7 @@ def ranks_that_differ(kind: str, before_first: bool) -> Any:
     except Exception as error:
         raise type(error)(f"{error} [after {time.monotonic() - began:.1f} s]") from error
     finally:
-        macs.runtime.__version__ = version
+        macs.runtime.__version__, macs.agreement.WAIT = version, wait
 
 
 def ranks_that_change_alike() -> dict[str, Any]:
@@ -138,7 +144,7 @@ def ranks_that_change_alike() -> dict[str, Any]:
 
 def a_late_rank() -> bool:
     """A rank that is long in loading is waited for by the collective, not called a disagreement."""
-    macs.agreement.WAIT, wait = type(macs.agreement.WAIT)(seconds=0.2), macs.agreement.WAIT
+    macs.agreement.WAIT, wait = timedelta(seconds=0.2), macs.agreement.WAIT
     try:
         model = Model(Runtime())
         if dist.get_rank() == 1:

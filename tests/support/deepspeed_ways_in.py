@@ -223,12 +223,18 @@ def installed_twice() -> dict[str, bool]:
     engine = deepspeed.init_inference(Model(4, 2, 1), config=INFERENCE)
     dense = deepspeed.init_inference(nn.Linear(2, 2), config=INFERENCE)
     inner()
-    outer_is_back = deepspeed.init_inference is first
-    outer()
+    again = deepspeed.init_inference(Model(4, 2, 1), config=INFERENCE)
+    outer_is_back = deepspeed.init_inference is first and again.macs.config.capacity_factor == 0.5
+    second = deepspeed_macs.install(BLOCK)
+    outer()  # in another order than they came
+    still = deepspeed.init_inference is not stock
+    second()
+    second()
     return {
         "inner acts": engine.macs.config.capacity_factor == 2.0,
         "dense model is left": not hasattr(dense, "macs"),
         "outer is back": outer_is_back,
+        "second acts": still,
         "stock is back": deepspeed.init_inference is stock,
         "in eval mode": not engine.module.training,
     }
