@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 VERSION = (HERE / "macs" / "version.py").read_text().split('"')[-2]
 
 # Upper bounds are the releases the tests run on: engines change their insides with every minor
-# release, and so does transformers (5.23 breaks DeepSpeed's AutoEP).
+# release, and so does transformers.
 MEGATRON = ["megatron-core>=0.16.1,<0.20"]
 DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
 TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
@@ -19,9 +19,9 @@ EXAMPLES = [
     "scikit-image>=0.24,<1",
     "scikit-learn>=1.5,<2",
     "tqdm>=4.66",
-    "transformers>=5.17,<5.18",
+    "transformers>=5.17,<5.25",
 ]
-TEST = ["hypothesis>=6.100", "mypy>=1.11", "pytest>=8", "ruff>=0.8", "types-PyYAML"]
+TEST = ["accelerate>=1.10", "hypothesis>=6.100", "mypy>=1.11", "peft>=0.18", "pytest>=8", "ruff>=0.8", "types-PyYAML"]
 
 setup(
     name="macs-moe",

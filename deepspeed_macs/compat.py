@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import Any
+
+from torch import nn
 
 from macs.symbols import missing_symbols
 
 NEEDED_DEEPSPEED = "0.19.8"
-KNOWN_TRANSFORMERS = "5.17.0"
+KNOWN_TRANSFORMERS = ">=5.17,<5.25"
 AUTOEP_LAYER = "deepspeed.module_inject.auto_ep_layer"
 SYMBOLS = {
     "deepspeed.moe.sharded_moe": ("top1gating", "top2gating", "topkgating", "TopKGate", "MOELayer"),
@@ -53,10 +56,11 @@ def check_deepspeed() -> None:
         )
 
 
-def check_transformers() -> None:
-    """Raise an ``ImportError`` if the installed transformers is too new for AutoEP.
+def support_transformers() -> None:
+    """Let AutoEP read and write transformers' registry of recorded outputs as it does in any version.
 
-    AutoEP looks models' recorded outputs up by class name, in a plain dictionary of transformers.
+    AutoEP keys it by class name, which is what it is keyed by. Since 5.23 it is a dictionary that derives the
+    name from a model: here it takes either. An ``ImportError`` names a version whose registry is another.
     """
     try:
         import transformers
@@ -64,11 +68,66 @@ def check_transformers() -> None:
     except ImportError:
         return  # AutoEP says itself what it needs
     registry = getattr(output_capturing, "_CAN_RECORD_REGISTRY", None)
-    if type(registry) is not dict:
-        import deepspeed
-
+    if type(registry) is dict or getattr(type(registry), "by_name", False):
+        return
+    methods = {"get": ["self", "model"], "__setitem__": ["self", "model", "can_record_outputs"]}
+    if not isinstance(registry, dict) or any(
+        list(inspect.signature(getattr(type(registry), name)).parameters) != taken
+        for name, taken in methods.items()
+    ):
         raise ImportError(
-            f"transformers {transformers.__version__} is too new for the AutoEP of DeepSpeed "
-            f"{deepspeed.__version__}: its registry of recorded outputs is no plain dictionary any more. "
-            f"{KNOWN_TRANSFORMERS} is known to work: pip install 'transformers=={KNOWN_TRANSFORMERS}'"
+            f"transformers {transformers.__version__} has a registry of recorded outputs that AutoEP cannot use; "
+            f"{KNOWN_TRANSFORMERS} are known to work: pip install 'transformers{KNOWN_TRANSFORMERS}'"
+        )
+    registry.__class__ = _by_name(type(registry))
+
+
+def _by_name(kind: type) -> type:
+    """That dictionary, keyed by a model or by the name of its class."""
+
+    class Registry(kind):  # type: ignore[misc]
+        by_name = True
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            dict.__setitem__(self, key, value) if isinstance(key, str) else super().__setitem__(key, value)
+
+        def get(self, key: Any, *default: Any) -> Any:
+            return dict.get(self, key, *default) if isinstance(key, str) else super().get(key)
+
+    return Registry
+
+
+def record_router_logits(model: nn.Module) -> None:
+    """Let ``output_router_logits`` find AutoEP's routers in a multimodal model.
+
+    AutoEP does so for the models that it knows by name, and their multimodal forms are not among them:
+    transformers would look for routers of a class that is there no more, and find none.
+    """
+    try:
+        from deepspeed.module_inject import auto_ep
+        from deepspeed.module_inject.auto_ep_presets import base
+        from transformers.utils.output_capturing import OutputRecorder
+    except ImportError:
+        return  # an older transformers, whose models return their logits themselves
+
+    def lost(module: nn.Module) -> bool:
+        recorded = getattr(module, "_can_record_outputs", None)
+        recorder = recorded.get("router_logits") if isinstance(recorded, dict) else None
+        if recorder is None:
+            return False
+        wanted = recorder.target_class if isinstance(recorder, OutputRecorder) else recorder
+        replaced = any(type(one).__name__ == "AutoEPMoELayer" for one in module.modules())
+        # What AutoEP itself has directed to its gates needs nothing.
+        there = isinstance(wanted, type) and any(isinstance(one, wanted) for one in module.modules())
+        return replaced and not there
+
+    if any(lost(module) for module in model.modules()):
+        base._retarget_transformers_output_recorders_for_modules(
+            model=model,
+            display_name=type(model).__name__,
+            recorder_key=f"macs:{type(model).__qualname__}",
+            retargeted_keys=set(),
+            remove_output_capture_hooks=auto_ep._remove_transformers_output_capture_hooks,
+            module_matches=lost,
+            make_output_recorder=lambda recorder: recorder(nn.Linear, index=0, layer_name="router.gate"),
         )

@@ -42,7 +42,7 @@ from macs.config import read_mapping
 from macs.installed import Installed
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
-from .compat import check_transformers
+from .compat import record_router_logits, support_transformers
 from .config import EXPERT_PARALLEL, MACSBlock, take_block
 from .gate import MACSTopKGate
 from .models import expert_parallel_settings
@@ -145,6 +145,8 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
     for layer in autoep:
         _check_type(layer, AutoEPMoELayer)
         check_options(layer)
+    if autoep:
+        record_router_logits(model)
     _join_groups(model)
     # DeepSpeed's own MoE layer pads every expert to the fullest one: it wants each expert bounded.
     runtime = Runtime(
@@ -226,7 +228,7 @@ def _initialize_with(
     chosen = default if block is None else block
     assert chosen is not None
     if chosen.enabled and isinstance(settings, Mapping) and settings.get("enabled"):
-        check_transformers()
+        support_transformers()
         config = getattr(call.get("model"), "config", None)
         rest[EXPERT_PARALLEL] = expert_parallel_settings(config, settings)
     call[name] = rest
