@@ -21,7 +21,15 @@ EXAMPLES = [
     "tqdm>=4.66",
     "transformers>=5.17,<5.25",
 ]
-TEST = ["accelerate>=1.10", "hypothesis>=6.100", "mypy>=1.11", "peft>=0.18", "pytest>=8", "ruff>=0.8", "types-PyYAML"]
+TEST = [
+    "accelerate>=1.10",
+    "hypothesis>=6.100",
+    "mypy>=1.11",
+    "peft>=0.18",
+    "pytest>=8",
+    "ruff>=0.8",
+    "types-PyYAML",
+]
 
 setup(
     name="macs-moe",

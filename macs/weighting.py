@@ -22,7 +22,14 @@ EPSILON = 1e-6
 
 
 DISTINCT_UNIT = 1 << 12
-"""Distinctness is told in 1/4096."""
+"""Distinctness is quantized to 1/4096."""
+
+STEPS = 4000
+"""Directions are counted in 1/4000: the product of two of them, at most (4000 + sqrt(D) / 2)^2, stays below
+2^24, up to which float32 holds whole numbers, for all D up to 36 000."""
+
+EXACT_ROWS = 4096
+"""So many directions add up to less than 2^24 in each component."""
 
 
 @fused("features")
@@ -93,22 +100,37 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
 
     hidden [T, D], any float dtype, visual bool [T] (whose mean it is), source int64 [T] in 0..S-1
     -> float32 [T]; NaN where the features are not finite.
+
+    Directions z / |z| are whole numbers of 1 / ``STEPS``. Their sums, and products with the mean direction
+    in the same units, are whole numbers that float32 holds: they are exact in whatever order a matrix
+    product adds, so that permuted tokens have the same weights.
     """
-    features = hidden.float()
-    norm = torch.linalg.vector_norm(features, dim=-1)
-    inverse = torch.where(torch.isfinite(norm), 1 / norm.clamp(min=1e-12), torch.nan)
-    share = torch.where(visual & torch.isfinite(norm), inverse, 0.0)
-    belongs = source == torch.arange(sources, device=source.device)[:, None]
-    finite = torch.nan_to_num(features, 0.0, 0.0, 0.0)  # 0 times NaN would be NaN
-    # Matrix products leave no further copy of the features behind; not in autocast's precision.
+    count, size = hidden.shape
+    parts = max(1, -(-count // EXACT_ROWS))
+    rows = -(-count // parts)
+    # One copy of the features, changed in place: on a CPU fresh memory costs more than the arithmetic.
+    steps = torch.empty(parts * rows, size, dtype=torch.float32, device=hidden.device)
+    steps[count:] = 0.0
+    own = steps[:count].copy_(hidden)
+    norm = torch.linalg.vector_norm(own, dim=-1)
+    known = torch.isfinite(norm)
+    own.mul_((STEPS / norm.clamp(min=1e-12))[:, None]).round_().nan_to_num_(0.0, 0.0, 0.0)
+    belongs = (source == torch.arange(sources, device=source.device)[:, None]) & visual & known  # [S, T]
+    belongs = functional.pad(belongs, (0, parts * rows - count)).view(sources, parts, rows).transpose(0, 1)
+    # Not in autocast's precision.
     kind = hidden.device.type
     precise = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
     with precise:
-        mean = functional.normalize((share * belongs) @ finite, dim=-1, eps=1e-12)
-        near = finite @ mean.T
-    distinct = 1 - near.gather(1, source[:, None])[:, 0] * inverse
-    # Coarser than what the order of a sum can do to it: permuted tokens have the same weights.
-    return (distinct * DISTINCT_UNIT).round() / DISTINCT_UNIT
+        total = torch.bmm(belongs.float(), steps.view(parts, rows, size)).double().sum(0)  # [S, D]
+        near = own @ in_steps(total).T
+    distinct = 1 - near.gather(1, source[:, None])[:, 0] / STEPS**2
+    distinct = (distinct * DISTINCT_UNIT).round() / DISTINCT_UNIT
+    return distinct.masked_fill(~known, torch.nan)
+
+
+def in_steps(total: Tensor) -> Tensor:
+    """The direction of a sum of directions, float64 [S, D] -> float32 [S, D], whole numbers of 1 / ``STEPS``."""
+    return (functional.normalize(total, dim=-1, eps=1e-12) * STEPS).round().float()
 
 
 def constant_weights(visual: Tensor, visual_weight: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Kernels over the features hidden [T, D]: twins in ``macs.weighting``.
 
 Sums of floats are taken in another order than torch takes them, so entropy is the twin's to about 1e-6 of
-its size, and distinctness, which is rounded, the twin's or a neighbour.
+its size, and distinctness, whose sums are exact but for that of a token's own norm, the twin's or a neighbour.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
-from ..weighting import DISTINCT_UNIT
-from .shared import finite, power_of_2
+from ..weighting import DISTINCT_UNIT, STEPS, in_steps
+from .shared import finite, power_of_2, rint
 
 LOWEST = tl.constexpr(-3.4028234e38)
 PARTIAL_ROWS = 32
@@ -73,13 +72,13 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
     partial = torch.empty(parts, sources, size, dtype=torch.float32, device=device)
     _directions[(parts, sources)](
         hidden, visual.contiguous(), source.contiguous(), inverse, partial,
-        count, size, hidden.stride(0), sources, ROWS=PARTIAL_ROWS, BLOCK=block,
+        count, size, hidden.stride(0), sources, STEPS=STEPS, ROWS=PARTIAL_ROWS, BLOCK=block,
     )  # fmt: skip
-    mean = functional.normalize(partial.sum(0), dim=-1, eps=1e-12)
+    mean = in_steps(partial.sum(0, dtype=torch.float64))
     rows = max(1, 2048 // block)
     _unlike[(triton.cdiv(count, rows),)](
         hidden, mean, source.contiguous(), inverse, distinct,
-        count, size, hidden.stride(0), UNIT=DISTINCT_UNIT, ROWS=rows, BLOCK=block,
+        count, size, hidden.stride(0), UNIT=DISTINCT_UNIT, STEPS=STEPS, ROWS=rows, BLOCK=block,
     )  # fmt: skip
     return distinct
 
@@ -87,9 +86,10 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
 @triton.jit(do_not_specialize=["count"])
 def _directions(
     hidden, visual, source, inverse, partial, count, size, stride, sources,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """1 / |z| of every token, and the sum of z / |z| over a program's visual ones of one source."""
+    """STEPS / |z| of every token, and the sum of z STEPS / |z|, in whole numbers, over a program's visual ones of
+    one source: exact in float32."""
     part, of_source = tl.program_id(0), tl.program_id(1)
     row = part * ROWS + tl.arange(0, ROWS)
     here = row < count
@@ -102,7 +102,7 @@ def _directions(
         square += tl.sum(z * z, 1)
     norm = tl.sqrt_rn(square)
     known = finite(norm)
-    over = tl.where(known, tl.div_rn(1.0, tl.maximum(norm, 1e-12)), float("nan"))
+    over = tl.where(known, tl.div_rn(STEPS * 1.0, tl.maximum(norm, 1e-12)), float("nan"))
     if of_source == 0:
         tl.store(inverse + row, over, mask=here)
     mine = tl.load(source + row, mask=here, other=-1) == of_source
@@ -113,13 +113,13 @@ def _directions(
         inside = mine[:, None] & (column < size)[None, :]
         z = tl.load(start_of[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
         place = (part * sources + of_source).to(tl.int64) * size + column
-        tl.store(partial + place, tl.sum(z * share[:, None], 0), mask=column < size)
+        tl.store(partial + place, tl.sum(rint(z * share[:, None]), 0), mask=column < size)
 
 
 @triton.jit(do_not_specialize=["count"])
 def _unlike(
     hidden, mean, source, inverse, distinct, count, size, stride,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < count
@@ -132,9 +132,9 @@ def _unlike(
         column = start + tl.arange(0, BLOCK)
         inside = known[:, None] & (column < size)[None, :]
         z = tl.load(start_of[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        near += tl.sum(z * tl.load(mean_of[:, None] + column[None, :], mask=inside, other=0.0), 1)
-    # Rounded as the twin is but for halves, which go up: a neighbour, where the sums agree so far at all.
-    told = tl.floor((1 - near * over) * UNIT + 0.5) / UNIT
+        steps = rint(z * over[:, None])
+        near += tl.sum(steps * tl.load(mean_of[:, None] + column[None, :], mask=inside, other=0.0), 1)
+    told = rint((1 - tl.div_rn(near, STEPS * STEPS * 1.0)) * UNIT) / UNIT
     tl.store(distinct + row, tl.where(known, told, float("nan")), mask=here)
 
 

@@ -21,6 +21,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 import deepspeed_macs
+from deepspeed_macs.compat import support_transformers
 from deepspeed_macs.models import expert_parallel_settings
 
 from . import hf_models
@@ -296,6 +297,7 @@ def autoep_engine(
     settings = {"enabled": True, "autoep_size": dist.get_world_size(), **expert_parallel}
     if macs_block is None:  # stock AutoEP has to be told where a multimodal model keeps its experts
         settings = expert_parallel_settings(model.config, settings)
+        support_transformers()  # newer ones break stock AutoEP
     config = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": settings}
     if tensor_parallel > 1:
         config["tensor_parallel"] = {"autotp_size": tensor_parallel, "preset_model": name}
