@@ -76,7 +76,8 @@ def support_transformers() -> None:
         for name, taken in methods.items()
     ):
         raise ImportError(
-            f"transformers {transformers.__version__} has a registry of recorded outputs that AutoEP cannot use; "
+            f"transformers {transformers.__version__} has a registry of recorded outputs that AutoEP "
+            f"cannot use; "
             f"{KNOWN_TRANSFORMERS} are known to work: pip install 'transformers{KNOWN_TRANSFORMERS}'"
         )
     registry.__class__ = _by_name(type(registry))

@@ -45,7 +45,7 @@ from .autoep import MACSAutoEPMoELayer, check_options, folded_size
 from .compat import record_router_logits, support_transformers
 from .config import EXPERT_PARALLEL, MACSBlock, take_block
 from .gate import MACSTopKGate
-from .models import expert_parallel_settings
+from .models import expert_parallel_settings, why_no_layers
 
 Block = MACSBlock | Mapping[str, Any]
 logger = logging.getLogger(__name__)
@@ -234,6 +234,9 @@ def _initialize_with(
     call[name] = rest
     returned = stock(**call)
     engine = returned[0]
+    wanted = block is not None and block.enabled and isinstance(settings, Mapping) and settings.get("enabled")
+    if wanted and not any(_moe_layers(engine.module)):
+        raise ValueError(why_no_layers(engine.module))
     runtime = _add_if_wanted(engine.module, block, default, engine.autotp_size())
     if runtime is not None:
         engine.macs = runtime

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepspeed.module_inject.auto_ep_presets.registry import (
+    PRESET_MODELS,
     get_preset,
     preset_name_for_hf_model_type,
 )
 
 TEXT_PRESETS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe_text": {"preset_model": "qwen3_moe"},
+    "glm4v_moe_text": {"preset_model": "deepseek_v3"},
+    "glm4_moe": {"preset_model": "deepseek_v3"},
     "qwen3_5_moe_text": {"preset_model": "qwen3_moe"},
     "minimax_m3_vl_text": {
         "preset_model": "deepseek_v3",
@@ -33,9 +36,9 @@ def expert_parallel_settings(config: Any, settings: Mapping[str, Any]) -> dict[s
     the user set stays; a model AutoEP can read by itself is left to it.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if text is None or text is config:
-        return dict(settings)
     kind = getattr(text, "model_type", "")
+    if text is None or (text is config and kind not in TEXT_PRESETS):
+        return dict(settings)
     known = TEXT_PRESETS.get(kind, {"preset_model": preset_name_for_hf_model_type(kind)})
     name = settings.get("preset_model", known["preset_model"])
     if name is None:
@@ -57,3 +60,23 @@ def expert_parallel_settings(config: Any, settings: Mapping[str, Any]) -> dict[s
         "routed_scaling_factor": getattr(text, "routed_scaling_factor", None),
     }
     return {**{name: value for name, value in found.items() if value is not None}, **settings}
+
+
+CUSTOM_KEYS = (
+    "moe_layer_pattern, router_pattern, expert_pattern, expert_w1, expert_w2, expert_w3, num_experts_attr, "
+    "top_k_attr, score_func, route_norm"
+)
+
+
+def why_no_layers(model: Any) -> str:
+    """What to say where AutoEP is enabled and has replaced no block of a model."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kind = getattr(text, "model_type", None)
+    return (
+        f"config.expert_parallel: AutoEP is enabled and knows no MoE block of {type(model).__name__} "
+        f"(model_type {kind!r}). If its block is made as one of {', '.join(sorted(PRESET_MODELS))}, name "
+        "that one as preset_model; if it has a router with a weight [E, D] and experts of the usual form under "
+        f"other names, give {CUSTOM_KEYS}. Of blocks with biased experts (gpt-oss) or a router that scales "
+        "its input (Llama 4) AutoEP cannot be told"
+    )

@@ -129,7 +129,8 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
 
 
 def in_steps(total: Tensor) -> Tensor:
-    """The direction of a sum of directions, float64 [S, D] -> float32 [S, D], whole numbers of 1 / ``STEPS``."""
+    """The direction of a sum of directions, float64 [S, D] -> float32 [S, D], whole numbers of 1 /
+    ``STEPS``."""
     return (functional.normalize(total, dim=-1, eps=1e-12) * STEPS).round().float()
 
 

@@ -1,7 +1,8 @@
 """Kernels over the features hidden [T, D]: twins in ``macs.weighting``.
 
 Sums of floats are taken in another order than torch takes them, so entropy is the twin's to about 1e-6 of
-its size, and distinctness, whose sums are exact but for that of a token's own norm, the twin's or a neighbour.
+its size, and distinctness, whose sums are exact but for that of a token's own norm, the twin's or a
+neighbour.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def _directions(
     hidden, visual, source, inverse, partial, count, size, stride, sources,
     STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """STEPS / |z| of every token, and the sum of z STEPS / |z|, in whole numbers, over a program's visual ones of
-    one source: exact in float32."""
+    """STEPS / |z| of every token, and the sum of z STEPS / |z|, in whole numbers, over a program's visual
+    ones of one source: exact in float32."""
     part, of_source = tl.program_id(0), tl.program_id(1)
     row = part * ROWS + tl.arange(0, ROWS)
     here = row < count

@@ -60,6 +60,7 @@ def test_without_macs_deepspeed_is_as_it_was(pool, block):
         ("folded, in group scope", "config.scope = 'group' cannot be used with MACS here"),
         ("expanded drop over DeepEP", "policy expanded-drop cannot be used with"),
         ("transformers too new", "are known to work: pip install 'transformers>=5.17,<5.25'"),
+        ("blocks AutoEP cannot be told of", "name that one as preset_model"),
         ("another model's profile", "it was measured on another model"),
         ("mask of another shape", "modality mask: found shape (3, 8), 24 tokens; the layer has 27"),
     ],

@@ -21,6 +21,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 import deepspeed_macs
+import macs
 from deepspeed_macs.compat import support_transformers
 from deepspeed_macs.models import expert_parallel_settings
 
@@ -468,3 +469,82 @@ def folded(score_apply: str, tp_size: int) -> dict[str, Any]:
         "kept": int((log.plans[0].experts >= 0).sum()),
         "refusal": refusal,
     }
+
+
+@on_deepspeed
+def padding_found(name: str, block: dict[str, Any], given: str, way: str = "call") -> dict[str, Any]:
+    """A text-only or multimodal model under AutoEP, called with padding told in some way."""
+    ids = hf_models.token_ids(0)
+    mask = torch.ones_like(ids)
+    mask[:, :8] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    engine = autoep_engine(name, {"policy": "token-drop", "capacity_factor": 1.0, **block})
+    seen: list[Any] = []
+    layer = engine.macs.layers[0]
+    inner = layer.plan
+    layer.plan = lambda *args: seen.append(args[4]) or inner(*args)
+    arguments = {"input_ids": ids}
+    if given == "mask":
+        arguments["attention_mask"] = mask
+    elif given == "ones":
+        arguments["attention_mask"] = torch.ones_like(mask)
+    elif given == "embeddings":
+        embeds = engine.module.get_input_embeddings()(ids)
+        arguments = {"inputs_embeds": embeds, "attention_mask": mask}
+    if way == "block":
+        with macs.modality(ids == hf_models.IMAGE_TOKEN):
+            engine(use_cache=False, **arguments)
+    else:
+        engine(use_cache=False, **arguments)
+    tokens = seen[0]
+    return {
+        "padding": int((~tokens.valid).sum()),
+        "tokens": int(engine.macs.reports()[0].tokens[0]),
+        "right": bool(tokens.valid.view(ids.shape).equal(mask.bool())),
+        "visual": int(tokens.visual.sum()),
+    }
+
+
+@on_deepspeed
+def outcast_experts(policy: str) -> list[int]:
+    """Assignments of each layer to the experts that a correction bias takes out: of the router, of the
+    plan."""
+    engine = autoep_engine("glm4_moe", {"policy": policy, "capacity_factor": 1.0, "preset": "fast"})
+    found = []
+    for module in engine.modules():
+        if isinstance(module, AutoEPMoELayer):
+            module.router.e_score_correction_bias.data[5:] = -1e4
+            found.append(module)
+    log = PlanLog(engine.macs)
+    logits_of(engine, hf_models.token_ids(0))
+    out = [int((plan.experts >= 5).sum()) for plan in log.plans]
+    return [len(found), sum(out), int(engine.macs.reports()[0].rerouted.sum())]
+
+
+@on_deepspeed
+def router_logits(name: str) -> dict[str, Any]:
+    """``output_router_logits`` under AutoEP with MACS, beside Hugging Face's own."""
+    ids = hf_models.token_ids(0)
+    own = hf_models.build(name)(input_ids=ids, use_cache=False, output_router_logits=True).router_logits
+    engine = autoep_engine(name, {"capacity_factor": 1e6})
+    found = engine(input_ids=ids, use_cache=False, output_router_logits=True).router_logits
+    return {
+        "layers": [len(own), len(found)],
+        "off by": max(float((a - b).abs().max()) for a, b in zip(own, found, strict=True)),
+    }
+
+
+@on_deepspeed
+def gates_off_and_on(off: str, drop_tokens: bool, k: int) -> list[float]:
+    """MoE layers whose MACS is on there and off here make the same collectives: no rank hangs."""
+    engine = macs_engine(4, k, {"capacity_factor": 0.7}, drop_tokens=drop_tokens, eval_capacity_factor=0.5)
+    agreement = engine.macs.layers[0].agreement
+    agreement._store = None  # the comparison, which would tell, is not what is tried here
+    ids = batch_of(dist.get_rank(), 3, 9)
+    with counted_traffic() as rows:
+        for step in range(3):
+            if dist.get_rank() == 1:
+                engine.macs.enabled = not (off == "off" and step == 1)
+                engine.train(off == "training" and step == 1)
+            output = engine(ids)
+    return [float(torch.isfinite(output).all()), float(len(rows))]

@@ -200,6 +200,13 @@ def refused(kind: str) -> None:
             )
         finally:
             output_capturing._CAN_RECORD_REGISTRY = real
+    if kind == "blocks AutoEP cannot be told of":
+        from transformers import AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        settings = {**hf_models.SIZES, "num_local_experts": 8, "intermediate_size": 12, "head_dim": 8}
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt_oss"](**settings))
+        deepspeed_macs.initialize(model=model, config={**TRAINING, **AUTOEP, "macs": BLOCK})
     if kind == "another model's profile":
         counts = torch.ones(1, 4, dtype=torch.int64)
         profile = macs.Profile(visual=counts, text=2 * counts, fingerprints=("0" * 16,), top_k=2)

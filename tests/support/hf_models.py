@@ -66,6 +66,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**DEEPSEEK, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     ),
     "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, "n_group": 4, "topk_group": 2}),
+    "glm4_moe": (
+        "glm4_moe",
+        {**DEEPSEEK, "head_dim": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True},
+    ),
+    "glm4v_moe": ("glm4v_moe", {}),
     "minimax_m3": (
         "minimax_m3_vl_text",
         {
@@ -146,7 +151,30 @@ CONFIGS["minimax_m3, multimodal"][1].update(
     image_token_id=IMAGE_TOKEN,
     video_token_id=6,
 )
+CONFIGS["glm4v_moe"][1].update(
+    text_config={
+        **CONFIGS["glm4_moe"][1],
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 1.0,
+        },
+    },
+    vision_config={
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "patch_size": 4,
+    },
+    image_token_id=IMAGE_TOKEN,
+    video_token_id=6,
+)
 MULTIMODAL = (
+    "glm4v_moe",
     "qwen3_5_moe, multimodal",
     "minimax_m3, multimodal",
     "qwen3_vl_moe",
