@@ -14,7 +14,8 @@ Which token is padding, first found wins:
 1. ``valid`` of the ``macs.modality`` block
 2. what comes with the call, all of it together: ``attention_mask`` (2-D, or 4-D as attention takes it),
    ``padding_mask``, packed-sequence parameters
-3. ``padding_token_id``, where a call brings no mask
+3. ``padding_token_id``, where a call brings no mask. Megatron's 4-D mask, which comes with every call and is
+   causal alone as a rule, does not stand in its way: what either tells is padding
 
 Shapes: B sequences of S tokens, K >= S keys of an attention mask, N packed sequences.
 """
@@ -123,6 +124,7 @@ class CallReader:
     ) -> tuple[Tensor | None, str | None]:
         """Which tokens are no padding, bool [B, S]; none where nothing tells; or why that cannot be read."""
         told: list[Tensor] = []
+        causal: Tensor | None = None
         mask = given.get("attention_mask")
         if isinstance(mask, Mapping):  # Hugging Face's, by kind of attention
             mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -130,7 +132,10 @@ class CallReader:
             told.append(last_columns("attention_mask", mask, shape) != 0)
         elif isinstance(mask, Tensor) and mask.dim() == 4:
             seen = (~mask if self.masked_is_true else mask) if mask.dtype == torch.bool else mask >= 0
-            told.append(real_keys(seen, shape))
+            if self.masked_is_true:
+                causal = real_keys(seen, shape)
+            else:
+                told.append(real_keys(seen, shape))
         elif mask is not None:
             what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             return None, f"attention_mask: found {what}, expected [B, S] or [B, 1, S, K]; {WAY_OUT}"
@@ -148,15 +153,17 @@ class CallReader:
                     f"all; {WAY_OUT}"
                 )
             told.append(within_sequences(*starts, shape[1]))
-        if told:
-            valid = told[0]
-            for one in told[1:]:
-                valid = valid & one
-            return valid.expand(shape), None
         ids = given.get("input_ids")
-        if self.padding_id is not None and isinstance(ids, Tensor):
-            return ids != self.padding_id, None
-        return None, None
+        if not told and self.padding_id is not None and isinstance(ids, Tensor):
+            told.append(ids != self.padding_id)
+        if causal is not None:
+            told.append(causal)
+        if not told:
+            return None, None
+        valid = told[0]
+        for one in told[1:]:
+            valid = valid & one
+        return valid.expand(shape), None
 
 
 def shape_of(given: Mapping[str, Any]) -> tuple[tuple[int, int] | None, torch.device]:
