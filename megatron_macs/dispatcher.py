@@ -108,7 +108,21 @@ def replan(
     plan = plan_of(layer, hidden, experts, weights, scores, chunk)
     if plan is None:
         return routing_map, probs, False
-    return (*plan.as_map(routing_map.shape[1]), True)
+    planned = plan.as_map(routing_map.shape[1])
+    if config.moe_permute_fusion:
+        planned = keep_a_row(*planned, routing_map)
+    return (*planned, True)
+
+
+def keep_a_row(planned: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
+    """The plan's map bool [T, E] and probs [T, E]; where it drops every row, with the first token's row to
+    its first expert, which weighs nothing: fused permutation kernels assert that there is a row."""
+    if not len(planned):
+        return planned, probs
+    first = routing_map[0] & (routing_map[0].cumsum(0) == 1)
+    kept = planned.clone()
+    kept[0] |= first & ~planned.any()
+    return kept, probs
 
 
 def plan_of(

@@ -22,7 +22,9 @@ def test_a_lock_that_a_builder_holds_is_waited_for(tmp_path, caplog):
         "import sys, time; from torch.utils.file_baton import FileBaton; baton = FileBaton(sys.argv[1]); "
         "baton.try_acquire(); print('held', flush=True); time.sleep(2); baton.release()"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
         assert build.holder(lock)
         build.await_build(tmp_path)
