@@ -36,7 +36,7 @@ def test_a_block_is_its_own_fields_and_the_settings():
         ({"profile": 3}, "config.macs.profile: found 3, expected a path"),
         (
             {"record": "/no/such/folder/file"},
-            "config.macs.record: found '/no/such/folder/file', expected a path in",
+            "config.macs.record: found no folder /no/such/folder",
         ),
         ({"capacity_factor": "big"}, "config.capacity_factor: found 'big', expected a number"),
         ([1], r"config.macs: expected a mapping of field to value; found \[1\]"),

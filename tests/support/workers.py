@@ -71,7 +71,7 @@ class Pool:
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Any]] = []
 
-    def run(self, job: str, world: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, job: str, world: int, *arguments: Any, timeout: float = 300.0) -> list[Any]:
         """Call ``job`` ("module:function") on ``world`` ranks; its results by rank.
 
         ``RankFailed`` if it raises anywhere, ``Hung`` if a rank does not answer in ``timeout`` s.
