@@ -72,8 +72,8 @@ def await_build(folder: Path, pause: float = 0.2) -> None:
         if not held:
             raise RuntimeError(
                 f"DeepSpeed: found the lock {lock}, and no process that builds {EXTENSION} in that "
-                f"folder; a run that "
-                f"was killed has left it, and this one would wait for ever. Remove it: rm {lock}"
+                f"folder; a run that was killed has left it, and this one would wait for ever. "
+                f"Remove it: rm {lock}"
             )
         if not told and time.monotonic() - began > 30:
             told = True

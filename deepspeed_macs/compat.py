@@ -77,8 +77,8 @@ def support_transformers() -> None:
     ):
         raise ImportError(
             f"transformers {transformers.__version__} has a registry of recorded outputs that AutoEP "
-            f"cannot use; "
-            f"{KNOWN_TRANSFORMERS} are known to work: pip install 'transformers{KNOWN_TRANSFORMERS}'"
+            f"cannot use; {KNOWN_TRANSFORMERS} are known to work: "
+            f"pip install 'transformers{KNOWN_TRANSFORMERS}'"
         )
     registry.__class__ = _by_name(type(registry))
 

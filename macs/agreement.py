@@ -93,10 +93,9 @@ class Agreement:
         if self.broken is not None:
             raise RuntimeError(
                 f"MACS: an earlier forward pass on rank {self.own} ended before its last collective "
-                f"({self.broken}), and the other members of its group, ranks {self.ranks}, may still wait "
-                f"in it: "
-                "what this rank sends now would be taken for a part of that batch. Build the process groups "
-                "and the model anew, or start the processes again"
+                f"({self.broken}), and the other members of its group, ranks {self.ranks}, may still wait in "
+                "it: what this rank sends now would be taken for a part of that batch. Build the process "
+                "groups and the model anew, or start the processes again"
             )
 
     def end(self, layer: int) -> None:

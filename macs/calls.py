@@ -76,6 +76,8 @@ class CallReader:
             if valid is not None and not outer.states_valid:
                 outer = outer.with_valid(valid)
             return folded(outer, given)
+        if kinds is None and outer is not None and self.tells_nothing(given):
+            return None  # whoever set the block means other tokens: the layers will say so
         if kinds is None:
             kinds, reason = self._kinds(given, shape)
         if kinds is None:
@@ -115,6 +117,10 @@ class CallReader:
             "text; "
             f"expected input_ids or mm_token_type_ids beside them, or {WAY_OUT}"
         )
+
+    def tells_nothing(self, given: Mapping[str, Any]) -> bool:
+        """Whether neither the call nor what is known of the model tells visual tokens from text."""
+        return not (self.token_kinds or self.text_only or given.get("mm_token_type_ids") is not None)
 
     def _masks(self, given: Mapping[str, Any]) -> bool:
         return any(given.get(name) is not None for name in ("attention_mask", "padding_mask"))
@@ -198,8 +204,8 @@ def real_keys(seen: Tensor, shape: tuple[int, ...]) -> Tensor:
     rows, count = shape
     if seen.shape[0] not in (1, rows) or seen.shape[2] != count or seen.shape[3] < count:
         raise ValueError(
-            f"attention_mask: found shape {tuple(seen.shape)}, expected [{rows} or 1, 1, {count}, {count} "
-            f"or more]"
+            f"attention_mask: found shape {tuple(seen.shape)}, expected "
+            f"[{rows} or 1, 1, {count}, {count} or more]"
         )
     looks = seen.any(1)  # [B, S, K]
     if count == 0:
@@ -258,8 +264,7 @@ def packed_inside(outer: Modality, packed: Any) -> Modality | Unreadable | None:
     if len(lengths) != rows:
         return Unreadable(
             f"packed sequences: found {len(lengths)}, the modality mask around them has {rows} sequences; "
-            f"set "
-            "macs.modality around the model that is called with the packed tokens"
+            "set macs.modality around the model that is called with the packed tokens"
         )
     total = getattr(packed, "total_tokens", None)
     return outer.packed(lengths, ends, int(ends[-1]) if total is None else total)

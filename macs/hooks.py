@@ -70,9 +70,10 @@ class ModalityHook:
     def of_call(self, given: dict[str, Any]) -> Modality | Unreadable | None:
         """The modality of the tokens of a call with these arguments, see ``macs.calls``; none if nothing
         tells."""
-        found = self.reader.read(given, current_modality(), self.engine_kinds(given))
-        told = self.reader.token_kinds or self.reader.text_only or given.get("mm_token_type_ids") is not None
-        if isinstance(found, Modality) and current_modality() is None and not told and not self._warned:
+        kinds = self.engine_kinds(given)
+        found = self.reader.read(given, current_modality(), kinds)
+        untold = isinstance(found, Modality) and kinds is None and self.reader.tells_nothing(given)
+        if untold and current_modality() is None and not self._warned:
             self._warned = True
             logger.warning(
                 "MACS: nothing in a call of %s tells visual tokens from text; every token counts as text",

@@ -164,8 +164,8 @@ class Recording:
         num_experts, num_ranks = (_whole(path, header, name) for name in ("num_experts", "num_ranks"))
         if num_experts % num_ranks:
             raise ValueError(
-                f"recording {path}: found {num_experts} experts on {num_ranks} ranks, which do not divide "
-                f"them"
+                f"recording {path}: found {num_experts} experts on {num_ranks} ranks, expected "
+                "ranks that divide them"
             )
         missing = {"layers", "steps", "counts", "experts", "weights", "kinds"} - set(tensors)
         if missing:

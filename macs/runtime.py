@@ -264,9 +264,8 @@ class Runtime:
         sizes = sorted({layer.topology.num_experts for layer in self.layers})
         if len(sizes) > 1:
             raise ValueError(
-                f"calibration: found layers of {', '.join(map(str, sizes))} experts (as in PR-MoE); a "
-                f"profile is of "
-                "layers alike"
+                f"calibration: found layers of {', '.join(map(str, sizes))} experts (as in PR-MoE); "
+                "a profile is of layers alike"
             )
         counts = torch.stack([layer.calibration.counts(device) for layer in self.layers])  # [L, 2, E]
         if group is not None:
@@ -620,9 +619,9 @@ def misfit(modality: Modality, batch: int | None, length: int) -> str:
     count = length if batch is None else batch * length
     if batch == rows and length < columns:
         way_out = (
-            "if this is a decoding step of generate() inside a macs.modality block, the block covers the "
-            "prompt "
-            "alone: use attach_modality, which follows every step, or set min_tokens above the batch size"
+            "if this is a decoding step of generate() inside a macs.modality block, the block covers "
+            "the prompt alone: use attach_modality, which follows every step, or set min_tokens above the "
+            "batch size"
         )
     elif batch == 1 and count < rows * columns:
         way_out = (

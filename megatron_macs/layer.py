@@ -115,9 +115,8 @@ def refuse_unread_padding() -> None:
     if known is None or not known.states_valid:
         raise ValueError(
             "padding_mask: the model was called with one, and the modality in force does not know it; "
-            "expected "
-            "attach_modality(model), which reads it, or macs.modality(mask, valid=~padding_mask) around "
-            "the call"
+            "expected attach_modality(model), which reads it, or macs.modality(mask, "
+            "valid=~padding_mask) around the call"
         )
 
 

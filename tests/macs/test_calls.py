@@ -67,6 +67,13 @@ def test_a_block_takes_precedence_and_is_completed_by_the_calls_padding():
     assert READER.read({"input_ids": IDS, "attention_mask": MASK}, stated).valid.equal(~mask)
 
 
+def test_a_block_of_other_tokens_is_not_put_aside_where_nothing_else_tells():
+    outer = Modality.of(torch.ones(2, 3, dtype=torch.bool))
+    given = {"input_ids": IDS, "attention_mask": MASK}
+    assert CallReader().read(given, outer) is None  # the block stays, and the layers name its shape
+    assert READER.read(given, outer).kinds.equal((IDS == 5).to(torch.int8))  # here the ids tell
+
+
 def test_embeddings_bring_their_padding_too():
     embeds = torch.randn(2, 4, 8)
     types_ = torch.tensor([[0, 1, 0, 2], [1, 0, 0, 0]])
