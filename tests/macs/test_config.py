@@ -7,6 +7,11 @@ import pytest
 
 from macs import PRESETS, MACSConfig
 
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+)
+"""A few lines of YAML that stand for gigabytes."""
+
 
 @pytest.mark.parametrize(
     ("values", "message"),
@@ -80,7 +85,21 @@ def test_files(tmp_path, suffix):
     [
         ("macs.json", "{", "not valid JSON"),
         ("macs.yaml", "a: [", "not valid YAML"),
-        ("macs.yaml", "- 1", "expected a mapping"),
+        ("macs.yaml", "- 1", "found list at the top, expected settings by name"),
+        ("macs.json", "[1]", "found list at the top, expected settings by name"),
+        ("macs.json", '{"capacity_factor": 1' + "0" * 400 + "}", "found a number of 1329 bits"),
+        ("macs.yaml", "capacity_factor: 1" + "0" * 400, "found a number of 1329 bits"),
+        ("macs.json", "[" * 30000, "found more than 32 levels"),
+        ("macs.json", '{"a":' * 200 + "1" + "}" * 200, "found more than 32 levels"),
+        ("macs.yaml", "[" * 3000, "found more than 32 levels"),
+        ("macs.yaml", "1: 2", "found the key 1, expected a name"),
+        ("macs.json", '{"cost": "one", "cost": "weight"}', "found the key 'cost' twice"),
+        ("macs.yaml", "cost: one\ncost: weight", "found the key 'cost' twice"),
+        ("macs.yaml", BOMB, "found the alias *a, expected values written out"),
+        ("macs.json", '{"cost": "' + "x" * 3_000_000 + '"}', "found 3000012 bytes, expected settings"),
+        ("macs.json", '{"cost": "' + "x" * 60_000 + '"}', "expected one of weight, one"),
+        ("macs.json", '{"' + "x" * 60_000 + '": 1}', "unknown field"),
+        ("macs.json", '{"capacity_factor": 1e999}', "found inf, expected a number"),
         ("macs.toml", "", "expected a .json, .yaml or .yml file"),
     ],
 )
@@ -89,7 +108,7 @@ def test_files_that_are_no_config(tmp_path, name, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match="config") as caught:
         MACSConfig.from_file(path)
-    assert message in str(caught.value)
+    assert message in str(caught.value) and len(str(caught.value)) < 2000
 
 
 def test_an_empty_yaml_file_is_the_default(tmp_path):

@@ -1,5 +1,6 @@
 """Recording: what is kept of a run's routing, how much of it, and how a file is read back."""
 
+import json
 import logging
 
 import pytest
@@ -116,6 +117,19 @@ def test_mistakes_are_named(tmp_path):
         ({"counts": torch.tensor([3])}, "do not add up"),
         ({"experts": torch.full((20, TOP_K), EXPERTS, dtype=torch.int16)}, "experts outside -1..5"),
         ({"weights": torch.zeros(20, TOP_K)}, "recording.weights"),
+        ({"counts": torch.tensor([2**63 - 1, -(2**63 - 1), 20])}, "recording.layers: found shape"),
+        ({"kinds": torch.full((20,), 9, dtype=torch.int8)}, "modalities outside 0..3"),
+        ({"layers": torch.tensor([-1], dtype=torch.int32)}, "layers outside 0.."),
+        ({"steps": torch.tensor([0.5])}, "recording.steps: found torch.float32"),
+        ({"counts": torch.tensor([[20]])}, "recording.counts: found shape"),
+        (
+            {
+                "counts": torch.tensor([2**62, 2**62, 2**62, 2**62 + 20]),  # which wraps to 20
+                "layers": torch.zeros(4, dtype=torch.int32),
+                "steps": torch.zeros(4, dtype=torch.int64),
+            },
+            "do not add up",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, change, message):
@@ -128,6 +142,28 @@ def test_a_damaged_file_is_refused(tmp_path, change, message):
         header = file.metadata()
     save_file({**load_file(path), **change}, path, metadata=header)
     with pytest.raises((ValueError, TypeError), match=message):
+        Recording.load(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"num_ranks": 0}, "found num_ranks '0', expected a whole number"),
+        ({"num_ranks": "2"}, "found num_ranks '2', expected a whole number"),
+        ({"num_ranks": 4}, "found 6 experts on 4 ranks"),
+        ({"num_ranks": 10**400}, "found num_ranks '1000"),
+        ({"num_experts": 1, "num_ranks": 1}, "found 2 assignments a token, expected 1 to 1"),
+        ({"num_experts": None}, "found num_experts 'None'"),
+        ({"format": "macs-profile-1"}, "expected format 'macs-routing-1'"),
+    ],
+)
+def test_a_header_is_checked_field_by_field(tmp_path, header, message):
+    runtime, path = running(1), tmp_path / "routing"
+    with runtime.record_routing(path):
+        step(runtime, 0)
+    whole = {"format": "macs-routing-1", "num_experts": EXPERTS, "num_ranks": 2, **header}
+    save_file(load_file(path), path, metadata={"macs": json.dumps(whole)})
+    with pytest.raises(ValueError, match=message):
         Recording.load(path)
 
 
