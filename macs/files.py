@@ -32,14 +32,15 @@ def output_file(text: str) -> Path:
     path = Path(text).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return check_output(path, "output")
+        check_output(path, "output")
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def output_folder(text: str) -> Path:
     """A folder to write to, likewise."""
-    path = Path(text).expanduser().resolve()
+    path = Path(text).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
         check_output(path / "any", "output")
