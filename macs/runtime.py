@@ -542,6 +542,8 @@ class LayerRuntime:
         rows, columns = modality.kinds.shape
         whole = columns // share.parts
         size = -(-whole // max(1, min(chunks, whole)))  # as torch.chunk has it
+        if length == whole:  # not cut: engines cut prompts alone, and only while they serve
+            first, size = 0, whole
         if (rows, whole * share.parts) != (batch, columns) or length != min(size, whole - first):
             raise ValueError(misfit(modality, batch, length * share.parts))
         return self._laid_out(modality.columns(share.index * whole + first, length), sequence_major)
@@ -619,17 +621,15 @@ def misfit(modality: Modality, batch: int | None, length: int) -> str:
     count = length if batch is None else batch * length
     if batch == rows and length < columns:
         way_out = (
-            "if this is a decoding step of generate() inside a macs.modality block, the block covers "
-            "the prompt alone: use attach_modality, which follows every step, or set min_tokens above the "
+            "if this is a decoding step of generate() inside a macs.modality block, the block covers the "
+            "prompt alone: use attach_modality, which follows every step, or set min_tokens above the "
             "batch size"
         )
     elif batch == 1 and count < rows * columns:
         way_out = (
-            "if the model packs padded sequences by itself, the layers get fewer tokens than it was "
-            "called with: "
-            "use attach_modality on the model that is called with packed_seq_params too, or set "
-            "macs.modality "
-            "around that one"
+            "if the model packs padded sequences by itself, the layers get fewer tokens than it was called "
+            "with: use attach_modality on the model that is called with packed_seq_params too, or set "
+            "macs.modality around that one"
         )
     else:
         way_out = "set macs.modality, or attach_modality, on the very call whose tokens reach this layer"

@@ -42,6 +42,14 @@ DEEPSEEK = {
     "first_k_dense_replace": 1,
 }
 QWEN = {**SIZES, "intermediate_size": 24, "moe_intermediate_size": 12, "num_experts": 8, "head_dim": 8}
+TOWER = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 16,
+    "patch_size": 4,
+}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -99,16 +107,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                     "mrope_interleaved": True,
                 },
             },
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_heads": 2,
-                "out_hidden_size": 16,
-                "patch_size": 4,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [],
-            },
+            "vision_config": {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
             "image_token_id": IMAGE_TOKEN,
             "video_token_id": 6,
         },
@@ -162,14 +161,7 @@ CONFIGS["glm4v_moe"][1].update(
             "partial_rotary_factor": 1.0,
         },
     },
-    vision_config={
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "patch_size": 4,
-    },
+    vision_config=TOWER,
     image_token_id=IMAGE_TOKEN,
     video_token_id=6,
 )

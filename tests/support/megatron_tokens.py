@@ -135,7 +135,17 @@ def chunks_of_a_slice(chunks: int, length: int) -> dict[str, bool]:
         told.tokens.clear()
         layer(cut.chunk(min(chunks, length))[0])
     first = told.tokens[0].kinds.view(-1, 3)
-    return {"whole": all(same), "again": torch.equal(first, expected[: len(first)])}
+    told.tokens.clear()
+    with macs.modality(mask):  # a forward pass outside an engine is not cut
+        layer(hidden)
+        layer(hidden)
+    layer(cut.chunk(min(chunks, length))[0])  # nor is a mask asked for
+    uncut = [torch.equal(one.kinds.view(-1, 3), expected) for one in told.tokens[:2]]
+    return {
+        "whole": all(same),
+        "again": torch.equal(first, expected[: len(first)]),
+        "uncut": all(uncut) and not told.tokens[2].visual.any(),
+    }
 
 
 @on_megatron
