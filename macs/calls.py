@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .checks import INTEGERS, expect
-from .modality import TEXT, Modality, Unreadable
+from .modality import TEXT, Modality, Unreadable, placed_in
 
 WAY_OUT = "set macs.modality(mask, valid=...) around the call"
 
@@ -241,14 +241,6 @@ def within_sequences(lengths: Tensor, ends: Tensor, count: int) -> Tensor:
     index, place = placed_in(ends, count)
     known = torch.cat([lengths, lengths.new_zeros(1)])
     return (place < known[index])[None]
-
-
-def placed_in(ends: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Of ``count`` packed tokens, the sequence of each (N: none any more) and its place in it, int64."""
-    token = torch.arange(count, device=ends.device)
-    ends = ends.to(torch.int64).contiguous()
-    index = (torch.searchsorted(ends, token, right=True) - 1).clamp(0, len(ends) - 1)
-    return index, token - ends[index]
 
 
 def packed_inside(outer: Modality, packed: Any) -> Modality | Unreadable | None:

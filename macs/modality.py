@@ -107,11 +107,10 @@ class Modality:
         ends, with what fills it up. What is filled up is padding.
         """
         rows, columns = self.kinds.shape
-        token = torch.arange(count, device=self.kinds.device)
-        ends = ends.to(torch.int64).contiguous()
-        index = (torch.searchsorted(ends, token, right=True) - 1).clamp(0, max(0, rows - 1))
-        place = token - ends[index]
-        real = (place < lengths[index]) & (token < ends[-1])
+        index, place = placed_in(ends, count)
+        inside = index < rows
+        index = index.clamp(max=max(0, rows - 1))
+        real = inside & (place < lengths[index])
         order = torch.argsort((~self.valid).to(torch.int8), dim=1, stable=True)  # valid ones first
         origin = order[index, place.clamp(0, max(0, columns - 1))]
 
@@ -178,6 +177,17 @@ class Modality:
         if key not in self._layouts:
             self._layouts[key] = make(self, sources)
         return self._layouts[key]
+
+
+def placed_in(ends: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of ``count`` packed tokens, the sequence of each (N: none any more) and its place in it, int64 [count].
+
+    ends int [N + 1]: where each of N sequences begins, and the last one ends.
+    """
+    token = torch.arange(count, device=ends.device)
+    ends = ends.to(torch.int64).contiguous()
+    index = (torch.searchsorted(ends, token, right=True) - 1).clamp(0, len(ends) - 1)
+    return index, token - ends[index]
 
 
 class ModalityBuffers:
