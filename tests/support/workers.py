@@ -15,7 +15,12 @@ import sys
 import tempfile
 import traceback
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
+
+# How long ranks wait for one another to have imported the job's module, and then in a collective: on
+# two busy cores, four processes take a minute to import an engine.
+START = timedelta(minutes=5)
+COLLECTIVE = timedelta(minutes=2)
 
 
 class RankFailed(Exception):
@@ -31,6 +36,14 @@ class Hung(Exception):
     """Some rank did not answer in time."""
 
 
+class Reply(NamedTuple):
+    """What a worker sends back: whether its group started, whether the job ended, and what with."""
+
+    started: bool
+    done: bool
+    value: Any
+
+
 def _serve(connection: Any, path: list[str]) -> None:
     sys.path[:] = path
     # Processes on CPUs, also where there are GPUs; and so are the kernels that engines define on import.
@@ -43,19 +56,19 @@ def _serve(connection: Any, path: list[str]) -> None:
         task = connection.recv()
         if task is None:
             return
-        module, name, arguments, rank, world, store = task
+        module, name, arguments, rank, world, file = task
+        started = False
         try:
             job = getattr(importlib.import_module(module), name)
-            dist.init_process_group(
-                "gloo",
-                store=dist.FileStore(store, world),
-                rank=rank,
-                world_size=world,
-                timeout=timedelta(seconds=30),
-            )
-            connection.send((True, job(*arguments)))
+            store = dist.FileStore(file, world)
+            store.set(f"ready/{rank}", "")
+            store.wait([f"ready/{other}" for other in range(world)], START)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=COLLECTIVE)
+            started = True
+            connection.send(Reply(started, True, job(*arguments)))
         except BaseException as error:
-            connection.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+            found = (type(error).__name__, str(error), traceback.format_exc())
+            connection.send(Reply(started, False, found))
         finally:
             # A rank that failed leaves the group at once, as its process would by ending, so that no
             # other waits for it. Connections close when nothing refers to the groups any more.
@@ -86,15 +99,19 @@ class Pool:
             for rank in range(world):
                 task = (module, name, arguments, rank, world, os.path.join(folder, "store"))
                 self._workers[rank][1].send(task)
-            replies = []
+            replies: list[Reply] = []
             for rank in range(world):
                 if not self._workers[rank][1].poll(timeout):
                     self.close()
                     raise Hung(f"{job}: rank {rank} of {world} did not answer in {timeout:g} s")
                 replies.append(self._workers[rank][1].recv())
-        if not all(done for done, _ in replies):
-            raise RankFailed([None if done else value for done, value in replies])
-        return [value for _, value in replies]
+        if not all(reply.started for reply in replies):
+            # torch names a process group by how many the process has made, and one that fails to start
+            # still counts: these workers no longer agree on the name of the next.
+            self.close()
+        if not all(reply.done for reply in replies):
+            raise RankFailed([None if reply.done else reply.value for reply in replies])
+        return [reply.value for reply in replies]
 
     def close(self) -> None:
         """End every worker."""
