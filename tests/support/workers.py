@@ -56,14 +56,14 @@ def _serve(connection: Any, path: list[str]) -> None:
         task = connection.recv()
         if task is None:
             return
-        module, name, arguments, rank, world, file = task
+        module, name, arguments, rank, world, file, patience = task
         started = False
         try:
             job = getattr(importlib.import_module(module), name)
             store = dist.FileStore(file, world)
             store.set(f"ready/{rank}", "")
             store.wait([f"ready/{other}" for other in range(world)], START)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=COLLECTIVE)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
             started = True
             connection.send(Reply(started, True, job(*arguments)))
         except BaseException as error:
@@ -84,10 +84,18 @@ class Pool:
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Any]] = []
 
-    def run(self, job: str, world: int, *arguments: Any, timeout: float = 300.0) -> list[Any]:
+    def run(
+        self,
+        job: str,
+        world: int,
+        *arguments: Any,
+        timeout: float = 300.0,
+        patience: timedelta = COLLECTIVE,
+    ) -> list[Any]:
         """Call ``job`` ("module:function") on ``world`` ranks; its results by rank.
 
         ``RankFailed`` if it raises anywhere, ``Hung`` if a rank does not answer in ``timeout`` s.
+        ``patience`` is how long a collective waits for the other ranks.
         """
         module, name = job.split(":")
         while len(self._workers) < world:
@@ -97,7 +105,7 @@ class Pool:
             self._workers.append((process, ours))
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world):
-                task = (module, name, arguments, rank, world, os.path.join(folder, "store"))
+                task = (module, name, arguments, rank, world, os.path.join(folder, "store"), patience)
                 self._workers[rank][1].send(task)
             replies: list[Reply] = []
             for rank in range(world):
