@@ -330,11 +330,6 @@ def _check_settings(policy: str, config: MACSConfig, same_tokens: int, blind: st
         )
     if same_tokens > 1:
         why = f"the expert-parallel group holds {same_tokens} tensor-parallel ranks with the same tokens"
-        if config.scope == "group":
-            raise ValueError(
-                f"config.scope = 'group' cannot be used with MACS here: {why}, and their quotas could "
-                "differ; use 'local'"
-            )
         if policy == "expanded-drop":
             raise ValueError(
                 f"policy expanded-drop cannot be used here: {why} and other experts of their own"

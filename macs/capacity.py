@@ -6,13 +6,14 @@ int64 in fixed point (``UNIT`` is one token).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .config import MACSConfig
-from .fixed_point import UNIT, apportion
+from .fixed_point import UNIT
+from .modality import Tokens
 from .ops import fused
 
 
@@ -30,21 +31,6 @@ class LoadTable:
     cost: Tensor
     rows: Tensor
 
-    def pack(self) -> Tensor:
-        """One int64 [S, 3 + 2 E], for one all-gather."""
-        scalars = torch.stack([self.tokens, self.weight, self.visual_weight], 1)
-        return torch.cat([scalars, self.cost, self.rows], 1)
-
-    @classmethod
-    def unpack(cls, packed: Tensor) -> LoadTable:
-        experts = (packed.shape[1] - 3) // 2
-        tokens, weight, visual_weight, cost, rows = packed.split([1, 1, 1, experts, experts], 1)
-        return cls(tokens[:, 0], weight[:, 0], visual_weight[:, 0], cost, rows)
-
-    def total(self) -> LoadTable:
-        """The group as one source: every field summed over S, which becomes 1."""
-        return LoadTable(*(getattr(self, f.name).sum(0, keepdim=True) for f in fields(self)))
-
 
 def loads_of(experts: Tensor, num_experts: int) -> Tensor:
     """Assignments of each expert: experts int64, any shape (-1: none) -> int64 [E]."""
@@ -54,35 +40,30 @@ def loads_of(experts: Tensor, num_experts: int) -> Tensor:
 
 @fused("loads")
 def measure(
-    source: Tensor,
-    valid: Tensor,
-    visual: Tensor,
-    weight: Tensor,
-    cost: Tensor,
-    experts: Tensor,
-    num_sources: int,
-    num_experts: int,
+    tokens: Tokens, weight: Tensor, cost: Tensor, experts: Tensor, num_sources: int, num_experts: int
 ) -> LoadTable:
     """Effective load L_j = sum of the costs of the assignments to j, per source, and its totals.
 
-    source int64 [T], valid and visual bool [T], weight and cost int64 [T], experts int64 [T, k]
-    (-1: none).
+    weight and cost int64 [T], experts int64 [T, k] (-1: none).
     """
-    counted = valid[:, None] & (experts >= 0)
-    cell = torch.where(counted, source[:, None] * num_experts + experts, num_sources * num_experts)
+    counted = tokens.valid[:, None] & (experts >= 0)
+    cell = experts if num_sources == 1 else tokens.source[:, None] * num_experts + experts
+    cell = torch.where(counted, cell, num_sources * num_experts).flatten()
 
     def by_expert(values: Tensor) -> Tensor:
         flat = values.new_zeros(num_sources * num_experts + 1)
-        flat = flat.scatter_add(0, cell.flatten(), values[:, None].expand(cell.shape).flatten())
+        flat = flat.scatter_add(0, cell, values[:, None].expand(counted.shape).flatten())
         return flat[:-1].view(num_sources, num_experts)
 
     def by_source(values: Tensor) -> Tensor:
-        return values.new_zeros(num_sources).scatter_add(0, source, values)
+        if num_sources == 1:
+            return values.sum(0, keepdim=True)
+        return values.new_zeros(num_sources).scatter_add(0, tokens.source, values)
 
     return LoadTable(
-        tokens=by_source(valid.long()),
-        weight=by_source(torch.where(valid, weight, 0)),
-        visual_weight=by_source(torch.where(visual, weight, 0)),
+        tokens=by_source(tokens.valid.long()),
+        weight=by_source(torch.where(tokens.valid, weight, 0)),
+        visual_weight=by_source(torch.where(tokens.visual, weight, 0)),
         cost=by_expert(cost),
         rows=by_expert(torch.ones_like(cost)),
     )
@@ -103,34 +84,29 @@ def pool_capacity(
     rank_of_expert: Tensor,
     pools: int,
     ranks: int,
-    bound: Tensor | None = None,
+    bound: Tensor,
 ) -> Tensor:
     """Capacity of every pool, int64 [S, P]: C_base (1 + rho m (R_v - 0.5)), at least ``min_capacity``.
 
     modality_bias float64 [E] is m_j in -1..1; pool_of_expert int64 [E] in 0..P-1, rank_of_expert int64
-    [E] in 0..R-1. C_base is the even share of the pool's n experts, gamma T k n / E (or
-    gamma sum(w) k n / E), in whole tokens, rounded up as count-based capacity is, so that text alone
-    gives exactly that. With ``conserve`` the factors are rescaled to sum to E. A pool of several
+    [E] in 0..R-1. C_base is the even share of the pool's n experts, gamma T k n / E, in whole tokens,
+    rounded up as count-based capacity is, so that text alone gives exactly that. A pool of several
     experts has the mean of their factors. With ``target_straggler`` every rank has its own gamma, see
-    ``meeting_factors``; bound is ``row_bound``'s, as it is without places if none is given.
+    ``meeting_factors``, under the bound int64 [S, R] that is ``row_bound``'s.
     """
     num_experts = len(modality_bias)
     lean = effective_visual_ratio(table) - 0.5
     factor = 1 + config.modality_strength * lean[:, None] * modality_bias
-    if config.conserve:
-        factor = factor * (num_experts / factor.sum(1, keepdim=True).clamp(min=1e-9))
     # Integers from here on: the order in which a pool's experts are summed must not matter.
     fixed = (factor * UNIT).round().long()
     members = torch.zeros(pools, dtype=torch.int64, device=fixed.device)
     members = members.index_add(0, pool_of_expert, torch.ones_like(pool_of_expert))
     pooled = fixed.new_zeros(len(fixed), pools).index_add(1, pool_of_expert, fixed)
 
-    load = table.tokens.double() if config.basis == "tokens" else table.weight.double() / UNIT
-    share = (load * top_k)[:, None] * members / num_experts
+    share = (table.tokens.double() * top_k)[:, None] * members / num_experts
     if config.capacity_factor is not None:
         share = config.capacity_factor * share
     else:
-        bound = row_bound(table, config, top_k, ranks) if bound is None else bound
         even = share * pooled / (members * UNIT)
         share = share * meeting_factors(table, even, bound, pool_of_expert, rank_of_expert, pools, ranks)
     # The small step down keeps the noise of the division from adding a token to a share that is whole.
@@ -141,9 +117,7 @@ def pool_capacity(
     return capacity.clamp(min=round(config.min_capacity * UNIT))
 
 
-def row_bound(
-    table: LoadTable, config: MACSConfig, top_k: int, ranks: int, places: Tensor | None = None
-) -> Tensor:
+def row_bound(table: LoadTable, config: MACSConfig, top_k: int, ranks: int, places: Tensor) -> Tensor:
     """Rows that a rank may compute, by ``target_straggler`` and ``max_load_factor``: int64 [S, R].
 
     In whole rows: floor(target T k / R), where that covers the even share T k / R rounded up, so that what is
@@ -152,8 +126,7 @@ def row_bound(
     beyond floor(T k / R) to floor(target T k) - R floor(T k / R) ranks, from rank ``place`` times as many
     on: places int64 [S] are where the sources stand among those whose tokens meet, and with equally
     large sources the extra rows are spread evenly, the group keeping to the target. With uneven ones
-    the worst is the sum over the sources of T k / R rounded up. Without places (one capacity for all sources)
-    there is nobody to share with, and such a bound is the even share rounded up.
+    the worst is the sum over the sources of T k / R rounded up.
 
     Without either setting, that is the answer, and no bound.
     """
@@ -163,12 +136,9 @@ def row_bound(
     room = (even * target).floor()[:, None].expand(-1, ranks)
     if target >= 1:
         whole, least = even.ceil()[:, None], even.floor()[:, None]
-        if places is None:
-            rounded = whole.expand(-1, ranks)
-        else:
-            extra = (total * target).floor()[:, None] - ranks * least
-            turn = torch.arange(ranks, device=total.device) - places[:, None] * extra
-            rounded = least + (turn.remainder(ranks) < extra).double()
+        extra = (total * target).floor()[:, None] - ranks * least
+        turn = torch.arange(ranks, device=total.device) - places[:, None] * extra
+        rounded = least + (turn.remainder(ranks) < extra).double()
         room = torch.where(room < whole, rounded, room)
     if config.max_load_factor is not None:
         hard = (even * config.max_load_factor).floor()[:, None].expand(-1, ranks)
@@ -214,23 +184,3 @@ def meeting_factors(
     by_rank = gamma.new_zeros(sources, ranks).scatter_reduce(1, column, gamma, "amax")
     asked = gamma.new_zeros(sources, ranks).index_add(1, rank, rows)
     return torch.where(asked <= bound, torch.inf, by_rank)[:, rank]
-
-
-def quotas(capacity: Tensor, demand: Tensor, grain: int = 1) -> Tensor:
-    """Each source's part of the group's capacities: capacity [P], demand [S, P] -> int64 [S, P].
-
-    Parts are multiples of ``grain``, as demand must be: a part of a token is of no use to a source
-    where every token costs the same.
-
-    Where demand exceeds capacity, in proportion to demand. Elsewhere a source gets all it asks for,
-    and the room to spare goes to the sources by how much they overflow in other pools, for that is
-    what they will want to reroute. The parts of a pool never sum to more than its capacity.
-    """
-    capacity, demand = capacity // grain, demand // grain
-    asked = demand.sum(0)
-    shares = apportion(capacity, demand)
-    over = asked > capacity
-    overflow = torch.where(over, demand - shares, 0).sum(1)
-    spare = torch.where(over, 0, capacity - asked)
-    extra = apportion(spare, overflow[:, None].expand_as(demand))
-    return torch.where(over, shares, demand + extra) * grain

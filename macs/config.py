@@ -28,6 +28,23 @@ TARGET_STRAGGLER = 1.05
 """The bound where none is given."""
 
 
+RETIRED: dict[str, str] = {
+    "basis": "no measurement or paper asked for capacities as shares of the weighted load",
+    "bias": "biases are by threshold, as in the paper; nothing asked for the calibrated value itself",
+    "conserve": "no measurement or paper asked for rescaled capacities",
+    "renormalize": "scaling the surviving weights back made no difference (docs/quality.md)",
+    "scope": "one capacity for the whole group's tokens gained nothing (docs/quality.md); every source "
+    "rank plans its own",
+}
+"""Settings that are gone, and why."""
+
+RETIRED_CHOICES: dict[tuple[str, str], str] = {
+    ("priority", "weight"): "the weight alone was never better than its product with the score",
+    ("similarity", "profile"): "no measured matrix was better than the router's rows (docs/quality.md)",
+}
+"""Choices of settings that are gone, and why."""
+
+
 @dataclass(frozen=True)
 class MACSConfig:
     """Settings of the planner; an invalid one is a ``ValueError`` that names the field.
@@ -52,23 +69,12 @@ class MACSConfig:
         high=1e6,
         optional=True,
     )
-    basis: str = _setting(
-        "tokens",
-        "what the even share is a share of: all tokens, or their effective (weighted) load",
-        choices=("tokens", "effective"),
-    )
     modality_strength: float = _setting(
         0.0, "[rho] how far capacity follows the batch's visual ratio", low=0.0, high=2.0
-    )
-    bias: str = _setting(
-        "hard",
-        "an expert's modality bias: -1, 0 or +1 by threshold, or the calibrated value itself",
-        choices=("hard", "soft"),
     )
     bias_threshold: float = _setting(
         0.1, "[tau] visual share of an expert, beyond one half, that makes it biased", low=0.0, high=0.5
     )
-    conserve: bool = _setting(False, "rescale capacities so that modality moves them and adds none")
     min_capacity: float = _setting(1.0, "least capacity of an expert, in tokens", low=0.0, high=1e9)
 
     weighting: str = _setting(
@@ -101,19 +107,14 @@ class MACSConfig:
     )
     priority: str = _setting(
         "product",
-        "who is admitted first: by the router's score, the token's weight, or their product",
-        choices=("score", "weight", "product"),
+        "priority in admission: the router's score, or its product with the token's weight",
+        choices=("score", "product"),
     )
     level: str = _setting(
         "rank",
         "what has a capacity: each expert, or the pooled experts of each rank (a full rank then has "
         "no room for reroute = rank; take group)",
         choices=("expert", "rank"),
-    )
-    scope: str = _setting(
-        "local",
-        "whose tokens share a capacity: one source rank's, or the whole group's (one all-gather)",
-        choices=("local", "group"),
     )
     reroute: str = _setting(
         "group",
@@ -123,10 +124,9 @@ class MACSConfig:
     reroute_rounds: int = _setting(2, "proposals a token may make, one after the other", low=1, high=16)
     similarity: str = _setting(
         "router",
-        "how alike two experts are: their router rows, the profile's matrix, or all the same",
-        choices=("router", "profile", "none"),
+        "how alike two experts are: by their router rows, or all the same",
+        choices=("router", "none"),
     )
-    renormalize: bool = _setting(False, "scale a token's surviving weights back to their former sum")
 
     min_tokens: int = _setting(
         64, "with fewer valid tokens the layer is left alone (decoding)", low=0, high=2**31
@@ -343,8 +343,12 @@ LARGEST_NUMBER = 2**63
 
 
 def check_name(kind: str, name: Any, valid: tuple[str, ...]) -> None:
+    """Raise a ``ValueError`` unless ``name`` is one of the valid ones; it names the nearest, or says why a
+    setting is gone."""
     if name in valid:
         return
+    if name in RETIRED:
+        raise ValueError(f"config.{name}: this setting is gone: {RETIRED[name]}; leave it out")
     nearest = difflib.get_close_matches(str(name)[:100], valid, n=1, cutoff=0.0)
     name = name if len(str(name)) <= 100 else str(name)[:100] + "..."
     raise ValueError(
@@ -358,6 +362,11 @@ def _check(name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> 
     value = value[:100] + "..." if isinstance(value, str) and len(value) > 100 else value
     if metadata["choices"]:
         if value not in metadata["choices"]:
+            if (name, value) in RETIRED_CHOICES:
+                raise ValueError(
+                    f"config.{name}: {value!r} is gone: {RETIRED_CHOICES[name, value]}; expected one of "
+                    + ", ".join(metadata["choices"])
+                )
             nearest = difflib.get_close_matches(str(value), metadata["choices"], n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"config.{name}: found {value!r}, expected one of {', '.join(metadata['choices'])}; "

@@ -26,27 +26,3 @@ coarse enough that squares of a million of them fit 63 bits."""
 def to_fixed(values: Tensor, unit: int) -> Tensor:
     """Nearest integer count of ``1 / unit``, int64; NaN counts as 0."""
     return torch.nan_to_num(values.double() * unit, nan=0.0).round().long()
-
-
-def apportion(total: Tensor, claims: Tensor) -> Tensor:
-    """Divide whole totals among claimants by largest remainder, exactly.
-
-    total [P], claims [S, P], int64 >= 0 -> shares [S, P], int64, that sum to ``total`` over S (to 0
-    where nobody claims). Ties go to the lower claimant.
-    """
-    claimed = claims.sum(0)
-    divisor = claimed.clamp(min=1)
-    # total * claims / claimed in integers: the product may pass 63 bits, so the quotient comes from
-    # float64 (at most one off) and the remainder from wrapping int64 arithmetic, which is exact
-    # because the remainder itself is small.
-    share = (total.double() * claims.double() / divisor.double()).floor().long()
-    remainder = total * claims - share * divisor
-    correction = torch.where(remainder < 0, -1, 0) + torch.where(remainder >= divisor, 1, 0)
-    share = share + correction
-    remainder = remainder - correction * divisor
-    left = torch.where(claimed > 0, total - share.sum(0), 0)
-    order = torch.sort(remainder, dim=0, descending=True, stable=True).indices
-    place = torch.empty_like(order).scatter_(
-        0, order, torch.arange(len(claims), device=claims.device)[:, None].expand_as(order)
-    )
-    return torch.where(claimed > 0, share, 0) + (place < left).long()

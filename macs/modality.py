@@ -298,6 +298,10 @@ class Tokens:
         return replace(self, valid=self.valid & used)
 
     @property
+    def device(self) -> torch.device:
+        return self.kinds.device
+
+    @property
     def visual(self) -> Tensor:
         """Valid tokens whose features are weighed: every kind but text. bool [T]"""
         return (self.kinds != TEXT) & self.valid

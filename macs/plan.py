@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .capacity import LoadTable, loads_of
-from .fixed_point import UNIT
+from .fixed_point import MASS_UNIT, UNIT, to_fixed
 from .modality import Tokens
 
 
@@ -52,7 +52,7 @@ class PlanStatistics:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every assignment of a layer's tokens goes.
+    """Where every assignment of a layer's tokens goes; statistics only where they were asked for.
 
     experts  int64 [T, k']  -1: dropped
     weights  [T, k']        combine weights, in the dtype they came in; 0 where dropped
@@ -63,7 +63,7 @@ class Plan:
     experts: Tensor
     weights: Tensor
     rerouted: Tensor
-    statistics: PlanStatistics
+    statistics: PlanStatistics | None
 
     def as_map(self, num_experts: int) -> tuple[Tensor, Tensor]:
         """The plan as multi-hot routing_map bool [T, E] and probs [T, E], in the weights' dtype."""
@@ -78,47 +78,56 @@ class Plan:
         return routing_map[:, :num_experts].contiguous(), probs[:, :num_experts].contiguous()
 
 
-def describe(
-    tokens: Tokens,
-    table: LoadTable,
-    experts: Tensor,
-    weights: Tensor,
-    placed: Tensor,
-    rerouted: Tensor,
-    own: Tensor,
-    nonfinite: Tensor,
-    active: Tensor,
-    unmet: Tensor,
-) -> PlanStatistics:
-    """Statistics of a plan that put experts [T, k'] at placed [T, k'].
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a plan, for ``describe``.
 
-    table: the sources' loads. own bool [k']: the router's own columns. nonfinite bool [T]: tokens
-    whose features are not finite. active, unmet bool [S]: sources that planned, and those of them
-    with a guard that could not be met.
+    placed int64 [T, k']: where assignments ended (-1: dropped). rerouted bool [T, k']. active, unmet
+    bool [S]: sources that planned, and those of them with a guard that could not be met. finite bool [T]:
+    tokens whose features are.
     """
-    asked = tokens.valid[:, None] & (experts >= 0) & own
-    stays = asked & (placed == experts)
-    moved = asked & rerouted
-    gone = asked & (placed < 0)
-    mass = torch.where(asked, torch.nan_to_num(weights.double()), 0.0)
-    num_experts = table.cost.shape[1]
 
+    placed: Tensor
+    rerouted: Tensor
+    active: Tensor
+    unmet: Tensor
+    finite: Tensor
+
+
+KEPT, REROUTED, DROPPED, UNCOUNTED = range(4)
+
+
+def describe(
+    tokens: Tokens, loads: LoadTable, experts: Tensor, weights: Tensor, outcome: Outcome
+) -> PlanStatistics:
+    """Statistics of a plan for what a router chose: experts int64 [T, k], weights [T, k]; loads: as measured."""
+    num_experts, top_k = loads.rows.shape[1], experts.shape[1]
+    placed, rerouted = outcome.placed[:, :top_k], outcome.rerouted[:, :top_k]
+    asked = tokens.valid[:, None] & (experts >= 0)
+    state = torch.where(rerouted, REROUTED, torch.where(placed < 0, DROPPED, KEPT))
+    state = torch.where(asked, state, UNCOUNTED).flatten()
+    counts = state.new_zeros(4).scatter_add(0, state, torch.ones_like(state))
+    mass = to_fixed(weights, MASS_UNIT).flatten()  # whole numbers, which add up in any order
+    masses = mass.new_zeros(4).scatter_add(0, state, mass) / MASS_UNIT
+    before = loads.rows.sum(0)
+    if outcome.placed.shape[1] > top_k:  # loads hold what the policy added too
+        before = loads_of(torch.where(asked, experts, -1), num_experts)
     return PlanStatistics(
-        sources=torch.ones_like(active).sum(),
-        planned=active.sum(),
-        tokens=table.tokens.sum(),
+        sources=outcome.active.new_full((), outcome.active.numel(), dtype=torch.int64),
+        planned=outcome.active.sum(),
+        tokens=loads.tokens.sum(),
         visual=tokens.visual.sum(),
-        weight=table.weight.sum() / UNIT,
-        visual_weight=table.visual_weight.sum() / UNIT,
-        nonfinite=(nonfinite & tokens.valid).sum(),
-        unmet=unmet.sum(),
-        kept=stays.sum(),
-        rerouted=moved.sum(),
-        dropped=gone.sum(),
-        kept_mass=torch.where(stays, mass, 0.0).sum(),
-        rerouted_mass=torch.where(moved, mass, 0.0).sum(),
-        dropped_mass=torch.where(gone, mass, 0.0).sum(),
+        weight=loads.weight.sum() / UNIT,
+        visual_weight=loads.visual_weight.sum() / UNIT,
+        nonfinite=(~outcome.finite & tokens.valid).sum(),
+        unmet=(outcome.unmet & outcome.active).sum(),
+        kept=counts[KEPT],
+        rerouted=counts[REROUTED],
+        dropped=counts[DROPPED],
+        kept_mass=masses[KEPT],
+        rerouted_mass=masses[REROUTED],
+        dropped_mass=masses[DROPPED],
         load_visual=loads_of(torch.where(asked & tokens.visual[:, None], experts, -1), num_experts),
-        load_before=loads_of(torch.where(asked, experts, -1), num_experts),
-        load_after=loads_of(torch.where(tokens.valid[:, None], placed, -1), num_experts),
+        load_before=before,
+        load_after=loads_of(torch.where(tokens.valid[:, None], outcome.placed, -1), num_experts),
     )

@@ -1,6 +1,7 @@
 """The planner: a router's choice in, a plan out.
 
-Shapes: T tokens, D features, E experts, k assignments of a token, S sources.
+Shapes: T tokens, D features, E experts, k assignments of a token (k' with those a policy adds),
+S sources, R ranks, P pools.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from .capacity import LoadTable, measure, pool_capacity, quotas, row_bound
+from .capacity import LoadTable, measure, pool_capacity, row_bound
 from .checks import FLOATS, expect
 from .config import MACSConfig
 from .fixed_point import MASS_UNIT, UNIT, to_fixed
 from .modality import KINDS, Tokens
-from .plan import Plan, describe
+from .plan import Outcome, Plan, describe
 from .routing import (
     EXEMPT_PRIORITY,
+    UNBOUNDED,
     Demand,
     Placement,
     combine_weights,
@@ -30,13 +31,7 @@ from .routing import (
     reroute,
 )
 from .topology import Topology
-from .weighting import (
-    constant_weights,
-    distinctness,
-    entropy_weights,
-    feature_entropy,
-    relative_weights,
-)
+from .weighting import constant_weights, distinct_weights, entropy_weights, feature_entropy
 
 
 @dataclass(frozen=True)
@@ -57,9 +52,7 @@ class Planner:
 
     config: the settings. topology: where experts live and whose tokens these are. top_k: k.
     modality_bias: m_j in -1..1 for each expert (``Profile.bias``); none is 0 everywhere.
-    similarity: [E, E] in 0..1 (``router_similarity`` or a profile's); none is 1 everywhere.
-    group: the process group whose members share one capacity, for ``scope = "group"`` with more
-    than one process; each member plans ``len(topology.sources)`` sources.
+    similarity: [E, E] in 0..1 (``router_similarity``); none is 1 everywhere.
 
     Nothing in ``plan`` reads a tensor on the host, loops over tokens or experts, or, on a GPU, makes a
     tensor whose shape depends on values. The first call on a device puts the constants there.
@@ -76,17 +69,13 @@ class Planner:
         *,
         modality_bias: Sequence[float] | Tensor | None = None,
         similarity: Tensor | None = None,
-        group: dist.ProcessGroup | None = None,
     ) -> None:
         experts = topology.num_experts
         if not 1 <= top_k <= experts:
             raise ValueError(f"top_k: found {top_k}, expected 1 to {experts}, the number of experts")
-        if config.similarity == "profile" and similarity is None:
-            raise ValueError("config.similarity: found 'profile', but the profile has no similarity matrix")
         self.config = config
         self.topology = topology
         self.top_k = top_k
-        self.group = group if config.scope == "group" else None
         self._bias = torch.as_tensor(
             [0.0] * experts if modality_bias is None else modality_bias, dtype=torch.float64
         ).cpu()
@@ -116,11 +105,8 @@ class Planner:
                 constants.affinity.copy_(self._similarity.to(device) * constants.reachable)
 
     def leaves_alone(self, count: int) -> bool:
-        """Whether ``count`` tokens are too few to plan, as in decoding, known without looking at them.
-
-        In group scope among several processes the group's total decides, which nobody knows yet.
-        """
-        return self._gathers == 1 and count < self.config.min_tokens
+        """Whether ``count`` tokens are too few to plan, as in decoding, known without looking at them."""
+        return count < self.config.min_tokens
 
     def plan(
         self,
@@ -129,91 +115,90 @@ class Planner:
         weights: Tensor,
         scores: Tensor,
         tokens: Tokens | None = None,
+        *,
+        statistics: bool = True,
     ) -> Plan:
         """Plan one layer.
 
         hidden [T, D] what enters the layer; experts int64 [T, k] the router's choice (-1: none);
         weights [T, k] its combine weights; scores [T, E] the router's scores of every expert, 0..1,
-        without correction bias; tokens: which token is which (none: all are text).
-
-        In group scope every member of the group must call this, with T = 0 if it has no tokens.
+        without correction bias; tokens: which token is which (none: all are text). statistics: whether
+        the plan says what it did; otherwise its ``statistics`` are none.
         """
         tokens = self._check(hidden, experts, weights, scores, tokens)
         if not self.plans or self.leaves_alone(len(hidden)):
-            return self._untouched(experts, weights, tokens)
+            return self._untouched(experts, weights, tokens, statistics)
         constants = self._constants(hidden.device)
-        # Columns ascend by expert within the plan, whatever order the engine's router gave.
-        experts_in, column = experts.sort(1)
-        weights_in = weights.gather(1, column)
-        experts_in, weights_in = self._extend(experts_in, weights_in, scores, tokens, constants)
-        placement, table, nonfinite, active, unmet = self._place(
-            hidden, experts_in, weights_in, scores, tokens, constants
-        )
+        asked, asked_weights = self._extend(experts, weights, scores, tokens, constants)
+        weight, finite = self._weights(hidden, tokens)
+        cost = weight if self.config.cost == "weight" else torch.full_like(weight, UNIT)
+        loads = measure(tokens, weight, cost, asked, len(self.topology.sources), self.topology.num_experts)
+        active = loads.tokens >= self.config.min_tokens
+        room, row_room = self._room(loads, active, constants)
+        demand = self._demand(asked, scores, weight, cost, tokens, constants)
 
-        planned = tokens.valid[:, None] & (experts_in >= 0)
-        placed = torch.where(planned, placement.experts, experts_in)
-        own = torch.arange(experts_in.shape[1], device=hidden.device) < self.top_k
-        placed_weights = combine_weights(
-            placement, experts_in, weights_in, scores, planned, own, self.config.renormalize
+        bounded = self._bounds_rows and not self.config.pools_rows
+        placement = place_admitted(demand, Placement(asked, room, row_room if bounded else None))
+        if self.config.reroute != "none":
+            rounds, rule = self.config.reroute_rounds, self.config.priority
+            placement = reroute(demand, placement, constants.affinity, rounds, rule)
+        unmet = torch.zeros_like(active)
+        if self.config.max_drop is not None:
+            own = demand.planned[:, : self.top_k]
+            mass = torch.where(own, to_fixed(weights, MASS_UNIT), 0)
+            mass = functional.pad(mass, (0, asked.shape[1] - self.top_k))
+            # max_drop takes precedence over a target, but not over the hard bound on rows.
+            placement, unmet = limit_drops(
+                demand, placement, mass, self.config.max_drop, self.config.max_load_factor is not None
+            )
+        if self._bounds_rows:
+            left = placement.room if placement.row_room is None else placement.row_room
+            unmet = unmet | (left < 0).any(1)
+
+        placed, placed_weights = placement.experts, combine_weights(
+            demand, placement.experts, asked_weights, self.top_k
         )
         if self.config.drop_padding:
-            padding = ~tokens.valid[:, None]
+            padding = (active[tokens.source] & ~tokens.valid)[:, None]
             placed = torch.where(padding, -1, placed)
-            placed_weights = torch.where(padding, torch.zeros_like(placed_weights), placed_weights)
-        on = active[tokens.source][:, None]
-        left_alone, left_weights = self._left_alone(experts_in, weights_in)
-        placed = torch.where(on, placed, left_alone)
-        placed_weights = torch.where(on, placed_weights, left_weights)
-        rerouted = placement.rerouted & on
-
-        statistics = describe(
-            tokens, table, experts_in, weights_in, placed, rerouted, own, nonfinite, active, unmet
-        )
-        # Back to the columns the router used; added ones stay behind them.
-        back = torch.argsort(column, 1)
-        if experts_in.shape[1] > self.top_k:
-            extra = torch.arange(self.top_k, experts_in.shape[1], device=hidden.device)
-            back = torch.cat([back, extra.expand(len(back), -1)], 1)
+            placed_weights = torch.where(padding, 0, placed_weights)
+        if placed.shape[1] > self.top_k:
+            # A source that does not plan holds what the router chose.
+            held = active[tokens.source][:, None] | self._own(placed)
+            placed = torch.where(held, placed, -1)
+            placed_weights = torch.where(held, placed_weights, 0)
+        rerouted = demand.planned & (placed >= 0) & (placed != asked)
+        outcome = Outcome(placed, rerouted, active, unmet, finite)
         return Plan(
-            placed.gather(1, back), placed_weights.gather(1, back), rerouted.gather(1, back), statistics
+            placed,
+            placed_weights,
+            rerouted,
+            describe(tokens, loads, experts, weights, outcome) if statistics else None,
         )
 
-    def _untouched(self, experts: Tensor, weights: Tensor, tokens: Tokens) -> Plan:
+    def _own(self, placed: Tensor) -> Tensor:
+        """The router's own columns: bool [k']."""
+        return torch.arange(placed.shape[1], device=placed.device) < self.top_k
+
+    def _untouched(self, experts: Tensor, weights: Tensor, tokens: Tokens, statistics: bool) -> Plan:
         """The router's choice as a plan, with its loads counted and every token weighing one."""
-        sources = len(self.topology.sources)
-        weight = torch.full_like(tokens.position, UNIT)
-        table = measure(
-            tokens.source,
-            tokens.valid,
-            tokens.visual,
-            weight,
-            weight,
-            experts,
-            sources,
-            self.topology.num_experts,
-        )
-        nowhere, nobody = torch.zeros_like(experts, dtype=torch.bool), torch.zeros_like(tokens.valid)
-        idle = torch.zeros(sources, dtype=torch.bool, device=experts.device)
-        own = torch.ones(self.top_k, dtype=torch.bool, device=experts.device)
-        statistics = describe(tokens, table, experts, weights, experts, nowhere, own, nobody, idle, idle)
         more = self.slots - self.top_k
-        return Plan(
-            functional.pad(experts, (0, more), value=-1),
-            functional.pad(weights, (0, more)),
-            functional.pad(nowhere, (0, more)),
-            statistics,
-        )
-
-    # What a policy may do differently.
+        placed = functional.pad(experts, (0, more), value=-1)
+        rerouted = torch.zeros_like(placed, dtype=torch.bool)
+        found = None
+        if statistics:
+            sources = len(self.topology.sources)
+            weight = torch.full_like(tokens.position, UNIT)
+            loads = measure(tokens, weight, weight, experts, sources, self.topology.num_experts)
+            idle = torch.zeros(sources, dtype=torch.bool, device=experts.device)
+            outcome = Outcome(placed, rerouted, idle, idle, torch.ones_like(tokens.valid))
+            found = describe(tokens, loads, experts, weights, outcome)
+        return Plan(placed, functional.pad(weights, (0, more)), rerouted, found)
 
     def _extend(
         self, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens, constants: Constants
     ) -> tuple[Tensor, Tensor]:
-        """Assignments beyond the router's own, if the policy adds any: [T, k'] each."""
-        return experts, weights
-
-    def _left_alone(self, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The plan [T, k'] of a source that does not plan: the router's choice."""
+        """The router's assignments and, behind them, those that a policy adds: [T, k'] each."""
         return experts, weights
 
     # The steps of a plan.
@@ -254,150 +239,85 @@ class Planner:
         return self._on_device[device]
 
     def _weights(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Semantic weights int64 [T], and which tokens' features are not finite, bool [T]."""
-        sources = len(self.topology.sources)
-        if self.config.weighting == "constant":
+        """Semantic weights int64 [T], and which tokens' features are finite, bool [T]."""
+        config, sources = self.config, len(self.topology.sources)
+        if config.weighting == "constant":
             finite = torch.isfinite(hidden.sum(-1, dtype=torch.float32))
-            return constant_weights(tokens.visual, self.config.visual_weight), ~finite
-        if self.config.normalization == "batch":
-            group, groups = tokens.source * KINDS + tokens.kinds, sources * KINDS
+            return constant_weights(tokens.visual, config.visual_weight), finite
+        if config.normalization == "batch":
+            group, groups = tokens.kinds.long(), sources * KINDS
+            if sources > 1:
+                group = tokens.source * KINDS + group
         else:
             count = max(1, len(tokens.source))
             group, groups = tokens.source * count + tokens.segment, sources * count
-        sharpness = self.config.entropy_sharpness
-        if self.config.weighting == "distinct":
-            distinct = distinctness(hidden, tokens.visual, tokens.source, sources)
-            usual = self.config.visual_weight
-            weight = relative_weights(distinct, tokens.visual, group, groups, sharpness, usual)
-            return weight, ~torch.isfinite(distinct)
+        if config.weighting == "distinct":
+            return distinct_weights(
+                hidden, tokens, sources, (group, groups), config.entropy_sharpness, config.visual_weight
+            )
         entropy = feature_entropy(hidden)
-        weight = entropy_weights(entropy, tokens.visual, group, groups, sharpness)
-        return weight, ~torch.isfinite(entropy)
+        weight = entropy_weights(entropy, tokens.visual, group, groups, config.entropy_sharpness)
+        return weight, torch.isfinite(entropy)
 
     @property
     def _bounds_rows(self) -> bool:
         """Whether there is a bound on the rows of a rank."""
         return self.config.max_load_factor is not None or self.config.target_straggler is not None
 
-    @property
-    def _gathers(self) -> int:
-        """How many processes share the capacities."""
-        return 1 if self.group is None else self.group.size()
-
-    def _gather(self, table: LoadTable) -> tuple[LoadTable, slice]:
-        """Everyone's loads, and which rows are this process's."""
-        mine = slice(0, len(self.topology.sources))
-        if self.group is None or self._gathers == 1:
-            return table, mine
-        packed = table.pack()
-        everyone = packed.new_empty(self.group.size() * len(packed), packed.shape[1])
-        dist.all_gather_into_tensor(everyone, packed.contiguous(), group=self.group)
-        first = self.group.rank() * len(packed)
-        return LoadTable.unpack(everyone), slice(first, first + len(packed))
-
-    def _room(self, table: LoadTable, mine: slice, constants: Constants) -> tuple[Tensor, Tensor, Tensor]:
-        """Room of each pool [S, P] and rank [S, R] for this process's sources; who plans, bool [S]."""
+    def _room(self, loads: LoadTable, active: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
+        """Capacity of each pool [S, P] and rows of each rank [S, R]; unbounded where a source is not
+        active, bool [S]."""
         config, ranks = self.config, self.topology.num_ranks
-        shared = config.scope == "group"
-        scope = table.total() if shared else table
-        active = scope.tokens >= config.min_tokens
-        pools = ranks if config.level == "rank" else self.topology.num_experts
-
-        def pooled(by_expert: Tensor, of_expert: Tensor, size: int) -> Tensor:
-            return by_expert.new_zeros(len(by_expert), size).index_add(1, of_expert, by_expert)
-
-        row_room = row_bound(scope, config, self.top_k, ranks, None if shared else constants.places)
+        row_room = row_bound(loads, config, self.top_k, ranks, constants.places)
         if config.pools_rows:
             room = row_room * UNIT
         else:
             room = pool_capacity(
-                scope,
+                loads,
                 config,
                 self.top_k,
                 constants.modality_bias,
                 constants.pool_of_expert,
                 constants.rank_of_expert,
-                pools,
+                ranks if config.level == "rank" else self.topology.num_experts,
                 ranks,
                 row_room,
             )
-        if shared:
-            cost = pooled(table.cost, constants.pool_of_expert, pools)
-            rows = pooled(table.rows, constants.rank_of_expert, ranks)
-            room = quotas(room[0], cost, UNIT if config.cost == "one" else 1)[mine]
-            row_room = quotas(row_room[0], rows)[mine]
-            active = active.expand(len(table.tokens))[mine]
-        return room, row_room, active
+        plans = active[:, None]
+        return torch.where(plans, room, UNBOUNDED), torch.where(plans, row_room, UNBOUNDED)
 
-    def _place(
+    def _demand(
         self,
-        hidden: Tensor,
         experts: Tensor,
-        weights: Tensor,
         scores: Tensor,
+        weight: Tensor,
+        cost: Tensor,
         tokens: Tokens,
         constants: Constants,
-    ) -> tuple[Placement, LoadTable, Tensor, Tensor, Tensor]:
-        """The placement; this process's loads; features not finite, bool [T]; which sources plan
-        and which of those had a guard that could not be met, bool [S]."""
-        config, topology = self.config, self.topology
-        weight, nonfinite = self._weights(hidden, tokens)
-        cost = weight if config.cost == "weight" else torch.full_like(weight, UNIT)
-        table = measure(
-            tokens.source,
-            tokens.valid,
-            tokens.visual,
-            weight,
-            cost,
-            experts,
-            len(topology.sources),
-            topology.num_experts,
-        )
-        everyone, mine = self._gather(table)
-        room, row_room, active = self._room(everyone, mine, constants)
-
+    ) -> Demand:
+        """What the tokens ask for: experts [T, k'], in the order of their priority."""
         real = experts >= 0
-        planned = tokens.valid[:, None] & real
-        own_scores = torch.where(real, scores.gather(1, experts.clamp(min=0)), 0)
-        priority = priority_of(own_scores, weight, config.priority)
-        demand = Demand(
+        own = experts.clamp(min=0)
+        # A token's own choices come before those a policy adds, then the lower expert.
+        spread = self.topology.num_experts
+        order = own
+        if experts.shape[1] > self.top_k:
+            spread, order = 2 * spread, own + spread * ~self._own(experts)
+        priority = priority_of(torch.where(real, scores.gather(1, own), 0), weight, self.config.priority)
+        return Demand(
             experts=experts,
             scores=scores,
             weight=weight,
             cost=cost,
-            same_cost=config.cost == "one",
+            same_cost=self.config.cost == "one",
             priority=torch.where(tokens.exempt[:, None], EXEMPT_PRIORITY, priority),
-            position=tokens.position,
-            source=tokens.source,
-            exempt=tokens.exempt,
-            planned=planned,
+            place=tokens.position[:, None] * spread + order,
+            places=len(experts) * spread,
+            tokens=tokens,
+            planned=real & tokens.valid[:, None],
             pool_of_expert=constants.pool_of_expert,
             rank_of_expert=constants.rank_of_expert,
-            room=room,
-            row_room=row_room,
         )
-        bounded = self._bounds_rows and not config.pools_rows
-        placement = place_admitted(demand, bounded)
-        if config.reroute != "none":
-            placement = reroute(
-                demand,
-                placement,
-                constants.affinity,
-                config.reroute_rounds,
-                config.priority,
-                bounded,
-            )
-        unmet = torch.zeros_like(active)
-        if config.max_drop is not None:
-            own = torch.arange(experts.shape[1], device=experts.device) < self.top_k
-            mass = torch.where(real & own, to_fixed(weights, MASS_UNIT), 0)
-            # The bound on drops goes before a target, but not before the hard bound on rows.
-            hard = config.max_load_factor is not None
-            placement, too_many = limit_drops(demand, placement, mass, config.max_drop, hard)
-            unmet = unmet | too_many
-        if self._bounds_rows:
-            unmet = unmet | (placement.row_room < 0).any(1)
-        return placement, table, nonfinite, active, unmet & active
 
 
 def router_similarity(router_weight: Tensor) -> Tensor:
@@ -407,6 +327,6 @@ def router_similarity(router_weight: Tensor) -> Tensor:
     Rounded to 1/65536, so that every device and rank has the same numbers.
     """
     expect("router_weight", router_weight, (None, None), FLOATS)
-    rows = torch.nn.functional.normalize(router_weight.detach().double(), dim=1)
+    rows = functional.normalize(router_weight.detach().double(), dim=1)
     similarity = ((1 + rows @ rows.T) / 2).clamp(0, 1)
     return ((similarity * UNIT).round() / UNIT).float()

@@ -19,7 +19,6 @@ from .routing import weight_of_score
 from .topology import Topology
 
 COUNTED: dict[str, Any] = {
-    "basis": "tokens",
     "modality_strength": 0.0,
     "min_capacity": 0.0,
     "weighting": "constant",
@@ -54,16 +53,11 @@ class ExpandedDrop(Planner):
         local = constants.local_experts[tokens.source]
         used = torch.zeros_like(scores, dtype=torch.bool).scatter(1, experts.clamp(min=0), experts >= 0)
         open_ = ~used.gather(1, local) & tokens.valid[:, None] & ~tokens.exempt[:, None]
-        own = torch.ones(experts.shape[1], dtype=torch.bool, device=experts.device)
         added = scores.gather(1, local)
         open_ &= added > 0
         extra = torch.where(open_, local, -1)
-        extra_weights = torch.where(open_, weight_of_score(added, experts, weights, scores, own), 0)
+        extra_weights = torch.where(open_, weight_of_score(added, experts, weights, scores), 0)
         return torch.cat([experts, extra], 1), torch.cat([weights, extra_weights], 1)
-
-    def _left_alone(self, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        own = torch.arange(experts.shape[1], device=experts.device) < self.top_k
-        return torch.where(own, experts, -1), torch.where(own, weights, torch.zeros_like(weights))
 
 
 POLICIES = ("vanilla", "token-drop", "expanded-drop", "rank-balanced", "macs")
@@ -72,8 +66,8 @@ POLICIES = ("vanilla", "token-drop", "expanded-drop", "rank-balanced", "macs")
 def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, **extras: Any) -> Planner:
     """The policy of that name; ``extras`` are ``Planner``'s keyword arguments.
 
-    Baselines take ``capacity_factor`` or ``target_straggler``, ``scope``, ``min_tokens``,
-    ``renormalize``, ``drop_padding`` and the two guards ``max_drop`` and ``max_load_factor`` from the
+    Baselines take ``capacity_factor`` or ``target_straggler``, ``min_tokens``,
+    ``drop_padding`` and the two guards ``max_drop`` and ``max_load_factor`` from the
     config, and set the rest themselves (vanilla heeds none of them):
 
     vanilla        the router's choice
@@ -88,7 +82,7 @@ def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, 
     extras = {**extras, "modality_bias": None, "similarity": None}
     counted = config.updated(**COUNTED, level="expert", reroute="none", similarity="none")
     if name == "vanilla":
-        return Vanilla(counted.updated(scope="local"), topology, top_k, **extras)
+        return Vanilla(counted, topology, top_k, **extras)
     if name == "token-drop":
         return Planner(counted, topology, top_k, **extras)
     if name == "expanded-drop":

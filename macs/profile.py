@@ -43,14 +43,12 @@ class Profile:
 
     visual, text: int64 [L, E], assignments of visual and of text tokens to each expert on the
     calibration set. fingerprints: L strings of ``router_fingerprint``. top_k: the router's k.
-    similarity: float32 [L, E, E] in 0..1, if one was measured.
     """
 
     visual: Tensor
     text: Tensor
     fingerprints: tuple[str, ...]
     top_k: int
-    similarity: Tensor | None = None
 
     def __post_init__(self) -> None:
         expect("profile.visual", self.visual, (None, None), (torch.int64,))
@@ -65,10 +63,6 @@ class Profile:
             )
         if not 1 <= self.top_k <= experts:
             raise ValueError(f"profile.top_k: found {self.top_k}, expected 1 to {experts}")
-        if self.similarity is not None:
-            expect("profile.similarity", self.similarity, (layers, experts, experts), (torch.float32,))
-            if not bool(((self.similarity >= 0) & (self.similarity <= 1)).all()):
-                raise ValueError("profile.similarity: found values outside 0..1")
 
     @property
     def num_layers(self) -> int:
@@ -82,9 +76,8 @@ class Profile:
     def digest(self) -> str:
         """What tells one profile from another, 16 hex digits."""
         said = hashlib.sha256(json.dumps([list(self.fingerprints), self.top_k]).encode())
-        for tensor in (self.visual, self.text, self.similarity):
-            if tensor is not None:
-                said.update(tensor.cpu().contiguous().numpy().tobytes())
+        for tensor in (self.visual, self.text):
+            said.update(tensor.cpu().contiguous().numpy().tobytes())
         return said.hexdigest()[:16]
 
     def visual_preference(self) -> Tensor:
@@ -101,13 +94,11 @@ class Profile:
         return torch.where(seen, visual / both.clamp(min=1e-300), 0.5)
 
     def bias(self, config: MACSConfig) -> Tensor:
-        """The modality bias m_j of every expert, float64 [L, E] in -1..1.
+        """The modality bias m_j of every expert, float64 [L, E]: -1, 0 or 1.
 
-        hard: +1 if q_j >= 0.5 + tau, -1 if q_j <= 0.5 - tau, else 0. soft: 2 q_j - 1.
+        +1 if q_j >= 0.5 + tau, -1 if q_j <= 0.5 - tau, else 0.
         """
         preference = self.visual_preference()
-        if config.bias == "soft":
-            return 2 * preference - 1
         high = (preference >= 0.5 + config.bias_threshold).double()
         low = (preference <= 0.5 - config.bias_threshold).double()
         return high - low
@@ -137,7 +128,7 @@ class Profile:
         """One profile of what several runs, ranks or pipeline stages of one model counted.
 
         Its layers are those of all of them, by fingerprint, in the order in which they come; counts of
-        the same layer add up. A similarity matrix is not carried over.
+        the same layer add up.
         """
         counts: dict[str, list[Tensor]] = {}
         shapes = {(one.num_experts, one.top_k) for one in profiles}
@@ -179,14 +170,15 @@ class Profile:
     def save(self, path: str | Path) -> None:
         """Write the profile to one safetensors file, whole or not at all."""
         tensors = {"visual": self.visual.cpu().contiguous(), "text": self.text.cpu().contiguous()}
-        if self.similarity is not None:
-            tensors["similarity"] = self.similarity.cpu().contiguous()
         header = {"fingerprints": list(self.fingerprints), "top_k": self.top_k}
         save_tensors(tensors, path, {"format": FORMAT, "macs": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """Read a profile; one that is truncated, foreign or tampered with is a ``ValueError``."""
+        """Read a profile; one that is truncated, foreign or tampered with is a ``ValueError``.
+
+        Older ones may hold a similarity matrix, which nothing uses any more.
+        """
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
@@ -205,7 +197,7 @@ class Profile:
                         f"profile {path}: found tensors {sorted(names)}, expected visual, text "
                         "and perhaps similarity"
                     )
-                tensors = {name: file.get_tensor(name) for name in names}
+                tensors = {name: file.get_tensor(name) for name in ("visual", "text")}
         except SafetensorError as error:
             raise ValueError(f"profile {path}: not a whole safetensors file: {error}") from error
         fingerprints, top_k = _read_header(path, metadata.get("macs", ""))
@@ -214,7 +206,6 @@ class Profile:
             text=tensors["text"],
             fingerprints=fingerprints,
             top_k=top_k,
-            similarity=tensors.get("similarity"),
         )
 
 

@@ -104,8 +104,6 @@ class Runtime:
         self._refuse_captured("use")
         # An unknown policy, or a profile that lacks something, is told here and changes nothing.
         build_policy(policy, config.updated(similarity="none"), Topology(1), 1)
-        if config.similarity == "profile" and (profile is None or profile.similarity is None):
-            raise ValueError("config.similarity: found 'profile', but no profile has a similarity matrix")
         for layer in self.layers:
             layer.check(policy, config)
         self.policy, self.config, self.profile = policy, config, profile
@@ -497,8 +495,6 @@ class LayerRuntime:
             if runtime.profile is not None:
                 row = runtime.profile.row_of(self.router_weight(), self.top_k)
                 bias = runtime.profile.bias(config)[row]
-                if config.similarity == "profile" and runtime.profile.similarity is not None:
-                    similarity = runtime.profile.similarity[row]
             elif runtime.policy == "macs" and config.modality_strength > 0 and not config.pools_rows:
                 runtime.say_once("MACS: no profile; no expert has a modality bias")
             if config.similarity == "router":
@@ -510,7 +506,6 @@ class LayerRuntime:
                 self.top_k,
                 modality_bias=bias,
                 similarity=similarity,
-                group=self.group,
             )
             self._weights_seen = seen_of(self.router_weight())
         return self._planner
@@ -599,8 +594,9 @@ class LayerRuntime:
             self.captured = True
         else:
             self._follow_weights()
-        plan = self.planner.plan(hidden, experts, weights, scores, tokens)
-        if self.runtime.recording:
+        recorded = self.runtime.recording
+        plan = self.planner.plan(hidden, experts, weights, scores, tokens, statistics=recorded)
+        if plan.statistics is not None:
             self.recorder.record(plan.statistics)
         return plan
 

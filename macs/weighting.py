@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .fixed_point import ENTROPY_UNIT, UNIT, to_fixed
-from .ops import fused
+from .modality import Tokens
+from .ops import fused, numbers_of
 
 FLAT_SPREAD = 1e-5
 """A standard deviation of entropy below this (nats) is no spread at all."""
@@ -30,6 +31,9 @@ STEPS = 4000
 
 EXACT_ROWS = 4096
 """So many directions add up to less than 2^24 in each component."""
+
+PART = 1 << 20
+"""Features that are worked on at a time."""
 
 
 @fused("features")
@@ -94,38 +98,63 @@ def relative_weights(
     return torch.where(visual, torch.where(finite, weight, 1), UNIT)
 
 
+def distinct_weights(
+    hidden: Tensor,
+    tokens: Tokens,
+    sources: int,
+    group: tuple[Tensor, int],
+    sharpness: float,
+    usual: float,
+) -> tuple[Tensor, Tensor]:
+    """``relative_weights`` by ``distinctness``, int64 [T], and which tokens' features are finite, bool [T].
+
+    hidden [T, D]; group: of each token, int64 [T], and how many there are.
+    """
+    distinct = distinctness(hidden, tokens.visual, tokens.source, sources)
+    weight = relative_weights(distinct, tokens.visual, *group, sharpness, usual)
+    return weight, torch.isfinite(distinct)
+
+
 @fused("features")
 def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -> Tensor:
     """How unlike the mean visual token of its source a token is: 1 - cos(z, mean of z / |z|), 0..2.
 
-    hidden [T, D], any float dtype, visual bool [T] (whose mean it is), source int64 [T] in 0..S-1
-    -> float32 [T]; NaN where the features are not finite.
+    hidden [T, D], any float dtype, visual bool [T], source int64 [T] in 0..S-1 -> float32 [T]; 0 for tokens
+    that are not visual, NaN where the features are not finite.
 
     Directions z / |z| are whole numbers of 1 / ``STEPS``. Their sums, and products with the mean direction
     in the same units, are whole numbers that float32 holds: they are exact in whatever order a matrix
     product adds, so that permuted tokens have the same weights.
     """
     count, size = hidden.shape
-    parts = max(1, -(-count // EXACT_ROWS))
-    rows = -(-count // parts)
-    # One copy of the features, changed in place: on a CPU fresh memory costs more than the arithmetic.
-    steps = torch.empty(parts * rows, size, dtype=torch.float32, device=hidden.device)
-    steps[count:] = 0.0
-    own = steps[:count].copy_(hidden)
-    norm = torch.linalg.vector_norm(own, dim=-1)
-    known = torch.isfinite(norm)
-    own.mul_((STEPS / norm.clamp(min=1e-12))[:, None]).round_().nan_to_num_(0.0, 0.0, 0.0)
-    belongs = (source == torch.arange(sources, device=source.device)[:, None]) & visual & known  # [S, T]
-    belongs = functional.pad(belongs, (0, parts * rows - count)).view(sources, parts, rows).transpose(0, 1)
+    rows = max(1, min(EXACT_ROWS, PART // max(1, size)))
+    parts = [torch.linalg.vector_norm(part.float(), dim=-1) for part in hidden.split(rows)]
+    norm = torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    finite = torch.isfinite(norm)
+    token = numbers_of(visual & finite)  # [V]
+    scale = torch.where(finite, STEPS / norm.clamp(min=1e-12), 0.0)[token, None]
+    own = source[token]
+    belongs = own == torch.arange(sources, device=own.device)[:, None]  # [S, V]
+    if len(token) == count:  # on a GPU all are looked at
+        belongs = belongs & visual & finite
+    belongs = belongs.float()
+    steps = torch.empty(len(token), size, dtype=torch.float32, device=hidden.device)
+    total = torch.zeros(sources, size, dtype=torch.float64, device=hidden.device)
     # Not in autocast's precision.
     kind = hidden.device.type
     precise = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
     with precise:
-        total = torch.bmm(belongs.float(), steps.view(parts, rows, size)).double().sum(0)  # [S, D]
-        near = own @ in_steps(total).T
-    distinct = 1 - near.gather(1, source[:, None])[:, 0] / STEPS**2
-    distinct = (distinct * DISTINCT_UNIT).round() / DISTINCT_UNIT
-    return distinct.masked_fill(~known, torch.nan)
+        # So many rows at a time as a CPU's cache has room for while all of this is done to them.
+        for start in range(0, len(token), rows):
+            part = slice(start, start + rows)
+            some = steps[part].copy_(hidden[token[part]])
+            some.mul_(scale[part]).round_().nan_to_num_(0.0, 0.0, 0.0)
+            total += belongs[:, part] @ some
+        near = steps @ in_steps(total).T  # [V, S]
+    near = near[:, 0] if sources == 1 else near.gather(1, own[:, None])[:, 0]
+    distinct = ((1 - near / STEPS**2) * DISTINCT_UNIT).round() / DISTINCT_UNIT
+    told = torch.zeros_like(norm).index_put((token,), distinct)
+    return torch.where(finite, torch.where(visual, told, 0.0), torch.nan)
 
 
 def in_steps(total: Tensor) -> Tensor:

@@ -157,8 +157,6 @@ def check_policy(config: TransformerConfig, policy: str, settings: MACSConfig, r
         f"{replicas} tensor-parallel ranks hold the same tokens and must plan alike; set sequence_parallel, "
         "which gives each its own"
     )
-    if settings.scope == "group":
-        raise ValueError(f"config.scope = 'group': every rank would have quotas of its own, but {why}")
     if policy == "expanded-drop":
         raise ValueError(f"policy expanded-drop: every rank would add experts of its own, but {why}")
 

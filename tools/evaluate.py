@@ -131,18 +131,15 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
         "rerouting anywhere": {"reroute": "group"},
         "capacity per rank": {"level": "rank", "reroute": "group"},
         "cost of one": {"cost": "one"},
-        "weight as priority": {"priority": "weight"},
         "product as priority": {"priority": "product"},
     }
     variants: dict[str, dict[str, Any]] = {
         "capacity per expert": {"level": "expert"},
         "per expert, in the rank": {"level": "expert", "reroute": "rank"},
-        "capacity of the group": {"scope": "group"},
         "no rerouting": {"reroute": "none"},
         "1 round": {"reroute_rounds": 1},
         "4 rounds": {"reroute_rounds": 4},
         "any expert is as good": {"similarity": "none"},
-        "renormalised": {"renormalize": True},
         "visual weight 1": {"visual_weight": 1.0},
         "visual weight 0.5": {"visual_weight": 0.5},
         "visual weight 0.1": {"visual_weight": 0.1},
@@ -156,7 +153,6 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
         "entropy": {"weighting": "entropy"},
         "entropy, flipped": {"weighting": "entropy", "entropy_sharpness": -1.0},
         "score as priority": {"priority": "score"},
-        "weight as priority": {"priority": "weight"},
         "costs its weight": {"cost": "weight"},
     }
 

@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -71,3 +72,11 @@ def fused(module: str) -> Callable[[Function], Function]:
         return run  # type: ignore[return-value]
 
     return mark
+
+
+def numbers_of(chosen: Tensor) -> Tensor:
+    """Numbers of the entries to look at, bool [N] -> int64 [M]: the chosen ones on a CPU; all on a GPU, which
+    would have to tell the host how many they are."""
+    if chosen.device.type == "cpu":
+        return chosen.nonzero()[:, 0]
+    return torch.arange(len(chosen), device=chosen.device)

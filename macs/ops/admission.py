@@ -14,26 +14,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fixed_point import PRIORITY_BITS
-from ..routing import EXEMPT_PRIORITY
+from ..routing import EXEMPT_PRIORITY, Queue
 
 BLOCK = 512
 """Assignments of one program."""
 
 
-def admit(pool: Tensor, priority: Tensor, place: Tensor, cost: Tensor, capacity: Tensor) -> Tensor:
+def admit(queue: Queue, capacity: Tensor) -> Tensor:
     """Two launches a digit, and one to compare."""
-    count, pools = len(pool), len(capacity)
-    admitted = torch.empty(count, dtype=torch.bool, device=pool.device)
+    count, pools, device = len(queue.pool), len(capacity), queue.device
+    admitted = torch.empty(count, dtype=torch.bool, device=device)
     if not count:
         return admitted
-    place_bits = max(1, (count - 1).bit_length())
+    place_bits = max(1, (queue.places - 1).bit_length())
     # Histograms of a megabyte at most: all of it stays in cache.
     digit = min(11, max(4, 17 - pools.bit_length()))
     steps = triton.cdiv(PRIORITY_BITS + 1 + place_bits, digit)
-    tensors = tuple(one.contiguous() for one in (pool, priority, place, cost))
+    tensors = tuple(one.contiguous() for one in (queue.pool, queue.priority, queue.place, queue.cost))
     room = capacity.clone(memory_format=torch.contiguous_format)
-    found = torch.zeros(pools, dtype=torch.int64, device=pool.device)
-    histogram = torch.zeros(pools, 1 << digit, dtype=torch.int64, device=pool.device)
+    found = torch.zeros(pools, dtype=torch.int64, device=device)
+    histogram = torch.zeros(pools, 1 << digit, dtype=torch.int64, device=device)
     grid = (triton.cdiv(count, BLOCK),)
     form = {"TOP": EXEMPT_PRIORITY, "BLOCK": BLOCK}
     for step in reversed(range(steps)):

@@ -78,7 +78,7 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
     mean = in_steps(partial.sum(0, dtype=torch.float64))
     rows = max(1, 2048 // block)
     _unlike[(triton.cdiv(count, rows),)](
-        hidden, mean, source.contiguous(), inverse, distinct,
+        hidden, mean, visual.contiguous(), source.contiguous(), inverse, distinct,
         count, size, hidden.stride(0), UNIT=DISTINCT_UNIT, STEPS=STEPS, ROWS=rows, BLOCK=block,
     )  # fmt: skip
     return distinct
@@ -119,23 +119,25 @@ def _directions(
 
 @triton.jit(do_not_specialize=["count"])
 def _unlike(
-    hidden, mean, source, inverse, distinct, count, size, stride,
+    hidden, mean, visual, source, inverse, distinct, count, size, stride,
     UNIT: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < count
     over = tl.load(inverse + row, mask=here, other=0.0)
     known = here & finite(over)
+    seen = known & tl.load(visual + row, mask=here, other=0).to(tl.int1)
     start_of = hidden + row.to(tl.int64) * stride
     mean_of = mean + tl.load(source + row, mask=here, other=0) * size
     near = tl.zeros([ROWS], tl.float32)
     for start in range(0, size, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = known[:, None] & (column < size)[None, :]
+        inside = seen[:, None] & (column < size)[None, :]
         z = tl.load(start_of[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
         steps = rint(z * over[:, None])
         near += tl.sum(steps * tl.load(mean_of[:, None] + column[None, :], mask=inside, other=0.0), 1)
     told = rint((1 - tl.div_rn(near, STEPS * STEPS * 1.0)) * UNIT) / UNIT
+    told = tl.where(seen, told, 0.0)
     tl.store(distinct + row, tl.where(known, told, float("nan")), mask=here)
 
 

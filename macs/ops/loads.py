@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..capacity import LoadTable
+from ..modality import Tokens
 from .shared import power_of_2
 
 TILE = 1024
@@ -17,14 +18,7 @@ FEW = 64
 
 
 def measure(
-    source: Tensor,
-    valid: Tensor,
-    visual: Tensor,
-    weight: Tensor,
-    cost: Tensor,
-    experts: Tensor,
-    num_sources: int,
-    num_experts: int,
+    tokens: Tokens, weight: Tensor, cost: Tensor, experts: Tensor, num_sources: int, num_experts: int
 ) -> LoadTable:
     """One launch."""
     count, k = experts.shape
@@ -32,11 +26,12 @@ def measure(
     by_expert = torch.zeros(2, num_sources, num_experts, dtype=torch.int64, device=experts.device)
     if count:
         columns = power_of_2(k)
-        tokens = max(1, TILE // max(columns, power_of_2(num_sources)))
-        tensors = (one.contiguous() for one in (source, valid, visual, weight, cost, experts))
-        _measure[(triton.cdiv(count, tokens),)](
+        block = max(1, TILE // max(columns, power_of_2(num_sources)))
+        told = tokens.source, tokens.valid, tokens.visual, weight, cost, experts
+        tensors = (one.contiguous() for one in told)
+        _measure[(triton.cdiv(count, block),)](
             *tensors, by_source, by_expert, count, k, num_sources, num_experts,
-            TOKENS=tokens, K=columns, SOURCES=power_of_2(num_sources),
+            TOKENS=block, K=columns, SOURCES=power_of_2(num_sources),
         )  # fmt: skip
     return LoadTable(*by_source, *by_expert)
 

@@ -15,7 +15,7 @@ from .shared import power_of_2, rint
 if TYPE_CHECKING:
     from ..routing import Demand, Placement, Proposals
 
-RULES = {"score": 0, "weight": 1, "product": 2}
+RULES = {"score": 0, "product": 1}
 TILE = 2048
 """Scores that one program looks at together."""
 
@@ -26,8 +26,6 @@ def _priority(score, weight, RULE: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.c
     share = weight.to(tl.float64) / UNIT
     value = score.to(tl.float64)
     if RULE == 1:
-        value = share + tl.zeros_like(value)
-    if RULE == 2:
         value = share * value
     value = tl.where(value == value, value, 0.0)
     value = tl.minimum(tl.maximum(value, 0.0), 1.0)
@@ -60,31 +58,30 @@ def _priorities(
 
 
 def propose(
-    demand: Demand,
-    placement: Placement,
-    waiting: Tensor,
-    affinity: Tensor,
-    rule: str,
-    bounded_rows: bool,
+    demand: Demand, placement: Placement, waiting: Tensor, asking: Tensor, affinity: Tensor, rule: str
 ) -> Proposals:
     """One launch, which reads the scores of waiting tokens only."""
     from ..routing import Proposals
 
-    count, k = demand.experts.shape
-    num_experts = demand.scores.shape[1]
-    expert, column, priority = torch.empty(3, count, 1, dtype=torch.int64, device=waiting.device)
+    count, k = len(asking), demand.experts.shape[1]
+    num_experts, bounded = demand.scores.shape[1], placement.row_room is not None
+    # Each by itself: slices of one would begin where memory is not aligned, and be compiled for that too.
+    expert, column, priority = (
+        torch.empty(count, dtype=torch.int64, device=waiting.device) for _ in range(3)
+    )
     if count:
         width = power_of_2(num_experts)
         tokens = max(1, TILE // width)
+        row_room = placement.room if placement.row_room is None else placement.row_room
         tensors = (
-            demand.experts, placement.experts, waiting, demand.priority, demand.scores, affinity,
-            demand.source, demand.cost, demand.weight, demand.pool_of_expert, demand.rank_of_expert,
-            placement.room, placement.row_room,
+            asking, demand.experts, placement.experts, waiting, demand.priority, demand.scores, affinity,
+            demand.tokens.source, demand.cost, demand.weight, demand.pool_of_expert, demand.rank_of_expert,
+            placement.room, row_room,
         )  # fmt: skip
         _propose[(triton.cdiv(count, tokens),)](
             *(one.contiguous() for one in tensors), expert, column, priority,
-            count, k, num_experts, placement.room.shape[1], placement.row_room.shape[1],
-            RULE=RULES[rule], BOUNDED=bounded_rows, UNIT=UNIT, SCALE=1 << PRIORITY_BITS,
+            count, k, num_experts, placement.room.shape[1], row_room.shape[1],
+            RULE=RULES[rule], BOUNDED=bounded, UNIT=UNIT, SCALE=1 << PRIORITY_BITS,
             TOKENS=tokens, K=power_of_2(k), EXPERTS=width,
         )  # fmt: skip
     return Proposals(expert, column, priority)
@@ -92,20 +89,23 @@ def propose(
 
 @triton.jit(do_not_specialize=["count"])
 def _propose(
-    experts, placed, waiting, priority_of, scores, affinity, source, cost, weight,
+    asking, experts, placed, waiting, priority_of, scores, affinity, source, cost, weight,
     pool_of_expert, rank_of_expert, room, row_room, out_expert, out_column, out_priority,
     count, k, num_experts, pools, ranks,
     RULE: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr,
     TOKENS: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    here = token < count
+    row = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    here = row < count
+    token = tl.load(asking + row, mask=here, other=0)
     slot = tl.arange(0, K)
     cell = token[:, None] * k + slot[None, :]
     real = here[:, None] & (slot < k)[None, :]
     waits = tl.load(waiting + cell, mask=real, other=0).to(tl.int1)
-    first = tl.where(waits, tl.load(priority_of + cell, mask=real, other=-1), -1)
-    column = tl.argmax(first, 1)  # the first of equals
+    before = tl.load(priority_of + cell, mask=real, other=-1) * num_experts
+    before += num_experts - 1 - tl.load(experts + cell, mask=real, other=0)  # ties to the lower expert
+    first = tl.where(waits, before, -1)
+    column = tl.argmax(first, 1)
     asks = here & (tl.max(first, 1) >= 0)
     home = tl.load(experts + token * k + column, mask=asks, other=0)
 
@@ -132,7 +132,7 @@ def _propose(
     found = tl.max(value, 1) > 0
     told = tl.load(scores + token * num_experts + best, mask=found, other=0.0)
     heavy = tl.load(weight + token, mask=here, other=0)
-    tl.store(out_expert + token, tl.where(found, best, -1).to(tl.int64), mask=here)
-    tl.store(out_column + token, column.to(tl.int64), mask=here)
+    tl.store(out_expert + row, tl.where(found, best, -1).to(tl.int64), mask=here)
+    tl.store(out_column + row, column.to(tl.int64), mask=here)
     priority = tl.where(found, _priority(told, heavy, RULE, UNIT, SCALE), 0)
-    tl.store(out_priority + token, priority, mask=here)
+    tl.store(out_priority + row, priority, mask=here)
