@@ -100,7 +100,7 @@ KEPT, REROUTED, DROPPED, UNCOUNTED = range(4)
 def describe(
     tokens: Tokens, loads: LoadTable, experts: Tensor, weights: Tensor, outcome: Outcome
 ) -> PlanStatistics:
-    """Statistics of a plan for what a router chose: experts int64 [T, k], weights [T, k]; loads: as measured."""
+    """Statistics of a plan for what a router chose, experts int64 [T, k] and weights [T, k]."""
     num_experts, top_k = loads.rows.shape[1], experts.shape[1]
     placed, rerouted = outcome.placed[:, :top_k], outcome.rerouted[:, :top_k]
     asked = tokens.valid[:, None] & (experts >= 0)

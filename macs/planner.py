@@ -26,6 +26,7 @@ from .routing import (
     Placement,
     combine_weights,
     limit_drops,
+    order_of,
     place_admitted,
     priority_of,
     reroute,
@@ -155,8 +156,9 @@ class Planner:
             left = placement.room if placement.row_room is None else placement.row_room
             unmet = unmet | (left < 0).any(1)
 
-        placed, placed_weights = placement.experts, combine_weights(
-            demand, placement.experts, asked_weights, self.top_k
+        placed, placed_weights = (
+            placement.experts,
+            combine_weights(demand, placement.experts, asked_weights, self.top_k),
         )
         if self.config.drop_padding:
             padding = (active[tokens.source] & ~tokens.valid)[:, None]
@@ -303,16 +305,17 @@ class Planner:
         order = own
         if experts.shape[1] > self.top_k:
             spread, order = 2 * spread, own + spread * ~self._own(experts)
-        priority = priority_of(torch.where(real, scores.gather(1, own), 0), weight, self.config.priority)
+        priority = priority_of(scores.gather(1, own), weight, self.config.priority)
+        priority = priority.masked_fill(tokens.exempt[:, None], EXEMPT_PRIORITY)
+        places = len(experts) * spread
         return Demand(
             experts=experts,
             scores=scores,
             weight=weight,
             cost=cost,
             same_cost=self.config.cost == "one",
-            priority=torch.where(tokens.exempt[:, None], EXEMPT_PRIORITY, priority),
-            place=tokens.position[:, None] * spread + order,
-            places=len(experts) * spread,
+            order=order_of(priority, tokens.position[:, None] * spread + order, places),
+            places=places,
             tokens=tokens,
             planned=real & tokens.valid[:, None],
             pool_of_expert=constants.pool_of_expert,

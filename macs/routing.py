@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .fixed_point import PRIORITY_BITS, UNIT, to_fixed
 from .modality import Tokens
@@ -21,6 +22,9 @@ EXEMPT_PRIORITY = (1 << PRIORITY_BITS) + 1
 
 UNBOUNDED = 1 << 62
 """The room of a source that does not plan."""
+
+LAST = (1 << 63) - 1
+"""After every order."""
 
 
 @fused("rerouting")
@@ -35,33 +39,40 @@ def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:
     return to_fixed(value.clamp(0, 1), 1 << PRIORITY_BITS)
 
 
-def sort_key(pool: Tensor, pools: int, priority: Tensor, place: Tensor, places: int) -> Tensor:
-    """One unique integer per assignment that sorts by pool, priority (falling), place. int64 [N]
+def order_of(priority: Tensor, place: Tensor, places: int) -> Tensor:
+    """One number for each assignment that rises as its priority falls, then with its place. int64
 
-    pool [N] in 0..pools (the last is no pool), priority [N] in 0..EXEMPT_PRIORITY, place [N] in
-    0..places-1, all different.
+    priority in 0..EXEMPT_PRIORITY, place in 0..places-1, of the same shape.
     """
-    place_bits = max(1, (places - 1).bit_length())
-    bits = (pools + 1).bit_length() + PRIORITY_BITS + 1 + place_bits
-    if bits > 63:
+    return ((EXEMPT_PRIORITY - priority) << place_bits(places)) | place
+
+
+def place_bits(places: int) -> int:
+    """Bits that a place takes."""
+    return max(1, (places - 1).bit_length())
+
+
+def order_bits(places: int, pools: int) -> int:
+    """Bits that an order takes; a ``ValueError`` where a sort by pool and order has none left."""
+    bits = PRIORITY_BITS + 1 + place_bits(places)
+    if (pools + 1).bit_length() + bits > 63:
         raise ValueError(
-            f"plan: {pools} pools and {places} places need {bits}-bit keys, 63 is the most; "
-            "plan fewer tokens or sources at once"
+            f"plan: {pools} pools and {places} places need {(pools + 1).bit_length() + bits}-bit keys, 63 is "
+            "the most; plan fewer tokens or sources at once"
         )
-    return (((pool << (PRIORITY_BITS + 1)) | (EXEMPT_PRIORITY - priority)) << place_bits) | place
+    return bits
 
 
 @dataclass(frozen=True)
 class Queue:
     """Assignments that wait for admission.
 
-    pool int64 [N] in 0..P (P: takes no part), priority int64 [N] in 0..EXEMPT_PRIORITY, place int64 [N], all
-    different, in 0..places-1, cost int64 [N] > 0.
+    pool int64 [N] in 0..P (P: takes no part), order int64 [N] (``order_of``, different for all that take
+    part), cost int64 [N] > 0; places: as of the order.
     """
 
     pool: Tensor
-    priority: Tensor
-    place: Tensor
+    order: Tensor
     cost: Tensor
     places: int
 
@@ -69,34 +80,27 @@ class Queue:
     def device(self) -> torch.device:
         return self.pool.device
 
-    def only(self, chosen: Tensor) -> Queue:
-        """Those numbered in ``chosen`` int64 [M]."""
-        return Queue(
-            self.pool[chosen], self.priority[chosen], self.place[chosen], self.cost[chosen], self.places
-        )
-
 
 @fused("admission")
 def admit(queue: Queue, capacity: Tensor) -> Tensor:
-    """The longest prefix of every pool, by falling priority and then place, whose cost fits its capacity.
+    """The longest prefix of every pool, in ascending order, whose cost fits its capacity.
 
-    capacity int64 [P] -> admitted bool [N]. One sort and one segmented cumulative sum.
+    capacity int64 [P] -> admitted bool [N]; True for what takes no part. One sort, of the pools that
+    overflow, and one segmented cumulative sum.
     """
-    pools = len(capacity)
-    load = capacity.new_zeros(pools + 1).scatter_add(0, queue.pool, queue.cost)[:pools]
-    over = load > capacity
-    # Where all fits nobody needs to be put in order: room, and over, are told for "no pool" too.
-    fits = torch.cat([~over, over.new_zeros(1)])[queue.pool]
-    competing = numbers_of(torch.cat([over, over.new_zeros(1)])[queue.pool])
-    queue = queue.only(competing)
-    order = torch.sort(sort_key(queue.pool, pools, queue.priority, queue.place, queue.places)).indices
-    pool = queue.pool[order]
-    load = torch.where(over, load, 0) if queue.device.type == "cpu" else load
-    before = torch.cat([load.cumsum(0) - load, load.sum(0, keepdim=True)])
-    limit = torch.cat([capacity, capacity.new_full((1,), -1)])
+    bits = order_bits(queue.places, len(capacity))
+    limit = torch.cat([capacity, capacity.new_full((1,), UNBOUNDED)])
+    load = torch.zeros_like(limit).scatter_add_(0, queue.pool, queue.cost)
+    over = load > limit
+    contested = over[queue.pool]
+    index = numbers_of(contested)  # [M]
+    pool = queue.pool[index]
+    index = index[((pool << bits) | queue.order[index]).sort().indices]
+    pool = queue.pool[index]
+    load = load * over
     # Costs are positive, so the running sum rises and what fits is a prefix by itself.
-    prefix = queue.cost[order].cumsum(0) - before[pool] <= limit[pool]
-    return fits.index_put((competing[order],), prefix)
+    running = (queue.cost * contested)[index].cumsum(0) - (load.cumsum(0) - load)[pool]
+    return (~contested).index_put_((index,), running <= limit[pool]) | ~contested
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,7 @@ class Demand:
     weight int64 [T]        semantic weights, what a score is multiplied by (priority = product)
     cost int64 [T]          what one assignment of the token takes from a capacity
     same_cost               whether that is one (``UNIT``) for every token
-    priority int64 [T, k]
-    place int64 [T, k]      settles ties of priority; different, in 0..places-1
+    order int64 [T, k]      by falling priority, then place; different, of so many places
     tokens                  which token is which
     planned bool [T, k]     False: stays as it is and counts nowhere (padding)
     pool_of_expert int64 [E], rank_of_expert int64 [E]
@@ -120,8 +123,7 @@ class Demand:
     weight: Tensor
     cost: Tensor
     same_cost: bool
-    priority: Tensor
-    place: Tensor
+    order: Tensor
     places: int
     tokens: Tokens
     planned: Tensor
@@ -137,12 +139,17 @@ class Demand:
 
         of_expert int64 [E] in 0..P-1; cost int64 [T].
         """
-        pool = of_expert[self.experts.clamp(min=0)]
-        if room.shape[0] > 1:
-            pool = pool + self.tokens.source[:, None] * room.shape[1]
-        pool = torch.where(takes_part, pool, room.numel())
+        pool = pools_of(self.experts, takes_part, of_expert, self.tokens.source, room)
         each = cost[:, None].expand(pool.shape).flatten()
-        return Queue(pool.flatten(), self.priority.flatten(), self.place.flatten(), each, self.places)
+        return Queue(pool.flatten(), self.order.flatten(), each, self.places)
+
+
+def pools_of(experts: Tensor, takes_part: Tensor, of_expert: Tensor, source: Tensor, room: Tensor) -> Tensor:
+    """The pool of room [S, P] that each expert in experts [T, m] is in, int64; S P where it takes no part."""
+    pool = of_expert[experts.clamp(min=0)]
+    if room.shape[0] > 1:
+        pool = pool + source[:, None] * room.shape[1]
+    return pool.masked_fill(~takes_part, room.numel())
 
 
 @dataclass(frozen=True)
@@ -160,18 +167,15 @@ def place_admitted(demand: Demand, start: Placement) -> Placement:
 
     start: everybody where the router wants them, and all room there is.
     """
-    exempt = demand.tokens.exempt[:, None]
-    kept = demand.planned
-    one = torch.ones_like(demand.cost)
-    for of_expert, room, cost in (
-        (demand.pool_of_expert, start.room, demand.cost),
-        (demand.rank_of_expert, start.row_room, one),
-    ):
-        if room is not None:
-            fits = admit(demand.queue(kept, of_expert, room, cost), room.flatten()).view(kept.shape)
-            kept = kept & (fits | exempt)
-    experts = torch.where(demand.planned & ~kept, -1, demand.experts)
-    return _taken(demand, replace(start, experts=experts), torch.where(kept, experts, -1))
+    kept, spared = demand.planned, demand.tokens.exempt[:, None]
+    bounds = [(demand.pool_of_expert, start.room, demand.cost)]
+    if start.row_room is not None:
+        bounds.append((demand.rank_of_expert, start.row_room, torch.ones_like(demand.cost)))
+    for of_expert, room, cost in bounds:
+        fits = admit(demand.queue(kept, of_expert, room, cost), room.flatten()).view(kept.shape)
+        kept = kept & (fits | spared)
+    experts = demand.experts.masked_fill(demand.planned & ~kept, -1)
+    return _taken(demand, replace(start, experts=experts), experts.masked_fill(~kept, -1))
 
 
 @fused("loads")
@@ -180,12 +184,9 @@ def less(room: Tensor, source: Tensor, of_expert: Tensor, experts: Tensor, cost:
 
     source int64 [T], of_expert int64 [E] in 0..P-1.
     """
-    pool = of_expert[experts.clamp(min=0)]
-    if room.shape[0] > 1:
-        pool = pool + source[:, None] * room.shape[1]
-    pool = torch.where(experts >= 0, pool, room.numel())
+    pool = pools_of(experts, experts >= 0, of_expert, source, room).flatten()
     load = room.new_zeros(room.numel() + 1)
-    load = load.scatter_add(0, pool.flatten(), cost[:, None].expand(pool.shape).flatten())
+    load = load.scatter_add_(0, pool, cost[:, None].expand(experts.shape).flatten())
     return room - load[:-1].view(room.shape)
 
 
@@ -198,101 +199,71 @@ def _taken(demand: Demand, before: Placement, taken: Tensor) -> Placement:
     return replace(before, room=room, row_room=row_room)
 
 
+@fused("rerouting")
 def reroute(demand: Demand, placement: Placement, affinity: Tensor, rounds: int, rule: str) -> Placement:
     """Local semantic rerouting: what overflowed goes to the best expert that still has room.
 
     affinity float32 [E, E] in 0..1: how alike two experts are; 0 where an assignment of the first may not
     go to the second. In each of ``rounds`` rounds a token proposes its best waiting assignment to its
-    best candidate, by score times affinity, among those with room that it does not use and may use;
-    pools accept proposals in priority order (``priority_of`` by ``rule``, at the candidate's score)
-    while there is room.
+    best candidate, by score times affinity, among those with room that it does not use and may use; ties
+    go to the lower expert. Pools accept proposals in priority order (``priority_of`` by ``rule``, at the
+    candidate's score) while there is room.
     """
     waiting = demand.planned & (placement.experts < 0)
+    token = numbers_of(waiting.any(1))  # [W], the only ones looked at from here on
+    queue = demand.order.masked_fill(~waiting, LAST)[token]  # [W, k]
+    experts, scores, cost = demand.experts[token], demand.scores[token], demand.cost[token]
+    weight, source, position = (
+        demand.weight[token],
+        demand.tokens.source[token],
+        demand.tokens.position[token],
+    )
+    placed = placement.experts[token]
+    # A token's own experts are out: it has them, or they had no room for it. So is one that it is given.
+    nowhere = scores.shape[1]
+    open_ = functional.pad(scores, (0, 1)).scatter_(1, experts.masked_fill(experts < 0, nowhere), 0.0)
+    open_ = open_[:, :nowhere].nan_to_num_(0.0)  # a score that is NaN is none
+    room, row_room = placement.room, placement.row_room
     for _ in range(rounds):
-        asking = numbers_of(waiting.any(1))
-        proposed = propose(demand, placement, waiting, asking, affinity, rule)
-        accepted = _accept(demand, placement, proposed, asking)
-        cell = asking * waiting.shape[1] + proposed.column
-        # No candidate now is none ever: room only shrinks. Let the token's next one have its turn.
-        done = accepted | (proposed.expert < 0)
-        waiting = waiting.flatten().index_put((cell,), ~done & waiting.flatten()[cell]).view(waiting.shape)
-        taken = torch.where(accepted, proposed.expert, -1)
-        held = placement.experts.flatten()
-        experts = held.index_put((cell,), torch.where(accepted, taken, held[cell])).view(waiting.shape)
-        row_room = placement.row_room
-        source, cost = demand.tokens.source[asking], demand.cost[asking]
-        room = less(placement.room, source, demand.pool_of_expert, taken[:, None], cost)
+        first, column = queue.min(1, keepdim=True)  # [W, 1]: the best waiting assignment
+        home = experts.gather(1, column)
+        value = open_ * affinity[home[:, 0].clamp(min=0)]  # [W, E]
+        value = value.mul_(_has_room(demand, room, row_room, source, cost))
+        value, expert = value.max(1, keepdim=True)
+        found = (value > 0) & (first < LAST)
+        score = open_.gather(1, expert)
+        order = order_of(priority_of(score, weight, rule), position[:, None], len(demand.experts))
+        accepted = found
+        bounds = [(demand.pool_of_expert, room, cost)]
         if row_room is not None:
-            one = torch.ones_like(cost)
-            row_room = less(row_room, source, demand.rank_of_expert, taken[:, None], one)
-        placement = Placement(experts, room, row_room)
-    return placement
+            bounds.append((demand.rank_of_expert, row_room, torch.ones_like(cost)))
+        for of_expert, left, price in bounds:
+            pool = pools_of(expert, accepted, of_expert, source, left)[:, 0]
+            fits = admit(Queue(pool, order[:, 0], price, len(demand.experts)), left.flatten())
+            accepted = accepted & fits[:, None]
+        # No candidate now is none ever: room only shrinks. Let the token's next one have its turn.
+        queue = queue.scatter(1, column, first.masked_fill(accepted | ~found, LAST))
+        placed = placed.scatter(1, column, torch.where(accepted, expert, placed.gather(1, column)))
+        open_ = open_.scatter_(1, expert, score.masked_fill(accepted, 0.0))
+        taken = expert.masked_fill(~accepted, -1)
+        room = less(room, source, demand.pool_of_expert, taken, cost)
+        if row_room is not None:
+            row_room = less(row_room, source, demand.rank_of_expert, taken, torch.ones_like(cost))
+    return Placement(placement.experts.index_put((token,), placed), room, row_room)
 
 
-@dataclass(frozen=True)
-class Proposals:
-    """What tokens ask for in a round of rerouting, int64 [W] each: an expert (-1: none), for their
-    assignment in this column, with this priority."""
-
-    expert: Tensor
-    column: Tensor
-    priority: Tensor
-
-
-@fused("rerouting")
-def propose(
-    demand: Demand, placement: Placement, waiting: Tensor, asking: Tensor, affinity: Tensor, rule: str
-) -> Proposals:
-    """The best candidate of every token's best waiting assignment; ties go to the lower expert.
-
-    waiting bool [T, k], asking int64 [W]: the tokens to look at, affinity float32 [E, E].
-    """
-    experts, waits = demand.experts[asking], waiting[asking]  # [W, k]
-    size = demand.scores.shape[1]
-    first = torch.where(waits, demand.priority[asking] * size + (size - 1 - experts), -1)
-    first, column = first.max(1, keepdim=True)  # [W, 1]
-    home = experts.gather(1, column)
-    score = demand.scores[asking]  # [W, E]
-    value = score * affinity[home[:, 0].clamp(min=0)]
+def _has_room(demand: Demand, room: Tensor, row_room: Tensor | None, source: Tensor, cost: Tensor) -> Tensor:
+    """Which experts have room for tokens of source and cost int64 [W]: float32 [1 or W, E]."""
 
     def at_token(by_source: Tensor) -> Tensor:
-        return by_source if len(by_source) == 1 else by_source[demand.tokens.source[asking]]  # [1 or W, E]
+        return by_source if len(by_source) == 1 else by_source[source]
 
     # Whether there is room is told for every expert, not for every token, wherever that will do.
-    room = placement.room[:, demand.pool_of_expert]  # [S, E]
-    if demand.same_cost:
-        value.mul_(at_token((room >= UNIT).to(value.dtype)))
-    else:
-        value.mul_(at_token(room) >= demand.cost[asking, None])
-    if placement.row_room is not None:
-        value.mul_(at_token((placement.row_room[:, demand.rank_of_expert] >= 1).to(value.dtype)))
-    value = torch.fmax(value, value.new_zeros(()))  # a score that is NaN is none
-    # A token's own experts are out, it has them, or they had no room for it; so are those it was given.
-    own = torch.cat([experts, placement.experts[asking]], 1)
-    value.scatter_(1, torch.where(own >= 0, own, home).clamp(min=0), 0.0)
-    value, expert = value.max(1, keepdim=True)
-    found = (first >= 0) & (value > 0)
-    score = torch.where(found, score.gather(1, expert), 0)
-    priority = torch.where(found, priority_of(score, demand.weight[asking], rule), 0)
-    return Proposals(torch.where(found, expert, -1)[:, 0], column[:, 0], priority[:, 0])
-
-
-def _accept(demand: Demand, placement: Placement, proposed: Proposals, asking: Tensor) -> Tensor:
-    """Which proposals of the tokens in ``asking`` find room, in priority order: bool [W]."""
-    accepted, expert = proposed.expert >= 0, proposed.expert.clamp(min=0)
-    cost, place = demand.cost[asking], demand.tokens.position[asking]
-    for of_expert, room, price in (
-        (demand.pool_of_expert, placement.room, cost),
-        (demand.rank_of_expert, placement.row_room, torch.ones_like(cost)),
-    ):
-        if room is not None:
-            pool = of_expert[expert]
-            if room.shape[0] > 1:
-                pool = pool + demand.tokens.source[asking] * room.shape[1]
-            pool = torch.where(accepted, pool, room.numel())
-            queue = Queue(pool, proposed.priority, place, price, len(demand.experts))
-            accepted = admit(queue, room.flatten())
-    return accepted
+    room = room[:, demand.pool_of_expert]  # [S, E]
+    fits = at_token(room >= UNIT) if demand.same_cost else at_token(room) >= cost[:, None]
+    if row_room is not None:
+        fits = fits & at_token(row_room[:, demand.rank_of_expert] >= 1)
+    return fits.float()
 
 
 def limit_drops(
@@ -313,7 +284,7 @@ def limit_drops(
         if placement.row_room is not None:
             of_expert, room, cost = demand.rank_of_expert, placement.row_room, torch.ones_like(cost)
         queue = demand.queue(dropped, of_expert, room, cost)
-        open_ = admit(queue, room.flatten()).view(dropped.shape)
+        open_ = dropped & admit(queue, room.flatten()).view(dropped.shape)
 
     source = demand.tokens.source[:, None].expand_as(dropped)
 
@@ -324,8 +295,8 @@ def limit_drops(
     excess = by_source(dropped) - (by_source(demand.planned).double() * max_drop).floor().long()
     # Taken back: everyone before whom the mass taken back is still short of the excess.
     pool = torch.where(open_, source, sources).flatten()
-    key = sort_key(pool, sources, demand.priority.flatten(), demand.place.flatten(), demand.places)
-    order = torch.sort(key).indices
+    bits = order_bits(demand.places, sources)
+    order = torch.sort((pool << bits) | demand.order.flatten()).indices
     sorted_pool, sorted_mass = pool[order], mass.flatten()[order]
     load = mass.new_zeros(sources + 1).scatter_add(0, pool, mass.flatten())
     start = load.cumsum(0) - load

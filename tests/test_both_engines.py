@@ -14,7 +14,7 @@ CHOICES = [
     ("rank-balanced", {}),
     ("expanded-drop", {}),
     ("macs", {"capacity_factor": 0.7}),
-    ("macs", {"level": "rank", "reroute": "group", "scope": "group", "cost": "one"}),
+    ("macs", {"level": "rank", "reroute": "group", "cost": "one"}),
 ]
 
 

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fixed_point import PRIORITY_BITS
-from ..routing import EXEMPT_PRIORITY, Queue
+from ..routing import Queue, order_bits
 
 BLOCK = 512
 """Assignments of one program."""
@@ -26,42 +25,33 @@ def admit(queue: Queue, capacity: Tensor) -> Tensor:
     admitted = torch.empty(count, dtype=torch.bool, device=device)
     if not count:
         return admitted
-    place_bits = max(1, (queue.places - 1).bit_length())
     # Histograms of a megabyte at most: all of it stays in cache.
     digit = min(11, max(4, 17 - pools.bit_length()))
-    steps = triton.cdiv(PRIORITY_BITS + 1 + place_bits, digit)
-    tensors = tuple(one.contiguous() for one in (queue.pool, queue.priority, queue.place, queue.cost))
+    steps = triton.cdiv(order_bits(queue.places, pools), digit)
+    tensors = tuple(one.contiguous() for one in (queue.pool, queue.order, queue.cost))
     room = capacity.clone(memory_format=torch.contiguous_format)
     found = torch.zeros(pools, dtype=torch.int64, device=device)
     histogram = torch.zeros(pools, 1 << digit, dtype=torch.int64, device=device)
     grid = (triton.cdiv(count, BLOCK),)
-    form = {"TOP": EXEMPT_PRIORITY, "BLOCK": BLOCK}
+    form = {"BLOCK": BLOCK}
     for step in reversed(range(steps)):
-        _count[grid](*tensors, found, histogram, count, pools, place_bits, step * digit, DIGIT=digit, **form)
+        _count[grid](*tensors, found, histogram, count, pools, step * digit, DIGIT=digit, **form)
         _narrow[(pools,)](found, room, histogram, DIGIT=digit)
-    _compare[grid](*tensors[:3], found, admitted, count, pools, place_bits, **form)
+    _compare[grid](*tensors[:2], found, admitted, count, pools, **form)
     return admitted
 
 
-@triton.jit
-def _key(priority, place, token, here, place_bits, TOP: tl.constexpr):
-    """Rises as priority falls, then with the place."""
-    before = TOP - tl.load(priority + token, mask=here, other=0)
-    return (before << place_bits) | tl.load(place + token, mask=here, other=0)
-
-
 # Numbers that follow the batch's size are no part of what is compiled: one form serves every size.
-@triton.jit(do_not_specialize=["count", "place_bits", "left"])
+@triton.jit(do_not_specialize=["count", "left"])
 def _count(
-    pool, priority, place, cost, found, histogram, count, pools, place_bits, left,
-    DIGIT: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+    pool, order, cost, found, histogram, count, pools, left, DIGIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Cost by pool and next digit, of the assignments whose digits so far are those found."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = token < count
     of = tl.load(pool + token, mask=here, other=0)
     takes = here & (of < pools)
-    key = _key(priority, place, token, here, place_bits, TOP) >> left
+    key = tl.load(order + token, mask=takes, other=0) >> left
     takes = takes & ((key >> DIGIT) == tl.load(found + of, mask=takes, other=-1))
     price = tl.load(cost + token, mask=takes, other=0)
     cell = (of << DIGIT) + (key & ((1 << DIGIT) - 1))
@@ -85,15 +75,12 @@ def _narrow(found, room, histogram, DIGIT: tl.constexpr):
     tl.store(row, tl.zeros([1 << DIGIT], tl.int64))
 
 
-@triton.jit(do_not_specialize=["count", "place_bits"])
-def _compare(
-    pool, priority, place, found, admitted, count, pools, place_bits,
-    TOP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["count"])
+def _compare(pool, order, found, admitted, count, pools, BLOCK: tl.constexpr):
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = token < count
     of = tl.load(pool + token, mask=here, other=0)
     takes = here & (of < pools)
     limit = tl.load(found + of, mask=takes, other=0)
-    fits = takes & (_key(priority, place, token, here, place_bits, TOP) < limit)
+    fits = ~takes | (tl.load(order + token, mask=takes, other=0) < limit)
     tl.store(admitted + token, fits, mask=here)

@@ -13,7 +13,7 @@ from ..fixed_point import PRIORITY_BITS, UNIT
 from .shared import power_of_2, rint
 
 if TYPE_CHECKING:
-    from ..routing import Demand, Placement, Proposals
+    from ..routing import Demand, Placement
 
 RULES = {"score": 0, "product": 1}
 TILE = 2048
@@ -57,56 +57,85 @@ def _priorities(
     tl.store(told + place, _priority(value, heavy, RULE, UNIT, SCALE), mask=here)
 
 
-def propose(
-    demand: Demand, placement: Placement, waiting: Tensor, asking: Tensor, affinity: Tensor, rule: str
-) -> Proposals:
-    """One launch, which reads the scores of waiting tokens only."""
-    from ..routing import Proposals
+def reroute(demand: Demand, placement: Placement, affinity: Tensor, rounds: int, rule: str) -> Placement:
+    """A launch for the proposals of a round, and those of admission."""
+    from ..routing import LAST, Placement, Queue, admit, less, pools_of
 
-    count, k = len(asking), demand.experts.shape[1]
-    num_experts, bounded = demand.scores.shape[1], placement.row_room is not None
+    source, cost, one = demand.tokens.source, demand.cost, torch.ones_like(demand.cost)
+    placed, room, row_room = placement.experts, placement.room, placement.row_room
+    queue = demand.order.masked_fill(~(demand.planned & (placed < 0)), LAST)
+    for _ in range(rounds):
+        expert, column, order = _proposals(demand, placed, queue, room, row_room, affinity, rule)
+        accepted = expert >= 0
+        bounds = [(demand.pool_of_expert, room, cost)]
+        if row_room is not None:
+            bounds.append((demand.rank_of_expert, row_room, one))
+        for of_expert, left, price in bounds:
+            pool = pools_of(expert, accepted, of_expert, source, left)[:, 0]
+            fits = admit(Queue(pool, order[:, 0], price, len(placed)), left.flatten())
+            accepted = accepted & fits[:, None]
+        first = queue.gather(1, column)
+        queue = queue.scatter(1, column, first.masked_fill(accepted | (expert < 0), LAST))
+        placed = placed.scatter(1, column, torch.where(accepted, expert, placed.gather(1, column)))
+        taken = expert.masked_fill(~accepted, -1)
+        room = less(room, source, demand.pool_of_expert, taken, cost)
+        if row_room is not None:
+            row_room = less(row_room, source, demand.rank_of_expert, taken, one)
+    return Placement(placed, room, row_room)
+
+
+def _proposals(
+    demand: Demand,
+    placed: Tensor,
+    queue: Tensor,
+    room: Tensor,
+    row_room: Tensor | None,
+    affinity: Tensor,
+    rule: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch, which reads the scores of waiting tokens only: int64 [T, 1] each, the expert that a token
+    asks for (-1: none), for its assignment in this column, in this order."""
+    from ..routing import EXEMPT_PRIORITY, place_bits
+
+    count, k = placed.shape
+    num_experts, bounded = demand.scores.shape[1], row_room is not None
+    row_room = room if row_room is None else row_room
     # Each by itself: slices of one would begin where memory is not aligned, and be compiled for that too.
-    expert, column, priority = (
-        torch.empty(count, dtype=torch.int64, device=waiting.device) for _ in range(3)
-    )
+    expert, column, order = (torch.empty(count, 1, dtype=torch.int64, device=queue.device) for _ in range(3))
     if count:
         width = power_of_2(num_experts)
         tokens = max(1, TILE // width)
-        row_room = placement.room if placement.row_room is None else placement.row_room
         tensors = (
-            asking, demand.experts, placement.experts, waiting, demand.priority, demand.scores, affinity,
-            demand.tokens.source, demand.cost, demand.weight, demand.pool_of_expert, demand.rank_of_expert,
-            placement.room, row_room,
+            demand.experts, placed, queue, demand.scores, affinity, demand.tokens.source,
+            demand.tokens.position, demand.cost, demand.weight, demand.pool_of_expert,
+            demand.rank_of_expert, room, row_room,
         )  # fmt: skip
         _propose[(triton.cdiv(count, tokens),)](
-            *(one.contiguous() for one in tensors), expert, column, priority,
-            count, k, num_experts, placement.room.shape[1], row_room.shape[1],
-            RULE=RULES[rule], BOUNDED=bounded, UNIT=UNIT, SCALE=1 << PRIORITY_BITS,
+            *(one.contiguous() for one in tensors), expert, column, order,
+            count, k, num_experts, room.shape[1], row_room.shape[1], place_bits(count),
+            RULE=RULES[rule], BOUNDED=bounded, UNIT=UNIT, SCALE=1 << PRIORITY_BITS, TOP=EXEMPT_PRIORITY,
             TOKENS=tokens, K=power_of_2(k), EXPERTS=width,
         )  # fmt: skip
-    return Proposals(expert, column, priority)
+    return expert, column, order
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "place_bits"])
 def _propose(
-    asking, experts, placed, waiting, priority_of, scores, affinity, source, cost, weight,
-    pool_of_expert, rank_of_expert, room, row_room, out_expert, out_column, out_priority,
-    count, k, num_experts, pools, ranks,
-    RULE: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr,
+    experts, placed, queue, scores, affinity, source, position, cost, weight,
+    pool_of_expert, rank_of_expert, room, row_room, out_expert, out_column, out_order,
+    count, k, num_experts, pools, ranks, place_bits,
+    RULE: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr, TOP: tl.constexpr,
     TOKENS: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    here = row < count
-    token = tl.load(asking + row, mask=here, other=0)
+    LAST: tl.constexpr = 9223372036854775807
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    here = token < count
     slot = tl.arange(0, K)
     cell = token[:, None] * k + slot[None, :]
     real = here[:, None] & (slot < k)[None, :]
-    waits = tl.load(waiting + cell, mask=real, other=0).to(tl.int1)
-    before = tl.load(priority_of + cell, mask=real, other=-1) * num_experts
-    before += num_experts - 1 - tl.load(experts + cell, mask=real, other=0)  # ties to the lower expert
-    first = tl.where(waits, before, -1)
-    column = tl.argmax(first, 1)
-    asks = here & (tl.max(first, 1) >= 0)
+    waits = tl.load(queue + cell, mask=real, other=LAST)
+    column = tl.argmin(waits, 1)
+    asks = here & (tl.min(waits, 1) < LAST)
     home = tl.load(experts + token * k + column, mask=asks, other=0)
 
     expert = tl.arange(0, EXPERTS)
@@ -132,7 +161,8 @@ def _propose(
     found = tl.max(value, 1) > 0
     told = tl.load(scores + token * num_experts + best, mask=found, other=0.0)
     heavy = tl.load(weight + token, mask=here, other=0)
-    tl.store(out_expert + row, tl.where(found, best, -1).to(tl.int64), mask=here)
-    tl.store(out_column + row, column.to(tl.int64), mask=here)
     priority = tl.where(found, _priority(told, heavy, RULE, UNIT, SCALE), 0)
-    tl.store(out_priority + row, priority, mask=here)
+    place = tl.load(position + token, mask=here, other=0)
+    tl.store(out_expert + token, tl.where(found, best, -1).to(tl.int64), mask=here)
+    tl.store(out_column + token, column.to(tl.int64), mask=here)
+    tl.store(out_order + token, ((TOP - priority) << place_bits) | place, mask=here)

@@ -83,16 +83,15 @@ def test_rerouting_stays_within_a_tokens_groups(pool, name):
     assert found["within"] and found["rerouted"] > 0
 
 
-@pytest.mark.parametrize("scope", ["local", "group"])
 @pytest.mark.parametrize("lengths", [[9, 1], [1, 30], [30, 2, 7, 1]])
-def test_ranks_may_have_uneven_tokens(pool, lengths, scope):
-    block = {"capacity_factor": 0.5, "scope": scope}
+def test_ranks_may_have_uneven_tokens(pool, lengths):
+    block = {"capacity_factor": 0.5}
     found = pool.run(f"{JOBS}:autoep_uneven_tokens", len(lengths), lengths, block, timeout=60)
     for (shape, finite), length in zip(found, lengths, strict=True):
         assert shape == (1, length, 64) and finite
 
 
-def test_one_process_plans_what_two_plan_in_group_scope(pool):
+def test_one_process_plans_what_two_plan(pool):
     first, second = pool.run(f"{JOBS}:autoep_virtual_plan", 2, 1)
     (whole,) = pool.run(f"{JOBS}:autoep_virtual_plan", 1, 2)
     assert first[0] + second[0] == whole[0]

@@ -20,14 +20,9 @@ def test_generation_is_hugging_faces_and_the_mask_follows_it(pool, world, policy
         assert found["planned"] == [float(policy == "macs")] * (1 + len(found["later"]))
 
 
-@pytest.mark.parametrize("scope", ["local", "group"])
-def test_decoding_is_left_alone(pool, scope):
-    settings = {"capacity_factor": 1e6, "scope": scope}
-    for found in pool.run(f"{JOBS}:generated", 2, "macs", settings, True):
-        # In group scope only the group knows that the step is small; locally nobody need ask.
-        steps = 4 if scope == "group" else 0
-        assert found["same"] and len(found["later"]) == steps
-        assert found["planned"] == [1.0] + [0.0] * steps
+def test_decoding_is_left_alone(pool):
+    for found in pool.run(f"{JOBS}:generated", 2, "macs", {"capacity_factor": 1e6}, True):
+        assert found["same"] and found["later"] == [] and found["planned"] == [1.0]
 
 
 def test_without_a_processors_kinds_the_ids_tell(pool):

@@ -57,7 +57,7 @@ def test_without_macs_deepspeed_is_as_it_was(pool, block):
         ("a gate of one's own", "config.macs: found OwnGate in the model, expected TopKGate"),
         ("blind, then macs", "config.macs: no way to find the visual tokens"),
         ("a block too many", "config.macs: found both in the config and as an argument"),
-        ("folded, in group scope", "config.scope = 'group' cannot be used with MACS here"),
+        ("expanded drop, folded", "policy expanded-drop cannot be used here"),
         ("expanded drop over DeepEP", "policy expanded-drop cannot be used with"),
         ("transformers too new", "are known to work: pip install 'transformers>=5.17,<5.25'"),
         ("blocks AutoEP cannot be told of", "name that one as preset_model"),
@@ -74,7 +74,7 @@ def test_what_cannot_work_is_refused_with_the_reason(pool, kind, message):
 
 
 def test_tensor_parallel_ranks_of_an_inference_engine_must_plan_alike(pool):
-    with pytest.raises(RankFailed, match="scope = 'group' cannot be used with MACS here"):
+    with pytest.raises(RankFailed, match="policy expanded-drop cannot be used here"):
         pool.run(f"{JOBS}:refused", 2, "tensor parallelism of the inference engine")
 
 

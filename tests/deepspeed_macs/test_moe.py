@@ -37,12 +37,11 @@ def test_fewer_rows_are_sent_and_computed_than_by_vanilla(pool):
     assert rows("macs")["computed"][0] < rows("vanilla")["computed"][0]
 
 
-@pytest.mark.parametrize("scope", ["local", "group"])
 @pytest.mark.parametrize("lengths", [[9, 0], [0, 9], [1, 30], [30, 0, 7, 2], [0, 0, 0, 5]])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_ranks_agree_on_c_with_uneven_tokens_or_none(pool, lengths, scope, k):
+def test_ranks_agree_on_c_with_uneven_tokens_or_none(pool, lengths, k):
     # deepspeedai/DeepSpeed#6809: ranks that drop by a capacity of their own hang in the all-to-all.
-    block = {"capacity_factor": 0.5, "scope": scope}
+    block = {"capacity_factor": 0.5}
     found = pool.run(f"{JOBS}:gate_uneven_tokens", len(lengths), lengths, block, {}, k, timeout=60)
     for (shape, finite), length in zip(found, lengths, strict=True):
         assert shape == (1, length, 16) and finite
@@ -76,13 +75,6 @@ def test_tensor_parallel_ranks_share_the_rows(pool, world, k):
         assert 0 <= rows * world - found["fullest"] < world
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"scope": "group"}, "config.scope = 'group' cannot be used with MACS here"),
-        ({"policy": "expanded-drop"}, "policy expanded-drop cannot be used here"),
-    ],
-)
-def test_tensor_parallel_ranks_with_the_same_tokens_must_plan_alike(pool, settings, message):
-    with pytest.raises(RankFailed, match=message):
-        pool.run(f"{JOBS}:gate_under_tensor_parallelism", 2, 2, settings)
+def test_tensor_parallel_ranks_with_the_same_tokens_must_plan_alike(pool):
+    with pytest.raises(RankFailed, match="policy expanded-drop cannot be used here"):
+        pool.run(f"{JOBS}:gate_under_tensor_parallelism", 2, 2, {"policy": "expanded-drop"})

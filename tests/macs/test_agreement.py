@@ -18,7 +18,7 @@ FIELDS = [
     ("target_straggler", "config.target_straggler"),
     ("min_tokens", "config.min_tokens"),
     ("cost", "config.cost"),
-    ("scope", "config.scope"),
+    ("level", "config.level"),
 ]
 
 

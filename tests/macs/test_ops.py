@@ -6,6 +6,7 @@ Memory that nobody has written holds NaN, or the largest integer, while a kernel
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,17 +129,20 @@ def test_loads(count, experts, k, sources):
     random = generator(count, experts)
     chosen = choice(count, experts, k)
     source = torch.randint(0, sources, (count,), generator=random)
-    valid = torch.rand(count, generator=random) < 0.8
-    visual = valid & (torch.rand(count, generator=random) < 0.5)
-    weight, cost = torch.randint(1, UNIT, (2, count), generator=random)
-    tokens = [one.to(DEVICE) for one in (source, valid, visual, weight, cost)]
-    found, expected = both(capacity.measure, *tokens, chosen, sources, experts)
+    tokens = replace(
+        Tokens.all_text(count, DEVICE),
+        source=source.to(DEVICE),
+        valid=(torch.rand(count, generator=random) < 0.8).to(DEVICE),
+        kinds=torch.randint(0, 2, (count,), generator=random).to(torch.int8).to(DEVICE),
+    )
+    weight, cost = torch.randint(1, UNIT, (2, count), generator=random).to(DEVICE)
+    found, expected = both(capacity.measure, tokens, weight, cost, chosen, sources, experts)
     assert all(torch.equal(one, vars(expected)[name]) for name, one in vars(found).items())
 
     room = torch.randint(-5, 9, (sources, 4), generator=random).to(DEVICE) * UNIT
     of_expert = (torch.arange(experts) % 4).to(DEVICE)
     before = room.clone()
-    found, expected = both(routing.less, room, tokens[0], of_expert, chosen, tokens[4])
+    found, expected = both(routing.less, room, tokens.source, of_expert, chosen, cost)
     assert torch.equal(found, expected) and torch.equal(room, before)
 
 
@@ -157,12 +161,13 @@ def test_admission(count, pools, levels, unit, seed):
     place = torch.randperm(count, generator=random)
     cost = torch.full((count,), UNIT) if unit else torch.randint(1, UNIT, (count,), generator=random)
     room = torch.randint(-1, 2 * count // pools + 2, (pools,), generator=random) * UNIT
-    inputs = [one.to(DEVICE) for one in (pool, priority, place, cost, room)]
-    found, expected = both(routing.admit, *inputs)
+    order = routing.order_of(priority, place, count)
+    queue = routing.Queue(pool.to(DEVICE), order.to(DEVICE), cost.to(DEVICE), count)
+    found, expected = both(routing.admit, queue, room.to(DEVICE))
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("rule", ["score", "weight", "product"])
+@pytest.mark.parametrize("rule", ["score", "product"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_priorities(rule, dtype):
     score = torch.rand(33, 5, generator=generator(1)).to(dtype).to(DEVICE)

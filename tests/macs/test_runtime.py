@@ -10,7 +10,6 @@ from support.cases import paper
 import macs
 from macs import (
     LayerRecorder,
-    MACSConfig,
     Planner,
     Profile,
     Runtime,
@@ -50,8 +49,6 @@ def test_policies_switch_while_it_runs():
     assert int(run(layer).statistics.planned) == 0
     with pytest.raises(ValueError, match="unknown policy 'mac'; did you mean 'macs'"):
         runtime.use("mac")
-    with pytest.raises(ValueError, match="no profile has a similarity matrix"):
-        runtime.use("macs", MACSConfig(similarity="profile"))
 
 
 def test_reports_add_up_and_clear():
@@ -185,7 +182,6 @@ def test_the_planner_names_what_does_not_fit(change, error, message):
             lambda: Planner(paper(), Topology(4), 2, similarity=torch.ones(2, 2)),
             "similarity: found shape (2, 2)",
         ),
-        (lambda: Planner(MACSConfig(similarity="profile"), Topology(4), 2), "no similarity matrix"),
         (lambda: build_policy("drop", paper(), Topology(4), 2), "unknown policy 'drop'"),
     ],
 )
@@ -202,11 +198,10 @@ def test_similarity_of_router_rows():
 
 
 def test_too_large_a_plan_says_so():
-    from macs.routing import sort_key
+    from macs.routing import order_bits
 
-    one = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="plan fewer tokens or sources at once"):
-        sort_key(one, 1 << 20, one, one, 1 << 30)
+        order_bits(1 << 30, 1 << 20)
 
 
 @pytest.mark.e2e

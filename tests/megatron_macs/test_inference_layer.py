@@ -24,11 +24,10 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, ranks,
 
 
 @pytest.mark.parametrize("dispatcher", ["nccl", "nvls"])
-@pytest.mark.parametrize("scope", ["local", "group"])
 @pytest.mark.parametrize("ranks", RANKS)
-def test_the_layer_computes_what_the_plan_says(pool, ranks, dispatcher, scope):
+def test_the_layer_computes_what_the_plan_says(pool, ranks, dispatcher):
     counts = RANKS[ranks]
-    settings = {"capacity_factor": 0.5, "scope": scope}
+    settings = {"capacity_factor": 0.5}
     for one in pool.run(f"{JOBS}:planned_output", len(counts), dispatcher, counts, settings):
         assert max(one["errors"]) < 0.02  # bfloat16
         assert min(one["moved"]) > 0 and one["plans"] == 3

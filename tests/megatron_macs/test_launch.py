@@ -42,10 +42,10 @@ def test_flags_go_before_the_file_and_the_file_before_the_preset(tmp_path):
     expected = MACSConfig.preset("fast").updated(capacity_factor=1.25, reroute="none")
     assert config_from_args(args) == expected == runtime_from_args(args).config
     args = parsed(
-        "--moe-macs", "--moe-macs-preset", "padded", "--moe-macs-renormalize", "--moe-macs-max-drop", "0.1"
+        "--moe-macs", "--moe-macs-preset", "padded", "--moe-macs-drop-padding", "--moe-macs-max-drop", "0.1"
     )
-    assert config_from_args(args) == MACSConfig.preset("padded").updated(renormalize=True, max_drop=0.1)
-    assert config_from_args(parsed("--moe-macs", "--no-moe-macs-conserve")) == MACSConfig()
+    assert config_from_args(args) == MACSConfig.preset("padded").updated(drop_padding=True, max_drop=0.1)
+    assert config_from_args(parsed("--moe-macs", "--no-moe-macs-drop-padding")) == MACSConfig()
 
 
 def test_without_the_flag_there_is_no_macs():

@@ -56,8 +56,8 @@ def test_vanilla_sends_every_row(pool):
 
 @pytest.mark.parametrize("level", ["expert", "rank"])
 @pytest.mark.parametrize("reroute", ["rank", "group"])
-def test_one_process_plans_what_two_plan_in_group_scope(pool, level, reroute):
-    settings = {"scope": "group", "capacity_factor": 0.6, "level": level, "reroute": reroute}
+def test_one_process_plans_what_two_plan(pool, level, reroute):
+    settings = {"capacity_factor": 0.6, "level": level, "reroute": reroute}
     two = pool.run(f"{JOBS}:planned_output", 2, "alltoall", "macs", settings, 3, 9, 8, 3, 1)
     one = pool.run(f"{JOBS}:planned_output", 1, "alltoall", "macs", settings, 3, 9, 8, 3, 2)[0]
     assert two[0]["experts"] + two[1]["experts"] == one["experts"]
@@ -68,15 +68,14 @@ def test_one_process_plans_what_two_plan_in_group_scope(pool, level, reroute):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_rank_may_have_an_expert_of_its_own(pool, world):
-    settings = {"scope": "group", "level": "rank", "reroute": "group"}
+    settings = {"level": "rank", "reroute": "group"}
     for result in pool.run(f"{JOBS}:planned_output", world, "alltoall", "macs", settings, 2, 9, world, 1, 1):
         assert result["error"] < 1e-5
 
 
-@pytest.mark.parametrize("scope", ["local", "group"])
 @pytest.mark.parametrize("lengths", [[9, 0], [0, 9], [1, 30]])
-def test_ranks_may_have_uneven_tokens_or_none(pool, scope, lengths):
-    results = pool.run(f"{JOBS}:uneven_tokens", 2, {"scope": scope, "capacity_factor": 0.5}, lengths)
+def test_ranks_may_have_uneven_tokens_or_none(pool, lengths):
+    results = pool.run(f"{JOBS}:uneven_tokens", 2, {"capacity_factor": 0.5}, lengths)
     for (shape, finite, _), length in zip(results, lengths, strict=True):
         assert shape == (length, 1, 16) and finite
 
@@ -150,9 +149,8 @@ def test_weights_and_state_dict_are_stock(pool):
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@pytest.mark.parametrize("scope", ["local", "group"])
-def test_groups_may_be_passed_in(pool, dispatcher, scope):
-    settings = {"capacity_factor": 0.5, "scope": scope, "reroute": "none"}
+def test_groups_may_be_passed_in(pool, dispatcher):
+    settings = {"capacity_factor": 0.5, "reroute": "none"}
     found = pool.run(f"{JOBS}:without_global_state", 2, dispatcher, settings)
     assert found == pool.run(f"{JOBS}:with_global_state", 2, dispatcher, settings)
     assert all(one["dropped"] > 0 for one in found)

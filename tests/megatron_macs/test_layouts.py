@@ -1,7 +1,5 @@
 """Tensor, expert and expert-tensor parallelism, with and without sequence parallelism, on gloo."""
 
-import math
-
 import pytest
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -37,12 +35,9 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, name, 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("scope", ["local", "group"])
-def test_the_layer_computes_what_the_plan_says(pool, name, dispatcher, scope):
+def test_the_layer_computes_what_the_plan_says(pool, name, dispatcher):
     layout = LAYOUTS[name]
-    if scope == "group" and layout["tp"] > 1 and not layout["sp"]:
-        pytest.skip("refused: tensor-parallel ranks hold the same tokens")
-    settings = {"capacity_factor": 0.6, "scope": scope, "cost": "one", "modality_strength": 0.0}
+    settings = {"capacity_factor": 0.6, "cost": "one", "modality_strength": 0.0}
     found = pool.run(f"{JOBS}:planned_output", world(layout), layout, dispatcher, "macs", settings)
     for rank, one in enumerate(found):
         assert one["error"] < 1e-5 and one["mask"] and one["moved"] > 0
@@ -51,24 +46,12 @@ def test_the_layer_computes_what_the_plan_says(pool, name, dispatcher, scope):
             assert one["plan"] == twin["plan"]  # ranks with the same tokens agree
         elif rank % layout["tp"]:
             assert one["plan"] != twin["plan"]
-    if scope == "group":
-        # Together they keep to one capacity: no expert gets more than all sources' quotas.
-        tokens = 3 * 12 * (1 if layout["sp"] else layout["tp"]) * len(found) // layout["tp"]
-        loads = [sum(column) for column in zip(*(one["loads"] for one in found), strict=True)]
-        groups = len(found) // (layout["ep"] * layout["etp"])
-        assert max(loads) <= groups * math.ceil(0.6 * tokens / groups * 3 / 8)
 
 
-@pytest.mark.parametrize(
-    ("policy", "settings", "message"),
-    [
-        ("macs", {"scope": "group"}, "config.scope = 'group': every rank would have quotas of its own"),
-        ("expanded-drop", {}, "policy expanded-drop: every rank would add experts of its own"),
-    ],
-)
-def test_replicas_must_plan_alike(pool, policy, settings, message):
+def test_replicas_must_plan_alike(pool):
+    message = "policy expanded-drop: every rank would add experts of its own"
     with pytest.raises(RankFailed, match="set sequence_parallel") as caught:
-        pool.run(f"{JOBS}:refused", 2, LAYOUTS["TP 2, EP 2"], policy, settings)
+        pool.run(f"{JOBS}:refused", 2, LAYOUTS["TP 2, EP 2"], "expanded-drop", {})
     assert all(message in error[1] for error in caught.value.errors)
 
 
@@ -76,13 +59,13 @@ def test_replicas_must_plan_alike(pool, policy, settings, message):
 def test_an_engine_may_take_sequence_parallelism_back(pool, name):
     # As Megatron's static engine does when it begins to serve: every rank then has whole sequences.
     layout = LAYOUTS[name]
-    local, group = ({"capacity_factor": 0.6, "scope": scope} for scope in ("local", "group"))
-    found = pool.run(f"{JOBS}:without_sequence_parallelism", 2, layout, local)
-    plain = pool.run(f"{JOBS}:planned_output", 2, {**layout, "sp": False}, "alltoall", "macs", local)
+    settings = {"capacity_factor": 0.6}
+    found = pool.run(f"{JOBS}:without_sequence_parallelism", 2, layout, "macs", settings)
+    plain = pool.run(f"{JOBS}:planned_output", 2, {**layout, "sp": False}, "alltoall", "macs", settings)
     assert [one["plan"] for one in found] == [one["plan"] for one in plain]
     with pytest.raises(RankFailed) as caught:
-        pool.run(f"{JOBS}:without_sequence_parallelism", 2, layout, group)
-    assert all("every rank would have quotas of its own" in error[1] for error in caught.value.errors)
+        pool.run(f"{JOBS}:without_sequence_parallelism", 2, layout, "expanded-drop", settings)
+    assert all("every rank would add experts of its own" in error[1] for error in caught.value.errors)
 
 
 def test_sequence_parallelism_wants_the_whole_mask(pool):
@@ -124,7 +107,7 @@ def test_vanilla_gives_the_same_answers_under_every_layout(pool, alone, name):
     [
         ("PP 2", "one", {"capacity_factor": 0.8}),
         ("TP 2", "one", {"capacity_factor": 0.8}),
-        ("PP 2 x EP 2", "EP 2", {"capacity_factor": 0.8, "scope": "group"}),
+        ("PP 2 x EP 2", "EP 2", {"capacity_factor": 0.8}),
         ("TP 2 x PP 2 x EP 2", "TP 2, EP 2", {"capacity_factor": 0.8}),
     ],
 )
@@ -151,7 +134,7 @@ def test_chunked_prefill_splits_the_mask_with_the_tokens(pool, alone, chunks):
     assert found["mask"] and found["planned"] == [chunks] * 4
     assert found["answers"] == alone
     world, layout = MODEL_LAYOUTS["PP 2 x EP 2"]
-    settings = {"scope": "group", "capacity_factor": 0.8}
+    settings = {"capacity_factor": 0.8}
     for one in pool.run(f"{JOBS}:tiny_answers", world, layout, "macs", settings, QUESTIONS, changes):
         assert one["mask"] and one["planned"] == [chunks] * 2
 
@@ -162,7 +145,6 @@ def test_chunked_prefill_splits_the_mask_with_the_tokens(pool, alone, chunks):
     ("policy", "settings"),
     [
         ("macs", {"capacity_factor": 0.5}),
-        ("macs", {"capacity_factor": 0.5, "scope": "group"}),
         ("token-drop", {}),
     ],
 )

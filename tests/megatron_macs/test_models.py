@@ -25,7 +25,7 @@ def test_llava_expands_the_mask_as_it_expands_its_pictures(pool, tiny_answers, n
     for one in pool.run(f"{JOBS}:llava_answers", world, layout, "vanilla", {}, QUESTIONS):
         assert one["answers"] == tiny_answers[one["replica"] :: one["replicas"]]
         assert all(one["right"]) and len(one["right"]) == one["layers"] * len(one["answers"])
-    for one in pool.run(f"{JOBS}:llava_answers", world, layout, "macs", {"scope": "group"}, 4):
+    for one in pool.run(f"{JOBS}:llava_answers", world, layout, "macs", {}, 4):
         assert all(one["right"]) and len(one["right"]) == one["layers"] * len(one["answers"]) > 0
 
 

@@ -91,7 +91,7 @@ def change(runtime: Runtime, model: torch.nn.Module, kind: str) -> None:
         macs.runtime.__version__ = "0.0.9"
         runtime._told = None
     else:
-        value = {"scope": "group", "target_straggler": 1.5, "min_tokens": 8, "cost": "weight"}[kind]
+        value = {"level": "expert", "target_straggler": 1.5, "min_tokens": 8, "cost": "weight"}[kind]
         runtime.use("macs", config.updated(**{kind: value}))
 
 

@@ -65,7 +65,7 @@ def compile_all() -> dict[str, int]:
             {},
             {"preset": "paper", "normalization": "image", "max_load_factor": 1.2},
             {"level": "expert", "priority": "score"},
-            {"priority": "weight", "weighting": "entropy"},
+            {"priority": "score", "weighting": "entropy"},
         ):
             _plan(settings, 2048, 128, 8)
         _plan({}, 100, 6, 3, torch.bfloat16)

@@ -161,7 +161,6 @@ def gate_unbounded_is_stock(experts: int, k: int) -> dict[str, bool]:
     same = {}
     for name, block in (
         ("macs", {"capacity_factor": 1e6}),
-        ("macs in a group", {"capacity_factor": 1e6, "scope": "group"}),
         ("pooled", {"capacity_factor": 1e6, "preset": "fast"}),
         ("token-drop", {"capacity_factor": 1e6, "policy": "token-drop"}),
         ("vanilla", {"policy": "vanilla"}),
@@ -323,7 +322,7 @@ def autoep_unbounded_is_stock(name: str, expert_parallel: dict[str, Any]) -> dic
     same = {}
     for title, block in (
         ("macs", {"capacity_factor": 1e6}),
-        ("pooled in a group", {"capacity_factor": 1e6, "preset": "fast", "scope": "group"}),
+        ("pooled", {"capacity_factor": 1e6, "preset": "fast"}),
         ("token-drop", {"capacity_factor": 1e6, "policy": "token-drop"}),
         ("vanilla", {"policy": "vanilla"}),
         ("few tokens", {"capacity_factor": 0.1, "min_tokens": 1000}),
@@ -419,11 +418,11 @@ def autoep_uneven_tokens(lengths: list[int], block: dict[str, Any]) -> list[Any]
 
 @on_deepspeed
 def autoep_virtual_plan(virtual_ranks: int) -> Any:
-    """The first layer's plan in group scope, of the same tokens on one process or on several."""
+    """The first layer's plan of the same tokens on one process or on several."""
     world = dist.get_world_size()
     sources = range(virtual_ranks) if virtual_ranks > 1 else [dist.get_rank()]
     ids = torch.cat([hf_models.token_ids(rank) for rank in sources])
-    block = {"scope": "group", "capacity_factor": 0.6, "virtual_ranks": virtual_ranks}
+    block = {"capacity_factor": 0.6, "virtual_ranks": virtual_ranks}
     engine = autoep_engine("qwen3_moe", block)
     log = PlanLog(engine.macs)
     logits_of(engine, ids)

@@ -142,21 +142,22 @@ def refused(kind: str) -> None:
         deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": block})
     if kind == "misspelt":
         deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": {"capacity_facter": 1}})
-    if kind in ("fused", "fused rows", "folded, in group scope", "somebody's own layer"):
+    if kind in ("fused", "fused rows", "expanded drop, folded", "somebody's own layer"):
         engine = autoep_engine("qwen3_moe", None)
         layer = next(m for m in engine.modules() if isinstance(m, AutoEPMoELayer))
         if kind == "fused":
             layer.combine_impl = "fused_weighted_sum"  # a GPU's; AutoEP refuses it here only when it runs
         if kind == "fused rows":
             layer.row_weighting_impl = "fused"
-        if kind == "folded, in group scope":
+        if kind == "expanded drop, folded":
             layer.folding_group_handles = types.SimpleNamespace(spec=types.SimpleNamespace(tp_size=2))
             layer.ep_size = 2
             deepspeed_macs.inference._topology = lambda *_: macs.Topology(8, 2)
         if kind == "somebody's own layer":
             layer.__class__ = type("Own", (AutoEPMoELayer,), {})
         try:
-            deepspeed_macs.add_macs(engine.module, {"modality": "manual", "scope": "group"})
+            policy = "expanded-drop" if kind == "expanded drop, folded" else "macs"
+            deepspeed_macs.add_macs(engine.module, {"modality": "manual", "policy": policy})
         finally:
             deepspeed_macs.inference._topology = TOPOLOGY
             hooks = engine.module._forward_pre_hooks.values()
@@ -176,7 +177,7 @@ def refused(kind: str) -> None:
     if kind == "a block too many":
         deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": BLOCK}, macs=BLOCK)
     if kind == "tensor parallelism of the inference engine":
-        block = {**BLOCK, "scope": "group"}
+        block = {**BLOCK, "policy": "expanded-drop"}
         parallel = {"tensor_parallel": {"tp_size": 2}, "moe": {"ep_size": 2}}
         config = {**INFERENCE, **parallel, "injection_policy": {nn.Embedding: ("up",)}, "macs": block}
         deepspeed_macs.init_inference(Model(4, 2, 2), config)

@@ -139,7 +139,6 @@ def unbounded_is_stock(dispatcher: str, count: int) -> dict[str, bool]:
             stock, _ = build(None, dispatcher)(hidden)
             for name, policy, settings in (
                 ("macs", "macs", {"capacity_factor": 1e6, "min_tokens": 0}),
-                ("group", "macs", {"capacity_factor": 1e6, "min_tokens": 0, "scope": "group"}),
                 ("few tokens", "macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
                 ("off", "macs", {"capacity_factor": 0.1, "min_tokens": 0}),
             ):

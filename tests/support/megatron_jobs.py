@@ -136,11 +136,7 @@ def unbounded_is_stock(dispatcher: str, experts: int, top_k: int, changes: dict)
     same = {}
     for name, policy, settings in (
         ("macs", "macs", {"capacity_factor": 1e6, "min_tokens": 0}),
-        (
-            "macs pooled in a group",
-            "macs",
-            {"capacity_factor": 1e6, "min_tokens": 0, "level": "rank", "scope": "group"},
-        ),
+        ("macs pooled", "macs", {"capacity_factor": 1e6, "min_tokens": 0, "level": "rank"}),
         ("token-drop", "token-drop", {"capacity_factor": 1e6, "min_tokens": 0}),
         ("rank-balanced", "rank-balanced", {"capacity_factor": 1e6, "min_tokens": 0}),
         ("vanilla", "vanilla", {}),

@@ -205,9 +205,11 @@ def refused(layout: dict[str, Any], policy: str, settings: dict[str, Any]) -> No
 
 
 @on_layout
-def without_sequence_parallelism(layout: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def without_sequence_parallelism(
+    layout: dict[str, Any], policy: str, settings: dict[str, Any]
+) -> dict[str, Any]:
     """The plan of a layer built for sequence parallelism that is then given whole sequences."""
-    runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
+    runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
     config = config_of(layout, "alltoall")
     layer = build(runtime, config)
     config.sequence_parallel = False
@@ -258,8 +260,6 @@ def tiny_answers(
     answers = Engine(model, PictureEncoder(source), len(samples)).generate(samples)
     ids = torch.tensor([sample.prompt for sample in samples])
     image = (ids == source.config.image_token_id).t().flatten()
-    # In group scope the group's total says whether to plan, so that layers are asked while decoding too.
-    kinds = [[one for one in seen if len(one) > len(samples)] for seen in kinds]
     return {
         "answers": answers,
         "layers": len(runtime.layers),

@@ -7,7 +7,6 @@ Fixed-point numbers are exact fractions of a token: weights and capacities are r
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 UNIT = 65536
 PRIORITY = 1 << 24
@@ -67,56 +66,20 @@ def visual_ratio(weight, visual):
 def capacities(config, weight, visual, top_k, bias, pool):
     """The capacity of every pool, in tokens; pool[j] is the pool of expert j."""
     experts = len(bias)
-    load = len(weight) if config.basis == "tokens" else sum(weight)
     lean = visual_ratio(weight, visual) - 0.5
     factors = [1 + config.modality_strength * m * lean for m in bias]
-    if config.conserve:
-        total = sum(factors)
-        factors = [f * experts / total for f in factors]
     result = []
     for p in range(max(pool) + 1):
         members = [factors[j] for j in range(experts) if pool[j] == p]
-        share = math.ceil(config.capacity_factor * load * top_k * len(members) / experts - 1e-9)
+        share = math.ceil(config.capacity_factor * len(weight) * top_k * len(members) / experts - 1e-9)
         room = min(share * sum(members) / len(members), len(weight) * top_k)
         result.append(max(config.min_capacity, room))
     return result
 
 
-def apportion(total, claims):
-    """Largest remainder; ties to the lower claimant."""
-    claimed = sum(claims)
-    if claimed == 0:
-        return [0] * len(claims)
-    exact = [Fraction(total * claim, claimed) for claim in claims]
-    shares = [math.floor(value) for value in exact]
-    by_remainder = sorted(range(len(claims)), key=lambda i: (shares[i] - exact[i], i))
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
-    return shares
-
-
-def quotas(capacity, demand):
-    """quota[source][pool] of capacity[pool], for demand[source][pool]."""
-    sources, pools = range(len(demand)), range(len(capacity))
-    result = [[0] * len(capacity) for _ in sources]
-    overflow = [0 for _ in sources]
-    for p in pools:
-        asked = [demand[s][p] for s in sources]
-        if sum(asked) > capacity[p]:
-            for s, share in enumerate(apportion(capacity[p], asked)):
-                result[s][p] = share
-                overflow[s] += asked[s] - share
-    for p in pools:
-        asked = [demand[s][p] for s in sources]
-        if sum(asked) <= capacity[p]:
-            for s, extra in enumerate(apportion(capacity[p] - sum(asked), overflow)):
-                result[s][p] = asked[s] + extra
-    return result
-
-
 def priority(rule, score, weight):
     """An integer from 0 to 2 ** 24; weight in 1/65536."""
-    value = {"score": score, "weight": weight / UNIT, "product": weight / UNIT * score}[rule]
+    value = {"score": score, "product": weight / UNIT * score}[rule]
     return min(PRIORITY, max(0, round(value * PRIORITY)))
 
 

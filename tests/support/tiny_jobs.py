@@ -81,9 +81,9 @@ def engine_answers(policy: str, settings: dict[str, Any], count: int) -> dict[st
 
 @on_megatron
 def plan_of_real_pictures(virtual_ranks: int) -> list[Any]:
-    """Plans, in group scope, of every layer for the same pictures on one process or on several."""
+    """Plans of every layer for the same pictures on one process or on several."""
     source = tiny.load_model()
-    runtime = Runtime(paper(scope="group", min_tokens=0), virtual_ranks=virtual_ranks)
+    runtime = Runtime(paper(min_tokens=0), virtual_ranks=virtual_ranks)
     model = build_megatron_model(source, runtime, expert_model_parallel_size=dist.get_world_size())
     attach_modality(model, image_token_id=source.config.image_token_id)
     samples = samples_of(data.TASKS, 12)

@@ -1,0 +1,33 @@
+"""The promise of no host synchronisation."""
+
+import pytest
+import torch
+from hypothesis import given
+from support.cases import configs, routings
+
+from macs import IMAGE, LayerRecorder, Modality, build_policy
+from macs.policies import POLICIES
+
+
+def on_meta(value):
+    return value.to("meta")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(case=routings(config=configs()))
+def test_planning_reads_nothing_on_the_host(name, case):
+    """On the meta device there are shapes but no values: reading one, or a shape that depends on
+    one, is an error. What passes here has static shapes and no host synchronisation."""
+    tokens = type(case.tokens)(**{name: on_meta(value) for name, value in vars(case.tokens).items()})
+    arguments = [on_meta(value) for value in (case.hidden, case.experts, case.weights, case.scores)]
+    policy = build_policy(name, case.config, case.topology, case.top_k)
+    plan = policy.plan(*arguments, tokens)
+    assert plan.experts.shape == (len(case.hidden), policy.slots)
+    routing_map, probs = plan.as_map(case.topology.num_experts)
+    assert routing_map.shape == probs.shape == case.scores.shape
+    LayerRecorder(case.topology, case.top_k, steps=2).record(plan.statistics)
+
+
+def test_laying_out_tokens_reads_nothing_on_the_host():
+    modality = Modality.of(torch.full((3, 5), IMAGE, dtype=torch.int8, device="meta"))
+    assert modality.sequence_major().kinds.shape == modality.batch_major(3).source.shape == (15,)
