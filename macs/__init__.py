@@ -15,7 +15,7 @@ from .hooks import ModalityHook, attach_modality
 from .metrics import LayerRecorder, LayerReport
 from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, Tokens, current_modality, modality
 from .plan import Plan, PlanStatistics
-from .planner import Planner, router_similarity
+from .planner import STEPS, Planner, router_similarity, watching_steps
 from .policies import POLICIES, build_policy
 from .profile import Calibration, Profile, router_fingerprint
 from .recording import Recording, RoutingRecorder
@@ -29,6 +29,7 @@ __all__ = [
     "IMAGE",
     "POLICIES",
     "PRESETS",
+    "STEPS",
     "TEXT",
     "VIDEO",
     "Calibration",
@@ -59,6 +60,7 @@ __all__ = [
     "place_among",
     "router_fingerprint",
     "router_similarity",
+    "watching_steps",
     "within_groups",
     "without_outcasts",
 ]

@@ -6,6 +6,7 @@ int64 in fixed point (``UNIT`` is one token).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -117,33 +118,39 @@ def pool_capacity(
     return capacity.clamp(min=round(config.min_capacity * UNIT))
 
 
-def row_bound(table: LoadTable, config: MACSConfig, top_k: int, ranks: int, places: Tensor) -> Tensor:
+def bounds_of(config: MACSConfig) -> Tensor:
+    """``target_straggler`` and ``max_load_factor``, float64 [2]; inf where there is none."""
+    bounds = config.target_straggler, config.max_load_factor
+    return torch.tensor([math.inf if one is None else one for one in bounds], dtype=torch.float64)
+
+
+@fused("capacity")
+def row_bound(tokens: Tensor, places: Tensor, bounds: Tensor, top_k: int, ranks: int) -> Tensor:
     """Rows that a rank may compute, by ``target_straggler`` and ``max_load_factor``: int64 [S, R].
 
-    In whole rows: floor(target T k / R), where that covers the even share T k / R rounded up, so that what is
+    tokens int64 [S]: valid tokens of each source. bounds float64 [2]: ``bounds_of`` the settings. In whole
+    rows: floor(target T k / R), where that covers the even share T k / R rounded up, so that what is
     even already loses nothing. A target of 1 or more may round to less than that where a source is small.
     If every source then rounded up, the group would exceed the target. So a source may give one row
     beyond floor(T k / R) to floor(target T k) - R floor(T k / R) ranks, from rank ``place`` times as many
     on: places int64 [S] are where the sources stand among those whose tokens meet, and with equally
     large sources the extra rows are spread evenly, the group keeping to the target. With uneven ones
     the worst is the sum over the sources of T k / R rounded up.
-
-    Without either setting, that is the answer, and no bound.
     """
-    total = table.tokens.double() * top_k
+    target, hard = bounds[0], bounds[1]
+    total = (tokens * top_k).double()[:, None]
     even = total / ranks
-    target = 1.0 if config.target_straggler is None else config.target_straggler
-    room = (even * target).floor()[:, None].expand(-1, ranks)
-    if target >= 1:
-        whole, least = even.ceil()[:, None], even.floor()[:, None]
-        extra = (total * target).floor()[:, None] - ranks * least
-        turn = torch.arange(ranks, device=total.device) - places[:, None] * extra
-        rounded = least + (turn.remainder(ranks) < extra).double()
-        room = torch.where(room < whole, rounded, room)
-    if config.max_load_factor is not None:
-        hard = (even * config.max_load_factor).floor()[:, None].expand(-1, ranks)
-        room = hard if config.target_straggler is None else torch.minimum(room, hard)
-    return room.long()
+    whole, least = even.ceil(), even.floor()
+    room = (even * target).nan_to_num(0.0, MOST_ROWS).floor()  # no tokens times no bound is none
+    extra = (total * target).nan_to_num(0.0, MOST_ROWS).floor() - ranks * least
+    turn = torch.arange(ranks, device=total.device) - places[:, None] * extra
+    rounded = least + (turn.remainder(ranks) < extra)
+    room = torch.where((room < whole) & (target >= 1), rounded, room)
+    return torch.minimum(room, (even * hard).nan_to_num(0.0, MOST_ROWS).floor()).long()
+
+
+MOST_ROWS = float(1 << 46)
+"""More rows than there can be, and as many as capacities in fixed point can say."""
 
 
 def meeting_factors(

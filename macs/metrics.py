@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .plan import PlanStatistics
+from .plan import LOADS, SCALARS, PlanStatistics, scalar_of
 from .topology import Topology
 
 
@@ -26,7 +26,7 @@ class LayerRecorder:
         self.topology = topology
         self.top_k = top_k
         self.steps = steps
-        self._width = len(PlanStatistics.scalar_names()) + 3 * topology.num_experts
+        self._width = len(SCALARS) + len(LOADS) * topology.num_experts
         self._ring: Tensor | None = None
         self._next: Tensor | None = None
 
@@ -40,15 +40,14 @@ class LayerRecorder:
         if self._ring is None or self._next is None:
             # Ordinary tensors even where an engine records in inference mode: they outlive it.
             with torch.inference_mode(False):
-                self._ring = torch.zeros(self.steps, self._width, dtype=torch.float64, device=device)
+                self._ring = torch.zeros(self.steps, self._width, dtype=torch.int64, device=device)
                 self._next = torch.zeros(1, dtype=torch.int64, device=device)
         return self._ring, self._next
 
     def record(self, statistics: PlanStatistics) -> None:
         """Add one step."""
-        row = statistics.pack().detach()
-        ring, following = self.prepare(row.device)
-        ring.index_copy_(0, following % self.steps, row[None])
+        ring, following = self.prepare(statistics.record.device)
+        ring.index_copy_(0, following % self.steps, statistics.record[None])
         following += 1
 
     def clear(self) -> None:
@@ -99,7 +98,7 @@ def on_gpu(group: dist.ProcessGroup) -> bool:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Recorded steps of a layer, on the CPU: rows float64 [N, scalars + 3 E]."""
+    """Recorded steps of a layer, on the CPU: rows int64 [N, scalars + 3 E]."""
 
     rows: Tensor
     topology: Topology
@@ -107,10 +106,9 @@ class LayerReport:
 
     def __getattr__(self, name: str) -> Tensor:
         """Scalar ``name`` of ``PlanStatistics`` for every step, float64 [N]."""
-        names = PlanStatistics.scalar_names()
-        if name not in names:
-            raise AttributeError(f"LayerReport has no {name!r}; scalars: {', '.join(names)}")
-        return self.rows[:, names.index(name)]
+        if name not in SCALARS:
+            raise AttributeError(f"LayerReport has no {name!r}; scalars: {', '.join(SCALARS)}")
+        return scalar_of(self.rows, name)
 
     @property
     def prefill(self) -> LayerReport:
@@ -122,8 +120,8 @@ class LayerReport:
     def loads(self, when: str) -> Tensor:
         """Assignments by expert "before" or "after" planning, [N, E]; "visual": of visual tokens, before."""
         experts = self.topology.num_experts
-        visual, before, after = self.rows[:, -3 * experts :].split(experts, 1)
-        return {"visual": visual, "before": before, "after": after}[when]
+        loads = self.rows[:, len(SCALARS) :].view(-1, len(LOADS), experts)
+        return loads[:, LOADS.index(f"load_{when}")].double()
 
     def rank_loads(self, when: str) -> Tensor:
         """Assignments by rank, [N, R]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,44 +10,56 @@ from torch import Tensor
 from .capacity import LoadTable, loads_of
 from .fixed_point import MASS_UNIT, UNIT, to_fixed
 from .modality import Tokens
+from .ops import fused
+
+SCALARS: dict[str, int] = {
+    "sources": 1,
+    "planned": 1,
+    "tokens": 1,
+    "visual": 1,
+    "weight": UNIT,
+    "visual_weight": UNIT,
+    "nonfinite": 1,
+    "unmet": 1,
+    "kept": 1,
+    "rerouted": 1,
+    "dropped": 1,
+    "kept_mass": MASS_UNIT,
+    "rerouted_mass": MASS_UNIT,
+    "dropped_mass": MASS_UNIT,
+}
+"""What a plan did, in numbers, and the unit each is counted in, in the order of a record."""
+
+LOADS = "load_visual", "load_before", "load_after"
+
+
+def scalar_of(records: Tensor, name: str) -> Tensor:
+    """A number of ``SCALARS`` out of records int64 [..., scalars + 3 E]: float64 [...]."""
+    return records[..., list(SCALARS).index(name)].double() / SCALARS[name]
 
 
 @dataclass(frozen=True)
 class PlanStatistics:
     """What a plan did, on the plan's device; every field adds up over sources and ranks.
 
-    Scalars are float64. ``planned`` counts the sources that planned (0: all were left alone).
-    Masses are sums of combine weights. Loads [E] count assignments (rows), valid tokens' only: what
-    visual tokens asked for, what all asked for, and what they got.
+    record int64 [scalars + 3 E]: whole numbers, so that sums are exact in any order. Its numbers go by
+    name: each of ``SCALARS`` is a float64 scalar, ``planned`` the sources that planned (0: all were left
+    alone), masses sums of combine weights; ``load_visual``, ``load_before`` and ``load_after`` are int64
+    [E], valid tokens' assignments: what visual ones asked for, what all asked for, what they got.
     """
 
-    sources: Tensor
-    planned: Tensor
-    tokens: Tensor
-    visual: Tensor
-    weight: Tensor
-    visual_weight: Tensor
-    nonfinite: Tensor
-    unmet: Tensor
-    kept: Tensor
-    rerouted: Tensor
-    dropped: Tensor
-    kept_mass: Tensor
-    rerouted_mass: Tensor
-    dropped_mass: Tensor
-    load_visual: Tensor
-    load_before: Tensor
-    load_after: Tensor
+    record: Tensor
 
     @classmethod
     def scalar_names(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in fields(cls) if not f.name.startswith("load_"))
+        return tuple(SCALARS)
 
-    def pack(self) -> Tensor:
-        """float64 [scalars + 3 E]."""
-        scalars = torch.stack([getattr(self, name).double() for name in self.scalar_names()])
-        loads = torch.cat([self.load_visual, self.load_before, self.load_after])
-        return torch.cat([scalars, loads.double()])
+    def __getattr__(self, name: str) -> Tensor:
+        if name in SCALARS:
+            return scalar_of(self.record, name)
+        if name in LOADS:
+            return self.record[len(SCALARS) :].view(len(LOADS), -1)[LOADS.index(name)]
+        raise AttributeError(f"PlanStatistics has no {name!r}; it has {', '.join((*SCALARS, *LOADS))}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ class Outcome:
 KEPT, REROUTED, DROPPED, UNCOUNTED = range(4)
 
 
+@fused("statistics")
 def describe(
     tokens: Tokens, loads: LoadTable, experts: Tensor, weights: Tensor, outcome: Outcome
 ) -> PlanStatistics:
@@ -104,30 +117,31 @@ def describe(
     num_experts, top_k = loads.rows.shape[1], experts.shape[1]
     placed, rerouted = outcome.placed[:, :top_k], outcome.rerouted[:, :top_k]
     asked = tokens.valid[:, None] & (experts >= 0)
-    state = torch.where(rerouted, REROUTED, torch.where(placed < 0, DROPPED, KEPT))
-    state = torch.where(asked, state, UNCOUNTED).flatten()
-    counts = state.new_zeros(4).scatter_add(0, state, torch.ones_like(state))
-    mass = to_fixed(weights, MASS_UNIT).flatten()  # whole numbers, which add up in any order
-    masses = mass.new_zeros(4).scatter_add(0, state, mass) / MASS_UNIT
-    before = loads.rows.sum(0)
-    if outcome.placed.shape[1] > top_k:  # loads hold what the policy added too
-        before = loads_of(torch.where(asked, experts, -1), num_experts)
+    state = torch.where(rerouted, REROUTED, (placed < 0) * DROPPED)
+    state = state.masked_fill(~asked, UNCOUNTED).flatten()
+    mass = to_fixed(weights, MASS_UNIT).flatten()
+    both = torch.stack([torch.ones_like(mass), mass])
+    counts = both.new_zeros(2, 4).index_add_(1, state, both)[:, :UNCOUNTED]
+    visual = tokens.visual
+    scalars = (
+        torch.ones_like(outcome.active).sum(),
+        outcome.active.sum(),
+        loads.tokens.sum(),
+        visual.sum(),
+        loads.weight.sum(),
+        loads.visual_weight.sum(),
+        (~outcome.finite & tokens.valid).sum(),
+        (outcome.unmet & outcome.active).sum(),
+    )
+    after = outcome.placed.masked_fill(~tokens.valid[:, None], -1)
     return PlanStatistics(
-        sources=outcome.active.new_full((), outcome.active.numel(), dtype=torch.int64),
-        planned=outcome.active.sum(),
-        tokens=loads.tokens.sum(),
-        visual=tokens.visual.sum(),
-        weight=loads.weight.sum() / UNIT,
-        visual_weight=loads.visual_weight.sum() / UNIT,
-        nonfinite=(~outcome.finite & tokens.valid).sum(),
-        unmet=(outcome.unmet & outcome.active).sum(),
-        kept=counts[KEPT],
-        rerouted=counts[REROUTED],
-        dropped=counts[DROPPED],
-        kept_mass=masses[KEPT],
-        rerouted_mass=masses[REROUTED],
-        dropped_mass=masses[DROPPED],
-        load_visual=loads_of(torch.where(asked & tokens.visual[:, None], experts, -1), num_experts),
-        load_before=before,
-        load_after=loads_of(torch.where(tokens.valid[:, None], outcome.placed, -1), num_experts),
+        torch.cat(
+            [
+                torch.stack(scalars),
+                counts.flatten(),
+                loads_of(experts.masked_fill(~(asked & visual[:, None]), -1), num_experts),
+                loads_of(experts.masked_fill(~asked, -1), num_experts),
+                loads_of(after, num_experts),
+            ]
+        )
     )

@@ -6,29 +6,31 @@ S sources, R ranks, P pools.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .capacity import LoadTable, measure, pool_capacity, row_bound
+from .capacity import LoadTable, bounds_of, measure, pool_capacity, row_bound
 from .checks import FLOATS, expect
 from .config import MACSConfig
 from .fixed_point import MASS_UNIT, UNIT, to_fixed
 from .modality import KINDS, Tokens
 from .plan import Outcome, Plan, describe
 from .routing import (
-    EXEMPT_PRIORITY,
     UNBOUNDED,
     Demand,
     Placement,
+    ask,
     combine_weights,
     limit_drops,
-    order_of,
     place_admitted,
-    priority_of,
+    places_of,
     reroute,
 )
 from .topology import Topology
@@ -44,8 +46,42 @@ class Constants:
     affinity: Tensor  # float32 [E, E], similarity; 0 where rerouting may not go
     modality_bias: Tensor  # float64 [E]
     reachable: Tensor  # bool [E, E], where rerouting may go
+    bounds: Tensor  # float64 [2], ``bounds_of`` the settings
     places: Tensor  # int64 [S], where sources stand among those whose tokens meet
     local_experts: Tensor  # int64 [S, G], the experts on each source's own rank
+
+
+STEPS = (
+    "semantic weights",
+    "loads",
+    "capacities",
+    "order",
+    "admission",
+    "rerouting",
+    "combine weights",
+    "statistics",
+)
+"""What a plan is made of, in this order."""
+
+_watcher: ContextVar[Callable[[str], AbstractContextManager[Any]] | None] = ContextVar(
+    "macs_steps", default=None
+)
+
+
+@contextmanager
+def watching_steps(watcher: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within this block every step of a plan, one of ``STEPS``, runs inside ``watcher(step)``: for benchmarks
+    and counts."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def _step(name: str) -> AbstractContextManager[Any]:
+    watcher = _watcher.get()
+    return nullcontext() if watcher is None else watcher(name)
 
 
 class Planner:
@@ -131,52 +167,60 @@ class Planner:
             return self._untouched(experts, weights, tokens, statistics)
         constants = self._constants(hidden.device)
         asked, asked_weights = self._extend(experts, weights, scores, tokens, constants)
-        weight, finite = self._weights(hidden, tokens)
-        cost = weight if self.config.cost == "weight" else torch.full_like(weight, UNIT)
-        loads = measure(tokens, weight, cost, asked, len(self.topology.sources), self.topology.num_experts)
-        active = loads.tokens >= self.config.min_tokens
-        room, row_room = self._room(loads, active, constants)
-        demand = self._demand(asked, scores, weight, cost, tokens, constants)
-
-        bounded = self._bounds_rows and not self.config.pools_rows
-        placement = place_admitted(demand, Placement(asked, room, row_room if bounded else None))
+        with _step("semantic weights"):
+            weight, finite = self._weights(hidden, tokens)
+            cost = weight if self.config.cost == "weight" else torch.full_like(weight, UNIT)
+        with _step("loads"):
+            sources, count = len(self.topology.sources), self.topology.num_experts
+            loads = measure(tokens, weight, cost, asked, sources, count)
+        with _step("capacities"):
+            active = loads.tokens >= self.config.min_tokens
+            start = Placement(asked, *self._room(loads, active, constants))
+        with _step("order"):
+            demand = self._demand(asked, scores, weight, cost, tokens, constants)
+        with _step("admission"):
+            placement = place_admitted(demand, start)
         if self.config.reroute != "none":
-            rounds, rule = self.config.reroute_rounds, self.config.priority
-            placement = reroute(demand, placement, constants.affinity, rounds, rule)
-        unmet = torch.zeros_like(active)
+            with _step("rerouting"):
+                rounds, rule = self.config.reroute_rounds, self.config.priority
+                placement = reroute(demand, placement, constants.affinity, rounds, rule)
+        placement, unmet = self._guarded(demand, placement, weights)
+        with _step("combine weights"):
+            combined, rerouted = combine_weights(demand, placement.experts, asked_weights, self.top_k)
+            placed, combined = self._finished(placement.experts, combined, tokens, active)
+        if not statistics:
+            return Plan(placed, combined, rerouted, None)
+        with _step("statistics"):
+            outcome = Outcome(placed, rerouted, active, unmet, finite)
+            return Plan(placed, combined, rerouted, describe(tokens, loads, experts, weights, outcome))
+
+    def _guarded(self, demand: Demand, placement: Placement, weights: Tensor) -> tuple[Placement, Tensor]:
+        """The placement within ``max_drop``, and for which sources a guard could not be met, bool [S]."""
+        unmet = torch.zeros(len(placement.room), dtype=torch.bool, device=weights.device)
         if self.config.max_drop is not None:
             own = demand.planned[:, : self.top_k]
             mass = torch.where(own, to_fixed(weights, MASS_UNIT), 0)
-            mass = functional.pad(mass, (0, asked.shape[1] - self.top_k))
+            mass = functional.pad(mass, (0, placement.experts.shape[1] - self.top_k))
             # max_drop takes precedence over a target, but not over the hard bound on rows.
-            placement, unmet = limit_drops(
-                demand, placement, mass, self.config.max_drop, self.config.max_load_factor is not None
-            )
+            hard = self.config.max_load_factor is not None
+            placement, unmet = limit_drops(demand, placement, mass, self.config.max_drop, hard)
         if self._bounds_rows:
             left = placement.room if placement.row_room is None else placement.row_room
             unmet = unmet | (left < 0).any(1)
+        return placement, unmet
 
-        placed, placed_weights = (
-            placement.experts,
-            combine_weights(demand, placement.experts, asked_weights, self.top_k),
-        )
+    def _finished(
+        self, placed: Tensor, combined: Tensor, tokens: Tokens, active: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Where assignments end and with what combine weights, [T, k'] each: of padding, and of sources that
+        do not plan, whose added experts are nobody's."""
         if self.config.drop_padding:
             padding = (active[tokens.source] & ~tokens.valid)[:, None]
-            placed = torch.where(padding, -1, placed)
-            placed_weights = torch.where(padding, 0, placed_weights)
+            placed, combined = placed.masked_fill(padding, -1), combined.masked_fill(padding, 0)
         if placed.shape[1] > self.top_k:
-            # A source that does not plan holds what the router chose.
-            held = active[tokens.source][:, None] | self._own(placed)
-            placed = torch.where(held, placed, -1)
-            placed_weights = torch.where(held, placed_weights, 0)
-        rerouted = demand.planned & (placed >= 0) & (placed != asked)
-        outcome = Outcome(placed, rerouted, active, unmet, finite)
-        return Plan(
-            placed,
-            placed_weights,
-            rerouted,
-            describe(tokens, loads, experts, weights, outcome) if statistics else None,
-        )
+            added = ~(active[tokens.source][:, None] | self._own(placed))
+            placed, combined = placed.masked_fill(added, -1), combined.masked_fill(added, 0)
+        return placed, combined
 
     def _own(self, placed: Tensor) -> Tensor:
         """The router's own columns: bool [k']."""
@@ -232,6 +276,7 @@ class Planner:
                 affinity=self._similarity.cpu() * reachable,
                 modality_bias=self._bias,
                 reachable=reachable,
+                bounds=bounds_of(self.config),
                 places=torch.tensor(topology.places),
                 local_experts=by_rank[torch.tensor(topology.sources)],
             )
@@ -259,18 +304,18 @@ class Planner:
             )
         entropy = feature_entropy(hidden)
         weight = entropy_weights(entropy, tokens.visual, group, groups, config.entropy_sharpness)
-        return weight, torch.isfinite(entropy)
+        return weight, entropy == entropy
 
     @property
     def _bounds_rows(self) -> bool:
         """Whether there is a bound on the rows of a rank."""
         return self.config.max_load_factor is not None or self.config.target_straggler is not None
 
-    def _room(self, loads: LoadTable, active: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
-        """Capacity of each pool [S, P] and rows of each rank [S, R]; unbounded where a source is not
-        active, bool [S]."""
+    def _room(self, loads: LoadTable, active: Tensor, constants: Constants) -> tuple[Tensor, Tensor | None]:
+        """Capacity of each pool [S, P], and rows of each rank [S, R] where they have a bound of their own;
+        unbounded where a source is not active, bool [S]."""
         config, ranks = self.config, self.topology.num_ranks
-        row_room = row_bound(loads, config, self.top_k, ranks, constants.places)
+        row_room = row_bound(loads.tokens, constants.places, constants.bounds, self.top_k, ranks)
         if config.pools_rows:
             room = row_room * UNIT
         else:
@@ -285,8 +330,11 @@ class Planner:
                 ranks,
                 row_room,
             )
-        plans = active[:, None]
-        return torch.where(plans, room, UNBOUNDED), torch.where(plans, row_room, UNBOUNDED)
+        idle = ~active[:, None]
+        room = room.masked_fill(idle, UNBOUNDED)
+        if self._bounds_rows and not config.pools_rows:
+            return room, row_room.masked_fill(idle, UNBOUNDED)
+        return room, None
 
     def _demand(
         self,
@@ -298,26 +346,17 @@ class Planner:
         constants: Constants,
     ) -> Demand:
         """What the tokens ask for: experts [T, k'], in the order of their priority."""
-        real = experts >= 0
-        own = experts.clamp(min=0)
-        # A token's own choices come before those a policy adds, then the lower expert.
-        spread = self.topology.num_experts
-        order = own
-        if experts.shape[1] > self.top_k:
-            spread, order = 2 * spread, own + spread * ~self._own(experts)
-        priority = priority_of(scores.gather(1, own), weight, self.config.priority)
-        priority = priority.masked_fill(tokens.exempt[:, None], EXEMPT_PRIORITY)
-        places = len(experts) * spread
+        order, planned = ask(experts, scores, weight, tokens, self.config.priority, self.top_k)
         return Demand(
             experts=experts,
             scores=scores,
             weight=weight,
             cost=cost,
             same_cost=self.config.cost == "one",
-            order=order_of(priority, tokens.position[:, None] * spread + order, places),
-            places=places,
+            order=order,
+            places=places_of(*scores.shape, experts.shape[1] > self.top_k),
             tokens=tokens,
-            planned=real & tokens.valid[:, None],
+            planned=planned,
             pool_of_expert=constants.pool_of_expert,
             rank_of_expert=constants.rank_of_expert,
         )

@@ -27,7 +27,6 @@ LAST = (1 << 63) - 1
 """After every order."""
 
 
-@fused("rerouting")
 def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:
     """Admission priority by rule "score" or "product" (with the weight).
 
@@ -45,6 +44,34 @@ def order_of(priority: Tensor, place: Tensor, places: int) -> Tensor:
     priority in 0..EXEMPT_PRIORITY, place in 0..places-1, of the same shape.
     """
     return ((EXEMPT_PRIORITY - priority) << place_bits(places)) | place
+
+
+@fused("order")
+def ask(
+    experts: Tensor, scores: Tensor, weight: Tensor, tokens: Tokens, rule: str, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """In which order assignments are admitted, int64 [T, k'], and which are planned at all, bool [T, k'].
+
+    experts int64 [T, k'] (-1: none), scores [T, E], weight int64 [T]. By falling ``priority_of``, exempt
+    tokens first; then by the token's position, a token's own ``top_k`` before those a policy adds, then by
+    the expert: ``order_of`` with ``places_of`` places.
+    """
+    own, count = experts.clamp(min=0), scores.shape[1]
+    priority = priority_of(scores.gather(1, own), weight, rule)
+    priority = priority.masked_fill(tokens.exempt[:, None], EXEMPT_PRIORITY)
+    place = own
+    if experts.shape[1] > top_k:
+        place = own + count * (torch.arange(experts.shape[1], device=own.device) >= top_k)
+    spread = places_of(1, count, experts.shape[1] > top_k)
+    order = order_of(
+        priority, tokens.position[:, None] * spread + place, places_of(*scores.shape, spread > count)
+    )
+    return order, (experts >= 0) & tokens.valid[:, None]
+
+
+def places_of(tokens: int, experts: int, adds: bool) -> int:
+    """How many places there are for a policy that adds assignments, or does not."""
+    return tokens * experts * (2 if adds else 1)
 
 
 def place_bits(places: int) -> int:
@@ -307,8 +334,10 @@ def limit_drops(
     return _taken(demand, limited, torch.where(back, demand.experts, -1)), excess > by_source(back)
 
 
-def combine_weights(demand: Demand, placed: Tensor, weights: Tensor, top_k: int) -> Tensor:
-    """Combine weights of the placed assignments, float [T, k'], 0 where dropped.
+@fused("combine")
+def combine_weights(demand: Demand, placed: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Combine weights of the placed assignments, float [T, k'], 0 where dropped, and which of them were
+    rerouted, bool [T, k'].
 
     Kept ones pass through untouched. A rerouted one gets ``weight_of_score`` of its new expert. The
     router's own columns are the first ``top_k``.
@@ -316,7 +345,8 @@ def combine_weights(demand: Demand, placed: Tensor, weights: Tensor, top_k: int)
     changed = demand.planned & (placed != demand.experts)
     candidate = demand.scores.gather(1, placed.clamp(min=0))
     moved = weight_of_score(candidate, demand.experts[:, :top_k], weights[:, :top_k], demand.scores)
-    return torch.where(changed, torch.where(placed >= 0, moved, 0), weights)
+    rerouted = changed & (placed >= 0)
+    return torch.where(changed, moved * rerouted, weights), rerouted
 
 
 def weight_of_score(score: Tensor, experts: Tensor, weights: Tensor, scores: Tensor) -> Tensor:

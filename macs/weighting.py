@@ -59,16 +59,19 @@ def normalize_entropy(entropy: Tensor, included: Tensor, group: Tensor, groups: 
 
     Moments are integer sums, so they do not depend on the order of the tokens.
     """
-    fixed = torch.where(included, to_fixed(entropy, ENTROPY_UNIT), 0)
-    zeros = torch.zeros(groups, dtype=torch.int64, device=entropy.device)
-    count = zeros.scatter_add(0, group, included.long()).clamp(min=1)
-    mean = zeros.scatter_add(0, group, fixed).double() / count
-    # Deviations from the *rounded* mean are integers; the remainder is put right afterwards.
+    fixed = to_fixed(entropy, ENTROPY_UNIT) * included
+    moments = torch.zeros(3, groups, dtype=torch.int64, device=entropy.device)
+    moments = moments.index_add_(1, group, torch.stack([included.long(), fixed, fixed * fixed]))
+    number, total, square = moments.unbind()
+    count = number.clamp(min=1)
+    mean = total.double() / count
+    # Deviations from the *rounded* mean are whole numbers, and the sum of their squares follows from the
+    # moments exactly; the remainder is put right afterwards.
     center = mean.round()
-    deviation = torch.where(included, fixed - center.long()[group], 0)
-    square = zeros.scatter_add(0, group, deviation * deviation).double() / count
+    whole = center.long()
+    square = (square - whole * (2 * total - whole * number)).double() / count
     sigma = (square - (mean - center) ** 2).clamp(min=0).sqrt() / ENTROPY_UNIT
-    scale = torch.where(sigma < FLAT_SPREAD, 0.0, 1 / (sigma + EPSILON))
+    scale = (1 / (sigma + EPSILON)).masked_fill(sigma < FLAT_SPREAD, 0.0)
     return ((fixed.double() - mean[group]) / ENTROPY_UNIT * scale[group]).float()
 
 
@@ -88,14 +91,14 @@ def relative_weights(
     """w = 2 u sigmoid(delta v~) for visual tokens, 1 for the others, in fixed point.
 
     value float32 [T], normalised to v~ within its group as entropy is, visual bool [T], group int64 [T];
-    usual: what a token in the middle weighs -> int64 [T] in 1..UNIT. A visual token whose value is not
-    finite gets the lowest weight and has no say in the moments.
+    usual: what a token in the middle weighs -> int64 [T] in 1..UNIT. A visual token whose value is NaN
+    gets the lowest weight and has no say in the moments.
     """
-    finite = torch.isfinite(value)
+    finite = value == value
     normalized = normalize_entropy(value, visual & finite, group, groups)
     share = 2 * usual * torch.sigmoid(sharpness * normalized)
     weight = to_fixed(share, UNIT).clamp(1, UNIT)
-    return torch.where(visual, torch.where(finite, weight, 1), UNIT)
+    return weight.masked_fill(~finite, 1).masked_fill(~visual, UNIT)
 
 
 def distinct_weights(
@@ -112,7 +115,7 @@ def distinct_weights(
     """
     distinct = distinctness(hidden, tokens.visual, tokens.source, sources)
     weight = relative_weights(distinct, tokens.visual, *group, sharpness, usual)
-    return weight, torch.isfinite(distinct)
+    return weight, distinct == distinct
 
 
 @fused("features")

@@ -58,6 +58,7 @@ from moe_layers import (
     over_ranks,
     run_experts,
     same_output,
+    settle,
     together,
 )
 from rich.console import Console
@@ -83,7 +84,17 @@ from workloads import (
     with_visual_share,
 )
 
-from macs import Modality, Plan, PlanStatistics, Tokens, Topology, build_policy, loads_of, planner
+from macs import (
+    STEPS,
+    Modality,
+    Plan,
+    PlanStatistics,
+    Tokens,
+    Topology,
+    build_policy,
+    loads_of,
+    watching_steps,
+)
 from macs.files import output_file, output_folder
 from macs.ops import has_triton, kernels
 from macs.weighting import feature_entropy
@@ -416,7 +427,7 @@ def _checked(side: Side, step: Step, batch: Batch, stock: Any, oracle: Oracle, d
     assert plan is not None
     topology = side.macs.topology
     sent = over_ranks(sent_by(plan, topology, topology.sources[0]))
-    done.add(over_ranks(plan.statistics.pack()), side.shape.experts, sent)
+    done.add(over_ranks(plan.statistics.record), side.shape.experts, sent)
     routed = torch.equal(plan.statistics.load_before.cpu(), loads_of(batch.experts, side.shape.experts))
     good = routed and sound(plan, side.shape)
     good &= same_output(output, oracle(hidden, plan))
@@ -740,7 +751,7 @@ def _virtual_workload(
                 good[title] &= sound(plan, shape)
                 if title != VANILLA and rank == 0:
                     measured[title] += median_of(work, 3)
-                statistics_of.append(plan.statistics.pack())
+                statistics_of.append(plan.statistics.record)
                 parts.append(plan.statistics.load_after)
                 sent = sent + sent_by(plan, Topology(shape.experts, ranks), rank).cpu()
             done[title].add(torch.stack(statistics_of).sum(0), shape.experts, sent)
@@ -827,32 +838,16 @@ def _tensors(value: Any) -> list[Tensor]:
     return [one for one in torch.utils._pytree.tree_leaves(value) if isinstance(one, Tensor)]
 
 
-PARTS = {
-    "semantic weights": (planner.Planner, "_weights"),
-    "loads": (planner, "measure"),
-    "capacities": (planner.Planner, "_room"),
-    "priorities": (planner, "priority_of"),
-    "admission": (planner, "place_admitted"),
-    "rerouting": (planner, "reroute"),
-    "combine weights": (planner, "combine_weights"),
-    "statistics": (planner, "describe"),
-}
-
-
 @contextlib.contextmanager
-def clocked_parts(spent: dict[str, float]) -> Iterator[None]:
-    """Adds up what the planner's parts take within the block."""
-    with contextlib.ExitStack() as stack:
-        for part, (owner, name) in PARTS.items():
-            real = getattr(owner, name)
-
-            def clock(*args: Any, real: Any = real, part: str = part, **kwargs: Any) -> Any:
-                found: list[Any] = []
-                spent[part] = spent.get(part, 0.0) + milliseconds(lambda: found.append(real(*args, **kwargs)))
-                return found[0]
-
-            stack.enter_context(mock.patch.object(owner, name, clock))
+def clocked(spent: dict[str, float], step: str) -> Iterator[None]:
+    """Adds up what a step of a plan takes."""
+    settle()
+    started = time.perf_counter()
+    try:
         yield
+    finally:
+        settle()
+        spent[step] = spent.get(step, 0.0) + (time.perf_counter() - started) * 1e3
 
 
 def planned_alone(
@@ -903,7 +898,7 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
             parts: list[dict[str, float]] = []
             for _ in range(arguments.repeats):
                 parts.append({})
-                with clocked_parts(parts[-1]):
+                with watching_steps(partial(clocked, parts[-1])):
                     work()
             with Watch() as watch:
                 work()
@@ -914,7 +909,7 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
                     (mine + other) / layer
                     for mine, other, layer in zip(spent[title], beside[title], layers, strict=True)
                 ),
-                "parts": {part: statistics.median(one.get(part, 0.0) for one in parts) for part in PARTS},
+                "parts": {part: statistics.median(one.get(part, 0.0) for one in parts) for part in STEPS},
                 "operators": watch.operators,
                 "bytes_a_token": watch.peak / shape.tokens,
             }
@@ -1038,7 +1033,7 @@ def _show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None
     line("in and out of Megatron, ms", lambda one: f"{one['around_ms']:.1f}")
     line("both, share of a vanilla layer", lambda one: f"{one['share']:.1%}")
     table.add_section()
-    for part in PARTS:
+    for part in STEPS:
         line(f"{part}, ms", lambda one, part=part: f"{one['parts'][part]:.2f}")
     table.add_section()
     line("torch operators", lambda one: f"{one['operators']}")

@@ -218,10 +218,16 @@ def over_ranks(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
     return value.cpu()
 
 
+def settle() -> None:
+    """Wait for what a GPU has queued."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def milliseconds(work: Callable[[], Any]) -> float:
     """Of one call on this process: by the clock, or by events on a GPU."""
+    settle()  # what is queued before is not its own
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # what is queued before is not its own
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
         work()

@@ -1,9 +1,10 @@
-"""Admission by counting: exactly its twin in ``macs.routing``, which sorts.
+"""Admission by searching: exactly its twin in ``macs.routing``, which sorts.
 
-What a pool admits is all that comes before one key, the first that does not fit. That key is found digit
-by digit: of the assignments that share the digits found so far, the cost is summed by the next digit, and
-the first digit at which the running sum passes what is left of the capacity is the key's. A few passes
-over the assignments, four for a rank's usual tokens and pools, and integers all along.
+What a pool admits is all that comes before one order, the first that does not fit. One program a pool finds
+it: of the orders in which it may lie, the cost is summed by so many even steps, and the first step at which
+the running sum passes what is left of the capacity is searched next. Each pass divides what is left of
+the range by ``BINS``, from the lowest to the highest order of the pool on; pools with room for all make
+none. Integers all along.
 """
 
 from __future__ import annotations
@@ -14,73 +15,76 @@ import triton.language as tl
 from torch import Tensor
 
 from ..routing import Queue, order_bits
+from .shared import power_of_2
 
-BLOCK = 512
-"""Assignments of one program."""
+BINS = 256
+"""Steps that the cost is summed by."""
+BLOCK = 4096
+"""Assignments that a program looks at together."""
 
 
 def admit(queue: Queue, capacity: Tensor) -> Tensor:
-    """Two launches a digit, and one to compare."""
+    """One launch."""
     count, pools, device = len(queue.pool), len(capacity), queue.device
+    order_bits(queue.places, pools)  # for its error
     admitted = torch.empty(count, dtype=torch.bool, device=device)
-    if not count:
-        return admitted
-    # Histograms of a megabyte at most: all of it stays in cache.
-    digit = min(11, max(4, 17 - pools.bit_length()))
-    steps = triton.cdiv(order_bits(queue.places, pools), digit)
-    tensors = tuple(one.contiguous() for one in (queue.pool, queue.order, queue.cost))
-    room = capacity.clone(memory_format=torch.contiguous_format)
-    found = torch.zeros(pools, dtype=torch.int64, device=device)
-    histogram = torch.zeros(pools, 1 << digit, dtype=torch.int64, device=device)
-    grid = (triton.cdiv(count, BLOCK),)
-    form = {"BLOCK": BLOCK}
-    for step in reversed(range(steps)):
-        _count[grid](*tensors, found, histogram, count, pools, step * digit, DIGIT=digit, **form)
-        _narrow[(pools,)](found, room, histogram, DIGIT=digit)
-    _compare[grid](*tensors[:2], found, admitted, count, pools, **form)
+    if count:
+        histogram = torch.empty(pools, BINS, dtype=torch.int64, device=device)
+        tensors = (queue.pool, queue.order, queue.cost, capacity)
+        _admit[(pools + 1,)](
+            *(one.contiguous() for one in tensors), histogram, admitted, count, pools,
+            BINS=BINS, BLOCK=min(BLOCK, max(256, power_of_2(count))), num_warps=8,
+        )  # fmt: skip
     return admitted
 
 
 # Numbers that follow the batch's size are no part of what is compiled: one form serves every size.
-@triton.jit(do_not_specialize=["count", "left"])
-def _count(
-    pool, order, cost, found, histogram, count, pools, left, DIGIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Cost by pool and next digit, of the assignments whose digits so far are those found."""
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = token < count
-    of = tl.load(pool + token, mask=here, other=0)
-    takes = here & (of < pools)
-    key = tl.load(order + token, mask=takes, other=0) >> left
-    takes = takes & ((key >> DIGIT) == tl.load(found + of, mask=takes, other=-1))
-    price = tl.load(cost + token, mask=takes, other=0)
-    cell = (of << DIGIT) + (key & ((1 << DIGIT) - 1))
-    tl.atomic_add(histogram + cell, price, mask=takes, sem="relaxed")
-
-
-@triton.jit
-def _narrow(found, room, histogram, DIGIT: tl.constexpr):
-    """The next digit of a pool's key, the room left before it, and an empty histogram again.
-
-    Where everything fits the digit is one past the last, which no assignment has, then or later.
-    """
-    pool = tl.program_id(0)
-    digit = tl.arange(0, 1 << DIGIT)
-    row = histogram + (pool << DIGIT) + digit
-    cost = tl.load(row)
-    left = tl.load(room + pool)
-    fits = tl.cumsum(cost, 0) <= left
-    tl.store(found + pool, (tl.load(found + pool) << DIGIT) + tl.sum(fits.to(tl.int64), 0))
-    tl.store(room + pool, left - tl.sum(tl.where(fits, cost, 0), 0))
-    tl.store(row, tl.zeros([1 << DIGIT], tl.int64))
-
-
 @triton.jit(do_not_specialize=["count"])
-def _compare(pool, order, found, admitted, count, pools, BLOCK: tl.constexpr):
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = token < count
-    of = tl.load(pool + token, mask=here, other=0)
-    takes = here & (of < pools)
-    limit = tl.load(found + of, mask=takes, other=0)
-    fits = ~takes | (tl.load(order + token, mask=takes, other=0) < limit)
-    tl.store(admitted + token, fits, mask=here)
+def _admit(
+    pool, order, cost, capacity, histogram, admitted, count, pools, BINS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One pool's; the program after the last admits what takes no part."""
+    LAST: tl.constexpr = 9223372036854775807
+    mine = tl.program_id(0)
+    place = tl.arange(0, BLOCK)
+    low, high = tl.full((), LAST, tl.int64), tl.full((), -1, tl.int64)
+    total = tl.zeros((), tl.int64)
+    for start in range(0, count, BLOCK):
+        item = start + place
+        takes = tl.load(pool + item, mask=item < count, other=-1) == mine
+        own = tl.load(order + item, mask=takes, other=0)
+        total += tl.sum(tl.load(cost + item, mask=takes, other=0), 0)
+        low = tl.minimum(low, tl.min(tl.where(takes, own, LAST), 0))
+        high = tl.maximum(high, tl.max(tl.where(takes, own, -1), 0))
+    left = tl.load(capacity + mine, mask=mine < pools, other=LAST)
+    limit = high + 1
+    if total > left:
+        bin_of = tl.arange(0, BINS)
+        row = histogram + mine * BINS + bin_of
+        while low < high:
+            shift = tl.zeros((), tl.int64)
+            while ((high - low) >> shift) >= BINS:
+                shift += 1
+            tl.store(row, tl.zeros([BINS], tl.int64))
+            tl.debug_barrier()
+            for start in range(0, count, BLOCK):
+                item = start + place
+                takes = tl.load(pool + item, mask=item < count, other=-1) == mine
+                own = tl.load(order + item, mask=takes, other=-1)
+                takes = takes & (own >= low) & (own <= high)
+                price = tl.load(cost + item, mask=takes, other=0)
+                step = tl.where(takes, (own - low) >> shift, 0)
+                tl.atomic_add(histogram + mine * BINS + step, price, mask=takes, sem="relaxed")
+            tl.debug_barrier()
+            asked = tl.load(row, volatile=True)
+            fits = tl.cumsum(asked, 0) <= left
+            tl.debug_barrier()
+            left -= tl.sum(tl.where(fits, asked, 0), 0)
+            low += tl.sum(fits.to(tl.int64), 0) << shift
+            high = tl.minimum(high, low + (1 << shift) - 1)
+        limit = low
+    for start in range(0, count, BLOCK):
+        item = start + place
+        takes = tl.load(pool + item, mask=item < count, other=-1) == mine
+        own = tl.load(order + item, mask=takes, other=0)
+        tl.store(admitted + item, own < limit, mask=takes)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..weighting import DISTINCT_UNIT, STEPS, in_steps
+from ..weighting import DISTINCT_UNIT, STEPS
 from .shared import finite, power_of_2, rint
 
 LOWEST = tl.constexpr(-3.4028234e38)
@@ -70,23 +70,23 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
         return distinct
     block, parts = min(512, power_of_2(size)), triton.cdiv(count, PARTIAL_ROWS)
     inverse = torch.empty(count, dtype=torch.float32, device=device)
-    partial = torch.empty(parts, sources, size, dtype=torch.float32, device=device)
+    total = torch.zeros(sources, size, dtype=torch.int64, device=device)
     _directions[(parts, sources)](
-        hidden, visual.contiguous(), source.contiguous(), inverse, partial,
-        count, size, hidden.stride(0), sources, STEPS=STEPS, ROWS=PARTIAL_ROWS, BLOCK=block,
+        hidden, visual.contiguous(), source.contiguous(), inverse, total,
+        count, size, hidden.stride(0), STEPS=STEPS, ROWS=PARTIAL_ROWS, BLOCK=block,
     )  # fmt: skip
-    mean = in_steps(partial.sum(0, dtype=torch.float64))
     rows = max(1, 2048 // block)
     _unlike[(triton.cdiv(count, rows),)](
-        hidden, mean, visual.contiguous(), source.contiguous(), inverse, distinct,
-        count, size, hidden.stride(0), UNIT=DISTINCT_UNIT, STEPS=STEPS, ROWS=rows, BLOCK=block,
+        hidden, total, visual.contiguous(), source.contiguous(), inverse, distinct,
+        count, size, hidden.stride(0), sources,
+        UNIT=DISTINCT_UNIT, STEPS=STEPS, ROWS=rows, BLOCK=block, SOURCES=power_of_2(sources),
     )  # fmt: skip
     return distinct
 
 
 @triton.jit(do_not_specialize=["count"])
 def _directions(
-    hidden, visual, source, inverse, partial, count, size, stride, sources,
+    hidden, visual, source, inverse, total, count, size, stride,
     STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """STEPS / |z| of every token, and the sum of z STEPS / |z|, in whole numbers, over a program's visual
@@ -113,29 +113,43 @@ def _directions(
         column = start + tl.arange(0, BLOCK)
         inside = mine[:, None] & (column < size)[None, :]
         z = tl.load(start_of[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        place = (part * sources + of_source).to(tl.int64) * size + column
-        tl.store(partial + place, tl.sum(rint(z * share[:, None]), 0), mask=column < size)
+        steps = tl.sum(rint(z * share[:, None]), 0).to(tl.int64)
+        tl.atomic_add(total + of_source * size + column, steps, mask=column < size, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["count"])
 def _unlike(
-    hidden, mean, visual, source, inverse, distinct, count, size, stride,
-    UNIT: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    hidden, total, visual, source, inverse, distinct, count, size, stride, sources,
+    UNIT: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
+    """The mean direction of a source is that of its total, in steps; its length every program finds by
+    itself, in the same order."""
+    each = tl.arange(0, SOURCES)
+    square = tl.zeros([SOURCES], tl.float64)
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (each < sources)[:, None] & (column < size)[None, :]
+        sums = tl.load(total + each[:, None] * size + column[None, :], mask=inside, other=0).to(tl.float64)
+        square += tl.sum(sums * sums, 1)
+    length = tl.maximum(tl.sqrt(square), 1e-12)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < count
     over = tl.load(inverse + row, mask=here, other=0.0)
     known = here & finite(over)
     seen = known & tl.load(visual + row, mask=here, other=0).to(tl.int1)
     start_of = hidden + row.to(tl.int64) * stride
-    mean_of = mean + tl.load(source + row, mask=here, other=0) * size
+    of = tl.load(source + row, mask=here, other=0)
+    own = tl.sum(tl.where(of[:, None] == each[None, :], length[None, :], 0.0), 1)
+    total_of = total + of * size
     near = tl.zeros([ROWS], tl.float32)
     for start in range(0, size, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = seen[:, None] & (column < size)[None, :]
         z = tl.load(start_of[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
         steps = rint(z * over[:, None])
-        near += tl.sum(steps * tl.load(mean_of[:, None] + column[None, :], mask=inside, other=0.0), 1)
+        sums = tl.load(total_of[:, None] + column[None, :], mask=inside, other=0).to(tl.float64)
+        mean = rint(sums / tl.where(seen, own, 1.0)[:, None] * STEPS).to(tl.float32)
+        near += tl.sum(steps * mean, 1)
     told = rint((1 - tl.div_rn(near, STEPS * STEPS * 1.0)) * UNIT) / UNIT
     told = tl.where(seen, told, 0.0)
     tl.store(distinct + row, tl.where(known, told, float("nan")), mask=here)

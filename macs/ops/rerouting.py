@@ -1,4 +1,4 @@
-"""Kernels for priorities and proposals: exactly their twins in ``macs.routing``."""
+"""Kernels of rerouting: exactly their twin in ``macs.routing``."""
 
 from __future__ import annotations
 
@@ -10,123 +10,97 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fixed_point import PRIORITY_BITS, UNIT
-from .shared import power_of_2, rint
+from .order import RULES, _priority
+from .shared import power_of_2
 
 if TYPE_CHECKING:
     from ..routing import Demand, Placement
 
-RULES = {"score": 0, "product": 1}
 TILE = 2048
 """Scores that one program looks at together."""
-
-
-@triton.jit
-def _priority(score, weight, RULE: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr):
-    """Priority by rule of a score and a weight in fixed point."""
-    share = weight.to(tl.float64) / UNIT
-    value = score.to(tl.float64)
-    if RULE == 1:
-        value = share * value
-    value = tl.where(value == value, value, 0.0)
-    value = tl.minimum(tl.maximum(value, 0.0), 1.0)
-    return rint(value * SCALE).to(tl.int64)
-
-
-def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:
-    """One launch."""
-    count, k = score.shape
-    told = torch.empty(count, k, dtype=torch.int64, device=score.device)
-    if count and k:
-        block = 1024
-        _priorities[(triton.cdiv(count * k, block),)](
-            score.contiguous(), weight.contiguous(), told, count * k, k,
-            RULE=RULES[rule], UNIT=UNIT, SCALE=1 << PRIORITY_BITS, BLOCK=block,
-        )  # fmt: skip
-    return told
-
-
-@triton.jit(do_not_specialize=["total"])
-def _priorities(
-    score, weight, told, total, k,
-    RULE: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = place < total
-    value = tl.load(score + place, mask=here, other=0.0)
-    heavy = tl.load(weight + place // k, mask=here, other=0)
-    tl.store(told + place, _priority(value, heavy, RULE, UNIT, SCALE), mask=here)
+SETTLED = 512
+"""Proposals of one program."""
 
 
 def reroute(demand: Demand, placement: Placement, affinity: Tensor, rounds: int, rule: str) -> Placement:
-    """A launch for the proposals of a round, and those of admission."""
-    from ..routing import LAST, Placement, Queue, admit, less, pools_of
+    """A round is three launches: what tokens ask for, who of them is admitted, and what that changes; with a
+    bound on rows a few more."""
+    from ..routing import EXEMPT_PRIORITY, LAST, Placement, Queue, admit, place_bits
 
-    source, cost, one = demand.tokens.source, demand.cost, torch.ones_like(demand.cost)
-    placed, room, row_room = placement.experts, placement.room, placement.row_room
+    count, k = placement.experts.shape
+    source, num_experts, places = demand.tokens.source, demand.scores.shape[1], len(placement.experts)
+    placed, room, row_room = (
+        None if one is None else one.clone(memory_format=torch.contiguous_format)
+        for one in (placement.experts, placement.room, placement.row_room)
+    )
+    assert placed is not None and room is not None
+    if not count:
+        return Placement(placed, room, row_room)
     queue = demand.order.masked_fill(~(demand.planned & (placed < 0)), LAST)
+    bounded = row_room is not None
+    rows = room if row_room is None else row_room
+    # Each by itself: slices of one would begin where memory is not aligned, and be compiled for that too.
+    expert, column, order, pool, row_pool = (
+        torch.empty(count, dtype=torch.int64, device=queue.device) for _ in range(5)
+    )
+    width = power_of_2(num_experts)
+    tokens = max(1, TILE // width)
+    read = tuple(
+        one.contiguous()
+        for one in (
+            demand.experts, demand.scores, affinity, source, demand.tokens.position, demand.cost,
+            demand.weight, demand.pool_of_expert, demand.rank_of_expert,
+        )
+    )  # fmt: skip
+    cost, one_row = demand.cost.contiguous(), torch.ones_like(demand.cost) if bounded else demand.cost
     for _ in range(rounds):
-        expert, column, order = _proposals(demand, placed, queue, room, row_room, affinity, rule)
-        accepted = expert >= 0
-        bounds = [(demand.pool_of_expert, room, cost)]
-        if row_room is not None:
-            bounds.append((demand.rank_of_expert, row_room, one))
-        for of_expert, left, price in bounds:
-            pool = pools_of(expert, accepted, of_expert, source, left)[:, 0]
-            fits = admit(Queue(pool, order[:, 0], price, len(placed)), left.flatten())
-            accepted = accepted & fits[:, None]
-        first = queue.gather(1, column)
-        queue = queue.scatter(1, column, first.masked_fill(accepted | (expert < 0), LAST))
-        placed = placed.scatter(1, column, torch.where(accepted, expert, placed.gather(1, column)))
-        taken = expert.masked_fill(~accepted, -1)
-        room = less(room, source, demand.pool_of_expert, taken, cost)
-        if row_room is not None:
-            row_room = less(row_room, source, demand.rank_of_expert, taken, one)
+        _propose[(triton.cdiv(count, tokens),)](
+            *read, placed, queue, room, rows, expert, column, order, pool, row_pool,
+            count, k, num_experts, room.shape[1], rows.shape[1], room.numel(), rows.numel(),
+            place_bits(places), RULE=RULES[rule], BOUNDED=bounded, UNIT=UNIT, SCALE=1 << PRIORITY_BITS,
+            TOP=EXEMPT_PRIORITY, TOKENS=tokens, K=power_of_2(k), EXPERTS=width,
+        )  # fmt: skip
+        admitted = admit(Queue(pool, order, cost, places), room.flatten())
+        if bounded:
+            within = row_pool.masked_fill(~admitted, rows.numel())
+            admitted = admitted & admit(Queue(within, order, one_row, places), rows.flatten())
+        _settle[(triton.cdiv(count, SETTLED),)](
+            expert, column, pool, row_pool, admitted, cost, placed, queue, room, rows, count, k,
+            BOUNDED=bounded, TOKENS=SETTLED,
+        )  # fmt: skip
     return Placement(placed, room, row_room)
 
 
-def _proposals(
-    demand: Demand,
-    placed: Tensor,
-    queue: Tensor,
-    room: Tensor,
-    row_room: Tensor | None,
-    affinity: Tensor,
-    rule: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch, which reads the scores of waiting tokens only: int64 [T, 1] each, the expert that a token
-    asks for (-1: none), for its assignment in this column, in this order."""
-    from ..routing import EXEMPT_PRIORITY, place_bits
-
-    count, k = placed.shape
-    num_experts, bounded = demand.scores.shape[1], row_room is not None
-    row_room = room if row_room is None else row_room
-    # Each by itself: slices of one would begin where memory is not aligned, and be compiled for that too.
-    expert, column, order = (torch.empty(count, 1, dtype=torch.int64, device=queue.device) for _ in range(3))
-    if count:
-        width = power_of_2(num_experts)
-        tokens = max(1, TILE // width)
-        tensors = (
-            demand.experts, placed, queue, demand.scores, affinity, demand.tokens.source,
-            demand.tokens.position, demand.cost, demand.weight, demand.pool_of_expert,
-            demand.rank_of_expert, room, row_room,
-        )  # fmt: skip
-        _propose[(triton.cdiv(count, tokens),)](
-            *(one.contiguous() for one in tensors), expert, column, order,
-            count, k, num_experts, room.shape[1], row_room.shape[1], place_bits(count),
-            RULE=RULES[rule], BOUNDED=bounded, UNIT=UNIT, SCALE=1 << PRIORITY_BITS, TOP=EXEMPT_PRIORITY,
-            TOKENS=tokens, K=power_of_2(k), EXPERTS=width,
-        )  # fmt: skip
-    return expert, column, order
+@triton.jit(do_not_specialize=["count"])
+def _settle(
+    expert, column, pool, row_pool, admitted, cost, placed, queue, room, row_room, count, k,
+    BOUNDED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Those admitted are placed, and take their room; they, and those who found nothing, wait no more."""
+    LAST: tl.constexpr = 9223372036854775807
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    here = token < count
+    best = tl.load(expert + token, mask=here, other=-1)
+    cell = token * k + tl.load(column + token, mask=here, other=0)
+    fits = here & (best >= 0) & tl.load(admitted + token, mask=here, other=0).to(tl.int1)
+    tl.store(placed + cell, best, mask=fits)
+    tl.store(queue + cell, tl.full([TOKENS], LAST, tl.int64), mask=here & (fits | (best < 0)))
+    price = tl.load(cost + token, mask=fits, other=0)
+    tl.atomic_add(room + tl.load(pool + token, mask=fits, other=0), -price, mask=fits, sem="relaxed")
+    if BOUNDED:
+        one = tl.full([TOKENS], -1, tl.int64)
+        tl.atomic_add(row_room + tl.load(row_pool + token, mask=fits, other=0), one, mask=fits, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["count", "place_bits"])
 def _propose(
-    experts, placed, queue, scores, affinity, source, position, cost, weight,
-    pool_of_expert, rank_of_expert, room, row_room, out_expert, out_column, out_order,
-    count, k, num_experts, pools, ranks, place_bits,
+    experts, scores, affinity, source, position, cost, weight, pool_of_expert, rank_of_expert,
+    placed, queue, room, row_room, out_expert, out_column, out_order, out_pool, out_row_pool,
+    count, k, num_experts, pools, ranks, no_pool, no_row_pool, place_bits,
     RULE: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr, TOP: tl.constexpr,
     TOKENS: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
+    """What each token asks for: an expert (-1: none), for its assignment in this column, in this order."""
     LAST: tl.constexpr = 9223372036854775807
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     here = token < count
@@ -166,3 +140,8 @@ def _propose(
     tl.store(out_expert + token, tl.where(found, best, -1).to(tl.int64), mask=here)
     tl.store(out_column + token, column.to(tl.int64), mask=here)
     tl.store(out_order + token, ((TOP - priority) << place_bits) | place, mask=here)
+    mine = of * pools + tl.load(pool_of_expert + best, mask=found, other=0)
+    tl.store(out_pool + token, tl.where(found, mine, no_pool), mask=here)
+    if BOUNDED:
+        mine = of * ranks + tl.load(rank_of_expert + best, mask=found, other=0)
+        tl.store(out_row_pool + token, tl.where(found, mine, no_row_pool), mask=here)

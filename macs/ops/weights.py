@@ -25,17 +25,16 @@ program share one."""
 def relative_weights(
     value: Tensor, visual: Tensor, group: Tensor, groups: int, sharpness: float, usual: float
 ) -> Tensor:
-    """Three launches: sums, squares of the deviations, weights."""
+    """Two launches, and the memory that the first adds to: moments, weights."""
     count = len(value)
     weight = torch.empty(count, dtype=torch.int64, device=value.device)
     if not count:
         return weight
     tensors = value.contiguous(), visual.contiguous(), group.contiguous()
-    moments = torch.zeros(3, groups, dtype=torch.int64, device=value.device)  # count, sum, squares
+    moments = torch.zeros(3, groups, dtype=torch.int64, device=value.device)  # count, sum, sum of squares
     grid = (triton.cdiv(count, TOKENS),)
     form = {"SCALE": ENTROPY_UNIT, "TOKENS": TOKENS, "GROUPS": power_of_2(groups) if groups <= FEW else 0}
-    _sums[grid](*tensors, moments, count, groups, **form)
-    _squares[grid](*tensors, moments, count, groups, **form)
+    _moments[grid](*tensors, moments, count, groups, **form)
     _weights[grid](
         *tensors, moments, weight, count, groups, float(sharpness), float(usual),
         SCALE=ENTROPY_UNIT, UNIT=UNIT, FLAT=FLAT_SPREAD, EPSILON=EPSILON, TOKENS=TOKENS,
@@ -67,31 +66,15 @@ def _add(totals, group, groups, says, amount, GROUPS: tl.constexpr):
         tl.atomic_add(totals + group, amount, mask=says, sem="relaxed")
 
 
-@triton.jit
-def _mean(moments, group, groups, says):
-    number = tl.maximum(tl.load(moments + group, mask=says, other=1), 1).to(tl.float64)
-    return tl.load(moments + groups + group, mask=says, other=0).to(tl.float64) / number, number
-
-
 @triton.jit(do_not_specialize=["count", "groups"])
-def _sums(
+def _moments(
     value, visual, group, moments, count, groups,
     SCALE: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     _, fixed, says, of = _read(value, visual, group, count, SCALE, TOKENS)
     _add(moments, of, groups, says, says.to(tl.int64), GROUPS)
     _add(moments + groups, of, groups, says, fixed, GROUPS)
-
-
-@triton.jit(do_not_specialize=["count", "groups"])
-def _squares(
-    value, visual, group, moments, count, groups,
-    SCALE: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    _, fixed, says, of = _read(value, visual, group, count, SCALE, TOKENS)
-    mean, _ = _mean(moments, of, groups, says)
-    deviation = fixed - rint(mean).to(tl.int64)
-    _add(moments + 2 * groups, of, groups, says, deviation * deviation, GROUPS)
+    _add(moments + 2 * groups, of, groups, says, fixed * fixed, GROUPS)
 
 
 @triton.jit(do_not_specialize=["count", "groups"])
@@ -100,9 +83,16 @@ def _weights(
     SCALE: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, EPSILON: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token, fixed, says, of = _read(value, visual, group, count, SCALE, TOKENS)
-    mean, number = _mean(moments, of, groups, says)
-    square = tl.load(moments + 2 * groups + of, mask=says, other=0).to(tl.float64) / number
-    off = mean - rint(mean)
+    number = tl.load(moments + of, mask=says, other=0)
+    total = tl.load(moments + groups + of, mask=says, other=0)
+    square = tl.load(moments + 2 * groups + of, mask=says, other=0)
+    members = tl.maximum(number, 1).to(tl.float64)
+    mean = total.to(tl.float64) / members
+    # Deviations from the rounded mean are whole numbers, and so is the sum of their squares.
+    center = rint(mean)
+    whole = center.to(tl.int64)
+    off = mean - center
+    square = (square - whole * (2 * total - whole * number)).to(tl.float64) / members
     sigma = tl.sqrt(tl.maximum(square - off * off, 0.0)) / SCALE
     scale = tl.where(sigma < FLAT, 0.0, 1 / (sigma + EPSILON))
     normalized = ((fixed.to(tl.float64) - mean) / SCALE * scale).to(tl.float32)

@@ -12,6 +12,7 @@ from support.cases import NO_BOUND, configs, routings
 from macs import MACSConfig, full_scores, within_groups
 from macs.capacity import (
     LoadTable,
+    bounds_of,
     effective_visual_ratio,
     measure,
     meeting_factors,
@@ -257,7 +258,8 @@ def test_every_rank_has_the_largest_factor_that_meets_the_bound(ranks, target):
         torch.tensor([[rows for rows, _, _ in pools]]),
     )
     config = MACSConfig(target_straggler=target)
-    bound = row_bound(table, config, 1, len(ranks), torch.zeros(1, dtype=torch.int64))
+    zero = torch.zeros(1, dtype=torch.int64)
+    bound = row_bound(table.tokens, zero, bounds_of(config), 1, len(ranks))
     even = torch.tensor([[even for _, _, even in pools]], dtype=torch.float64)
     each = torch.arange(len(pools))
     found = meeting_factors(table, even, bound, each, rank_of, len(pools), len(ranks))[0].tolist()

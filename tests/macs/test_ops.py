@@ -146,6 +146,26 @@ def test_loads(count, experts, k, sources):
     assert torch.equal(found, expected) and torch.equal(room, before)
 
 
+@pytest.mark.parametrize("ranks", [1, 3, 64])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"target_straggler": 0.7},
+        {"max_load_factor": 1.1},
+        {"target_straggler": 1.2, "max_load_factor": 1.0},
+        {"capacity_factor": 1.0, "max_load_factor": 0.5},
+        {"capacity_factor": 1.0},
+    ],
+)
+def test_row_bound(ranks, settings):
+    tokens = torch.tensor([0, 1, 70, 300, 100_000], device=DEVICE)
+    places = torch.tensor([0, 5, 2, 63, 1], device=DEVICE)
+    bounds = capacity.bounds_of(MACSConfig(**settings)).to(DEVICE)
+    found, expected = both(capacity.row_bound, tokens, places, bounds, 3, ranks)
+    assert torch.equal(found, expected)
+
+
 @given(
     count=st.integers(1, 90),
     pools=st.sampled_from([1, 3, 40]),
@@ -169,12 +189,20 @@ def test_admission(count, pools, levels, unit, seed):
 
 @pytest.mark.parametrize("rule", ["score", "product"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_priorities(rule, dtype):
-    score = torch.rand(33, 5, generator=generator(1)).to(dtype).to(DEVICE)
+@pytest.mark.parametrize("added", [0, 2])
+def test_order(rule, dtype, added):
+    random = generator(1)
+    score = torch.rand(33, 5, generator=random).to(dtype).to(DEVICE)
     score[0, 0], score[1, 1], score[2, 2] = float("nan"), 2.0, 0.5 + 2.0**-25
-    weight = torch.randint(1, UNIT, (33,), generator=generator(2)).to(DEVICE)
-    found, expected = both(routing.priority_of, score, weight, rule)
-    assert torch.equal(found, expected)
+    weight = torch.randint(1, UNIT, (33,), generator=random).to(DEVICE)
+    tokens = replace(
+        Tokens.all_text(33, DEVICE),
+        exempt=(torch.rand(33, generator=random) < 0.2).to(DEVICE),
+        valid=(torch.rand(33, generator=random) < 0.8).to(DEVICE),
+        position=torch.randperm(33, generator=random).to(DEVICE),
+    )
+    found, expected = both(routing.ask, choice(33, 5, 4), score, weight, tokens, rule, 4 - added)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def on_device(case):
@@ -197,7 +225,7 @@ def test_a_whole_plan_is_the_same(case):
     assert torch.equal(found.experts, expected.experts)
     assert torch.equal(found.weights, expected.weights)
     assert torch.equal(found.rerouted, expected.rerouted)
-    assert torch.equal(found.statistics.pack(), expected.statistics.pack())
+    assert torch.equal(found.statistics.record, expected.statistics.record)
 
 
 @pytest.mark.parametrize(("experts", "k"), [(2, 1), (96, 16), (512, 8)])

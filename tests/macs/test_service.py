@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from macs import MACSConfig, Planner, Topology, build_policy, in_service, place_among, without_outcasts
-from macs.capacity import LoadTable, row_bound
+from macs.capacity import bounds_of, row_bound
 
 OUT = [-math.inf, -1e4, torch.finfo(torch.float32).min, -1.5]
 
@@ -76,10 +76,8 @@ def test_no_policy_sends_a_token_to_an_expert_that_is_out(policy):
 
 
 def bounds(tokens, places, target, top_k, ranks):
-    zero = torch.zeros(len(tokens), ranks, dtype=torch.int64)
-    count = torch.tensor(tokens)
-    table = LoadTable(count, count, count, zero, zero)
-    return row_bound(table, MACSConfig(target_straggler=target), top_k, ranks, torch.tensor(places))
+    told = bounds_of(MACSConfig(target_straggler=target))
+    return row_bound(torch.tensor(tokens), torch.tensor(places), told, top_k, ranks)
 
 
 @given(

@@ -21,6 +21,7 @@ from macs.ops import kernels
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
     torch.bool: "*i1",
+    torch.int8: "*i8",
     torch.int64: "*i64",
     torch.float32: "*fp32",
     torch.float64: "*fp64",

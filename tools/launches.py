@@ -1,0 +1,206 @@
+"""How many kernels a plan launches on a GPU, step by step, counted without one.
+
+    python tools/launches.py                     # the defaults, the presets and the baselines
+    python tools/launches.py --shape 8192 2048 128 8 8 --operators
+
+Planner, adapter and recorder run on fake CUDA tensors: every operator that would launch is counted by what
+it launches, every Triton kernel is one, and what would read a value on the host is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import types
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import macs
+from macs import STEPS, MACSConfig, Plan, Planner, Tokens, Topology, build_policy, watching_steps
+from macs.ops import kernels
+
+LAUNCHES = {
+    "aten.index_add.default": 2,
+    "aten.scatter_add.default": 2,
+    "aten.scatter.src": 2,
+    "aten.scatter.value": 2,
+    "aten.scatter_reduce.two": 2,
+    "aten.index_put.default": 2,
+    "aten.masked_fill.Scalar": 2,
+    "aten.sort.default": 3,
+    "aten.sort.stable": 3,
+    "aten.argsort.default": 3,
+    "aten.argsort.stable": 3,
+    "aten.nonzero.default": 4,
+}
+"""Of operators that launch more than one kernel: a copy of what they change, or the passes of a sort."""
+
+NOTHING = (
+    "aten.empty.memory_format",
+    "aten.empty_like.default",
+    "aten.new_empty.default",
+    "aten.empty_strided.default",
+    "aten.new_empty_strided.default",
+    "aten.detach.default",
+    "aten.alias.default",
+    "aten.lift_fresh.default",
+)
+"""Operators that launch none, beside views."""
+
+
+class Launches(TorchDispatchMode):
+    """Counts launches by step, and by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_step: Counter[str] = Counter()
+        self.by_operator: Counter[tuple[str, str]] = Counter()
+        self._step = "other"
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """What is launched in this block belongs to the step."""
+        before, self._step = self._step, name
+        try:
+            yield
+        finally:
+            self._step = before
+
+    def add(self, name: str, launches: int = 1) -> None:
+        self.by_step[self._step] += launches
+        self.by_operator[self._step, name] += launches
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        name = str(function)
+        on_gpu = any(isinstance(one, torch.Tensor) and one.is_cuda for one in tree_leaves((args, found)))
+        idle = function.is_view or name in NOTHING or "view" in name or name.startswith("prim.")
+        if on_gpu and not idle:
+            self.add(name, LAUNCHES.get(name, 1))
+        return found
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Launches]:
+    """Within this block tensors on "cuda" are fake, and what they would launch is counted."""
+    from triton.runtime.jit import JITFunction
+
+    launches = Launches()
+
+    def launch(kernel: Any, *args: Any, **named: Any) -> None:
+        launches.add(f"triton {kernel.__name__}")
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch.object(JITFunction, "run", launch),
+        # There is no device to make current, nor one that captures.
+        mock.patch("macs.ops._current", return_value=contextlib.nullcontext()),
+        mock.patch("macs.runtime.capturing", return_value=False),
+        kernels("triton"),
+        launches,
+        watching_steps(launches.step),
+    ):
+        yield launches
+
+
+def count(
+    planner: Planner, shape: Sequence[int], statistics: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> Launches:
+    """The launches of one plan for T tokens of size D, E experts, k each: shape (T, D, E, k)."""
+    tokens, size, experts, top_k = shape
+    planner.prepare(torch.device("cpu"))
+    with counting() as launches:
+        device = torch.device("cuda")
+        on_gpu = {
+            torch.device("cuda"): types.SimpleNamespace(
+                **{
+                    name: torch.empty(one.shape, dtype=one.dtype, device=device)
+                    for name, one in vars(planner._constants(torch.device("cpu"))).items()
+                }
+            )
+        }
+        kept, planner._on_device = planner._on_device, on_gpu  # type: ignore[assignment]
+        inputs = (
+            torch.empty(tokens, size, dtype=dtype, device=device),
+            torch.empty(tokens, top_k, dtype=torch.int64, device=device),
+            torch.empty(tokens, top_k, device=device),
+            torch.empty(tokens, experts, device=device),
+            Tokens.all_text(tokens, device),
+        )
+        try:
+            planned: Plan = planner.plan(*inputs, statistics=statistics)
+        finally:
+            planner._on_device = kept
+        with launches.step("map and weights for Megatron"):
+            planned.as_map(experts)
+        if planned.statistics is not None:
+            with launches.step("record"):
+                recorder = macs.LayerRecorder(planner.topology, top_k)
+                recorder._ring = torch.empty(1, recorder._width, dtype=torch.int64, device=device)
+                recorder._next = torch.empty(1, dtype=torch.int64, device=device)
+                recorder.record(planned.statistics)
+    return launches
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "defaults": ("macs", {}),
+    "paper": ("macs", {"preset": "paper"}),
+    "paper at 1.05": ("macs", {"preset": "paper", "target_straggler": 1.05}),
+    "safe": ("macs", {"preset": "safe"}),
+    "padded": ("macs", {"preset": "padded"}),
+    "token-drop": ("token-drop", {}),
+    "rank-balanced": ("rank-balanced", {}),
+    "expanded-drop": ("expanded-drop", {}),
+}
+
+
+def table(shape: Sequence[int], ranks: int) -> tuple[Table, dict[str, Launches]]:
+    """Launches of every case by step."""
+    found: dict[str, Launches] = {}
+    for title, (policy, settings) in CASES.items():
+        topology = Topology(shape[2], ranks)
+        planner = build_policy(policy, MACSConfig.from_dict(settings), topology, shape[3])
+        found[title] = count(planner, shape)
+    shown = Table(title="kernels launched by a plan")
+    shown.add_column("")
+    for title in found:
+        shown.add_column(title, justify="right")
+    steps = [*STEPS, "other"]
+    for step in steps:
+        shown.add_row(step, *(str(one.by_step[step] or "") for one in found.values()))
+    shown.add_section()
+    shown.add_row("a plan", *(str(sum(one.by_step[step] for step in steps)) for one in found.values()))
+    for step in ("map and weights for Megatron", "record"):
+        shown.add_row(step, *(str(one.by_step[step] or "") for one in found.values()))
+    return shown, found
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", nargs=5, type=int, metavar=("T", "D", "E", "K", "R"), default=(8192, 2048, 128, 8, 8)
+    )
+    parser.add_argument("--operators", action="store_true", help="what the defaults launch, one by one")
+    arguments = parser.parse_args(given)
+    *shape, ranks = arguments.shape
+    shown, found = table(shape, ranks)
+    console = Console()
+    console.print(shown)
+    if arguments.operators:
+        for (step, name), launches in sorted(found["defaults"].by_operator.items()):
+            console.print(f"{step:20} {launches:4} {name}")
+
+
+if __name__ == "__main__":
+    main()
