@@ -79,15 +79,16 @@ class Plan:
 
     def as_map(self, num_experts: int) -> tuple[Tensor, Tensor]:
         """The plan as multi-hot routing_map bool [T, E] and probs [T, E], in the weights' dtype."""
-        rows = self.experts.shape[0]
-        column = torch.where(self.experts >= 0, self.experts, num_experts)
-        routing_map = torch.zeros(
-            rows, num_experts + 1, dtype=torch.bool, device=self.experts.device
-        ).scatter_(1, column, True)
-        probs = torch.zeros(
-            rows, num_experts + 1, dtype=self.weights.dtype, device=self.experts.device
-        ).scatter_(1, column, self.weights)
-        return routing_map[:, :num_experts].contiguous(), probs[:, :num_experts].contiguous()
+        return map_of(self.experts, self.weights, num_experts)
+
+
+@fused("combine")
+def map_of(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """A multi-hot map bool [T, E] of experts int64 [T, m] (-1: none), and their weights [T, m], so too."""
+    column = experts.masked_fill(experts < 0, num_experts)
+    chosen = column.new_zeros(len(column), num_experts + 1, dtype=torch.bool).scatter_(1, column, True)
+    probs = weights.new_zeros(len(column), num_experts + 1).scatter_(1, column, weights)
+    return chosen[:, :num_experts].contiguous(), probs[:, :num_experts].contiguous()
 
 
 @dataclass(frozen=True)

@@ -354,7 +354,7 @@ class Planner:
             cost=cost,
             same_cost=self.config.cost == "one",
             order=order,
-            places=places_of(*scores.shape, experts.shape[1] > self.top_k),
+            places=places_of(len(scores), scores.shape[1], experts.shape[1] > self.top_k),
             tokens=tokens,
             planned=planned,
             pool_of_expert=constants.pool_of_expert,

@@ -64,7 +64,7 @@ def ask(
         place = own + count * (torch.arange(experts.shape[1], device=own.device) >= top_k)
     spread = places_of(1, count, experts.shape[1] > top_k)
     order = order_of(
-        priority, tokens.position[:, None] * spread + place, places_of(*scores.shape, spread > count)
+        priority, tokens.position[:, None] * spread + place, places_of(len(scores), count, spread > count)
     )
     return order, (experts >= 0) & tokens.valid[:, None]
 
@@ -94,8 +94,8 @@ def order_bits(places: int, pools: int) -> int:
 class Queue:
     """Assignments that wait for admission.
 
-    pool int64 [N] in 0..P (P: takes no part), order int64 [N] (``order_of``, different for all that take
-    part), cost int64 [N] > 0; places: as of the order.
+    pool int64 [T, m] in 0..P (P: takes no part), order int64 [T, m] (``order_of``, different for all that
+    take part), cost int64 [T] > 0, of each; places: as of the order.
     """
 
     pool: Tensor
@@ -112,22 +112,24 @@ class Queue:
 def admit(queue: Queue, capacity: Tensor) -> Tensor:
     """The longest prefix of every pool, in ascending order, whose cost fits its capacity.
 
-    capacity int64 [P] -> admitted bool [N]; True for what takes no part. One sort, of the pools that
+    capacity int64 [P] -> admitted bool [T, m]; True for what takes no part. One sort, of the pools that
     overflow, and one segmented cumulative sum.
     """
     bits = order_bits(queue.places, len(capacity))
+    every, cost = queue.pool.flatten(), queue.cost[:, None].expand(queue.pool.shape).flatten()
     limit = torch.cat([capacity, capacity.new_full((1,), UNBOUNDED)])
-    load = torch.zeros_like(limit).scatter_add_(0, queue.pool, queue.cost)
+    load = torch.zeros_like(limit).scatter_add_(0, every, cost)
     over = load > limit
-    contested = over[queue.pool]
+    contested = over[every]
     index = numbers_of(contested)  # [M]
-    pool = queue.pool[index]
-    index = index[((pool << bits) | queue.order[index]).sort().indices]
-    pool = queue.pool[index]
+    pool = every[index]
+    index = index[((pool << bits) | queue.order.flatten()[index]).sort().indices]
+    pool = every[index]
     load = load * over
     # Costs are positive, so the running sum rises and what fits is a prefix by itself.
-    running = (queue.cost * contested)[index].cumsum(0) - (load.cumsum(0) - load)[pool]
-    return (~contested).index_put_((index,), running <= limit[pool]) | ~contested
+    running = (cost * contested)[index].cumsum(0) - (load.cumsum(0) - load)[pool]
+    fits = (~contested).index_put_((index,), running <= limit[pool]) | ~contested
+    return fits.view(queue.pool.shape)
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,7 @@ class Demand:
         of_expert int64 [E] in 0..P-1; cost int64 [T].
         """
         pool = pools_of(self.experts, takes_part, of_expert, self.tokens.source, room)
-        each = cost[:, None].expand(pool.shape).flatten()
-        return Queue(pool.flatten(), self.order.flatten(), each, self.places)
+        return Queue(pool, self.order, cost, self.places)
 
 
 def pools_of(experts: Tensor, takes_part: Tensor, of_expert: Tensor, source: Tensor, room: Tensor) -> Tensor:
@@ -189,6 +190,7 @@ class Placement:
     row_room: Tensor | None
 
 
+@fused("admission")
 def place_admitted(demand: Demand, start: Placement) -> Placement:
     """Admission: each pool's longest prefix, then, if rows are bounded, each rank's.
 
@@ -199,10 +201,10 @@ def place_admitted(demand: Demand, start: Placement) -> Placement:
     if start.row_room is not None:
         bounds.append((demand.rank_of_expert, start.row_room, torch.ones_like(demand.cost)))
     for of_expert, room, cost in bounds:
-        fits = admit(demand.queue(kept, of_expert, room, cost), room.flatten()).view(kept.shape)
+        fits = admit(demand.queue(kept, of_expert, room, cost), room.flatten())
         kept = kept & (fits | spared)
     experts = demand.experts.masked_fill(demand.planned & ~kept, -1)
-    return _taken(demand, replace(start, experts=experts), experts.masked_fill(~kept, -1))
+    return take(demand, replace(start, experts=experts), experts.masked_fill(~kept, -1))
 
 
 @fused("loads")
@@ -217,8 +219,8 @@ def less(room: Tensor, source: Tensor, of_expert: Tensor, experts: Tensor, cost:
     return room - load[:-1].view(room.shape)
 
 
-def _taken(demand: Demand, before: Placement, taken: Tensor) -> Placement:
-    """The placement with less room, once experts [T, m] (-1: none) are taken."""
+def take(demand: Demand, before: Placement, taken: Tensor) -> Placement:
+    """A placement with less room, once experts [T, m] (-1: none) are taken."""
     source, row_room = demand.tokens.source, before.row_room
     room = less(before.room, source, demand.pool_of_expert, taken, demand.cost)
     if row_room is not None:
@@ -265,9 +267,8 @@ def reroute(demand: Demand, placement: Placement, affinity: Tensor, rounds: int,
         if row_room is not None:
             bounds.append((demand.rank_of_expert, row_room, torch.ones_like(cost)))
         for of_expert, left, price in bounds:
-            pool = pools_of(expert, accepted, of_expert, source, left)[:, 0]
-            fits = admit(Queue(pool, order[:, 0], price, len(demand.experts)), left.flatten())
-            accepted = accepted & fits[:, None]
+            pool = pools_of(expert, accepted, of_expert, source, left)
+            accepted = accepted & admit(Queue(pool, order, price, len(demand.experts)), left.flatten())
         # No candidate now is none ever: room only shrinks. Let the token's next one have its turn.
         queue = queue.scatter(1, column, first.masked_fill(accepted | ~found, LAST))
         placed = placed.scatter(1, column, torch.where(accepted, expert, placed.gather(1, column)))
@@ -311,7 +312,7 @@ def limit_drops(
         if placement.row_room is not None:
             of_expert, room, cost = demand.rank_of_expert, placement.row_room, torch.ones_like(cost)
         queue = demand.queue(dropped, of_expert, room, cost)
-        open_ = dropped & admit(queue, room.flatten()).view(dropped.shape)
+        open_ = dropped & admit(queue, room.flatten())
 
     source = demand.tokens.source[:, None].expand_as(dropped)
 
@@ -331,7 +332,7 @@ def limit_drops(
     short = before < torch.cat([excess, excess.new_full((1,), -1)])[sorted_pool]
     back = torch.empty_like(short).scatter_(0, order, short).view(dropped.shape) & open_
     limited = replace(placement, experts=torch.where(back, demand.experts, placement.experts))
-    return _taken(demand, limited, torch.where(back, demand.experts, -1)), excess > by_source(back)
+    return take(demand, limited, torch.where(back, demand.experts, -1)), excess > by_source(back)
 
 
 @fused("combine")
@@ -346,7 +347,7 @@ def combine_weights(demand: Demand, placed: Tensor, weights: Tensor, top_k: int)
     candidate = demand.scores.gather(1, placed.clamp(min=0))
     moved = weight_of_score(candidate, demand.experts[:, :top_k], weights[:, :top_k], demand.scores)
     rerouted = changed & (placed >= 0)
-    return torch.where(changed, moved * rerouted, weights), rerouted
+    return torch.where(changed, moved.masked_fill(~rerouted, 0.0), weights), rerouted
 
 
 def weight_of_score(score: Tensor, experts: Tensor, weights: Tensor, scores: Tensor) -> Tensor:

@@ -119,9 +119,9 @@ def count(
     tokens, size, experts, top_k = shape
     planner.prepare(torch.device("cpu"))
     with counting() as launches:
-        device = torch.device("cuda")
+        device = torch.device("cuda", 0)
         on_gpu = {
-            torch.device("cuda"): types.SimpleNamespace(
+            torch.device("cuda", 0): types.SimpleNamespace(
                 **{
                     name: torch.empty(one.shape, dtype=one.dtype, device=device)
                     for name, one in vars(planner._constants(torch.device("cpu"))).items()
@@ -136,6 +136,8 @@ def count(
             torch.empty(tokens, experts, device=device),
             Tokens.all_text(tokens, device),
         )
+        launches.by_step.clear()
+        launches.by_operator.clear()
         try:
             planned: Plan = planner.plan(*inputs, statistics=statistics)
         finally:

@@ -41,7 +41,7 @@ def reroute(demand: Demand, placement: Placement, affinity: Tensor, rounds: int,
     rows = room if row_room is None else row_room
     # Each by itself: slices of one would begin where memory is not aligned, and be compiled for that too.
     expert, column, order, pool, row_pool = (
-        torch.empty(count, dtype=torch.int64, device=queue.device) for _ in range(5)
+        torch.empty(count, 1, dtype=torch.int64, device=queue.device) for _ in range(5)
     )
     width = power_of_2(num_experts)
     tokens = max(1, TILE // width)

@@ -15,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import configs, routings
 
-from macs import MACSConfig, Modality, Planner, Tokens, Topology, build_policy, capacity, routing, weighting
+from macs import (
+    MACSConfig,
+    Modality,
+    Planner,
+    Tokens,
+    Topology,
+    build_policy,
+    capacity,
+    plan,
+    routing,
+    weighting,
+)
 from macs.ops import fused, has_triton, kernels, runs_on
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
@@ -171,9 +182,10 @@ def test_row_bound(ranks, settings):
     pools=st.sampled_from([1, 3, 40]),
     levels=st.sampled_from([1, 3, 1 << 24]),
     unit=st.booleans(),
+    width=st.sampled_from([1, 3]),
     seed=st.integers(0, 999),
 )
-def test_admission(count, pools, levels, unit, seed):
+def test_admission(count, pools, levels, unit, width, seed):
     random = generator(count, pools, levels, seed)
     pool = torch.randint(0, pools + 1, (count,), generator=random)
     priority = torch.randint(0, levels + 1, (count,), generator=random)
@@ -182,7 +194,9 @@ def test_admission(count, pools, levels, unit, seed):
     cost = torch.full((count,), UNIT) if unit else torch.randint(1, UNIT, (count,), generator=random)
     room = torch.randint(-1, 2 * count // pools + 2, (pools,), generator=random) * UNIT
     order = routing.order_of(priority, place, count)
-    queue = routing.Queue(pool.to(DEVICE), order.to(DEVICE), cost.to(DEVICE), count)
+    rows = count // width
+    pool, order = (one[: rows * width].view(rows, width).to(DEVICE) for one in (pool, order))
+    queue = routing.Queue(pool, order, cost[:rows].to(DEVICE), count)
     found, expected = both(routing.admit, queue, room.to(DEVICE))
     assert torch.equal(found, expected)
 
@@ -202,6 +216,15 @@ def test_order(rule, dtype, added):
         position=torch.randperm(33, generator=random).to(DEVICE),
     )
     found, expected = both(routing.ask, choice(33, 5, 4), score, weight, tokens, rule, 4 - added)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "experts", "k"), [(33, 6, 3), (5, 512, 8), (0, 4, 2)])
+def test_map(count, experts, k, dtype):
+    chosen = choice(count, experts, k)
+    weights = torch.rand(count, k, generator=generator(count)).to(dtype).to(DEVICE)
+    found, expected = both(plan.map_of, chosen, weights, experts)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -262,6 +285,7 @@ def test_other_policies_and_scores_that_are_not_numbers(policy, dtype, count):
     planner = build_policy(policy, config, Topology(12, 3, sources=(1,)), 3)
     found, expected = both(planner.plan, *inputs, tokens)
     assert torch.equal(found.experts, expected.experts) and torch.equal(found.rerouted, expected.rerouted)
+    assert torch.equal(found.weights.nan_to_num(7.0), expected.weights.nan_to_num(7.0))
     assert found.experts.shape == (count, planner.slots)
     assert not count or int((found.experts[:, :3] != inputs[1]).sum()) > 0
     # The only open expert's score is no number: the others are not lost with it.
