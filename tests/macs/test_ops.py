@@ -285,7 +285,9 @@ def test_other_policies_and_scores_that_are_not_numbers(policy, dtype, count):
     planner = build_policy(policy, config, Topology(12, 3, sources=(1,)), 3)
     found, expected = both(planner.plan, *inputs, tokens)
     assert torch.equal(found.experts, expected.experts) and torch.equal(found.rerouted, expected.rerouted)
-    assert torch.equal(found.weights.nan_to_num(7.0), expected.weights.nan_to_num(7.0))
+    # The interpreter cuts off what a GPU rounds to bfloat16.
+    near = 2**-6 if dtype is torch.bfloat16 else 0
+    torch.testing.assert_close(found.weights, expected.weights, rtol=near, atol=0, equal_nan=True)
     assert found.experts.shape == (count, planner.slots)
     assert not count or int((found.experts[:, :3] != inputs[1]).sum()) > 0
     # The only open expert's score is no number: the others are not lost with it.
