@@ -92,16 +92,18 @@ class Launches(TorchDispatchMode):
 @contextlib.contextmanager
 def counting() -> Iterator[Launches]:
     """Within this block tensors on "cuda" are fake, and what they would launch is counted."""
+    from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
 
     launches = Launches()
 
     def launch(kernel: Any, *args: Any, **named: Any) -> None:
-        launches.add(f"triton {kernel.__name__}")
+        launches.add(f"triton {getattr(kernel, 'fn', kernel).__name__}")
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(JITFunction, "run", launch),
+        mock.patch.object(GridExecutor, "__call__", launch),
         # There is no device to make current, nor one that captures.
         mock.patch("macs.ops._current", return_value=contextlib.nullcontext()),
         mock.patch("macs.runtime.capturing", return_value=False),

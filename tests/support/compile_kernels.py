@@ -66,7 +66,7 @@ def compile_all() -> dict[str, int]:
             {},
             {"preset": "paper", "normalization": "image", "max_load_factor": 1.2},
             {"level": "expert", "priority": "score"},
-            {"priority": "score", "weighting": "entropy"},
+            {"weighting": "entropy"},
         ):
             _plan(settings, 2048, 128, 8)
         _plan({}, 100, 6, 3, torch.bfloat16)
@@ -90,7 +90,7 @@ def _plan(
     tokens = Tokens.batch_major(Modality.of(torch.rand(2, count // 2) < 0.5), len(sources))
     hidden = torch.randn(count, size).bfloat16()
     planner = Planner(config, Topology(experts, 2, sources=sources), k)
-    planner.plan(hidden, chosen, weights, scores, tokens)
+    planner.plan(hidden, chosen, weights, scores, tokens).as_map(experts)
 
 
 if __name__ == "__main__":

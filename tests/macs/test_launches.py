@@ -1,0 +1,48 @@
+"""How many kernels a plan launches: counted, so that no commit adds one unseen."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from macs import STEPS, MACSConfig, Topology, build_policy
+from macs.ops import has_triton
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import launches
+from launches import CASES
+
+pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+SHAPE, RANKS = (8192, 2048, 128, 8), 8
+PLANS = {
+    "defaults": 50,
+    "paper": 78,
+    "paper at 1.05": 152,
+    "safe": 115,
+    "padded": 89,
+    "token-drop": 130,
+    "rank-balanced": 48,
+    "expanded-drop": 180,
+}
+
+
+@pytest.mark.parametrize("title", CASES)
+def test_a_plan_launches_no_more_than_it_did(title):
+    policy, settings = CASES[title]
+    planner = build_policy(policy, MACSConfig.from_dict(settings), Topology(SHAPE[2], RANKS), SHAPE[3])
+    found = launches.count(planner, SHAPE)
+    plan = sum(found.by_step[step] for step in (*STEPS, "other"))
+    assert plan <= PLANS[title], found.by_operator
+    assert found.by_step["map and weights for Megatron"] == 1 and found.by_step["record"] == 3
+
+
+def test_without_records_statistics_cost_nothing():
+    planner = build_policy("macs", MACSConfig(), Topology(SHAPE[2], RANKS), SHAPE[3])
+    assert launches.count(planner, SHAPE, statistics=False).by_step["statistics"] == 0
+
+
+def test_the_command_shows_them(capsys):
+    launches.main(["--shape", "512", "256", "16", "2", "2", "--operators"])
+    shown = capsys.readouterr().out
+    assert "kernels launched by a plan" in shown and "triton _admit" in shown
