@@ -41,6 +41,7 @@ import megatron.core
 import numpy as np
 import torch
 import torch.distributed as dist
+from clock import clocked, milliseconds
 from cost_model import CostModel
 from moe_layers import (
     Asked,
@@ -54,11 +55,9 @@ from moe_layers import (
     join,
     layout_of,
     median_of,
-    milliseconds,
     over_ranks,
     run_experts,
     same_output,
-    settle,
     together,
 )
 from rich.console import Console
@@ -836,18 +835,6 @@ class Watch(TorchDispatchMode):
 
 def _tensors(value: Any) -> list[Tensor]:
     return [one for one in torch.utils._pytree.tree_leaves(value) if isinstance(one, Tensor)]
-
-
-@contextlib.contextmanager
-def clocked(spent: dict[str, float], step: str) -> Iterator[None]:
-    """Adds up what a step of a plan takes."""
-    settle()
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        settle()
-        spent[step] = spent.get(step, 0.0) + (time.perf_counter() - started) * 1e3
 
 
 def planned_alone(

@@ -6,7 +6,6 @@ Shapes: T tokens of this process, D features, E experts, k experts a token.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from clock import milliseconds
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -216,27 +216,6 @@ def over_ranks(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
     value = value.detach().clone().to(device())
     dist.all_reduce(value, op=operation)
     return value.cpu()
-
-
-def settle() -> None:
-    """Wait for what a GPU has queued."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def milliseconds(work: Callable[[], Any]) -> float:
-    """Of one call on this process: by the clock, or by events on a GPU."""
-    settle()  # what is queued before is not its own
-    if torch.cuda.is_available():
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        work()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last)
-    started = time.perf_counter()
-    work()
-    return (time.perf_counter() - started) * 1e3
 
 
 def together(work: Callable[[], Any]) -> float:

@@ -1,0 +1,41 @@
+"""The command for a GPU, dry: its sections run small, on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from macs.ops import has_triton
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import gpu_check
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
+]
+
+
+def test_every_section_runs_dry():
+    command = [sys.executable, gpu_check.__file__, "--dry", "--limit", "240"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [one["section"] for one in found] == list(gpu_check.sections(True))
+    assert all(one["ok"] for one in found), found
+    assert run.returncode == 0
+    by_name = {one["section"]: one for one in found}
+    assert by_name["no sync"]["skipped"] == by_name["graphs"]["skipped"] == "no GPU"
+    assert by_name["launches"]["defaults"]["counted"]["order"] == 1
+    assert by_name["image flood"]["after"]["straggler"] < by_name["image flood"]["before"]["straggler"]
+
+
+def test_a_section_that_fails_or_hangs_costs_no_other():
+    found = gpu_check.checked("no such section", True, 60)
+    assert not found["ok"] and "KeyError" in found["error"]
+    found = gpu_check.checked("environment", True, 0.01)
+    assert not found["ok"] and "no answer in 0.01 s" in found["error"]
