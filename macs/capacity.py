@@ -32,6 +32,10 @@ class LoadTable:
     cost: Tensor
     rows: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
 
 def loads_of(experts: Tensor, num_experts: int) -> Tensor:
     """Assignments of each expert: experts int64, any shape (-1: none) -> int64 [E]."""
@@ -76,6 +80,7 @@ def effective_visual_ratio(table: LoadTable) -> Tensor:
     return torch.where(table.weight > 0, ratio, 0.5)
 
 
+@fused("capacity")
 def pool_capacity(
     table: LoadTable,
     config: MACSConfig,

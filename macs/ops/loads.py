@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..capacity import LoadTable
-from ..modality import Tokens
+from ..modality import TEXT, Tokens
 from .shared import power_of_2
 
 TILE = 1024
@@ -20,32 +20,33 @@ FEW = 64
 def measure(
     tokens: Tokens, weight: Tensor, cost: Tensor, experts: Tensor, num_sources: int, num_experts: int
 ) -> LoadTable:
-    """One launch."""
+    """One launch, and the memory that it adds to."""
     count, k = experts.shape
-    by_source = torch.zeros(3, num_sources, dtype=torch.int64, device=experts.device)
-    by_expert = torch.zeros(2, num_sources, num_experts, dtype=torch.int64, device=experts.device)
+    size = 3 * num_sources
+    memory = torch.zeros(size + 2 * num_sources * num_experts, dtype=torch.int64, device=experts.device)
+    by_source, by_expert = memory[:size].view(3, -1), memory[size:].view(2, num_sources, num_experts)
     if count:
         columns = power_of_2(k)
         block = max(1, TILE // max(columns, power_of_2(num_sources)))
-        told = tokens.source, tokens.valid, tokens.visual, weight, cost, experts
+        told = tokens.source, tokens.valid, tokens.kinds, weight, cost, experts
         tensors = (one.contiguous() for one in told)
         _measure[(triton.cdiv(count, block),)](
             *tensors, by_source, by_expert, count, k, num_sources, num_experts,
-            TOKENS=block, K=columns, SOURCES=power_of_2(num_sources),
+            TEXT=TEXT, TOKENS=block, K=columns, SOURCES=power_of_2(num_sources),
         )  # fmt: skip
     return LoadTable(*by_source, *by_expert)
 
 
 @triton.jit(do_not_specialize=["count"])
 def _measure(
-    source, valid, visual, weight, cost, experts, by_source, by_expert, count, k, sources, num_experts,
-    TOKENS: tl.constexpr, K: tl.constexpr, SOURCES: tl.constexpr,
+    source, valid, kinds, weight, cost, experts, by_source, by_expert, count, k, sources, num_experts,
+    TEXT: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     here = token < count
     of = tl.load(source + token, mask=here, other=0)
     counts = tl.load(valid + token, mask=here, other=0).to(tl.int1) & here
-    seen = tl.load(visual + token, mask=here, other=0).to(tl.int1) & here
+    seen = counts & (tl.load(kinds + token, mask=here, other=TEXT) != TEXT)
     heavy = tl.load(weight + token, mask=here, other=0)
     place = tl.arange(0, SOURCES)
     hit = of[:, None] == place[None, :]

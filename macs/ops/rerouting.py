@@ -25,7 +25,7 @@ SETTLED = 512
 def reroute(demand: Demand, placement: Placement, affinity: Tensor, rounds: int, rule: str) -> Placement:
     """A round is three launches: what tokens ask for, who of them is admitted, and what that changes; with a
     bound on rows a few more."""
-    from ..routing import EXEMPT_PRIORITY, LAST, Placement, Queue, admit, place_bits
+    from ..routing import EXEMPT_PRIORITY, Placement, Queue, admit, place_bits
 
     count, k = placement.experts.shape
     source, num_experts, places = demand.tokens.source, demand.scores.shape[1], len(placement.experts)
@@ -36,7 +36,7 @@ def reroute(demand: Demand, placement: Placement, affinity: Tensor, rounds: int,
     assert placed is not None and room is not None
     if not count:
         return Placement(placed, room, row_room)
-    queue = demand.order.masked_fill(~(demand.planned & (placed < 0)), LAST)
+    queue = torch.empty_like(demand.order, memory_format=torch.contiguous_format)
     bounded = row_room is not None
     rows = room if row_room is None else row_room
     # Each by itself: slices of one would begin where memory is not aligned, and be compiled for that too.
@@ -49,16 +49,16 @@ def reroute(demand: Demand, placement: Placement, affinity: Tensor, rounds: int,
         one.contiguous()
         for one in (
             demand.experts, demand.scores, affinity, source, demand.tokens.position, demand.cost,
-            demand.weight, demand.pool_of_expert, demand.rank_of_expert,
+            demand.weight, demand.pool_of_expert, demand.rank_of_expert, demand.order, demand.planned,
         )
     )  # fmt: skip
     cost, one_row = demand.cost.contiguous(), torch.ones_like(demand.cost) if bounded else demand.cost
-    for _ in range(rounds):
+    for turn in range(rounds):
         _propose[(triton.cdiv(count, tokens),)](
             *read, placed, queue, room, rows, expert, column, order, pool, row_pool,
             count, k, num_experts, room.shape[1], rows.shape[1], room.numel(), rows.numel(),
-            place_bits(places), RULE=RULES[rule], BOUNDED=bounded, UNIT=UNIT, SCALE=1 << PRIORITY_BITS,
-            TOP=EXEMPT_PRIORITY, TOKENS=tokens, K=power_of_2(k), EXPERTS=width,
+            place_bits(places), RULE=RULES[rule], FIRST=turn == 0, BOUNDED=bounded, UNIT=UNIT,
+            SCALE=1 << PRIORITY_BITS, TOP=EXEMPT_PRIORITY, TOKENS=tokens, K=power_of_2(k), EXPERTS=width,
         )  # fmt: skip
         admitted = admit(Queue(pool, order, cost, places), room.flatten())
         if bounded:
@@ -95,10 +95,10 @@ def _settle(
 @triton.jit(do_not_specialize=["count", "place_bits"])
 def _propose(
     experts, scores, affinity, source, position, cost, weight, pool_of_expert, rank_of_expert,
-    placed, queue, room, row_room, out_expert, out_column, out_order, out_pool, out_row_pool,
+    orders, planned, placed, queue, room, row_room, out_expert, out_column, out_order, out_pool, out_row_pool,
     count, k, num_experts, pools, ranks, no_pool, no_row_pool, place_bits,
-    RULE: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr, TOP: tl.constexpr,
-    TOKENS: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
+    RULE: tl.constexpr, FIRST: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr,
+    TOP: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """What each token asks for: an expert (-1: none), for its assignment in this column, in this order."""
     LAST: tl.constexpr = 9223372036854775807
@@ -107,7 +107,13 @@ def _propose(
     slot = tl.arange(0, K)
     cell = token[:, None] * k + slot[None, :]
     real = here[:, None] & (slot < k)[None, :]
-    waits = tl.load(queue + cell, mask=real, other=LAST)
+    if FIRST:
+        nowhere = tl.load(placed + cell, mask=real, other=0) < 0
+        nowhere = nowhere & tl.load(planned + cell, mask=real, other=0).to(tl.int1)
+        waits = tl.load(orders + cell, mask=real & nowhere, other=LAST)
+        tl.store(queue + cell, waits, mask=real)
+    else:
+        waits = tl.load(queue + cell, mask=real, other=LAST)
     column = tl.argmin(waits, 1)
     asks = here & (tl.min(waits, 1) < LAST)
     home = tl.load(experts + token * k + column, mask=asks, other=0)

@@ -16,14 +16,14 @@ from launches import CASES
 pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 SHAPE, RANKS = (8192, 2048, 128, 8), 8
 PLANS = {
-    "defaults": 50,
-    "paper": 78,
-    "paper at 1.05": 152,
-    "safe": 115,
-    "padded": 89,
-    "token-drop": 130,
-    "rank-balanced": 48,
-    "expanded-drop": 180,
+    "defaults": 42,
+    "paper": 34,
+    "paper at 1.05": 58,
+    "safe": 107,
+    "padded": 45,
+    "token-drop": 41,
+    "rank-balanced": 40,
+    "expanded-drop": 85,
 }
 
 

@@ -177,6 +177,32 @@ def test_row_bound(ranks, settings):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("level", ["expert", "rank"])
+@pytest.mark.parametrize(
+    "bound", [{"capacity_factor": 0.8}, {"target_straggler": 1.05}, {"target_straggler": 0.5}]
+)
+@pytest.mark.parametrize(("experts", "ranks"), [(8, 2), (96, 8), (6, 6)])
+def test_pool_capacity(level, bound, experts, ranks):
+    random = generator(experts, ranks)
+    sources = 3
+    tokens = torch.tensor([0, 40, 3000])
+    rows = torch.randint(0, 200, (sources, experts), generator=random) * (tokens[:, None] > 0)
+    weight = tokens * (UNIT // 2)
+    table = capacity.LoadTable(tokens, weight, weight // 3, rows * (UNIT // 3), rows)
+    table = capacity.LoadTable(**{name: one.to(DEVICE) for name, one in vars(table).items()})
+    config = MACSConfig(level=level, modality_strength=0.5, cost="weight", **bound)
+    bias = torch.randint(-1, 2, (experts,), generator=random).double().to(DEVICE)
+    rank = torch.randperm(experts, generator=random).remainder(ranks).to(DEVICE)
+    pool = rank if level == "rank" else torch.arange(experts, device=DEVICE)
+    limit = capacity.row_bound(
+        table.tokens, torch.arange(sources, device=DEVICE), capacity.bounds_of(config).to(DEVICE), 4, ranks
+    )
+    found, expected = both(
+        capacity.pool_capacity, table, config, 4, bias, pool, rank, int(pool.max()) + 1, ranks, limit
+    )
+    assert torch.equal(found, expected)
+
+
 @given(
     count=st.integers(1, 90),
     pools=st.sampled_from([1, 3, 40]),
