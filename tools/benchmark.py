@@ -422,7 +422,9 @@ def _checked(side: Side, step: Step, batch: Batch, stock: Any, oracle: Oracle, d
     """Whether a layer was routed as asked, made a sound plan, and computed what the plan says; what it did
     is added to ``done``. Vanilla's output must be stock Megatron's, too."""
     hidden, modality, _ = step
+    side.runtime.recording = True  # for the plan to say what it did; not where it is timed
     output, plan = side(hidden, modality), side.plan
+    side.runtime.recording = False
     assert plan is not None
     topology = side.macs.topology
     sent = over_ranks(sent_by(plan, topology, topology.sources[0]))
