@@ -17,6 +17,9 @@ from .fixed_point import UNIT
 from .modality import Tokens
 from .ops import fused
 
+MOST_ROWS = float(1 << 46)
+"""More rows than there can be, and as many as capacities in fixed point can say."""
+
 
 @dataclass(frozen=True)
 class LoadTable:
@@ -80,41 +83,44 @@ def effective_visual_ratio(table: LoadTable) -> Tensor:
     return torch.where(table.weight > 0, ratio, 0.5)
 
 
+@dataclass(frozen=True)
+class Pools:
+    """What has a capacity: each expert, or the experts of each rank together.
+
+    of_expert int64 [E] in 0..count-1, rank_of_expert int64 [E] in 0..ranks-1, modality_bias float64 [E]: m_j
+    in -1..1.
+    """
+
+    of_expert: Tensor
+    rank_of_expert: Tensor
+    modality_bias: Tensor
+    count: int
+    ranks: int
+
+
 @fused("capacity")
-def pool_capacity(
-    table: LoadTable,
-    config: MACSConfig,
-    top_k: int,
-    modality_bias: Tensor,
-    pool_of_expert: Tensor,
-    rank_of_expert: Tensor,
-    pools: int,
-    ranks: int,
-    bound: Tensor,
-) -> Tensor:
+def pool_capacity(table: LoadTable, config: MACSConfig, top_k: int, pools: Pools, bound: Tensor) -> Tensor:
     """Capacity of every pool, int64 [S, P]: C_base (1 + rho m (R_v - 0.5)), at least ``min_capacity``.
 
-    modality_bias float64 [E] is m_j in -1..1; pool_of_expert int64 [E] in 0..P-1, rank_of_expert int64
-    [E] in 0..R-1. C_base is the even share of the pool's n experts, gamma T k n / E, in whole tokens,
+    C_base is the even share of the pool's n experts, gamma T k n / E, in whole tokens,
     rounded up as count-based capacity is, so that text alone gives exactly that. A pool of several
     experts has the mean of their factors. With ``target_straggler`` every rank has its own gamma, see
     ``meeting_factors``, under the bound int64 [S, R] that is ``row_bound``'s.
     """
-    num_experts = len(modality_bias)
+    num_experts, of_expert = len(pools.of_expert), pools.of_expert
     lean = effective_visual_ratio(table) - 0.5
-    factor = 1 + config.modality_strength * lean[:, None] * modality_bias
+    factor = 1 + config.modality_strength * lean[:, None] * pools.modality_bias
     # Integers from here on: the order in which a pool's experts are summed must not matter.
     fixed = (factor * UNIT).round().long()
-    members = torch.zeros(pools, dtype=torch.int64, device=fixed.device)
-    members = members.index_add(0, pool_of_expert, torch.ones_like(pool_of_expert))
-    pooled = fixed.new_zeros(len(fixed), pools).index_add(1, pool_of_expert, fixed)
+    members = fixed.new_zeros(pools.count).index_add(0, of_expert, torch.ones_like(of_expert))
+    pooled = fixed.new_zeros(len(fixed), pools.count).index_add(1, of_expert, fixed)
 
     share = (table.tokens.double() * top_k)[:, None] * members / num_experts
     if config.capacity_factor is not None:
         share = config.capacity_factor * share
     else:
         even = share * pooled / (members * UNIT)
-        share = share * meeting_factors(table, even, bound, pool_of_expert, rank_of_expert, pools, ranks)
+        share = share * meeting_factors(table, even, bound, pools)
     # The small step down keeps the noise of the division from adding a token to a share that is whole.
     # Bounds keep the products in range; more room than for every assignment is never needed.
     everything = (table.tokens * top_k)[:, None]
@@ -154,19 +160,7 @@ def row_bound(tokens: Tensor, places: Tensor, bounds: Tensor, top_k: int, ranks:
     return torch.minimum(room, (even * hard).nan_to_num(0.0, MOST_ROWS).floor()).long()
 
 
-MOST_ROWS = float(1 << 46)
-"""More rows than there can be, and as many as capacities in fixed point can say."""
-
-
-def meeting_factors(
-    table: LoadTable,
-    even: Tensor,
-    bound: Tensor,
-    pool_of_expert: Tensor,
-    rank_of_expert: Tensor,
-    pools: int,
-    ranks: int,
-) -> Tensor:
+def meeting_factors(table: LoadTable, even: Tensor, bound: Tensor, pools: Pools) -> Tensor:
     """The largest capacity factor of every pool at which its rank admits at most ``bound`` rows.
 
     even float64 [S, P] is the capacity at a factor of 1, in tokens; bound int64 [S, R] -> float64 [S, P],
@@ -180,10 +174,11 @@ def meeting_factors(
     sources = len(even)
 
     def by_pool(values: Tensor) -> Tensor:
-        return values.new_zeros(sources, pools).index_add(1, pool_of_expert, values).double()
+        return values.new_zeros(sources, pools.count).index_add(1, pools.of_expert, values).double()
 
     rows, cost = by_pool(table.rows), by_pool(table.cost) / UNIT
-    rank = rank_of_expert.new_zeros(pools).scatter(0, pool_of_expert, rank_of_expert)  # of each pool
+    ranks = pools.ranks
+    rank = pools.of_expert.new_zeros(pools.count).scatter(0, pools.of_expert, pools.rank_of_expert)  # [P]
     full = cost / even.clamp(min=1e-9)
     slope = torch.where(rows > 0, rows / full.clamp(min=1e-12), 0.0)
     same = rank[:, None] == rank  # [P, P]

@@ -40,7 +40,8 @@ RETIRED: dict[str, str] = {
 
 RETIRED_CHOICES: dict[tuple[str, str], str] = {
     ("priority", "weight"): "the weight alone was never better than its product with the score",
-    ("similarity", "profile"): "no measured matrix was better than the router's rows (docs/quality.md)",
+    ("similarity", "profile"): "no measured matrix has anything to win, for none at all is as good as the "
+    "router's rows (docs/quality.md)",
 }
 """Choices of settings that are gone, and why."""
 

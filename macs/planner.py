@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .capacity import LoadTable, bounds_of, measure, pool_capacity, row_bound
+from .capacity import LoadTable, Pools, bounds_of, measure, pool_capacity, row_bound
 from .checks import FLOATS, expect
 from .config import MACSConfig
 from .fixed_point import MASS_UNIT, UNIT, to_fixed
@@ -58,6 +58,7 @@ STEPS = (
     "order",
     "admission",
     "rerouting",
+    "bound on drops",
     "combine weights",
     "statistics",
 )
@@ -184,30 +185,37 @@ class Planner:
             with _step("rerouting"):
                 rounds, rule = self.config.reroute_rounds, self.config.priority
                 placement = reroute(demand, placement, constants.affinity, rounds, rule)
-        placement, unmet = self._guarded(demand, placement, weights)
+        excess = None
+        if self.config.max_drop is not None:
+            with _step("bound on drops"):
+                placement, excess = self._readmit(demand, placement, weights)
         with _step("combine weights"):
             combined, rerouted = combine_weights(demand, placement.experts, asked_weights, self.top_k)
             placed, combined = self._finished(placement.experts, combined, tokens, active)
         if not statistics:
             return Plan(placed, combined, rerouted, None)
         with _step("statistics"):
-            outcome = Outcome(placed, rerouted, active, unmet, finite)
+            if finite is None:
+                finite = torch.isfinite(hidden.sum(-1, dtype=torch.float32))
+            outcome = Outcome(placed, rerouted, active, self._unmet(placement, excess), finite)
             return Plan(placed, combined, rerouted, describe(tokens, loads, experts, weights, outcome))
 
-    def _guarded(self, demand: Demand, placement: Placement, weights: Tensor) -> tuple[Placement, Tensor]:
-        """The placement within ``max_drop``, and for which sources a guard could not be met, bool [S]."""
-        unmet = torch.zeros(len(placement.room), dtype=torch.bool, device=weights.device)
-        if self.config.max_drop is not None:
-            own = demand.planned[:, : self.top_k]
-            mass = torch.where(own, to_fixed(weights, MASS_UNIT), 0)
-            mass = functional.pad(mass, (0, placement.experts.shape[1] - self.top_k))
-            # max_drop takes precedence over a target, but not over the hard bound on rows.
-            hard = self.config.max_load_factor is not None
-            placement, unmet = limit_drops(demand, placement, mass, self.config.max_drop, hard)
-        if self._bounds_rows:
-            left = placement.room if placement.row_room is None else placement.row_room
-            unmet = unmet | (left < 0).any(1)
-        return placement, unmet
+    def _readmit(self, demand: Demand, placement: Placement, weights: Tensor) -> tuple[Placement, Tensor]:
+        """The placement within ``max_drop``, and which sources still drop more, bool [S]."""
+        assert self.config.max_drop is not None
+        mass = torch.where(demand.planned[:, : self.top_k], to_fixed(weights, MASS_UNIT), 0)
+        mass = functional.pad(mass, (0, placement.experts.shape[1] - self.top_k))
+        # max_drop takes precedence over a target, but not over the hard bound on rows.
+        hard = self.config.max_load_factor is not None
+        return limit_drops(demand, placement, mass, self.config.max_drop, hard)
+
+    def _unmet(self, placement: Placement, excess: Tensor | None) -> Tensor:
+        """For which sources a guard could not be met, bool [S]; excess: which drop more than they may."""
+        unmet = placement.room.new_zeros(len(placement.room), dtype=torch.bool) if excess is None else excess
+        if not self._bounds_rows:
+            return unmet
+        left = placement.room if placement.row_room is None else placement.row_room
+        return unmet | (left < 0).any(1)
 
     def _finished(
         self, placed: Tensor, combined: Tensor, tokens: Tokens, active: Tensor
@@ -285,12 +293,11 @@ class Planner:
             )
         return self._on_device[device]
 
-    def _weights(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Semantic weights int64 [T], and which tokens' features are finite, bool [T]."""
+    def _weights(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """Semantic weights int64 [T], and which tokens' features are finite, bool [T], if they were read."""
         config, sources = self.config, len(self.topology.sources)
         if config.weighting == "constant":
-            finite = torch.isfinite(hidden.sum(-1, dtype=torch.float32))
-            return constant_weights(tokens.visual, config.visual_weight), finite
+            return constant_weights(tokens.visual, config.visual_weight), None
         if config.normalization == "batch":
             group, groups = tokens.kinds.long(), sources * KINDS
             if sources > 1:
@@ -319,17 +326,14 @@ class Planner:
         if config.pools_rows:
             room = row_room * UNIT
         else:
-            room = pool_capacity(
-                loads,
-                config,
-                self.top_k,
-                constants.modality_bias,
-                constants.pool_of_expert,
-                constants.rank_of_expert,
-                ranks if config.level == "rank" else self.topology.num_experts,
-                ranks,
-                row_room,
+            pools = Pools(
+                of_expert=constants.pool_of_expert,
+                rank_of_expert=constants.rank_of_expert,
+                modality_bias=constants.modality_bias,
+                count=ranks if config.level == "rank" else self.topology.num_experts,
+                ranks=ranks,
             )
+            room = pool_capacity(loads, config, self.top_k, pools, row_room)
         idle = ~active[:, None]
         room = room.masked_fill(idle, UNBOUNDED)
         if self._bounds_rows and not config.pools_rows:

@@ -138,7 +138,8 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
     scale = torch.where(finite, STEPS / norm.clamp(min=1e-12), 0.0)[token, None]
     own = source[token]
     belongs = own == torch.arange(sources, device=own.device)[:, None]  # [S, V]
-    if len(token) == count:  # on a GPU all are looked at
+    everyone = len(token) == count  # as on a GPU: those who are not visual, or not finite, are among them
+    if everyone:
         belongs = belongs & visual & finite
     belongs = belongs.float()
     steps = torch.empty(len(token), size, dtype=torch.float32, device=hidden.device)
@@ -151,7 +152,9 @@ def distinctness(hidden: Tensor, visual: Tensor, source: Tensor, sources: int) -
         for start in range(0, len(token), rows):
             part = slice(start, start + rows)
             some = steps[part].copy_(hidden[token[part]])
-            some.mul_(scale[part]).round_().nan_to_num_(0.0, 0.0, 0.0)
+            some.mul_(scale[part]).round_()
+            if everyone:
+                some.nan_to_num_(0.0, 0.0, 0.0)
             total += belongs[:, part] @ some
         near = steps @ in_steps(total).T  # [V, S]
     near = near[:, 0] if sources == 1 else near.gather(1, own[:, None])[:, 0]

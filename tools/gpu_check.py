@@ -1,9 +1,10 @@
-"""What only a GPU can tell of the planner, in one command of a few minutes.
+"""What only a GPU can tell of the planner, in one command.
 
     python tools/gpu_check.py                  # a JSON line a section
     python tools/gpu_check.py --dry            # the same sections on a CPU, small, in Triton's interpreter
 
-Every section runs in a process of its own with a time limit, so that one that fails or hangs costs no other.
+Every section runs in a process of its own, for a minute at most (``--limit``): one that fails or hangs
+costs no other.
 """
 
 from __future__ import annotations
@@ -182,13 +183,12 @@ def launches(dry: bool) -> dict[str, Any]:
     from launches import count
 
     size = DRY if dry else QWEN3_VL_30B
-    shape = size.tokens, size.hidden, size.experts, size.top_k
+    shape = size.tokens, size.hidden, size.experts, size.top_k, size.ranks
     found: dict[str, Any] = {}
     for name, settings in SETTINGS.items():
-        planner = planner_of(size, settings)
-        found[name] = {"counted": dict(count(planner, shape).by_step)}
+        found[name] = {"counted": dict(count("macs", settings, shape).by_step)}
         if torch.cuda.is_available():
-            given = inputs(size)
+            planner, given = planner_of(size, settings), inputs(size)
             planner.plan(*given)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 planner.plan(*given)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import types
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,8 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import macs
-from macs import STEPS, MACSConfig, Plan, Planner, Tokens, Topology, build_policy, watching_steps
+from macs import STEPS, LayerRecorder, MACSConfig, Tokens, Topology, build_policy, watching_steps
 from macs.ops import kernels
 
 LAUNCHES = {
@@ -104,9 +102,7 @@ def counting() -> Iterator[Launches]:
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch.object(GridExecutor, "__call__", launch),
-        # There is no device to make current, nor one that captures.
-        mock.patch("macs.ops._current", return_value=contextlib.nullcontext()),
-        mock.patch("macs.runtime.capturing", return_value=False),
+        mock.patch("torch.cuda.device", return_value=contextlib.nullcontext()),  # there is none
         kernels("triton"),
         launches,
         watching_steps(launches.step),
@@ -114,25 +110,18 @@ def counting() -> Iterator[Launches]:
         yield launches
 
 
-def count(
-    planner: Planner, shape: Sequence[int], statistics: bool = True, dtype: torch.dtype = torch.bfloat16
-) -> Launches:
-    """The launches of one plan for T tokens of size D, E experts, k each: shape (T, D, E, k)."""
-    tokens, size, experts, top_k = shape
-    planner.prepare(torch.device("cpu"))
+def count(policy: str, settings: dict[str, Any], shape: Sequence[int], statistics: bool = True) -> Launches:
+    """The launches of one plan, for T tokens of size D, E experts, k each, R ranks: shape (T, D, E, k, R)."""
+    tokens, size, experts, top_k, ranks = shape
+    topology = Topology(experts, ranks)
+    planner = build_policy(policy, MACSConfig.from_dict(settings), topology, top_k)
+    recorder = LayerRecorder(topology, top_k)
     with counting() as launches:
         device = torch.device("cuda", 0)
-        on_gpu = {
-            torch.device("cuda", 0): types.SimpleNamespace(
-                **{
-                    name: torch.empty(one.shape, dtype=one.dtype, device=device)
-                    for name, one in vars(planner._constants(torch.device("cpu"))).items()
-                }
-            )
-        }
-        kept, planner._on_device = planner._on_device, on_gpu  # type: ignore[assignment]
+        planner.prepare(device)
+        recorder.prepare(device)
         inputs = (
-            torch.empty(tokens, size, dtype=dtype, device=device),
+            torch.empty(tokens, size, dtype=torch.bfloat16, device=device),
             torch.empty(tokens, top_k, dtype=torch.int64, device=device),
             torch.empty(tokens, top_k, device=device),
             torch.empty(tokens, experts, device=device),
@@ -140,20 +129,16 @@ def count(
         )
         launches.by_step.clear()
         launches.by_operator.clear()
-        try:
-            planned: Plan = planner.plan(*inputs, statistics=statistics)
-        finally:
-            planner._on_device = kept
-        with launches.step("map and weights for Megatron"):
+        planned = planner.plan(*inputs, statistics=statistics)
+        with launches.step(MAP):
             planned.as_map(experts)
         if planned.statistics is not None:
-            with launches.step("record"):
-                recorder = macs.LayerRecorder(planner.topology, top_k)
-                recorder._ring = torch.empty(1, recorder._width, dtype=torch.int64, device=device)
-                recorder._next = torch.empty(1, dtype=torch.int64, device=device)
+            with launches.step(RECORD):
                 recorder.record(planned.statistics)
     return launches
 
+
+MAP, RECORD = "map and weights for Megatron", "record"
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("macs", {}),
@@ -167,13 +152,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def table(shape: Sequence[int], ranks: int) -> tuple[Table, dict[str, Launches]]:
+def table(shape: Sequence[int]) -> tuple[Table, dict[str, Launches]]:
     """Launches of every case by step."""
     found: dict[str, Launches] = {}
     for title, (policy, settings) in CASES.items():
-        topology = Topology(shape[2], ranks)
-        planner = build_policy(policy, MACSConfig.from_dict(settings), topology, shape[3])
-        found[title] = count(planner, shape)
+        found[title] = count(policy, settings, shape)
     shown = Table(title="kernels launched by a plan")
     shown.add_column("")
     for title in found:
@@ -183,7 +166,7 @@ def table(shape: Sequence[int], ranks: int) -> tuple[Table, dict[str, Launches]]
         shown.add_row(step, *(str(one.by_step[step] or "") for one in found.values()))
     shown.add_section()
     shown.add_row("a plan", *(str(sum(one.by_step[step] for step in steps)) for one in found.values()))
-    for step in ("map and weights for Megatron", "record"):
+    for step in (MAP, RECORD):
         shown.add_row(step, *(str(one.by_step[step] or "") for one in found.values()))
     return shown, found
 
@@ -197,8 +180,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--operators", action="store_true", help="what the defaults launch, one by one")
     arguments = parser.parse_args(given)
-    *shape, ranks = arguments.shape
-    shown, found = table(shape, ranks)
+    shown, found = table(arguments.shape)
     console = Console()
     console.print(shown)
     if arguments.operators:

@@ -1,10 +1,10 @@
-"""Admission by searching: exactly its twin in ``macs.routing``, which sorts.
+"""Admission by searching; the reference implementation in ``macs.routing`` sorts.
 
 What a pool admits is all that comes before one order, the first that does not fit. One program a pool finds
 it: of the orders in which it may lie, the cost is summed by so many even steps, and the first step at which
 the running sum passes what is left of the capacity is searched next. Each pass divides what is left of
-the range by ``BINS``, from the lowest to the highest order of the pool on; pools with room for all make
-none. Integers all along.
+the range by ``BINS``, from the lowest to the highest order of the pool on; a pool with
+room for all is not searched. Integers all along, so that both are equal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..routing import Demand, Placement, Queue, order_bits, take
-from .shared import power_of_2
+from .shared import assignments, power_of_2
 
 BINS = 256
 """Steps that the cost is summed by."""
@@ -33,7 +33,6 @@ def place_admitted(demand: Demand, start: Placement) -> Placement:
     bounds = [(demand.pool_of_expert, start.room, demand.cost)]
     if start.row_room is not None:
         bounds.append((demand.rank_of_expert, start.row_room, torch.ones_like(demand.cost)))
-    kept, taken, placed = demand.planned, demand.experts, demand.experts
     if not count:
         return start
     columns = power_of_2(slots)
@@ -41,17 +40,18 @@ def place_admitted(demand: Demand, start: Placement) -> Placement:
     grid = (triton.cdiv(count, block),)
     experts, planned = demand.experts.contiguous(), demand.planned.contiguous()
     source, exempt = demand.tokens.source.contiguous(), demand.tokens.exempt.contiguous()
+    kept, placed, taken = planned, experts, experts
     for of_expert, room, cost in bounds:
         pool = torch.empty(count, slots, dtype=torch.int64, device=demand.device)
         _pools[grid](
-            experts, kept.contiguous(), source, of_expert, pool, count, slots, room.shape[1], room.numel(),
+            experts, kept, source, of_expert, pool, count, slots, room.shape[1], room.numel(),
             TOKENS=block, K=columns,
         )  # fmt: skip
         fits = admit(Queue(pool, demand.order, cost, demand.places), room.flatten())
         before, kept = kept, torch.empty(count, slots, dtype=torch.bool, device=demand.device)
         placed, taken = (torch.empty_like(experts) for _ in range(2))
         _place[grid](
-            experts, planned, before.contiguous(), fits, exempt, kept, placed, taken, count, slots,
+            experts, planned, before, fits, exempt, kept, placed, taken, count, slots,
             TOKENS=block, K=columns,
         )  # fmt: skip
     return take(demand, replace(start, experts=placed), taken)
@@ -62,10 +62,7 @@ def _pools(
     experts, part, source, of_expert, pool, count, slots, pools, none, TOKENS: tl.constexpr, K: tl.constexpr
 ):
     """The pool of every assignment that takes part."""
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    slot = tl.arange(0, K)
-    here = (token < count)[:, None] & (slot < slots)[None, :]
-    cell = token[:, None] * slots + slot[None, :]
+    token, cell, here = assignments(count, slots, TOKENS, K)
     takes = here & tl.load(part + cell, mask=here, other=0).to(tl.int1)
     expert = tl.load(experts + cell, mask=takes, other=0)
     of = tl.load(source + token, mask=token < count, other=0)
@@ -79,10 +76,7 @@ def _place(
     TOKENS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Who is kept, where assignments stand, and the experts that were taken (-1: none)."""
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    slot = tl.arange(0, K)
-    here = (token < count)[:, None] & (slot < slots)[None, :]
-    cell = token[:, None] * slots + slot[None, :]
+    token, cell, here = assignments(count, slots, TOKENS, K)
     spared = tl.load(exempt + token, mask=token < count, other=0).to(tl.int1)
     stays = tl.load(fits + cell, mask=here, other=0).to(tl.int1) | spared[:, None]
     stays = stays & tl.load(part + cell, mask=here, other=0).to(tl.int1)

@@ -1,5 +1,8 @@
-"""Kernels of capacities: their twins in ``macs.capacity``, exactly but for float64 sums of slopes, which are
-taken in another order and rounded up to whole tokens."""
+"""Kernels of capacities; reference implementation: ``macs.capacity``.
+
+Equal but for float64 sums of slopes, which are added in another order; what follows from them is rounded up
+to whole tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..capacity import MOST_ROWS, LoadTable
+from ..capacity import MOST_ROWS, LoadTable, Pools
 from ..config import MACSConfig
 from ..fixed_point import UNIT
 from .shared import power_of_2, rint
@@ -50,29 +53,19 @@ def _row_bound(tokens, places, bounds, room, top_k, ranks, MOST: tl.constexpr, R
     tl.store(room + source * ranks + rank, bound, mask=rank < ranks)
 
 
-def pool_capacity(
-    table: LoadTable,
-    config: MACSConfig,
-    top_k: int,
-    modality_bias: Tensor,
-    pool_of_expert: Tensor,
-    rank_of_expert: Tensor,
-    pools: int,
-    ranks: int,
-    bound: Tensor,
-) -> Tensor:
+def pool_capacity(table: LoadTable, config: MACSConfig, top_k: int, pools: Pools, bound: Tensor) -> Tensor:
     """One launch, a program a source."""
     sources, num_experts = table.rows.shape
-    capacity = torch.empty(sources, pools, dtype=torch.int64, device=table.device)
+    capacity = torch.empty(sources, pools.count, dtype=torch.int64, device=table.device)
     tensors = (
         table.tokens, table.weight, table.visual_weight, table.cost, table.rows,
-        modality_bias, pool_of_expert, rank_of_expert, bound,
+        pools.modality_bias, pools.of_expert, pools.rank_of_expert, bound,
     )  # fmt: skip
     _pool_capacity[(sources,)](
-        *(one.contiguous() for one in tensors), capacity, top_k, num_experts, pools, ranks,
+        *(one.contiguous() for one in tensors), capacity, top_k, num_experts, pools.count, pools.ranks,
         RHO=config.modality_strength, MEETS=config.capacity_factor is None,
         GAMMA=0.0 if config.capacity_factor is None else config.capacity_factor,
-        LEAST=round(config.min_capacity * UNIT), UNIT=UNIT, POOLS=power_of_2(pools),
+        LEAST=round(config.min_capacity * UNIT), UNIT=UNIT, POOLS=power_of_2(pools.count),
     )  # fmt: skip
     return capacity
 

@@ -1,5 +1,8 @@
-"""The kernel of combine weights: its twin in ``macs.routing``. Sums over a token's own are in float64 in
-both, so that in whatever order they are added the result is rounded alike, but for one in millions.
+"""Kernels of combine weights and of the map that Megatron wants; reference implementations:
+``macs.routing`` and ``macs.plan``.
+
+Sums over a token's own are in float64 in both, so that in whatever order they are added the result is rounded
+alike, but for one in millions.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .shared import power_of_2
+from .shared import assignments, power_of_2
 
 if TYPE_CHECKING:
     from ..routing import Demand
@@ -48,10 +51,8 @@ def _combine(
     WIDE: tl.constexpr, SCORE: tl.constexpr, TINY: tl.constexpr, OWN: tl.constexpr,
     TOKENS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    token, cell, here = assignments(count, slots, TOKENS, K)
     slot = tl.arange(0, K)
-    here = (token < count)[:, None] & (slot < slots)[None, :]
-    cell = token[:, None] * slots + slot[None, :]
     expert = tl.load(experts + cell, mask=here, other=-1)
     now = tl.load(placed + cell, mask=here, other=-1)
     weight = tl.load(weights + cell, mask=here)

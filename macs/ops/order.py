@@ -1,4 +1,4 @@
-"""The kernel that puts assignments in order: exactly its twin in ``macs.routing``."""
+"""The kernel that puts assignments in order; reference implementation: ``macs.routing``, equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fixed_point import PRIORITY_BITS, UNIT
 from ..modality import Tokens
-from .shared import power_of_2, rint
+from .shared import assignments, power_of_2, rint
 
 RULES = {"score": 0, "product": 1}
 TILE = 1024
@@ -56,11 +56,8 @@ def _ask(
     RULE: tl.constexpr, UNIT: tl.constexpr, SCALE: tl.constexpr, TOP: tl.constexpr, OWN: tl.constexpr,
     SPREAD: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    here = token < count
-    slot = tl.arange(0, K)
-    real = here[:, None] & (slot < slots)[None, :]
-    cell = token[:, None] * slots + slot[None, :]
+    token, cell, real = assignments(count, slots, TOKENS, K)
+    here, slot = token < count, tl.arange(0, K)
     expert = tl.load(experts + cell, mask=real, other=-1)
     own = tl.maximum(expert, 0)
     score = tl.load(scores + token[:, None] * num_experts + own, mask=real, other=0.0)

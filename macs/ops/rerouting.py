@@ -1,4 +1,4 @@
-"""Kernels of rerouting: exactly their twin in ``macs.routing``."""
+"""Kernels of rerouting; reference implementation: ``macs.routing``, equal."""
 
 from __future__ import annotations
 
@@ -29,11 +29,9 @@ def reroute(demand: Demand, placement: Placement, affinity: Tensor, rounds: int,
 
     count, k = placement.experts.shape
     source, num_experts, places = demand.tokens.source, demand.scores.shape[1], len(placement.experts)
-    placed, room, row_room = (
-        None if one is None else one.clone(memory_format=torch.contiguous_format)
-        for one in (placement.experts, placement.room, placement.row_room)
-    )
-    assert placed is not None and room is not None
+    dense = torch.contiguous_format
+    placed, room = placement.experts.clone(memory_format=dense), placement.room.clone(memory_format=dense)
+    row_room = None if placement.row_room is None else placement.row_room.clone(memory_format=dense)
     if not count:
         return Placement(placed, room, row_room)
     queue = torch.empty_like(demand.order, memory_format=torch.contiguous_format)

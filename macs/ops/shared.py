@@ -21,6 +21,15 @@ def finite(value):
     return tl.abs(value) < float("inf")
 
 
+@triton.jit
+def assignments(count, slots, TOKENS: tl.constexpr, K: tl.constexpr):
+    """A program's tokens [TOKENS], where their assignments lie [TOKENS, K], and which of these there are."""
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    slot = tl.arange(0, K)
+    here = (token < count)[:, None] & (slot < slots)[None, :]
+    return token, token[:, None] * slots + slot[None, :], here
+
+
 def power_of_2(count: int) -> int:
     """The least power of two that is not below ``count``: the sides of tiles."""
     return triton.next_power_of_2(max(1, count))

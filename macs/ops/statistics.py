@@ -1,4 +1,6 @@
-"""The kernel of a plan's statistics: exactly its twin in ``macs.plan``, for both add whole numbers."""
+"""The kernel of a plan's statistics; reference implementation: ``macs.plan``. Equal, for both add whole
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from ..capacity import LoadTable
 from ..fixed_point import MASS_UNIT
 from ..modality import TEXT, Tokens
-from .shared import power_of_2, rint
+from .shared import assignments, power_of_2, rint
 
 if TYPE_CHECKING:
     from ..plan import Outcome, PlanStatistics
@@ -61,7 +63,7 @@ def _describe(
         tl.atomic_add(record + 4, tl.sum(tl.load(weight_of + source, mask=real, other=0), 0), sem="relaxed")
         tl.atomic_add(record + 5, tl.sum(tl.load(visual_of + source, mask=real, other=0), 0), sem="relaxed")
         tl.atomic_add(record + 7, tl.sum(plans * failed, 0), sem="relaxed")
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    token, cell, held = assignments(count, slots, TOKENS, K)
     here = token < count
     counts = tl.load(valid + token, mask=here, other=0).to(tl.int1) & here
     seen = counts & (tl.load(kinds + token, mask=here, other=TEXT) != TEXT)
@@ -69,13 +71,13 @@ def _describe(
     tl.atomic_add(record + 3, tl.sum(seen.to(tl.int64), 0), sem="relaxed")
     tl.atomic_add(record + 6, tl.sum(odd.to(tl.int64), 0), sem="relaxed")
 
-    slot = tl.arange(0, K)
-    held = counts[:, None] & (slot < slots)[None, :]
-    now = tl.load(placed + token[:, None] * slots + slot[None, :], mask=held, other=-1)
-    moved = tl.load(rerouted + token[:, None] * slots + slot[None, :], mask=held, other=0).to(tl.int1)
-    own = counts[:, None] & (slot < k)[None, :]
-    expert = tl.load(experts + token[:, None] * k + slot[None, :], mask=own, other=-1)
-    weight = tl.load(weights + token[:, None] * k + slot[None, :], mask=own, other=0.0).to(tl.float64)
+    held = held & counts[:, None]
+    now = tl.load(placed + cell, mask=held, other=-1)
+    moved = tl.load(rerouted + cell, mask=held, other=0).to(tl.int1)
+    _, asked, own = assignments(count, k, TOKENS, K)
+    own = own & counts[:, None]
+    expert = tl.load(experts + asked, mask=own, other=-1)
+    weight = tl.load(weights + asked, mask=own, other=0.0).to(tl.float64)
     mass = rint(tl.where(weight == weight, weight, 0.0) * MASS).to(tl.int64)
     own = own & (expert >= 0)
     for state in tl.static_range(3):  # kept, rerouted, dropped

@@ -12,6 +12,7 @@ from support.cases import NO_BOUND, configs, routings
 from macs import MACSConfig, full_scores, within_groups
 from macs.capacity import (
     LoadTable,
+    Pools,
     bounds_of,
     effective_visual_ratio,
     measure,
@@ -183,17 +184,9 @@ def test_loads_ratio_and_capacity(case):
     ranks = list(case.topology.expert_rank)
     pool = list(range(experts)) if config.level == "expert" else ranks
     bias = torch.tensor(case.bias, dtype=torch.float64)
-    capacity = pool_capacity(
-        table,
-        config,
-        case.top_k,
-        bias,
-        torch.tensor(pool),
-        torch.tensor(ranks),
-        max(pool) + 1,
-        max(ranks) + 1,
-        torch.zeros(sources, max(ranks) + 1, dtype=torch.int64),
-    )
+    pools = Pools(torch.tensor(pool), torch.tensor(ranks), bias, max(pool) + 1, max(ranks) + 1)
+    unbounded = torch.zeros(sources, max(ranks) + 1, dtype=torch.int64)
+    capacity = pool_capacity(table, config, case.top_k, pools, unbounded)
     for s in range(sources):
         mine = [t for t in range(len(weight)) if tokens.source[t] == s and tokens.valid[t]]
         for j in range(experts):
@@ -216,7 +209,9 @@ def test_visual_experts_grow_with_the_visual_ratio():
     bias, each = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64), torch.arange(3)
     for visual, order in ((900, 1), (100, -1)):
         table = LoadTable(one, one * UNIT, torch.tensor([visual * UNIT]), one[:, None] * 0, one[:, None] * 0)
-        high, middle, low = pool_capacity(table, config, 1, bias, each, each, 3, 3, each[None])[0].tolist()
+        high, middle, low = pool_capacity(table, config, 1, Pools(each, each, bias, 3, 3), each[None])[
+            0
+        ].tolist()
         assert (high - middle) * order > 0 > (low - middle) * order
         assert middle == 334 * UNIT
 
@@ -227,7 +222,8 @@ def test_a_ranks_pool_is_its_even_share():
     table = LoadTable(one, one * UNIT, one * 0, none, none)
     bias, ranks = torch.zeros(256, dtype=torch.float64), torch.arange(256) // 32
     for factor, rows in ((1.0, 100), (1.05, 105), (1.1, 110), (1.101, 111)):
-        found = pool_capacity(table, MACSConfig(capacity_factor=factor), 8, bias, ranks, ranks, 8, 8, none)
+        pools = Pools(ranks, ranks, bias, 8, 8)
+        found = pool_capacity(table, MACSConfig(capacity_factor=factor), 8, pools, none)
         assert found.tolist() == [[rows * UNIT] * 8]
 
 
@@ -262,7 +258,9 @@ def test_every_rank_has_the_largest_factor_that_meets_the_bound(ranks, target):
     bound = row_bound(table.tokens, zero, bounds_of(config), 1, len(ranks))
     even = torch.tensor([[even for _, _, even in pools]], dtype=torch.float64)
     each = torch.arange(len(pools))
-    found = meeting_factors(table, even, bound, each, rank_of, len(pools), len(ranks))[0].tolist()
+    found = meeting_factors(table, even, bound, Pools(each, rank_of, each.double(), len(pools), len(ranks)))[
+        0
+    ].tolist()
     first = 0
     for rank in ranks:
         factor, limit = found[first], int(bound[0, int(rank_of[first])])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from macs import STEPS, MACSConfig, Topology, build_policy
+from macs import STEPS
 from macs.ops import has_triton
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -14,7 +14,7 @@ import launches
 from launches import CASES
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
-SHAPE, RANKS = (8192, 2048, 128, 8), 8
+SHAPE = 8192, 2048, 128, 8, 8
 PLANS = {
     "defaults": 42,
     "paper": 34,
@@ -30,16 +30,14 @@ PLANS = {
 @pytest.mark.parametrize("title", CASES)
 def test_a_plan_launches_no_more_than_it_did(title):
     policy, settings = CASES[title]
-    planner = build_policy(policy, MACSConfig.from_dict(settings), Topology(SHAPE[2], RANKS), SHAPE[3])
-    found = launches.count(planner, SHAPE)
+    found = launches.count(policy, settings, SHAPE)
     plan = sum(found.by_step[step] for step in (*STEPS, "other"))
     assert plan <= PLANS[title], found.by_operator
     assert found.by_step["map and weights for Megatron"] == 1 and found.by_step["record"] == 3
 
 
 def test_without_records_statistics_cost_nothing():
-    planner = build_policy("macs", MACSConfig(), Topology(SHAPE[2], RANKS), SHAPE[3])
-    assert launches.count(planner, SHAPE, statistics=False).by_step["statistics"] == 0
+    assert launches.count("macs", {}, SHAPE, statistics=False).by_step["statistics"] == 0
 
 
 def test_the_command_shows_them(capsys):

@@ -197,9 +197,8 @@ def test_pool_capacity(level, bound, experts, ranks):
     limit = capacity.row_bound(
         table.tokens, torch.arange(sources, device=DEVICE), capacity.bounds_of(config).to(DEVICE), 4, ranks
     )
-    found, expected = both(
-        capacity.pool_capacity, table, config, 4, bias, pool, rank, int(pool.max()) + 1, ranks, limit
-    )
+    pools = capacity.Pools(pool, rank, bias, int(pool.max()) + 1, ranks)
+    found, expected = both(capacity.pool_capacity, table, config, 4, pools, limit)
     assert torch.equal(found, expected)
 
 

@@ -13,7 +13,7 @@ from support import reference
 from support.cases import NO_BOUND, configs, paper, routings
 
 from macs import MACSConfig, Planner, Tokens, Topology, build_policy
-from macs.capacity import measure, pool_capacity
+from macs.capacity import Pools, measure, pool_capacity
 from macs.fixed_point import MASS_UNIT, UNIT, to_fixed
 from macs.weighting import (
     constant_weights,
@@ -86,9 +86,8 @@ def rooms(case, config, weight, cost):
             row_limits(config, one, ranks, place) for one, place in zip(asked, topology.places, strict=True)
         ]
     bound = torch.zeros(sources, ranks, dtype=torch.int64) if rows is None else torch.tensor(rows)
-    room = pool_capacity(
-        table, config, case.top_k, bias, torch.tensor(pool), ranked, max(pool) + 1, ranks, bound
-    ).tolist()
+    pools = Pools(torch.tensor(pool), ranked, bias, max(pool) + 1, ranks)
+    room = pool_capacity(table, config, case.top_k, pools, bound).tolist()
     active = [t >= config.min_tokens for t in table.tokens.tolist()]
     return room, rows, active, pool
 
