@@ -9,7 +9,6 @@ Letters in shapes, here and in every module:
     R  expert-parallel ranks    G = E / R  experts a rank       P  pools (experts or ranks)
 """
 
-from .capacity import loads_of
 from .config import PRESETS, MACSConfig
 from .hooks import ModalityHook, attach_modality
 from .metrics import LayerRecorder, LayerReport
@@ -20,7 +19,9 @@ from .policies import POLICIES, build_policy
 from .profile import Calibration, Profile, router_fingerprint
 from .recording import Recording, RoutingRecorder
 from .runtime import LayerRuntime, Runtime, Share, place_among
-from .scoring import full_scores, in_service, within_groups, without_outcasts
+from .steps.capacity import loads_of
+from .steps.kernels.dispatch import has_triton, kernels
+from .steps.scoring import full_scores, in_service, within_groups, without_outcasts
 from .topology import Topology
 from .version import __version__
 
@@ -54,7 +55,9 @@ __all__ = [
     "build_policy",
     "current_modality",
     "full_scores",
+    "has_triton",
     "in_service",
+    "kernels",
     "loads_of",
     "modality",
     "place_among",

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .plan import LOADS, SCALARS, PlanStatistics, scalar_of
+from .plan import PlanStatistics, scalar_of
+from .steps.contracts import LOADS, SCALARS
 from .topology import Topology
 
 

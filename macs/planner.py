@@ -9,58 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .capacity import LoadTable, Pools, bounds_of, measure, pool_capacity, row_bound
 from .checks import FLOATS, expect
 from .config import MACSConfig
-from .fixed_point import MASS_UNIT, UNIT, to_fixed
-from .modality import KINDS, Tokens
-from .plan import Outcome, Plan, describe
-from .routing import (
-    UNBOUNDED,
-    Demand,
-    Placement,
-    ask,
-    combine_weights,
-    limit_drops,
-    place_admitted,
-    places_of,
-    reroute,
-)
+from .modality import Tokens
+from .plan import Plan, PlanStatistics
+from .steps.admission import admit
+from .steps.capacity import bounds_of, capacities
+from .steps.combine import Findings, combine
+from .steps.contracts import LOADS, SCALARS, Choice, Constants, Placement, Room, Sums, Terms
+from .steps.demand import measure
+from .steps.drops import limit_drops
+from .steps.fixed_point import UNIT
+from .steps.rerouting import reroute
+from .steps.weighting import Weighting, semantic_weights
 from .topology import Topology
-from .weighting import constant_weights, distinct_weights, entropy_weights, feature_entropy
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What does not change from step to step, on one device."""
-
-    pool_of_expert: Tensor  # int64 [E]
-    rank_of_expert: Tensor  # int64 [E]
-    affinity: Tensor  # float32 [E, E], similarity; 0 where rerouting may not go
-    modality_bias: Tensor  # float64 [E]
-    reachable: Tensor  # bool [E, E], where rerouting may go
-    bounds: Tensor  # float64 [2], ``bounds_of`` the settings
-    places: Tensor  # int64 [S], where sources stand among those whose tokens meet
-    local_experts: Tensor  # int64 [S, G], the experts on each source's own rank
-
 
 STEPS = (
-    "semantic weights",
-    "loads",
+    "weights",
+    "demand",
     "capacities",
-    "order",
     "admission",
     "rerouting",
     "bound on drops",
-    "combine weights",
-    "statistics",
+    "combine",
 )
 """What a plan is made of, in this order."""
 
@@ -164,98 +141,78 @@ class Planner:
         the plan says what it did; otherwise its ``statistics`` are none.
         """
         tokens = self._check(hidden, experts, weights, scores, tokens)
+        choice = Choice(experts, weights, scores, self.top_k)
         if not self.plans or self.leaves_alone(len(hidden)):
-            return self._untouched(experts, weights, tokens, statistics)
-        constants = self._constants(hidden.device)
-        asked, asked_weights = self._extend(experts, weights, scores, tokens, constants)
-        with _step("semantic weights"):
-            weight, finite = self._weights(hidden, tokens)
-            cost = weight if self.config.cost == "weight" else torch.full_like(weight, UNIT)
-        with _step("loads"):
-            sources, count = len(self.topology.sources), self.topology.num_experts
-            loads = measure(tokens, weight, cost, asked, sources, count)
+            return self._untouched(hidden, choice, tokens, statistics)
+        config, constants = self.config, self._constants(hidden.device)
+        choice = self._extended(choice, tokens, constants)
+        sums = self._sums(hidden, statistics)
+        with _step("weights"):
+            weighed = semantic_weights(hidden, tokens, self._weighting, sums, statistics)
+        with _step("demand"):
+            terms = Terms(config.priority, config.cost == "weight")
+            demand = measure(choice, tokens, weighed.weight, terms, sums)
         with _step("capacities"):
-            active = loads.tokens >= self.config.min_tokens
-            start = Placement(asked, *self._room(loads, active, constants))
-        with _step("order"):
-            demand = self._demand(asked, scores, weight, cost, tokens, constants)
+            room = capacities(sums, constants, config, self.top_k)
         with _step("admission"):
-            placement = place_admitted(demand, start)
-        if self.config.reroute != "none":
+            placement = admit(demand, room, constants)
+        if config.reroute != "none":
             with _step("rerouting"):
-                rounds, rule = self.config.reroute_rounds, self.config.priority
-                placement = reroute(demand, placement, constants.affinity, rounds, rule)
+                placement = reroute(demand, placement, constants, config.reroute_rounds)
         excess = None
-        if self.config.max_drop is not None:
+        if config.max_drop is not None:
             with _step("bound on drops"):
-                placement, excess = self._readmit(demand, placement, weights)
-        with _step("combine weights"):
-            combined, rerouted = combine_weights(demand, placement.experts, asked_weights, self.top_k)
-            placed, combined = self._finished(placement.experts, combined, tokens, active)
-        if not statistics:
-            return Plan(placed, combined, rerouted, None)
-        with _step("statistics"):
-            if finite is None:
-                finite = torch.isfinite(hidden.sum(-1, dtype=torch.float32))
-            outcome = Outcome(placed, rerouted, active, self._unmet(placement, excess), finite)
-            return Plan(placed, combined, rerouted, describe(tokens, loads, experts, weights, outcome))
+                hard = config.max_load_factor is not None
+                placement, excess = limit_drops(demand, placement, constants, config.max_drop, hard)
+        with _step("combine"):
+            findings = None if weighed.finite is None else Findings(sums, weighed.finite, excess)
+            combined = combine(demand, placement, room, config.drop_padding, findings)
+        record = PlanStatistics(sums.record) if statistics else None
+        return Plan(combined.experts, combined.weights, combined.rerouted, record)
 
-    def _readmit(self, demand: Demand, placement: Placement, weights: Tensor) -> tuple[Placement, Tensor]:
-        """The placement within ``max_drop``, and which sources still drop more, bool [S]."""
-        assert self.config.max_drop is not None
-        mass = torch.where(demand.planned[:, : self.top_k], to_fixed(weights, MASS_UNIT), 0)
-        mass = functional.pad(mass, (0, placement.experts.shape[1] - self.top_k))
-        # max_drop takes precedence over a target, but not over the hard bound on rows.
-        hard = self.config.max_load_factor is not None
-        return limit_drops(demand, placement, mass, self.config.max_drop, hard)
-
-    def _unmet(self, placement: Placement, excess: Tensor | None) -> Tensor:
-        """For which sources a guard could not be met, bool [S]; excess: which drop more than they may."""
-        unmet = placement.room.new_zeros(len(placement.room), dtype=torch.bool) if excess is None else excess
-        if not self._bounds_rows:
-            return unmet
-        left = placement.room if placement.row_room is None else placement.row_room
-        return unmet | (left < 0).any(1)
-
-    def _finished(
-        self, placed: Tensor, combined: Tensor, tokens: Tokens, active: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Where assignments end and with what combine weights, [T, k'] each: of padding, and of sources that
-        do not plan, whose added experts are nobody's."""
-        if self.config.drop_padding:
-            padding = (active[tokens.source] & ~tokens.valid)[:, None]
-            placed, combined = placed.masked_fill(padding, -1), combined.masked_fill(padding, 0)
-        if placed.shape[1] > self.top_k:
-            added = ~(active[tokens.source][:, None] | self._own(placed))
-            placed, combined = placed.masked_fill(added, -1), combined.masked_fill(added, 0)
-        return placed, combined
-
-    def _own(self, placed: Tensor) -> Tensor:
-        """The router's own columns: bool [k']."""
-        return torch.arange(placed.shape[1], device=placed.device) < self.top_k
-
-    def _untouched(self, experts: Tensor, weights: Tensor, tokens: Tokens, statistics: bool) -> Plan:
+    def _untouched(self, hidden: Tensor, choice: Choice, tokens: Tokens, statistics: bool) -> Plan:
         """The router's choice as a plan, with its loads counted and every token weighing one."""
         more = self.slots - self.top_k
-        placed = functional.pad(experts, (0, more), value=-1)
-        rerouted = torch.zeros_like(placed, dtype=torch.bool)
-        found = None
+        experts = functional.pad(choice.experts, (0, more), value=-1)
+        weights = functional.pad(choice.weights, (0, more))
+        if not statistics:
+            return Plan(experts, weights, torch.zeros_like(experts, dtype=torch.bool), None)
+        constants, sums = self._constants(hidden.device), self._sums(hidden, statistics)
+        weight = torch.full_like(tokens.position, UNIT)
+        everything = Choice(experts, weights, choice.scores, self.top_k)
+        demand = measure(everything, tokens, weight, Terms("score", False), sums)
+        idle = torch.zeros_like(constants.places, dtype=torch.bool)
+        room = Room(constants.places[:, None], None, idle, False)
+        findings = Findings(sums, torch.ones_like(tokens.valid), None)
+        combined = combine(demand, Placement(experts, room.pools, None), room, False, findings)
+        return Plan(combined.experts, weights, combined.rerouted, PlanStatistics(sums.record))
+
+    def _extended(self, choice: Choice, tokens: Tokens, constants: Constants) -> Choice:
+        """The router's assignments and, behind them, those that a policy adds."""
+        return choice
+
+    @property
+    def _weighting(self) -> Weighting:
+        config = self.config
+        by_image = config.normalization == "image"
+        sources = len(self.topology.sources)
+        return Weighting(config.weighting, config.entropy_sharpness, config.visual_weight, by_image, sources)
+
+    def _sums(self, hidden: Tensor, statistics: bool) -> Sums:
+        """Nothing added yet, in the shapes that this planner's steps add to."""
+        rule, (tokens, size) = self._weighting, hidden.shape
+        sources, experts = rule.sources, self.topology.num_experts
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "weight", "visual_weight"), (sources,))
+        shapes["rows"] = sources, experts
+        if self.config.cost == "weight":
+            shapes["cost"] = sources, experts
+        if rule.rule != "constant":
+            shapes["moments"] = 3, rule.groups(tokens)
+        if rule.rule == "distinct":
+            shapes["directions"] = sources, size
         if statistics:
-            sources = len(self.topology.sources)
-            weight = torch.full_like(tokens.position, UNIT)
-            loads = measure(tokens, weight, weight, experts, sources, self.topology.num_experts)
-            idle = torch.zeros(sources, dtype=torch.bool, device=experts.device)
-            outcome = Outcome(placed, rerouted, idle, idle, torch.ones_like(tokens.valid))
-            found = describe(tokens, loads, experts, weights, outcome)
-        return Plan(placed, functional.pad(weights, (0, more)), rerouted, found)
-
-    def _extend(
-        self, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens, constants: Constants
-    ) -> tuple[Tensor, Tensor]:
-        """The router's assignments and, behind them, those that a policy adds: [T, k'] each."""
-        return experts, weights
-
-    # The steps of a plan.
+            shapes["record"] = (len(SCALARS) + len(LOADS) * experts,)
+        return Sums.zeros(shapes, hidden.device)
 
     def _check(
         self, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens | None
@@ -278,8 +235,9 @@ class Planner:
             reachable = rank_of_expert[:, None] == rank_of_expert
             if self.config.reroute == "group":
                 reachable = torch.ones_like(reachable)
+            by_expert = self.config.level == "expert"
             constants = Constants(
-                pool_of_expert=torch.arange(experts) if self.config.level == "expert" else rank_of_expert,
+                pool_of_expert=torch.arange(experts) if by_expert else rank_of_expert,
                 rank_of_expert=rank_of_expert,
                 affinity=self._similarity.cpu() * reachable,
                 modality_bias=self._bias,
@@ -287,83 +245,12 @@ class Planner:
                 bounds=bounds_of(self.config),
                 places=torch.tensor(topology.places),
                 local_experts=by_rank[torch.tensor(topology.sources)],
+                pools=experts if by_expert else topology.num_ranks,
+                ranks=topology.num_ranks,
+                min_tokens=self.config.min_tokens,
             )
-            self._on_device[device] = Constants(
-                **{name: tensor.to(device) for name, tensor in vars(constants).items()}
-            )
+            self._on_device[device] = constants.to(device)
         return self._on_device[device]
-
-    def _weights(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """Semantic weights int64 [T], and which tokens' features are finite, bool [T], if they were read."""
-        config, sources = self.config, len(self.topology.sources)
-        if config.weighting == "constant":
-            return constant_weights(tokens.visual, config.visual_weight), None
-        if config.normalization == "batch":
-            group, groups = tokens.kinds.long(), sources * KINDS
-            if sources > 1:
-                group = tokens.source * KINDS + group
-        else:
-            count = max(1, len(tokens.source))
-            group, groups = tokens.source * count + tokens.segment, sources * count
-        if config.weighting == "distinct":
-            return distinct_weights(
-                hidden, tokens, sources, (group, groups), config.entropy_sharpness, config.visual_weight
-            )
-        entropy = feature_entropy(hidden)
-        weight = entropy_weights(entropy, tokens.visual, group, groups, config.entropy_sharpness)
-        return weight, entropy == entropy
-
-    @property
-    def _bounds_rows(self) -> bool:
-        """Whether there is a bound on the rows of a rank."""
-        return self.config.max_load_factor is not None or self.config.target_straggler is not None
-
-    def _room(self, loads: LoadTable, active: Tensor, constants: Constants) -> tuple[Tensor, Tensor | None]:
-        """Capacity of each pool [S, P], and rows of each rank [S, R] where they have a bound of their own;
-        unbounded where a source is not active, bool [S]."""
-        config, ranks = self.config, self.topology.num_ranks
-        row_room = row_bound(loads.tokens, constants.places, constants.bounds, self.top_k, ranks)
-        if config.pools_rows:
-            room = row_room * UNIT
-        else:
-            pools = Pools(
-                of_expert=constants.pool_of_expert,
-                rank_of_expert=constants.rank_of_expert,
-                modality_bias=constants.modality_bias,
-                count=ranks if config.level == "rank" else self.topology.num_experts,
-                ranks=ranks,
-            )
-            room = pool_capacity(loads, config, self.top_k, pools, row_room)
-        idle = ~active[:, None]
-        room = room.masked_fill(idle, UNBOUNDED)
-        if self._bounds_rows and not config.pools_rows:
-            return room, row_room.masked_fill(idle, UNBOUNDED)
-        return room, None
-
-    def _demand(
-        self,
-        experts: Tensor,
-        scores: Tensor,
-        weight: Tensor,
-        cost: Tensor,
-        tokens: Tokens,
-        constants: Constants,
-    ) -> Demand:
-        """What the tokens ask for: experts [T, k'], in the order of their priority."""
-        order, planned = ask(experts, scores, weight, tokens, self.config.priority, self.top_k)
-        return Demand(
-            experts=experts,
-            scores=scores,
-            weight=weight,
-            cost=cost,
-            same_cost=self.config.cost == "one",
-            order=order,
-            places=places_of(len(scores), scores.shape[1], experts.shape[1] > self.top_k),
-            tokens=tokens,
-            planned=planned,
-            pool_of_expert=constants.pool_of_expert,
-            rank_of_expert=constants.rank_of_expert,
-        )
 
 
 def router_similarity(router_weight: Tensor) -> Tensor:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .config import MACSConfig, check_name
 from .modality import Tokens
-from .planner import Constants, Planner
-from .routing import weight_of_score
+from .planner import Planner
+from .steps.contracts import Choice, Constants
+from .steps.extension import add_local_experts
 from .topology import Topology
 
 COUNTED: dict[str, Any] = {
@@ -47,17 +45,8 @@ class ExpandedDrop(Planner):
     def slots(self) -> int:
         return self.top_k + self.topology.experts_per_rank
 
-    def _extend(
-        self, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens, constants: Constants
-    ) -> tuple[Tensor, Tensor]:
-        local = constants.local_experts[tokens.source]
-        used = torch.zeros_like(scores, dtype=torch.bool).scatter(1, experts.clamp(min=0), experts >= 0)
-        open_ = ~used.gather(1, local) & tokens.valid[:, None] & ~tokens.exempt[:, None]
-        added = scores.gather(1, local)
-        open_ &= added > 0
-        extra = torch.where(open_, local, -1)
-        extra_weights = torch.where(open_, weight_of_score(added, experts, weights, scores), 0)
-        return torch.cat([experts, extra], 1), torch.cat([weights, extra_weights], 1)
+    def _extended(self, choice: Choice, tokens: Tokens, constants: Constants) -> Choice:
+        return add_local_experts(choice, tokens, constants)
 
 
 POLICIES = ("vanilla", "token-drop", "expanded-drop", "rank-balanced", "macs")

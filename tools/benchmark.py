@@ -84,6 +84,7 @@ from workloads import (
 )
 
 from macs import (
+    IMAGE,
     STEPS,
     Modality,
     Plan,
@@ -91,12 +92,14 @@ from macs import (
     Tokens,
     Topology,
     build_policy,
+    has_triton,
+    kernels,
     loads_of,
     watching_steps,
 )
 from macs.files import output_file, output_folder
-from macs.ops import has_triton, kernels
-from macs.weighting import feature_entropy
+from macs.steps.contracts import Sums
+from macs.steps.weighting import Weighting, semantic_weights
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -951,7 +954,16 @@ def bandwidths(shape: Shape, repeats: int) -> dict[str, float]:
     """10^9 bytes a second of features read for their entropy, and read and written by a copy, in turn."""
     kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     hidden = torch.randn(shape.tokens, shape.hidden, device=device()).to(kind)
-    works = {"entropy": (partial(feature_entropy, hidden), 1), "copy": (hidden.clone, 2)}
+    tokens = Tokens.all_text(shape.tokens, hidden.device)
+    tokens.kinds[:] = IMAGE
+    rule = Weighting("entropy", 1.0, 0.5, False, 1)
+
+    def weigh() -> None:
+        semantic_weights(
+            hidden, tokens, rule, Sums.zeros({"moments": (3, rule.groups(0))}, hidden.device), False
+        )
+
+    works = {"entropy": (weigh, 1), "copy": (hidden.clone, 2)}
     spent: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, (work, _) in works.items():

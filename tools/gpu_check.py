@@ -145,7 +145,7 @@ def environment(dry: bool) -> dict[str, Any]:
 
 def kernels_equal(dry: bool, size: Size) -> dict[str, Any]:
     """Plans by kernels and by plain torch, repeated."""
-    from macs.ops import kernels
+    from macs import kernels
 
     different: dict[str, float] = {}
     for name, settings in SETTINGS.items():

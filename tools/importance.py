@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from macs import MACSConfig, Plan
 from macs.files import output_file
-from macs.weighting import feature_entropy
+from macs.steps.weighting import feature_entropy
 
 EVERYTHING = MACSConfig(capacity_factor=1e6)
 """Room for all: the plan is the router's choice."""
@@ -92,7 +92,9 @@ def predictors(layer: int, seen: Sequence[Seen]) -> dict[str, Tensor]:
     mean = functional.normalize(hidden.mean(0, keepdim=True), dim=-1)
     ordered = scores.sort(-1, descending=True).values
     by_token = {
-        "entropy of the features, low": -feature_entropy(hidden.flatten(0, 1)).view(hidden.shape[:2]),
+        "entropy of the features, low": -feature_entropy(
+            hidden.flatten(0, 1), torch.arange(hidden.shape[0] * hidden.shape[1])
+        ).view(hidden.shape[:2]),
         "norm of the features": hidden.norm(dim=-1),
         "unlike its neighbours": -neighbours,
         "unlike the picture's mean": -(functional.normalize(hidden, dim=-1) * mean).sum(-1),

@@ -23,8 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from macs import STEPS, LayerRecorder, MACSConfig, Tokens, Topology, build_policy, watching_steps
-from macs.ops import kernels
+from macs import STEPS, LayerRecorder, MACSConfig, Tokens, Topology, build_policy, kernels, watching_steps
 
 LAUNCHES = {
     "aten.index_add.default": 2,

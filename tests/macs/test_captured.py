@@ -64,8 +64,9 @@ def eager(settings, seed, device="cpu"):
 @pytest.fixture
 def static(monkeypatch):
     """Shapes follow no values, as on a GPU."""
-    for module in ("macs.routing", "macs.weighting"):
-        monkeypatch.setattr(f"{module}.numbers_of", lambda chosen: torch.arange(len(chosen)))
+    for module in ("admission", "rerouting", "weighting"):
+        monkeypatch.setattr(f"macs.steps.{module}.indices_of", lambda chosen: torch.arange(len(chosen)))
+    monkeypatch.setattr("macs.steps.weighting.may_be_any", lambda chosen: True)
 
 
 @pytest.mark.usefixtures("static")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from macs.ops import has_triton
+from macs import has_triton
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 

@@ -13,15 +13,11 @@ from support import reference
 from support.cases import NO_BOUND, configs, paper, routings
 
 from macs import MACSConfig, Planner, Tokens, Topology, build_policy
-from macs.capacity import Pools, measure, pool_capacity
-from macs.fixed_point import MASS_UNIT, UNIT, to_fixed
-from macs.weighting import (
-    constant_weights,
-    distinctness,
-    entropy_weights,
-    feature_entropy,
-    relative_weights,
-)
+from macs.steps.capacity import pool_capacity
+from macs.steps.contracts import Choice, Terms
+from macs.steps.demand import measure
+from macs.steps.fixed_point import MASS_UNIT, UNIT, to_fixed
+from macs.steps.weighting import semantic_weights
 
 
 def planner_of(case, **changes):
@@ -38,22 +34,10 @@ def plan_of(case, **changes):
     return planner_of(case, **changes).plan(case.hidden, case.experts, case.weights, case.scores, case.tokens)
 
 
-def semantic_weights(case, config):
-    tokens = case.tokens
-    if config.weighting == "constant":
-        return constant_weights(tokens.visual, config.visual_weight)
-    if config.normalization == "batch":
-        group, groups = tokens.source * 4 + tokens.kinds, 4 * len(case.topology.sources)
-    else:
-        count = len(tokens.kinds)
-        group, groups = tokens.source * count + tokens.segment, count * len(case.topology.sources)
-    if config.weighting == "distinct":
-        distinct = distinctness(case.hidden, tokens.visual, tokens.source, len(case.topology.sources))
-        usual = config.visual_weight
-        return relative_weights(distinct, tokens.visual, group, groups, config.entropy_sharpness, usual)
-    return entropy_weights(
-        feature_entropy(case.hidden), tokens.visual, group, groups, config.entropy_sharpness
-    )
+def weights_of(case, config):
+    planner = planner_of(case)
+    sums = planner._sums(case.hidden, False)
+    return semantic_weights(case.hidden, case.tokens, planner._weighting, sums, False).weight
 
 
 def row_limits(config, asked, ranks, place):
@@ -71,33 +55,33 @@ def row_limits(config, asked, ranks, place):
     return [min(one) for one in zip(*limits, strict=True)]
 
 
-def rooms(case, config, weight, cost):
+def rooms(case, config, weight):
     """Room of pools and rows of ranks, by source, and who plans: from checked parts."""
     tokens, topology = case.tokens, case.topology
     sources, experts, ranks = len(topology.sources), topology.num_experts, topology.num_ranks
-    table = measure(tokens, weight, cost, case.experts, sources, experts)
-    bias = torch.tensor(case.bias, dtype=torch.float64)
+    planner = planner_of(case)
+    sums, constants = planner._sums(case.hidden, False), planner._constants(torch.device("cpu"))
+    choice = Choice(case.experts, case.weights, case.scores, case.top_k)
+    measure(choice, tokens, weight, Terms(config.priority, config.cost == "weight"), sums)
     pool = list(range(experts)) if config.level == "expert" else list(topology.expert_rank)
-    ranked = torch.tensor(topology.expert_rank)
     rows = None
     if config.max_load_factor is not None or config.target_straggler is not None:
-        asked = (table.tokens * case.top_k).tolist()
+        asked = (sums.tokens * case.top_k).tolist()
         rows = [
             row_limits(config, one, ranks, place) for one, place in zip(asked, topology.places, strict=True)
         ]
     bound = torch.zeros(sources, ranks, dtype=torch.int64) if rows is None else torch.tensor(rows)
-    pools = Pools(torch.tensor(pool), ranked, bias, max(pool) + 1, ranks)
-    room = pool_capacity(table, config, case.top_k, pools, bound).tolist()
-    active = [t >= config.min_tokens for t in table.tokens.tolist()]
+    room = pool_capacity(sums, constants, config, case.top_k, bound).tolist()
+    active = [t >= config.min_tokens for t in sums.tokens.tolist()]
     return room, rows, active, pool
 
 
 @given(routings(config=configs(reroute_rounds=2)))
 def test_plan_is_the_reference_plan(case):
     config, tokens = case.config, case.tokens
-    weight = semantic_weights(case, config)
+    weight = weights_of(case, config)
     cost = weight if config.cost == "weight" else torch.full_like(weight, UNIT)
-    room, rows, active, pool = rooms(case, config, weight, cost)
+    room, rows, active, pool = rooms(case, config, weight)
     plan = plan_of(case)
     mass = to_fixed(case.weights, MASS_UNIT).tolist()
     for s in range(len(case.topology.sources)):
@@ -163,9 +147,9 @@ def loads(case, plan, source, cost, of):
 @given(routings(config=configs(max_drop=None, min_tokens=0), exempt=False))
 def test_nothing_is_over_its_capacity(case):
     config = case.config
-    weight = semantic_weights(case, config)
+    weight = weights_of(case, config)
     cost = weight if config.cost == "weight" else torch.full_like(weight, UNIT)
-    room, rows, _, pool = rooms(case, config, weight, cost)
+    room, rows, _, pool = rooms(case, config, weight)
     plan = plan_of(case)
     for s in range(len(case.topology.sources)):
         for p, load in loads(case, plan, s, cost, pool).items():
@@ -230,8 +214,9 @@ def test_looking_at_all_tokens_changes_nothing(case):
     """As on a GPU, where no shape may follow from values."""
     first = plan_of(case)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("macs.routing", "macs.weighting"):
-            patch.setattr(f"{module}.numbers_of", lambda chosen: torch.arange(len(chosen)))
+        for module in ("admission", "rerouting", "weighting"):
+            patch.setattr(f"macs.steps.{module}.indices_of", lambda chosen: torch.arange(len(chosen)))
+        patch.setattr("macs.steps.weighting.may_be_any", lambda chosen: True)
         second = plan_of(case)
     assert torch.equal(first.experts, second.experts) and torch.equal(first.weights, second.weights)
     assert torch.equal(first.statistics.record, second.statistics.record)

@@ -198,7 +198,7 @@ def test_similarity_of_router_rows():
 
 
 def test_too_large_a_plan_says_so():
-    from macs.routing import order_bits
+    from macs.steps.demand import order_bits
 
     with pytest.raises(ValueError, match="plan fewer tokens or sources at once"):
         order_bits(1 << 30, 1 << 20)

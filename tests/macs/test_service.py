@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from macs import MACSConfig, Planner, Topology, build_policy, in_service, place_among, without_outcasts
-from macs.capacity import bounds_of, row_bound
+from macs.steps.capacity import row_bound
 
 OUT = [-math.inf, -1e4, torch.finfo(torch.float32).min, -1.5]
 
@@ -76,8 +76,9 @@ def test_no_policy_sends_a_token_to_an_expert_that_is_out(policy):
 
 
 def bounds(tokens, places, target, top_k, ranks):
-    told = bounds_of(MACSConfig(target_straggler=target))
-    return row_bound(torch.tensor(tokens), torch.tensor(places), told, top_k, ranks)
+    topology = Topology(ranks, ranks, sources=(0,) * len(places), places=tuple(places))
+    planner = build_policy("rank-balanced", MACSConfig(target_straggler=target), topology, 1)
+    return row_bound(torch.tensor(tokens), planner._constants(torch.device("cpu")), top_k)
 
 
 @given(

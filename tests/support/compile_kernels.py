@@ -1,4 +1,5 @@
-"""Compile every kernel for a GPU that need not be there: ``python compile_kernels.py`` prints their names.
+"""Compile every kernel for a GPU that need not be there: ``python compile_kernels.py`` prints, by kernel, its
+forms, the most registers that a thread of one needs, the bytes of stack that it spills to, and its code's.
 
 Triton brings the compiler down to the GPU's own code; the interpreter of the other tests forgives what
 that does not. Not under TRITON_INTERPRET.
@@ -6,6 +7,10 @@ that does not. Not under TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,8 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from macs import MACSConfig, Modality, Planner, Tokens, Topology
-from macs.ops import kernels
+from macs import MACSConfig, Modality, Tokens, Topology, build_policy, kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -30,9 +34,20 @@ POINTERS = {
 }
 
 
-def compile_all() -> dict[str, int]:
-    """Every kernel that plans under various settings launch: the bytes of its compiled forms."""
-    compiled: dict[str, int] = {}
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, by what comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(map(int, re.findall(r"REG:(\d+)", said))), max(map(int, re.findall(r"STACK:(\d+)", said)))
+
+
+def compile_all() -> dict[str, list[tuple[int, int, int]]]:
+    """Every kernel that plans under various settings launch: registers, stack and bytes of its forms."""
+    compiled: dict[str, list[tuple[int, int, int]]] = {}
     seen = set()
 
     def instead(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **named: Any) -> None:
@@ -53,8 +68,10 @@ def compile_all() -> dict[str, int]:
         if key in seen:
             return
         seen.add(key)
-        binary = triton.compile(ASTSource(fn=self, signature=signature, constexprs=constants), target=HOPPER)
-        compiled[self.__name__] = compiled.get(self.__name__, 0) + len(binary.asm["cubin"])
+        source = ASTSource(fn=self, signature=signature, constexprs=constants)
+        options = {"num_warps": named.get("num_warps", 4)}
+        cubin = triton.compile(source, target=HOPPER, options=options).asm["cubin"]
+        compiled.setdefault(self.__name__, []).append((*usage(cubin), len(cubin)))
 
     # Nothing is computed: what the launches would have written is zeros, with which plans go on.
     with (
@@ -64,11 +81,15 @@ def compile_all() -> dict[str, int]:
     ):
         for settings in (
             {},
-            {"preset": "paper", "normalization": "image", "max_load_factor": 1.2},
+            {"preset": "paper", "normalization": "image", "max_load_factor": 1.2, "max_drop": 0.01},
             {"level": "expert", "priority": "score"},
             {"weighting": "entropy"},
+            {"drop_padding": True, "max_drop": 0.01},
         ):
             _plan(settings, 2048, 128, 8)
+        _plan({}, 4096, 512, 22)
+        _plan({"preset": "padded"}, 7168, 256, 8)
+        _plan({"target_straggler": 1.05}, 2880, 32, 4, policy="expanded-drop")
         _plan({}, 100, 6, 3, torch.bfloat16)
         _plan({}, 100, 6, 1, torch.float16)
         _plan({}, 100, 6, 3, sources=(0, 1))
@@ -82,6 +103,7 @@ def _plan(
     k: int,
     kind: torch.dtype = torch.float32,
     sources: tuple[int, ...] = (0,),
+    policy: str = "macs",
 ) -> None:
     config = MACSConfig.from_dict({"min_tokens": 0, **settings})
     count = 256
@@ -89,10 +111,11 @@ def _plan(
     weights, chosen = scores.topk(k, 1)
     tokens = Tokens.batch_major(Modality.of(torch.rand(2, count // 2) < 0.5), len(sources))
     hidden = torch.randn(count, size).bfloat16()
-    planner = Planner(config, Topology(experts, 2, sources=sources), k)
+    planner = build_policy(policy, config, Topology(experts, 2, sources=sources), k)
     planner.plan(hidden, chosen, weights, scores, tokens).as_map(experts)
 
 
 if __name__ == "__main__":
-    for name, size in sorted(compile_all().items()):
-        print(name, size)
+    for name, forms in sorted(compile_all().items()):
+        registers, stack, size = (max(column) for column in zip(*forms, strict=True))
+        print(f"{name:24} {len(forms)} forms {registers:4} registers {stack:5} B stack {size:7} B code")

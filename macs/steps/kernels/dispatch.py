@@ -1,8 +1,9 @@
-"""Triton kernels for the planner's hot path, and the rule for when they run.
+"""When a kernel does a step's work, and when plain torch does.
 
-A function marked ``fused`` is plain torch: the readable form, and the oracle of its kernel's tests. For
-tensors on a GPU, where Triton is installed, the kernel of the same name in this package does its work:
-the same arguments, the same integers out (of floats, and of what is rounded from them, see the kernel).
+A function marked ``fused`` is plain torch: the readable form, and the reference implementation in its
+kernel's tests. For tensors on a GPU, where Triton is installed, the function of the same name in the
+file of the same name in this package takes its place: the same arguments, the same integers out (of floats,
+and of what is rounded from them, see the kernel).
 
 A kernel is compiled when it is first launched with tensors of some types: before a CUDA graph captures a
 layer, run it once at that size, as engines do.
@@ -55,27 +56,28 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def fused(module: str) -> Callable[[Function], Function]:
-    """Mark a function whose first argument has a ``device``: ``macs.ops.MODULE`` has its kernel."""
+def fused(reference: Function) -> Function:
+    """Mark a function of a step, whose first argument has a ``device``, as one that has a kernel."""
+    name, file = reference.__name__, reference.__module__.rpartition(".")[2]
 
-    def mark(twin: Function) -> Function:
-        name = twin.__name__
+    @functools.wraps(reference)
+    def run(first: Any, *rest: Any, **named: Any) -> Any:
+        if runs_on(first.device):
+            kernel = getattr(importlib.import_module(f"{__package__}.{file}"), name)
+            with _current(first.device):
+                return kernel(first, *rest, **named)
+        return reference(first, *rest, **named)
 
-        @functools.wraps(twin)
-        def run(first: Any, *rest: Any, **named: Any) -> Any:
-            if runs_on(first.device):
-                kernel = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-                with _current(first.device):
-                    return kernel(first, *rest, **named)
-            return twin(first, *rest, **named)
-
-        return run  # type: ignore[return-value]
-
-    return mark
+    return run  # type: ignore[return-value]
 
 
-def numbers_of(chosen: Tensor) -> Tensor:
-    """Numbers of the entries to look at, bool [N] -> int64 [M]: the chosen ones on a CPU; all on a GPU, which
+def may_be_any(chosen: Tensor) -> bool:
+    """Whether any entry is chosen, bool [N]; on a GPU, which would have to tell the host, there may be."""
+    return chosen.device.type != "cpu" or bool(chosen.any())
+
+
+def indices_of(chosen: Tensor) -> Tensor:
+    """Indices of the entries to look at, bool [N] -> int64 [M]: the chosen ones on a CPU; all on a GPU, which
     would have to tell the host how many they are."""
     if chosen.device.type == "cpu":
         return chosen.nonzero()[:, 0]

@@ -1,0 +1,5 @@
+"""The steps of a plan, one file each; ``macs.planner`` calls them in order.
+
+A step's public function is plain torch: the readable form, and the reference of its kernel, which has the
+same name and signature in the file of the same name in ``kernels``.
+"""

@@ -1,0 +1,1 @@
+"""Triton kernels of the steps, one file each beside its step; ``dispatch`` says when they run."""

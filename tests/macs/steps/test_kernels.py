@@ -1,0 +1,305 @@
+"""Kernels of the steps beside their reference implementations, one by one and in whole plans."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.cases import configs, routings
+from support.kernels import (
+    DEVICE,
+    both,
+    choice_of,
+    generator,
+    kernel_test,
+    same,
+    tokens_of,
+)
+
+from macs import MACSConfig, Modality, Planner, Tokens, Topology, build_policy, has_triton, kernels
+from macs.steps import admission, combine, demand, drops, extension, rerouting
+from macs.steps.contracts import LOADS, SCALARS, Choice, Room, Sums, Terms
+from macs.steps.fixed_point import UNIT
+from macs.steps.kernels.dispatch import fused, runs_on
+from macs.steps.weighting import semantic_weights
+
+SCORES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def chosen(count, experts, k, added=0, dtype=torch.float32, seed=0):
+    """A choice with scores of a dtype, of which the last ``added`` columns are a policy's."""
+    random = generator(count, experts, k, seed)
+    scores = torch.rand(count, experts, generator=random)
+    if count > 2:
+        scores[0, 0], scores[1, 1], scores[2, 2 % experts] = float("nan"), 2.0, 0.5 + 2.0**-25
+    weights = torch.rand(count, k, generator=random) / k
+    scores, weights = scores.to(dtype).to(DEVICE), weights.to(dtype).to(DEVICE)
+    return Choice(choice_of(count, experts, k, seed), weights, scores, k - added)
+
+
+def sums_for(sources, experts, by_weight=True):
+    shapes = dict.fromkeys(("tokens", "weight", "visual_weight"), (sources,))
+    shapes |= {"rows": (sources, experts), "record": (len(SCALARS) + len(LOADS) * experts,)}
+    if by_weight:
+        shapes["cost"] = sources, experts
+    return Sums.zeros(shapes, torch.device(DEVICE))
+
+
+def weight_of(count, seed=0):
+    return torch.randint(1, UNIT, (count,), generator=generator(count, seed)).to(DEVICE)
+
+
+@kernel_test
+@pytest.mark.parametrize("rule", ["score", "product"])
+@pytest.mark.parametrize("dtype", SCORES)
+@pytest.mark.parametrize("added", [0, 2])
+@pytest.mark.parametrize(("count", "experts", "k"), [(3, 4, 3), (45, 6, 3), (130, 512, 16), (0, 8, 3)])
+@pytest.mark.parametrize("sources", [1, 5])
+def test_demand(rule, dtype, added, count, experts, k, sources):
+    choice, tokens = chosen(count, experts, k, added, dtype), tokens_of(count, sources)
+    by_weight = rule == "product"
+    given = choice, tokens, weight_of(count), Terms(rule, by_weight), sums_for(sources, experts, by_weight)
+    found, expected, one, other = both(demand.measure, *given)
+    assert same(found, expected) and same(one[-1], other[-1])
+
+
+def case_of(count, ranks=3, per_rank=2, k=3, by_weight=True, sources=1, seed=0, dtype=torch.float32):
+    """A demand, and constants of experts on so many ranks, each expert a pool."""
+    experts = ranks * per_rank
+    policy = Planner(MACSConfig(level="expert"), Topology(experts, ranks, sources=tuple(range(sources))), k)
+    constants = policy._constants(torch.device(DEVICE))
+    likeness = torch.rand(experts, experts, generator=generator(experts)).to(DEVICE)
+    given = chosen(count, experts, k, 0, dtype, seed), tokens_of(count, sources, seed), weight_of(count, seed)
+    with kernels("torch"):
+        asked = demand.measure(*given, Terms("product", by_weight), sums_for(sources, experts, by_weight))
+    return asked, replace(constants, affinity=likeness)
+
+
+def room_for(asked, constants, share, rows, seed=0):
+    """Room for some share of what is asked; rows: whether ranks have a bound of their own."""
+    random = generator(seed, "room")
+    sources = len(constants.places)
+    even = len(asked.order) * asked.order.shape[1] / sources
+
+    def some(pools, unit):
+        spread = torch.rand(sources, pools, generator=random) * 2 * share * even / pools - 1
+        return (spread * unit).long().to(DEVICE)
+
+    active = torch.ones(sources, dtype=torch.bool, device=DEVICE)
+    bound = some(constants.ranks, 1) if rows else None
+    return Room(some(constants.pools, UNIT), bound, active, rows)
+
+
+drawn = given(
+    count=st.integers(0, 90),
+    sources=st.sampled_from([1, 3]),
+    share=st.sampled_from([0.0, 0.3, 0.8, 3.0]),
+    by_weight=st.booleans(),
+    rows=st.booleans(),
+    seed=st.integers(0, 999),
+)
+
+
+@kernel_test
+@drawn
+def test_admission(count, sources, share, by_weight, rows, seed):
+    asked, constants = case_of(count, sources=sources, by_weight=by_weight, seed=seed)
+    room = room_for(asked, constants, share, rows, seed)
+    found, expected, one, other = both(admission.admit, asked, room, constants)
+    assert same(found, expected) and same(one, other)
+
+
+def admitted(asked, constants, room):
+    with kernels("torch"):
+        return admission.admit(asked, room, constants)
+
+
+@kernel_test
+@drawn
+def test_rerouting(count, sources, share, by_weight, rows, seed):
+    asked, constants = case_of(count, sources=sources, by_weight=by_weight, seed=seed)
+    placed = admitted(asked, constants, room_for(asked, constants, share, rows, seed))
+    # More room than was left, so that there is somewhere to go.
+    more = replace(placed, room=placed.room + 5 * UNIT)
+    more = more if placed.row_room is None else replace(more, row_room=placed.row_room + 4)
+    for rounds in (1, 3):
+        found, expected, *_ = both(rerouting.reroute, asked, more, constants, rounds)
+        assert same(found, expected)
+
+
+@kernel_test
+@drawn
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_bound_on_drops(count, sources, share, by_weight, rows, seed, hard):
+    asked, constants = case_of(count, sources=sources, by_weight=by_weight, seed=seed)
+    placed = admitted(asked, constants, room_for(asked, constants, share, rows, seed))
+    if hard and placed.row_room is not None:
+        placed = replace(placed, row_room=placed.row_room + 2)
+    for max_drop in (0.0, 0.1, 0.5):
+        found, expected, *_ = both(drops.limit_drops, asked, placed, constants, max_drop, hard)
+        assert same(found, expected)
+
+
+@kernel_test
+@drawn
+def test_record_and_combine_weights(count, sources, share, by_weight, rows, seed):
+    asked, constants = case_of(count, sources=sources, by_weight=by_weight, seed=seed)
+    room = room_for(asked, constants, share, rows, seed)
+    placed = admitted(asked, constants, room)
+    random = generator(seed)
+    for told in (False, True):
+        room = replace(room, active=(torch.rand(sources, generator=random) < 0.5).to(DEVICE))
+        finite = (torch.rand(count, generator=random) < 0.9).to(DEVICE)
+        sums = sums_for(sources, 6)
+        findings = combine.Findings(sums, finite, room.active if share else None) if told else None
+        found, expected, one, other = both(combine.combine, asked, placed, room, bool(seed % 2), findings)
+        assert same(found.experts, expected.experts) and same(found.rerouted, expected.rerouted)
+        assert not told or same(one[-1].sums, other[-1].sums)
+        torch.testing.assert_close(found.weights, expected.weights, rtol=0, atol=0, equal_nan=True)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", SCORES)
+@pytest.mark.parametrize(("count", "per_rank"), [(33, 2), (5, 40), (0, 2)])
+def test_local_experts(dtype, count, per_rank):
+    asked, constants = case_of(count, 3, per_rank, sources=3, dtype=dtype)
+    given = asked.choice, asked.tokens, constants
+    found, expected, *_ = both(extension.add_local_experts, *given)
+    assert same(found.experts, expected.experts)
+    # The interpreter cuts off what a GPU rounds to bfloat16.
+    near = 2**-6 if dtype is torch.bfloat16 else 0
+    torch.testing.assert_close(found.weights, expected.weights, rtol=near, atol=0, equal_nan=True)
+    assert not count or int((found.experts[:, 3:] >= 0).sum()) > 0
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "experts", "k"), [(33, 6, 3), (5, 512, 8), (0, 4, 2)])
+def test_map(count, experts, k, dtype):
+    weights = torch.rand(count, k, generator=generator(count)).to(dtype).to(DEVICE)
+    found, expected, *_ = both(combine.map_of, choice_of(count, experts, k), weights, experts)
+    assert same(found, expected)
+
+
+def on_device(case):
+    """A drawn routing's inputs of ``plan``, where the kernels are."""
+    tokens = Tokens(**{name: one.to(DEVICE) for name, one in vars(case.tokens).items()})
+    return *(one.to(DEVICE) for one in (case.hidden, case.experts, case.weights, case.scores)), tokens
+
+
+@kernel_test
+@given(routings(config=configs()))
+def test_a_whole_plan_is_the_same(case):
+    """But for the roundings of the weights, which are given to both alike."""
+    planner = Planner(
+        case.config, case.topology, case.top_k, modality_bias=case.bias, similarity=case.similarity
+    )
+    inputs = on_device(case)
+    with kernels("torch"), pytest.MonkeyPatch.context() as patch:
+        sums = planner._sums(inputs[0], True)
+        weights = semantic_weights(inputs[0], inputs[4], planner._weighting, sums, True)
+        patch.setattr("macs.planner.semantic_weights", lambda *given: weights)
+        found, expected, *_ = both(planner.plan, *inputs)
+    assert torch.equal(found.experts, expected.experts)
+    assert torch.equal(found.weights, expected.weights)
+    assert torch.equal(found.rerouted, expected.rerouted)
+    assert torch.equal(found.statistics.record, expected.statistics.record)
+
+
+@kernel_test
+@pytest.mark.parametrize(("experts", "k"), [(2, 1), (96, 16), (512, 8)])
+def test_plans_of_many_experts_are_the_same(experts, k):
+    count = 41
+    random = generator(experts, k)
+    scores = (torch.randn(count, experts, generator=random) - torch.arange(experts) / experts * 4).softmax(1)
+    weights, chosen = scores.topk(k, 1)
+    tokens = Tokens.batch_major(Modality.of((torch.rand(1, count, generator=random) < 0.7).to(DEVICE)))
+    hidden = torch.randn(count, 24, generator=random)
+    inputs = [one.to(DEVICE) for one in (hidden, chosen, weights, scores)]
+    for config in (
+        MACSConfig(capacity_factor=0.5, min_tokens=0),
+        MACSConfig.preset("paper").updated(min_tokens=0),
+    ):
+        planner = Planner(config, Topology(experts, 2, sources=(0,)), k)
+        found, expected, *_ = both(planner.plan, *inputs, tokens)
+        assert torch.equal(found.experts, expected.experts) and torch.equal(found.weights, expected.weights)
+        assert int((found.experts != inputs[1]).sum()) > 0
+
+
+@kernel_test
+@pytest.mark.parametrize("policy", ["expanded-drop", "rank-balanced"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("count", [0, 33])
+def test_other_policies_and_scores_that_are_not_numbers(policy, dtype, count):
+    random = generator(count)
+    scores = (torch.randn(count, 12, generator=random) - torch.arange(12) / 3).softmax(1).to(dtype)
+    weights, chosen = scores.topk(3, 1)
+    if count:
+        scores[3, 9], scores[5, 0] = float("nan"), float("nan")
+    tokens = Tokens.batch_major(Modality.of(torch.zeros(1, count, dtype=torch.bool, device=DEVICE)))
+    inputs = [one.to(DEVICE) for one in (torch.randn(count, 8, generator=random), chosen, weights, scores)]
+    config = MACSConfig(capacity_factor=0.7, min_tokens=0)
+    planner = build_policy(policy, config, Topology(12, 3, sources=(1,)), 3)
+    found, expected, *_ = both(planner.plan, *inputs, tokens)
+    assert torch.equal(found.experts, expected.experts) and torch.equal(found.rerouted, expected.rerouted)
+    # The interpreter cuts off what a GPU rounds to bfloat16.
+    near = 2**-6 if dtype is torch.bfloat16 else 0
+    torch.testing.assert_close(found.weights, expected.weights, rtol=near, atol=0, equal_nan=True)
+    assert found.experts.shape == (count, planner.slots)
+    assert not count or int((found.experts[:, :3] != inputs[1]).sum()) > 0
+    # The only open expert's score is no number: the others are not lost with it.
+    assert not count or policy != "rank-balanced" or bool(found.rerouted.any())
+
+
+def test_which_runs():
+    assert not runs_on(torch.device("cpu")) and runs_on(torch.device("cuda"))
+    with kernels("torch"):
+        assert not runs_on(torch.device("cuda"))
+    with pytest.raises(ValueError, match="found 'cuda', expected 'auto'"), kernels("cuda"):
+        pass
+
+
+@kernel_test
+def test_a_kernel_takes_the_place_of_the_function_of_its_name():
+    def map_of(experts, weights, num_experts):
+        return "reference"
+
+    map_of.__module__ = combine.__name__
+    given = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), torch.ones(1, 1, device=DEVICE), 2
+    with kernels("torch"):
+        assert fused(map_of)(*given) == "reference"
+    with kernels("triton"):
+        assert fused(map_of)(*given) != "reference"
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_every_kernel_compiles_for_a_gpu():
+    script = Path(__file__).parents[2] / "support" / "compile_kernels.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    folder = Path(__file__).parents[3] / "macs" / "steps" / "kernels"
+    launched = {
+        word.split("[")[0]
+        for path in folder.glob("*.py")
+        for word in path.read_text().split()
+        if word.startswith("_") and "[" in word
+    }
+    compiled = {line.split()[0]: line.split() for line in run.stdout.splitlines()}
+    assert set(compiled) >= launched and len(launched) > 10
+    # None spills: what a division or a logarithm calls needs a few bytes.
+    assert all(int(line[5]) <= 32 for line in compiled.values()), run.stdout

@@ -1,0 +1,24 @@
+"""The router's scores, as every part of MACS means them."""
+
+import pytest
+import torch
+
+from macs import full_scores, within_groups
+
+
+def test_scores_are_the_unbiased_softmax_or_sigmoid():
+    logits = torch.randn(3, 4).bfloat16()
+    assert torch.equal(full_scores(logits, "softmax"), torch.softmax(logits.float(), -1))
+    assert torch.equal(full_scores(logits, "sigmoid"), torch.sigmoid(logits.float()))
+
+
+def test_other_score_functions_are_named():
+    with pytest.raises(ValueError, match="score function: found 'relu', expected softmax or sigmoid"):
+        full_scores(torch.randn(3, 4), "relu")
+
+
+def test_only_the_groups_a_token_uses_keep_their_scores():
+    scores = torch.ones(3, 6)
+    found = within_groups(scores, torch.tensor([[0, 1], [1, 5], [2, -1]]), 3)
+    assert found.tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]]
+    assert within_groups(scores, torch.tensor([[0, 1]] * 3), None) is scores
