@@ -104,37 +104,31 @@ KEPT, REROUTED, DROPPED, UNCOUNTED = range(4)
 def describe(demand: Demand, combined: Combined, room: Room, unmet: Tensor, findings: Findings) -> None:
     """Add to the record what became of a router's choice: ``SCALARS`` and ``LOADS``."""
     choice, tokens, sums = demand.choice, demand.tokens, findings.sums
-    own, num_experts = choice.experts[:, : choice.top_k], choice.scores.shape[1]
-    placed, rerouted = combined.experts[:, : choice.top_k], combined.rerouted[:, : choice.top_k]
-    asked = demand.planned[:, : choice.top_k]
-    state = torch.where(rerouted, REROUTED, (placed < 0) * DROPPED)
-    state = state.masked_fill(~asked, UNCOUNTED).flatten()
-    mass = to_fixed(choice.weights[:, : choice.top_k], MASS_UNIT).flatten()
-    both = torch.stack([torch.ones_like(mass), mass])
-    counts = both.new_zeros(2, 4).index_add_(1, state, both)[:, :UNCOUNTED]
-    visual = tokens.visual
-    scalars = (
-        torch.ones_like(room.active).sum(),
-        room.active.sum(),
-        sums.tokens.sum(),
-        visual.sum(),
-        sums.weight.sum(),
-        sums.visual_weight.sum(),
-        (~findings.finite & tokens.valid).sum(),
-        (unmet & room.active).sum(),
-    )
+    top_k, num_experts, visual = choice.top_k, choice.scores.shape[1], tokens.visual
+    asked, own = demand.planned[:, :top_k], choice.experts[:, :top_k]
+    state = torch.where(combined.rerouted[:, :top_k], REROUTED, (combined.experts[:, :top_k] < 0) * DROPPED)
+    state = state.masked_fill_(~asked, UNCOUNTED).flatten()
+    mass = to_fixed(choice.weights[:, :top_k], MASS_UNIT).flatten()
+    counts = mass.new_zeros(2, 4)
+    counts[0].scatter_add_(0, state, torch.ones_like(mass))
+    counts[1].scatter_add_(0, state, mass)
+    # Of text and of visual tokens, side by side.
+    before = loads_of((own + num_experts * visual[:, None]).masked_fill_(~asked, -1), 2 * num_experts)
+    before = before.view(2, num_experts)
     after = combined.experts.masked_fill(~tokens.valid[:, None], -1)
-    findings.sums.record.add_(
-        torch.cat(
-            [
-                torch.stack(scalars),
-                counts.flatten(),
-                loads_of(own.masked_fill(~(asked & visual[:, None]), -1), num_experts),
-                loads_of(own.masked_fill(~asked, -1), num_experts),
-                loads_of(after, num_experts),
-            ]
-        )
+    scalars = (
+        torch.ones_like(room.active),
+        room.active,
+        sums.tokens,
+        visual,
+        sums.weight,
+        sums.visual_weight,
+        ~findings.finite & tokens.valid,
+        unmet & room.active,
     )
+    told = [torch.stack([one.sum() for one in scalars]), counts[:, :UNCOUNTED].flatten()]
+    told += [before[1], before.sum(0), loads_of(after, num_experts)]
+    sums.record.add_(torch.cat(told))
 
 
 @fused

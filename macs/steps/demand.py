@@ -44,19 +44,14 @@ def measure(choice: Choice, tokens: Tokens, weight: Tensor, terms: Terms, sums: 
 
 def _add_loads(experts: Tensor, planned: Tensor, tokens: Tokens, weight: Tensor, sums: Sums) -> None:
     sources, count = sums.rows.shape
-    cell = experts.masked_fill(~planned, 0) if sources == 1 else (tokens.source[:, None] * count + experts)
-    cell = cell.masked_fill(~planned, 0).flatten()
-    one = planned.long()
+    cell = experts if sources == 1 else tokens.source[:, None] * count + experts
+    cell, one = cell.masked_fill(~planned, 0).flatten(), planned.long()
     sums.rows.view(-1).scatter_add_(0, cell, one.flatten())
     if sums.cost.numel():
         sums.cost.view(-1).scatter_add_(0, cell, (one * weight[:, None]).flatten())
-    heavy = torch.stack([tokens.valid.long(), weight * tokens.valid, weight * tokens.visual])
-    if sources == 1:
-        heavy = heavy.sum(1, keepdim=True)
-    else:
-        heavy = heavy.new_zeros(3, sources).index_add_(1, tokens.source, heavy)
-    for total, found in zip((sums.tokens, sums.weight, sums.visual_weight), heavy, strict=True):
-        total += found
+    sums.tokens.scatter_add_(0, tokens.source, tokens.valid.long())
+    sums.weight.scatter_add_(0, tokens.source, weight * tokens.valid)
+    sums.visual_weight.scatter_add_(0, tokens.source, weight * tokens.visual)
 
 
 def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:

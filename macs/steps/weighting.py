@@ -34,7 +34,7 @@ STEPS = 4000
 EXACT_ROWS = 4096
 """So many directions add up to less than 2^24 in each component."""
 
-PART = 1 << 17
+PART = 1 << 18
 """Features that are worked on at a time on a CPU: what its cache has room for while all of it is done."""
 
 
@@ -138,8 +138,8 @@ def distinctness(hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, 
     """
     sources, count, device = len(total), len(token), hidden.device
     own = source[token]
-    belongs = (own == torch.arange(sources, device=device)[:, None]) & visual[token]  # [S, V]
-    belongs = belongs.float()
+    belongs = (own == torch.arange(sources, device=device)[:, None]) & visual[token]
+    belongs = belongs.float()  # [S, V]
     scale = torch.empty(count, 1, dtype=torch.float32, device=device)
     near = torch.empty(count, sources, dtype=torch.float32, device=device)
 
