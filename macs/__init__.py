@@ -20,6 +20,7 @@ from .profile import Calibration, Profile, router_fingerprint
 from .recording import Recording, RoutingRecorder
 from .runtime import LayerRuntime, Runtime, Share, place_among
 from .steps.capacity import loads_of
+from .steps.combine import choice_in
 from .steps.kernels.dispatch import has_triton, kernels
 from .steps.scoring import full_scores, in_service, within_groups, without_outcasts
 from .topology import Topology
@@ -53,6 +54,7 @@ __all__ = [
     "__version__",
     "attach_modality",
     "build_policy",
+    "choice_in",
     "current_modality",
     "full_scores",
     "has_triton",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .plan import PlanStatistics, scalar_of
 from .steps.contracts import LOADS, SCALARS
+from .steps.kernels.dispatch import fused
 from .topology import Topology
 
 
@@ -47,9 +48,7 @@ class LayerRecorder:
 
     def record(self, statistics: PlanStatistics) -> None:
         """Add one step."""
-        ring, following = self.prepare(statistics.record.device)
-        ring.index_copy_(0, following % self.steps, statistics.record[None])
-        following += 1
+        append(statistics.record, *self.prepare(statistics.record.device))
 
     def clear(self) -> None:
         """Forget every step."""
@@ -73,6 +72,13 @@ class LayerRecorder:
         if count > self.steps:
             ring = ring.roll(-(count % self.steps), 0)
         return LayerReport(ring[: min(count, self.steps)].cpu(), self.topology, self.top_k)
+
+
+@fused
+def append(record: Tensor, ring: Tensor, following: Tensor) -> None:
+    """Put a record int64 [N] into the row of ring [steps, N] that follows, and count it: int64 [1]."""
+    ring.index_copy_(0, following % len(ring), record[None])
+    following += 1
 
 
 NOTHING_RECORDED = "metrics: no step was recorded; was the model run, in eval() mode, on min_tokens or more?"

@@ -8,17 +8,18 @@ Shapes: B sequences of S tokens, T = B S tokens of a layer, in the layer's own o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .agreement import pass_around
 from .checks import INTEGERS, expect
+from .steps.kernels.dispatch import fused
 
 TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
 KINDS = 4
@@ -30,8 +31,8 @@ class Modality:
 
     kinds    int8: TEXT, IMAGE, VIDEO or AUDIO
     valid    bool: False for padding
-    segments int64: the picture or clip a token belongs to; any number, the same within one. Read
-             only where weights are normalised by image
+    segments int64: the picture or clip a token belongs to; any number, the same within one; none: every
+             unbroken run of one kind is one. Read only where weights are normalised by image
     exempt   bool: tokens that are never dropped nor rerouted
     held     whether it lies in ``ModalityBuffers``, where a captured CUDA graph may read it
     states_valid  whether somebody said which tokens are padding; otherwise what comes with a call may
@@ -39,11 +40,11 @@ class Modality:
 
     kinds: Tensor
     valid: Tensor
-    segments: Tensor
+    segments: Tensor | None
     exempt: Tensor
     held: bool = False
     states_valid: bool = False
-    _layouts: dict[tuple[str, int], Tokens] = field(default_factory=dict, repr=False, compare=False)
+    _layouts: dict[Layout, Tokens] = field(default_factory=dict, repr=False, compare=False)
     _parts: dict[tuple[int, int], Modality] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -57,7 +58,7 @@ class Modality:
     ) -> Modality:
         """From a mask [B, S]: bool (True is an image token) or integers (kinds).
 
-        Without ``segments`` every unbroken run of one non-text kind in a sequence is one picture.
+        Without ``segments`` every unbroken run of one kind in a sequence is one picture.
         A wrong shape, dtype or device is an error that names the argument; so is an unknown kind in a
         mask on the CPU (on a GPU, where looking would wait for it, it becomes the nearest known one).
         """
@@ -70,21 +71,27 @@ class Modality:
                     f"modality mask: found kinds from {low} to {high}, expected 0 to {KINDS - 1}"
                 )
         kinds = (mask if mask.dtype == torch.bool else mask.clamp(0, KINDS - 1)).to(torch.int8)
-        if segments is None:
-            segments = runs(kinds)
-        else:
+        if segments is not None:
             expect("segments", segments, shape, INTEGERS, device)
-        everything = torch.ones_like(mask, dtype=torch.bool)
         for name, flags in (("valid", valid), ("exempt", exempt)):
             if flags is not None:
                 expect(name, flags, shape, (torch.bool,), device)
         return cls(
             kinds=kinds,
-            valid=everything if valid is None else valid,
-            segments=segments.long(),
-            exempt=~everything if exempt is None else exempt,
+            valid=torch.ones_like(mask, dtype=torch.bool) if valid is None else valid,
+            segments=None if segments is None else segments.long(),
+            exempt=torch.zeros_like(mask, dtype=torch.bool) if exempt is None else exempt,
             states_valid=valid is not None,
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.kinds.device
+
+    @property
+    def pictures(self) -> Tensor:
+        """``segments``, or what stands for them where there are none: int64 [B, S]."""
+        return runs(self.kinds) if self.segments is None else self.segments
 
     def with_valid(self, valid: Tensor) -> Modality:
         """The same tokens, of which those outside ``valid`` bool [B, S] are padding."""
@@ -97,8 +104,16 @@ class Modality:
 
     def folded(self, size: int) -> Modality:
         """A row of samples, ``size`` tokens each, as a sequence each: [B, n size] -> [B n, size]."""
-        names = "kinds", "valid", "segments", "exempt"
-        return self._changed(**{name: getattr(self, name).reshape(-1, size) for name in names})
+
+        def samples(values: Tensor) -> Tensor:
+            return values.reshape(-1, size)
+
+        return self._changed(
+            kinds=samples(self.kinds),
+            valid=samples(self.valid),
+            segments=None if self.segments is None else samples(self.segments),
+            exempt=samples(self.exempt),
+        )
 
     def packed(self, lengths: Tensor, ends: Tensor, count: int) -> Modality:
         """As models that take padding out by themselves: [B, S] -> [1, count].
@@ -120,7 +135,7 @@ class Modality:
         return self._changed(
             kinds=torch.where(real, taken(self.kinds), TEXT).to(torch.int8),
             valid=taken(self.valid) & real,
-            segments=taken(self.segments),
+            segments=taken(self.pictures),
             exempt=taken(self.exempt) & real,
             states_valid=True,
         )
@@ -135,7 +150,7 @@ class Modality:
             self._parts[first, count] = Modality(
                 kinds=self.kinds[:, taken],
                 valid=self.valid[:, taken],
-                segments=self.segments[:, taken],
+                segments=None if self.segments is None else self.segments[:, taken],
                 exempt=self.exempt[:, taken],
                 held=self.held,
                 states_valid=self.states_valid,
@@ -164,19 +179,20 @@ class Modality:
             states_valid=self.states_valid,
         )
 
-    def batch_major(self, sources: int = 1) -> Tokens:
-        """``Tokens.batch_major``, made once for all layers of a forward pass."""
-        return self._layout(Tokens.batch_major, sources)
+    def batch_major(self, sources: int = 1, segmented: bool = False) -> Tokens:
+        """The tokens in the order b S + s, as Hugging Face and DeepSpeed lay them out, of sequences that are
+        divided evenly among so many sources; segmented: with the picture of each. Made once for all layers of
+        a forward pass."""
+        return self._layout(Layout(False, sources, segmented))
 
-    def sequence_major(self, sources: int = 1) -> Tokens:
-        """``Tokens.sequence_major``, made once for all layers of a forward pass."""
-        return self._layout(Tokens.sequence_major, sources)
+    def sequence_major(self, sources: int = 1, segmented: bool = False) -> Tokens:
+        """The tokens in the order s B + b, as Megatron lays them out; otherwise as ``batch_major``."""
+        return self._layout(Layout(True, sources, segmented))
 
-    def _layout(self, make: Callable[[Modality, int], Tokens], sources: int) -> Tokens:
-        key = (make.__name__, sources)
-        if key not in self._layouts:
-            self._layouts[key] = make(self, sources)
-        return self._layouts[key]
+    def _layout(self, layout: Layout) -> Tokens:
+        if layout not in self._layouts:
+            self._layouts[layout] = lay_out(self, layout)
+        return self._layouts[layout]
 
 
 def placed_in(ends: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -206,7 +222,7 @@ class ModalityBuffers:
                 self._held[key] = Modality(
                     modality.kinds.clone(),
                     modality.valid.clone(),
-                    modality.segments.clone(),
+                    None if modality.segments is None else modality.segments.clone(),
                     modality.exempt.clone(),
                     held=True,
                     states_valid=modality.states_valid,
@@ -215,16 +231,24 @@ class ModalityBuffers:
 
 
 def _overwrite(held: Modality, modality: Modality) -> None:
-    for name in ("kinds", "valid", "segments", "exempt"):
+    for name in ("kinds", "valid", "exempt"):
         getattr(held, name).copy_(getattr(modality, name))
+    if held.segments is not None:
+        held.segments.copy_(modality.pictures)
+    elif modality.segments is not None and any(layout.segmented for layout in held._layouts):
+        raise ValueError(
+            "segments: found them given for a step, while a captured CUDA graph may read those of steps of "
+            "this shape for which none were given; expected segments with every step, or with none"
+        )
     _refresh(held)
 
 
 def _refresh(held: Modality) -> None:
     """Make the layouts of a modality, and of its parts, anew from what it says now."""
-    for (make, sources), tokens in held._layouts.items():
-        for name, tensor in vars(getattr(Tokens, make)(held, sources)).items():
-            getattr(tokens, name).copy_(tensor)
+    for layout, tokens in held._layouts.items():
+        for name, tensor in vars(lay_out(held, layout)).items():
+            if tensor is not None:
+                getattr(tokens, name).copy_(tensor)
     for part in held._parts.values():  # views of the whole
         _refresh(part)
 
@@ -240,7 +264,8 @@ def runs(kinds: Tensor) -> Tensor:
 class Tokens:
     """The tokens of one MoE layer on one process, each field [T], in the layer's order.
 
-    kinds int8, valid bool, exempt bool as in ``Modality``; segment int64 in 0..T-1;
+    kinds int8, valid bool, exempt bool as in ``Modality``;
+    segment int64 in 0..T-1: the picture, where asked for;
     position int64: the token's place in batch-major order (b S + s), a permutation of 0..T-1, which
     settles ties alike in every layout;
     source int64: which of the topology's sources the token came from.
@@ -249,7 +274,7 @@ class Tokens:
     kinds: Tensor
     valid: Tensor
     exempt: Tensor
-    segment: Tensor
+    segment: Tensor | None
     position: Tensor
     source: Tensor
 
@@ -259,39 +284,6 @@ class Tokens:
         index = torch.arange(count, device=device)
         zero = torch.zeros_like(index)
         return cls(zero.to(torch.int8), zero == 0, zero != 0, zero, index, zero)
-
-    @classmethod
-    def batch_major(cls, modality: Modality, sources: int = 1) -> Tokens:
-        """Tokens in the order b S + s, as Hugging Face and DeepSpeed lay them out.
-
-        ``sources`` above 1 divides the sequences evenly among so many sources.
-        """
-        position = torch.arange(modality.kinds.numel(), device=modality.kinds.device)
-        return cls._ordered(modality, position, sources)
-
-    @classmethod
-    def sequence_major(cls, modality: Modality, sources: int = 1) -> Tokens:
-        """Tokens in the order s B + b, as Megatron lays them out; otherwise as ``batch_major``."""
-        count = torch.arange(modality.kinds.numel(), device=modality.kinds.device)
-        return cls._ordered(modality, count.view(modality.kinds.shape).t().flatten(), sources)
-
-    @classmethod
-    def _ordered(cls, modality: Modality, position: Tensor, sources: int) -> Tokens:
-        # Segments are only told apart, so a rank among them will do, and stays below T whatever
-        # numbers the user chose.
-        values, order = torch.sort(modality.segments.flatten(), stable=True)
-        starts = torch.zeros_like(values)
-        starts[1:] = (values[1:] != values[:-1]).long()
-        segment = torch.empty_like(values).scatter_(0, order, starts.cumsum(0))
-        rows, columns = modality.kinds.shape
-        return cls(
-            kinds=modality.kinds.flatten()[position],
-            valid=modality.valid.flatten()[position],
-            exempt=modality.exempt.flatten()[position],
-            segment=segment[position],
-            position=position,
-            source=(position // max(1, columns)) * sources // max(1, rows),
-        )
 
     def only(self, used: Tensor) -> Tokens:
         """These tokens, of which only those in ``used`` bool [T] are no padding."""
@@ -305,6 +297,45 @@ class Tokens:
     def visual(self) -> Tensor:
         """Valid tokens whose features are weighed: every kind but text. bool [T]"""
         return (self.kinds != TEXT) & self.valid
+
+
+class Layout(NamedTuple):
+    """In which order a layer has its tokens, of how many sources, and whether it asks for their pictures."""
+
+    sequence_major: bool
+    sources: int
+    segmented: bool
+
+
+def lay_out(modality: Modality, layout: Layout) -> Tokens:
+    """The tokens of a modality as a layer has them."""
+    kinds, valid, exempt, position, source = ordered(modality, layout.sequence_major, layout.sources)
+    segment = numbered(modality.pictures)[position] if layout.segmented else None
+    return Tokens(kinds, valid, exempt, segment, position, source)
+
+
+@fused
+def ordered(modality: Modality, sequence_major: bool, sources: int) -> tuple[Tensor, ...]:
+    """kinds, valid, exempt, position and source of ``Tokens``."""
+    rows, columns = modality.kinds.shape
+    position = torch.arange(rows * columns, device=modality.device)
+    if sequence_major:
+        position = position.view(rows, columns).t().flatten()
+
+    def told(values: Tensor) -> Tensor:
+        return (values.t() if sequence_major else values).flatten()
+
+    source = (position // max(1, columns)) * sources // max(1, rows)
+    return told(modality.kinds), told(modality.valid), told(modality.exempt), position, source
+
+
+def numbered(segments: Tensor) -> Tensor:
+    """Segments int64 [B, S] as numbers 0..T-1, int64 [T]: they are only told apart, so a rank among them will
+    do, whatever numbers the user chose."""
+    values, order = torch.sort(segments.flatten(), stable=True)
+    starts = torch.zeros_like(values)
+    starts[1:] = (values[1:] != values[:-1]).long()
+    return torch.empty_like(values).scatter_(0, order, starts.cumsum(0))
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,8 @@ class Planner:
         if tokens is None:
             return Tokens.all_text(count, device)
         expect("modality mask", tokens.kinds, (count,), (torch.int8,), device)
+        if self.config.normalization == "image" and tokens.segment is None:
+            raise ValueError("tokens.segment: found none, expected pictures: normalization is 'image'")
         return tokens
 
     def _constants(self, device: torch.device) -> Constants:

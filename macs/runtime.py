@@ -574,8 +574,8 @@ class LayerRuntime:
         return modality
 
     def _laid_out(self, modality: Modality, sequence_major: bool) -> Tokens:
-        sources = len(self.topology.sources)
-        return modality.sequence_major(sources) if sequence_major else modality.batch_major(sources)
+        make = modality.sequence_major if sequence_major else modality.batch_major
+        return make(len(self.topology.sources), self.runtime.config.normalization == "image")
 
     def plan(
         self, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
@@ -21,7 +20,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from macs import LayerRuntime, Plan, within_groups
+from macs import LayerRuntime, Plan, choice_in, within_groups
 
 
 class _PlansFirst(MoETokenDispatcher):
@@ -102,8 +101,7 @@ def replan(
     scores = layer.take_scores()
     if scores is None:
         return routing_map, probs, False
-    experts = chosen_experts(routing_map, layer.top_k)
-    weights = probs.gather(1, experts.clamp(min=0))
+    experts, weights = choice_in(routing_map, probs, layer.top_k)
     scores = within_groups(scores, experts, config.moe_router_num_groups)
     plan = plan_of(layer, hidden, experts, weights, scores, chunk)
     if plan is None:
@@ -163,12 +161,3 @@ class Chunk:
         before = former.end - former.offset if former is not None else 0
         first = former.first + before // hidden.stride(0) if former is not None and follows else 0
         return cls(memory, offset, end, first)
-
-
-def chosen_experts(routing_map: Tensor, top_k: int) -> Tensor:
-    """Column numbers of the map's true entries: bool [T, E] -> int64 [T, k], ascending, -1: none."""
-    rows, num_experts = routing_map.shape
-    column = torch.where(routing_map, routing_map.cumsum(1) - 1, top_k).clamp(max=top_k)
-    expert = torch.arange(num_experts, device=routing_map.device).expand(rows, -1)
-    chosen = torch.full((rows, top_k + 1), -1, dtype=torch.int64, device=routing_map.device)
-    return chosen.scatter_(1, column, expert)[:, :top_k].contiguous()

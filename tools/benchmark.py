@@ -798,7 +798,7 @@ def planned(
     kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     hidden = features(batch, shape.hidden, step, rank, seed).to(device(), kind)
     inputs = [one.to(device()) for one in (batch.experts, batch.weights, batch.scores)]
-    tokens = Tokens.batch_major(Modality.of(batch.kinds[None].to(device())))
+    tokens = Modality.of(batch.kinds[None].to(device())).batch_major()
     return lambda: policy.plan(hidden, *inputs, tokens)
 
 

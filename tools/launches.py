@@ -3,8 +3,8 @@
     python tools/launches.py                     # the defaults, the presets and the baselines
     python tools/launches.py --shape 8192 2048 128 8 8 --operators
 
-Planner, adapter and recorder run on fake CUDA tensors: every operator that would launch is counted by what
-it launches, every Triton kernel is one, and what would read a value on the host is an error.
+Mask, adapter, planner and recorder run on fake CUDA tensors: every operator that would launch is counted by
+what it launches, every Triton kernel is one, and what would read a value on the host is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from macs import STEPS, LayerRecorder, MACSConfig, Tokens, Topology, build_policy, kernels, watching_steps
+from macs import (
+    STEPS,
+    LayerRecorder,
+    MACSConfig,
+    Modality,
+    Topology,
+    build_policy,
+    choice_in,
+    full_scores,
+    kernels,
+    watching_steps,
+)
 
 LAUNCHES = {
     "aten.index_add.default": 2,
@@ -54,6 +65,10 @@ NOTHING = (
 """Operators that launch none, beside views."""
 
 
+OTHER = "beside the steps"
+"""What a plan launches before and between them: the memory of its sums."""
+
+
 class Launches(TorchDispatchMode):
     """Counts launches by step, and by operator."""
 
@@ -61,7 +76,7 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.by_step: Counter[str] = Counter()
         self.by_operator: Counter[tuple[str, str]] = Counter()
-        self._step = "other"
+        self._step = OTHER
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -113,31 +128,36 @@ def count(policy: str, settings: dict[str, Any], shape: Sequence[int], statistic
     """The launches of one plan, for T tokens of size D, E experts, k each, R ranks: shape (T, D, E, k, R)."""
     tokens, size, experts, top_k, ranks = shape
     topology = Topology(experts, ranks)
-    planner = build_policy(policy, MACSConfig.from_dict(settings), topology, top_k)
+    config = MACSConfig.from_dict(settings)
+    planner = build_policy(policy, config, topology, top_k)
     recorder = LayerRecorder(topology, top_k)
     with counting() as launches:
         device = torch.device("cuda", 0)
         planner.prepare(device)
         recorder.prepare(device)
-        inputs = (
-            torch.empty(tokens, size, dtype=torch.bfloat16, device=device),
-            torch.empty(tokens, top_k, dtype=torch.int64, device=device),
-            torch.empty(tokens, top_k, device=device),
-            torch.empty(tokens, experts, device=device),
-            Tokens.all_text(tokens, device),
-        )
+        hidden = torch.empty(tokens, size, dtype=torch.bfloat16, device=device)
+        logits = torch.empty(tokens, experts, dtype=torch.bfloat16, device=device)
+        chosen = torch.empty(tokens, experts, dtype=torch.bool, device=device)
+        probs = torch.empty(tokens, experts, device=device)
+        mask = torch.empty(2, tokens // 2, dtype=torch.bool, device=device)
         launches.by_step.clear()
         launches.by_operator.clear()
-        planned = planner.plan(*inputs, statistics=statistics)
-        with launches.step(MAP):
-            planned.as_map(experts)
+        with launches.step(MASK):
+            found = Modality.of(mask).sequence_major(1, config.normalization == "image")
+        with launches.step(ADAPTER):
+            scores = full_scores(logits, "softmax")
+            choice = choice_in(chosen, probs, top_k)
+        planned = planner.plan(hidden, *choice, scores, found, statistics=statistics)
+        with launches.step(ADAPTER):
+            routing_map, _ = planned.as_map(experts)
+            routing_map.sum()
         if planned.statistics is not None:
             with launches.step(RECORD):
                 recorder.record(planned.statistics)
     return launches
 
 
-MAP, RECORD = "map and weights for Megatron", "record"
+MASK, ADAPTER, RECORD = "mask and layout, once a pass", "Megatron's adapter", "record"
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("macs", {}),
@@ -160,12 +180,12 @@ def table(shape: Sequence[int]) -> tuple[Table, dict[str, Launches]]:
     shown.add_column("")
     for title in found:
         shown.add_column(title, justify="right")
-    steps = [*STEPS, "other"]
+    steps = [*STEPS, OTHER]
     for step in steps:
         shown.add_row(step, *(str(one.by_step[step] or "") for one in found.values()))
     shown.add_section()
     shown.add_row("a plan", *(str(sum(one.by_step[step] for step in steps)) for one in found.values()))
-    for step in (MAP, RECORD):
+    for step in (ADAPTER, RECORD, MASK):
         shown.add_row(step, *(str(one.by_step[step] or "") for one in found.values()))
     return shown, found
 

@@ -26,9 +26,8 @@ from torch.nn import functional
 from workloads import Batch, Contender, Shape
 
 import macs
-from macs import Plan, Runtime, full_scores
+from macs import Plan, Runtime, choice_in, full_scores
 from megatron_macs import cpu_engine, with_macs
-from megatron_macs.dispatcher import chosen_experts
 
 
 def device() -> torch.device:
@@ -181,8 +180,7 @@ def around_plan(experts: Tensor, scores: Tensor) -> Callable[[Plan], Any]:
 
     def around(plan: Plan) -> Any:
         full_scores(logits, "softmax")
-        chosen = chosen_experts(routing_map, experts.shape[1])
-        probs.gather(1, chosen.clamp(min=0))
+        choice_in(routing_map, probs, experts.shape[1])
         return plan.as_map(count)
 
     return around

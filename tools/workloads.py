@@ -62,7 +62,7 @@ class Batch:
 
     @property
     def tokens(self) -> Tokens:
-        return Tokens.batch_major(self.modality)
+        return self.modality.batch_major()
 
     @property
     def modality(self) -> Modality:

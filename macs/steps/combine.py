@@ -132,6 +132,18 @@ def describe(demand: Demand, combined: Combined, room: Room, unmet: Tensor, find
 
 
 @fused
+def choice_in(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """What ``map_of`` made a map of: the columns of the true entries of a map bool [T, E], int64 [T, k],
+    ascending, -1: none, and their weights out of probs [T, E] (of none, any)."""
+    rows, num_experts = chosen.shape
+    column = torch.where(chosen, chosen.cumsum(1) - 1, top_k).clamp(max=top_k)
+    expert = torch.arange(num_experts, device=chosen.device).expand(rows, -1)
+    experts = torch.full((rows, top_k + 1), -1, dtype=torch.int64, device=chosen.device)
+    experts = experts.scatter_(1, column, expert)[:, :top_k].contiguous()
+    return experts, probs.gather(1, experts.clamp(min=0))
+
+
+@fused
 def map_of(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """A multi-hot map bool [T, E] of experts int64 [T, m] (-1: none), and their weights [T, m], so too."""
     column = experts.masked_fill(experts < 0, num_experts)

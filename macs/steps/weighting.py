@@ -82,7 +82,10 @@ def semantic_weights(hidden: Tensor, tokens: Tokens, rule: Weighting, sums: Sums
 
 def _groups_of(tokens: Tokens, rule: Weighting) -> Tensor:
     """Of which group every token is, int64 [T] in 0..G-1."""
-    inner = tokens.segment if rule.by_image else tokens.kinds.long()
+    inner = tokens.kinds.long()
+    if rule.by_image:
+        assert tokens.segment is not None
+        inner = tokens.segment
     if rule.sources == 1:
         return inner
     return tokens.source * (rule.groups(len(inner)) // rule.sources) + inner

@@ -7,6 +7,7 @@ operators on the very tensors they were called with, and replays them without an
 import pytest
 import torch
 from support.cases import paper
+from support.kernels import same
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import macs
@@ -121,15 +122,15 @@ def test_what_a_graph_captured_is_not_changed_under_it(monkeypatch):
 def test_buffers_keep_their_memory_and_follow_every_layout():
     buffers = ModalityBuffers()
     first = buffers.hold(step(0)[1])
-    layouts = first.sequence_major(), first.batch_major(2), first.columns(8, 16).sequence_major()
+    layouts = first.sequence_major(1, True), first.batch_major(2), first.columns(8, 16).sequence_major()
     places = [one.kinds.data_ptr() for one in (first, *layouts)]
     fresh = step(1)[1]
     with torch.inference_mode():
         held = buffers.hold(fresh)
     assert held is first and [one.kinds.data_ptr() for one in (first, *layouts)] == places
-    expected = fresh.sequence_major(), fresh.batch_major(2), fresh.columns(8, 16).sequence_major()
+    expected = fresh.sequence_major(1, True), fresh.batch_major(2), fresh.columns(8, 16).sequence_major()
     for one, other in zip(layouts, expected, strict=True):
-        assert all(torch.equal(getattr(one, name), tensor) for name, tensor in vars(other).items())
+        assert same(one, other)
     assert buffers.hold(Modality.of(torch.zeros(1, 4, dtype=torch.bool))) is not first
 
 
@@ -169,3 +170,19 @@ def test_a_cuda_graph_plans_as_an_eager_step(settings):
         graph.replay()
         expected, _ = eager(settings, seed, "cuda")
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_segments_come_with_every_step_that_a_graph_may_replay_or_with_none():
+    mask = torch.tensor([[1, 1, 0, 1]])
+    given = Modality.of(mask, segments=torch.tensor([[0, 1, 2, 3]]))
+    buffers = ModalityBuffers()
+    held = buffers.hold(Modality.of(mask))
+    held.sequence_major()
+    buffers.hold(given)  # nobody reads them
+    held.sequence_major(1, True)
+    with pytest.raises(ValueError, match="expected segments with every step, or with none"):
+        buffers.hold(given)
+    other = ModalityBuffers()
+    layout = other.hold(given).sequence_major(1, True)
+    other.hold(Modality.of(mask))
+    assert layout.segment.tolist() == [0, 0, 1, 2]

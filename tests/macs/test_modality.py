@@ -5,13 +5,14 @@ import threading
 import pytest
 import torch
 
-from macs import IMAGE, TEXT, VIDEO, Modality, Tokens, current_modality, modality
+from macs import IMAGE, TEXT, VIDEO, Modality, current_modality, modality
 
 
 def test_runs_of_one_kind_are_pictures():
     mask = torch.tensor([[1, 1, 0, 1, 2, 2], [1, 1, 0, 0, 0, 1]])
-    segments = Modality.of(mask).segments
-    assert segments.tolist() == [[0, 0, 1, 2, 3, 3], [4, 4, 5, 5, 5, 6]]
+    found = Modality.of(mask)
+    assert found.segments is None
+    assert found.pictures.tolist() == [[0, 0, 1, 2, 3, 3], [4, 4, 5, 5, 5, 6]]
 
 
 def test_bool_masks_mean_images():
@@ -68,20 +69,21 @@ def test_layouts():
     assert sequence.kinds.tolist() == [1, 0, 0, 2, 0, 2] and sequence.position.tolist() == [0, 3, 1, 4, 2, 5]
     assert sequence.valid.tolist() == [True] * 5 + [False]
     assert sequence.visual.tolist() == [True, False, False, True, False, False]
-    assert batch.segment.tolist() == [0, 1, 1, 2, 3, 3]
+    assert batch.segment is None
+    assert found.batch_major(segmented=True).segment.tolist() == [0, 1, 1, 2, 3, 3]
     assert found.batch_major() is batch  # made once for all layers
 
 
 def test_sources_divide_the_sequences():
     found = Modality.of(torch.zeros(4, 2, dtype=torch.bool))
-    assert Tokens.batch_major(found, 2).source.tolist() == [0] * 4 + [1] * 4
-    assert Tokens.sequence_major(found, 2).source.tolist() == [0, 0, 1, 1] * 2
+    assert found.batch_major(2).source.tolist() == [0] * 4 + [1] * 4
+    assert found.sequence_major(2).source.tolist() == [0, 0, 1, 1] * 2
 
 
 def test_any_segment_numbers_will_do():
     segments = torch.tensor([[-5, 10**12, -5, 7]])
     found = Modality.of(torch.ones(1, 4, dtype=torch.bool), segments=segments)
-    assert found.batch_major().segment.tolist() == [0, 2, 0, 1]
+    assert found.batch_major(segmented=True).segment.tolist() == [0, 2, 0, 1]
 
 
 def test_blocks_nest_and_end():

@@ -18,7 +18,6 @@ from torch import nn
 
 from macs import Runtime
 from megatron_macs import MACSMoELayer, MACSTopKRouter, cpu_engine, with_macs
-from megatron_macs.dispatcher import chosen_experts
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU shim refuses to run where CUDA is")
 
@@ -64,11 +63,6 @@ def test_block_specs_are_swapped_layer_by_layer():
     assert kinds == [MACSMoELayer] * 2
     mlp = swapped.layer_specs[0].submodules.mlp
     assert (mlp.func if isinstance(mlp, functools.partial) else mlp.module) is not MACSMoELayer
-
-
-def test_chosen_experts_ascend_and_mark_what_is_missing():
-    routing_map = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    assert chosen_experts(routing_map, 2).tolist() == [[0, 2], [3, -1], [-1, -1], [0, 1]]
 
 
 def symbols():

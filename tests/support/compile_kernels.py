@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from macs import MACSConfig, Modality, Tokens, Topology, build_policy, kernels
+from macs import LayerRecorder, MACSConfig, Modality, Topology, build_policy, choice_in, kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -109,10 +109,13 @@ def _plan(
     count = 256
     scores = torch.rand(count, experts).to(kind)
     weights, chosen = scores.topk(k, 1)
-    tokens = Tokens.batch_major(Modality.of(torch.rand(2, count // 2) < 0.5), len(sources))
+    tokens = Modality.of(torch.rand(2, count // 2) < 0.5).batch_major(len(sources), True)
     hidden = torch.randn(count, size).bfloat16()
     planner = build_policy(policy, config, Topology(experts, 2, sources=sources), k)
-    planner.plan(hidden, chosen, weights, scores, tokens).as_map(experts)
+    plan = planner.plan(hidden, chosen, weights, scores, tokens)
+    choice_in(*plan.as_map(experts), k)
+    assert plan.statistics is not None
+    LayerRecorder(planner.topology, k).record(plan.statistics)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, tuple):
         return all(same(a, b) for a, b in zip(one, other, strict=True))
     if is_dataclass(one) and not isinstance(one, type):
-        return all(same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+        compared = [field.name for field in fields(one) if field.compare]
+        return all(same(getattr(one, name), getattr(other, name)) for name in compared)
     return one == other
 
 

@@ -157,6 +157,44 @@ def _add(record, place, amounts):
     tl.atomic_add(record + place, tl.sum(amounts, 0), sem="relaxed")
 
 
+def choice_in(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """One launch."""
+    count, num_experts = chosen.shape
+    experts = torch.empty(count, top_k, dtype=torch.int64, device=chosen.device)
+    weights = torch.empty(count, top_k, dtype=probs.dtype, device=chosen.device)
+    if count:
+        width = power_of_2(num_experts)
+        block = max(1, 2048 // width)
+        _choice_in[(triton.cdiv(count, block),)](
+            chosen.contiguous(), probs.contiguous(), experts, weights, count, top_k, num_experts,
+            TOKENS=block, EXPERTS=width, K=power_of_2(top_k),
+        )  # fmt: skip
+    return experts, weights
+
+
+@triton.jit(do_not_specialize=["count"])
+def _choice_in(
+    chosen, probs, experts, weights, count, top_k, num_experts,
+    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    here, expert, slot = token < count, tl.arange(0, EXPERTS), tl.arange(0, K)
+    inside = here[:, None] & (expert < num_experts)[None, :]
+    cell = token[:, None] * num_experts + expert[None, :]
+    hit = tl.load(chosen + cell, mask=inside, other=0).to(tl.int1)
+    weight = tl.load(probs + cell, mask=hit, other=0.0)
+    number = tl.cumsum(hit.to(tl.int32), 1)
+    at = token[:, None] * top_k + number - 1
+    mine = hit & (number <= top_k)
+    tl.store(experts + at, expert[None, :] + tl.zeros_like(at), mask=mine)
+    tl.store(weights + at, weight, mask=mine)
+    none = here[:, None] & (slot < top_k)[None, :] & (slot[None, :] >= tl.sum(hit.to(tl.int32), 1)[:, None])
+    at = token[:, None] * top_k + slot[None, :]
+    tl.store(experts + at, tl.full([TOKENS, K], -1, tl.int64), mask=none)
+    first = tl.load(probs + token * num_experts, mask=here, other=0.0)
+    tl.store(weights + at, first[:, None] + tl.zeros([TOKENS, K], first.dtype), mask=none)
+
+
 def map_of(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """One launch."""
     count, slots = experts.shape

@@ -53,7 +53,9 @@ def semantic_weights(hidden: Tensor, tokens: Tokens, rule: Weighting, sums: Sums
         _constant[grid](*features, weight, known, *sizes, heavy, UNIT=UNIT, **form)
         return told
     groups, value = rule.groups(count), torch.empty(count, dtype=torch.float32, device=device)
-    inner = tokens.segment.contiguous() if rule.by_image else tokens.kinds.contiguous()
+    inner = tokens.segment if rule.by_image else tokens.kinds
+    assert inner is not None
+    inner = inner.contiguous()
     group = source, inner, count if rule.by_image else KINDS, sums.moments, groups
     few = power_of_2(groups) if groups <= FEW else 0
     if rule.rule == "distinct":

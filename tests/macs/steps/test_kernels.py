@@ -22,6 +22,8 @@ from support.kernels import (
 )
 
 from macs import MACSConfig, Modality, Planner, Tokens, Topology, build_policy, has_triton, kernels
+from macs.metrics import append
+from macs.modality import ordered
 from macs.steps import admission, combine, demand, drops, extension, rerouting
 from macs.steps.contracts import LOADS, SCALARS, Choice, Room, Sums, Terms
 from macs.steps.fixed_point import UNIT
@@ -186,6 +188,46 @@ def test_map(count, experts, k, dtype):
     assert same(found, expected)
 
 
+def test_the_choice_in_a_map_ascends_and_marks_what_is_missing():
+    rows = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    experts, weights = combine.choice_in(rows, torch.arange(16.0).view(4, 4), 2)
+    assert experts.tolist() == [[0, 2], [3, -1], [-1, -1], [0, 1]]
+    assert weights[experts >= 0].tolist() == [0.0, 2.0, 7.0, 12.0, 13.0]
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "experts", "k"), [(33, 6, 3), (5, 512, 8), (0, 4, 2), (9, 4, 1)])
+def test_choice_in_a_map(count, experts, k, dtype):
+    random = generator(count, experts)
+    chosen = (torch.rand(count, experts, generator=random) < k / experts).to(DEVICE)
+    probs = torch.rand(count, experts, generator=random).to(dtype).to(DEVICE)
+    found, expected, *_ = both(combine.choice_in, chosen, probs, k)
+    assert same(found, expected)
+
+
+@kernel_test
+@pytest.mark.parametrize("sequence_major", [False, True])
+@pytest.mark.parametrize("sources", [1, 3])
+def test_layout_of_tokens(sequence_major, sources):
+    flags = torch.rand(3, 7, 50, generator=generator(7)).to(DEVICE) < 0.5
+    whole = Modality.of(flags[0], valid=flags[1], exempt=flags[2])
+    for one in (whole, whole.columns(8, 20), Modality.of(flags[0, :0])):
+        found, expected, *_ = both(ordered, one, sequence_major, sources)
+        assert same(found, expected)
+
+
+@kernel_test
+def test_records_in_a_ring():
+    ring = torch.zeros(3, 20, dtype=torch.int64, device=DEVICE)
+    rings = {"triton": (ring, ring[0, :1].clone()), "torch": (ring.clone(), ring[0, :1].clone())}
+    for step in range(5):
+        for choice, one in rings.items():
+            with kernels(choice):
+                append(torch.arange(20, device=DEVICE) + 100 * step, *one)
+        assert same(*rings.values()) and int(rings["triton"][1]) == step + 1
+
+
 def on_device(case):
     """A drawn routing's inputs of ``plan``, where the kernels are."""
     tokens = Tokens(**{name: one.to(DEVICE) for name, one in vars(case.tokens).items()})
@@ -218,7 +260,7 @@ def test_plans_of_many_experts_are_the_same(experts, k):
     random = generator(experts, k)
     scores = (torch.randn(count, experts, generator=random) - torch.arange(experts) / experts * 4).softmax(1)
     weights, chosen = scores.topk(k, 1)
-    tokens = Tokens.batch_major(Modality.of((torch.rand(1, count, generator=random) < 0.7).to(DEVICE)))
+    tokens = Modality.of((torch.rand(1, count, generator=random) < 0.7).to(DEVICE)).batch_major()
     hidden = torch.randn(count, 24, generator=random)
     inputs = [one.to(DEVICE) for one in (hidden, chosen, weights, scores)]
     for config in (
@@ -241,7 +283,7 @@ def test_other_policies_and_scores_that_are_not_numbers(policy, dtype, count):
     weights, chosen = scores.topk(3, 1)
     if count:
         scores[3, 9], scores[5, 0] = float("nan"), float("nan")
-    tokens = Tokens.batch_major(Modality.of(torch.zeros(1, count, dtype=torch.bool, device=DEVICE)))
+    tokens = Modality.of(torch.zeros(1, count, dtype=torch.bool, device=DEVICE)).batch_major()
     inputs = [one.to(DEVICE) for one in (torch.randn(count, 8, generator=random), chosen, weights, scores)]
     config = MACSConfig(capacity_factor=0.7, min_tokens=0)
     planner = build_policy(policy, config, Topology(12, 3, sources=(1,)), 3)
