@@ -41,7 +41,7 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
             return super()._forward(hidden_states)
         count = hidden_states.shape[:-1].numel()
         with self.macs.forward_pass(count, hidden_states.device, self.training):
-            if self.training or not self.macs.acts_on(count):
+            if self.training or not self.macs.acts_on(count, hidden_states.device):
                 return super()._forward(hidden_states)
             return self._planned_forward(hidden_states)
 

@@ -90,7 +90,7 @@ class MACSTopKGate(TopKGate):
             used_token = used_token.flatten().long()
         auxiliary, experts, weights, counts = self._routes(logits, used_token)
         num_experts = logits.shape[1]
-        if self.macs.acts_on(len(input)):
+        if self.macs.acts_on(len(input), input.device):
             tokens = self.macs.counted_tokens(len(input), self.sequence_major, input.device)
             if used_token is not None:
                 tokens = tokens.only(used_token != 0)

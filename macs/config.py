@@ -19,13 +19,21 @@ def _setting(
     low: float | None = None,
     high: float | None = None,
     optional: bool = False,
+    whole: bool = False,
 ) -> Any:
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "optional": optional}
+    metadata["whole"] = whole or (isinstance(default, int) and not isinstance(default, bool))
     return field(default=default, metadata=metadata)
 
 
 TARGET_STRAGGLER = 1.05
 """The bound where none is given."""
+
+
+MIN_TOKENS = {"cpu": 64, "gpu": 1024}
+"""Tokens of a rank below which a plan is taken to cost more than it wins. On a GPU: where, at the costs that
+the simulator states of an H100, a plan launched eagerly breaks even at Qwen3-VL-30B-A3B's layers over 8 ranks
+with a busiest rank of 1.2 (docs/performance.md). On a CPU: a decoding batch, not a prompt."""
 
 
 RETIRED: dict[str, str] = {
@@ -129,8 +137,15 @@ class MACSConfig:
         choices=("router", "none"),
     )
 
-    min_tokens: int = _setting(
-        64, "with fewer valid tokens the layer is left alone (decoding)", low=0, high=2**31
+    min_tokens: int | None = _setting(
+        None,
+        "with fewer valid tokens of a rank the layer is bypassed, as in decoding ("
+        + ", ".join(f"{count} on a {kind.upper()}" for kind, count in MIN_TOKENS.items())
+        + ", where none is given)",
+        low=0,
+        high=2**31,
+        optional=True,
+        whole=True,
     )
     max_drop: float | None = _setting(
         None,
@@ -159,6 +174,14 @@ class MACSConfig:
             )
         if self.capacity_factor is None and self.target_straggler is None:
             object.__setattr__(self, "target_straggler", TARGET_STRAGGLER)
+
+    def least_tokens(self, device_type: str) -> int:
+        """``min_tokens``, or what stands for it on a device of that ``torch.device.type``."""
+        return (
+            MIN_TOKENS["cpu" if device_type == "cpu" else "gpu"]
+            if self.min_tokens is None
+            else self.min_tokens
+        )
 
     @property
     def pools_rows(self) -> bool:
@@ -378,7 +401,7 @@ def _check(name: str, value: Any, default: Any, metadata: Mapping[str, Any]) -> 
         if not isinstance(value, bool):
             raise ValueError(f"config.{name}: found {value!r}, expected true or false")
         return
-    whole = isinstance(default, int)
+    whole = metadata["whole"]
     kinds = (int,) if whole else (int, float)
     low, high = metadata["low"], metadata["high"]
     if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) < math.inf:

@@ -119,9 +119,10 @@ class Planner:
             for device, constants in self._on_device.items():
                 constants.affinity.copy_(self._similarity.to(device) * constants.reachable)
 
-    def leaves_alone(self, count: int) -> bool:
-        """Whether ``count`` tokens are too few to plan, as in decoding, known without looking at them."""
-        return count < self.config.min_tokens
+    def bypasses(self, count: int, device: torch.device) -> bool:
+        """Whether ``count`` tokens on this device are too few to plan, as in decoding, known without looking at
+        them."""
+        return count < self.config.least_tokens(device.type)
 
     def plan(
         self,
@@ -142,7 +143,7 @@ class Planner:
         """
         tokens = self._check(hidden, experts, weights, scores, tokens)
         choice = Choice(experts, weights, scores, self.top_k)
-        if not self.plans or self.leaves_alone(len(hidden)):
+        if not self.plans or self.bypasses(len(hidden), hidden.device):
             return self._untouched(hidden, choice, tokens, statistics)
         config, constants = self.config, self._constants(hidden.device)
         choice = self._extended(choice, tokens, constants)
@@ -249,7 +250,7 @@ class Planner:
                 local_experts=by_rank[torch.tensor(topology.sources)],
                 pools=experts if by_expert else topology.num_ranks,
                 ranks=topology.num_ranks,
-                min_tokens=self.config.min_tokens,
+                min_tokens=self.config.least_tokens(device.type),
             )
             self._on_device[device] = constants.to(device)
         return self._on_device[device]

@@ -427,7 +427,8 @@ class LayerRuntime:
         try:
             agreement.refuse_broken()
             if self.index == agreement.first_layer():
-                agreement.begin(self.runtime.settings(training), count >= self.runtime.config.min_tokens)
+                enough = count >= self.runtime.config.least_tokens(device.type)
+                agreement.begin(self.runtime.settings(training), enough)
             yield
         except BaseException as error:
             agreement.break_off(error)
@@ -463,10 +464,11 @@ class LayerRuntime:
         """Whether MACS does anything now: plan, or observe for a calibration."""
         return self.runtime.enabled or self.runtime.calibrating
 
-    def acts_on(self, count: int) -> bool:
-        """Whether it does anything with a forward pass over ``count`` tokens, known without looking at
+    def acts_on(self, count: int, device: torch.device) -> bool:
+        """Whether it does anything with a forward pass over ``count`` tokens on a device, known without looking at
         them. Otherwise the layer is to be the engine's own, and costs what that does."""
-        return self.runtime.calibrating or (self.runtime.enabled and not self.planner.leaves_alone(count))
+        runtime = self.runtime
+        return runtime.calibrating or (runtime.enabled and not self.planner.bypasses(count, device))
 
     def offer_scores(self, scores: Tensor) -> None:
         """From the router: scores [T, E] of the tokens that are about to be dispatched."""

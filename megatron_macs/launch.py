@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from macs import Profile, Runtime
@@ -35,9 +36,10 @@ def summary(runtime: Runtime) -> str:
     reports = [layer.recorder.read() for layer in runtime.layers if layer.recorder.started]
     steps = sum(int((report.planned > 0).sum()) for report in reports)
     if not steps:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
         return (
             "MACS planned nothing: no forward pass in eval() mode had "
-            f"min_tokens = {runtime.config.min_tokens} tokens or more"
+            f"min_tokens = {runtime.config.least_tokens(kind)} tokens or more"
         )
     kept, rerouted, dropped = (
         sum(float(getattr(report, name).sum()) for report in reports)

@@ -90,7 +90,7 @@ class MACSMoELayer(MoELayer):
         count = hidden_states.shape[:-1].numel()
         with self.macs.forward_pass(count, hidden_states.device, self.training):
             padding = kwargs.get("padding_mask")
-            if padding is not None and not self.training and self.macs.acts_on(count):
+            if padding is not None and not self.training and self.macs.acts_on(count, hidden_states.device):
                 refuse_unread_padding()
             return super().forward(hidden_states, *args, **kwargs)
 

@@ -37,7 +37,7 @@ class MACSTopKRouter(TopKRouter):
         self.macs.take_scores()  # what an interrupted forward pass may have left
         # A static engine may have the experts padded while it decodes, which leaves nothing to plan.
         padded = self.config.moe_pad_expert_input_to_capacity
-        if not self.training and not padded and self.macs.acts_on(logits.shape[:-1].numel()):
+        if not self.training and not padded and self.macs.acts_on(logits.shape[:-1].numel(), logits.device):
             scores = full_scores(logits.flatten(0, -2), self.score_function)
             groups = self.config.moe_router_num_groups, self.config.moe_router_group_topk
             self.macs.offer_scores(without_outcasts(scores, self.expert_bias, self.macs.top_k, *groups))

@@ -262,7 +262,7 @@ def test_without_macs_a_call_may_say_what_it_likes():
     runtime = Runtime(macs.MACSConfig(min_tokens=0))
     layer = runtime.add_layer(lambda: torch.randn(4, 8), Topology(4), 2)
     seen = []
-    model.layer.register_forward_hook(lambda *_: seen.append(layer.acts_on(8)))
+    model.layer.register_forward_hook(lambda *_: seen.append(layer.acts_on(8, torch.device("cpu"))))
     model(inputs_embeds=torch.randn(2, 4, 8))
     assert seen == [True] and model.seen is None
     model.layer.register_forward_hook(lambda *_: layer.tokens(2, 4, False, torch.device("cpu")))

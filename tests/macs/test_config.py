@@ -123,3 +123,9 @@ def test_an_empty_yaml_file_is_the_default(tmp_path):
 
 def test_every_setting_says_what_it_is():
     assert all(setting.metadata["help"] for setting in fields(MACSConfig))
+
+
+def test_the_least_step_follows_the_device_unless_it_is_given():
+    assert MACSConfig().least_tokens("cpu") == 64 < MACSConfig().least_tokens("cuda")
+    given = MACSConfig(min_tokens=7)
+    assert given.least_tokens("cpu") == given.least_tokens("cuda") == 7

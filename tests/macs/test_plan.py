@@ -72,7 +72,7 @@ def rooms(case, config, weight):
         ]
     bound = torch.zeros(sources, ranks, dtype=torch.int64) if rows is None else torch.tensor(rows)
     room = pool_capacity(sums, constants, config, case.top_k, bound).tolist()
-    active = [t >= config.min_tokens for t in sums.tokens.tolist()]
+    active = [t >= config.least_tokens("cpu") for t in sums.tokens.tolist()]
     return room, rows, active, pool
 
 
@@ -326,7 +326,7 @@ def test_sources_in_one_process_are_as_many_processes(case):
             tokens=tokens,
         )
         config = case.config
-        if len(rows) < config.min_tokens:
+        if len(rows) < config.least_tokens("cpu"):
             continue  # left alone, padding and all, without a look
         plan = plan_of(replace(alone, config=config))
         assert torch.equal(plan.experts, whole.experts[rows])

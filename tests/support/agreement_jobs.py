@@ -36,7 +36,7 @@ class Layer(torch.nn.Module):
         with self.macs.forward_pass(len(hidden), hidden.device, self.training):
             scores = (hidden @ self.router.T).softmax(1)
             weights, experts = scores.topk(TOP_K)
-            if not self.training and self.macs.acts_on(len(hidden)):
+            if not self.training and self.macs.acts_on(len(hidden), hidden.device):
                 tokens = self.macs.tokens(1, len(hidden), False, hidden.device)
                 self.macs.plan(hidden, experts, weights, scores, tokens)
             if self.fails:

@@ -177,7 +177,7 @@ def llava_stages(layout: dict[str, Any]) -> dict[str, Any]:
 def llava_of_many_tiles() -> dict[str, Any]:
     """Prompts with several pictures of several tiles, and with none; a cached step; bad calls."""
     source = tiny.load_model()
-    runtime = Runtime(paper(min_tokens=0))
+    runtime = Runtime(paper(min_tokens=0, normalization="image"))
     model = build_llava_model(source, runtime)
     hidden = model.config.hidden_size
     model.vision_model = Constant(MARK[macs.IMAGE], hidden)
