@@ -120,8 +120,7 @@ class Planner:
                 constants.affinity.copy_(self._similarity.to(device) * constants.reachable)
 
     def bypasses(self, count: int, device: torch.device) -> bool:
-        """Whether ``count`` tokens on this device are too few to plan, as in decoding, known without looking at
-        them."""
+        """Whether so many tokens on this device are too few to plan, as in decoding; no look at them."""
         return count < self.config.least_tokens(device.type)
 
     def plan(

@@ -465,8 +465,8 @@ class LayerRuntime:
         return self.runtime.enabled or self.runtime.calibrating
 
     def acts_on(self, count: int, device: torch.device) -> bool:
-        """Whether it does anything with a forward pass over ``count`` tokens on a device, known without looking at
-        them. Otherwise the layer is to be the engine's own, and costs what that does."""
+        """Whether it does anything with a forward pass over so many tokens on a device, known without looking
+        at them. Otherwise the layer is to be the engine's own, and costs what that does."""
         runtime = self.runtime
         return runtime.calibrating or (runtime.enabled and not self.planner.bypasses(count, device))
 

@@ -14,7 +14,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from launches import AROUND, PLANS
 from workloads import VANILLA, Shape
+
+CASE_OF = {
+    "token drop": "token-drop",
+    "expanded drop": "expanded-drop",
+    "rank-balanced": "rank-balanced",
+    "macs paper": "paper at 1.05",
+    "macs safe": "safe",
+    "*": "defaults",
+}
+"""The counted plan of every contender."""
 
 
 def at_home(experts: int, ranks: int) -> np.ndarray:
@@ -52,7 +63,9 @@ class CostModel:
     row_bytes        of one token's features as they are sent
     hidden, ffn      the layer's
     tokens           of a source, for which planner_ms is
-    planner_ms       by policy ("*": any other), with what surrounds the plan in the engine
+    planner_ms       by policy ("*": any other), with what surrounds the plan in the engine; as many times as
+                     much for as many times the tokens
+    launches         kernels of the same, by policy, however many the tokens; launch_ms of one
     origin           where the figures come from
     """
 
@@ -70,6 +83,8 @@ class CostModel:
     tokens: int
     alone: float = 1.0
     planner_ms: dict[str, float] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    launch_ms: float = 0.0
     origin: str = "measured"
 
     @property
@@ -78,12 +93,14 @@ class CostModel:
         return 3 * self.ffn * self.row_bytes
 
     def planning_ms(self, title: str, tokens: int) -> float:
-        """Of a policy, which grows with the tokens of a source; nothing for vanilla."""
+        """Of a policy: what grows with the tokens of a source, and its launches; nothing for vanilla."""
         if title == VANILLA:
             return 0.0
         if title not in self.planner_ms and "*" not in self.planner_ms:
             raise ValueError(f"cost model: found no planner_ms of {title!r} among {sorted(self.planner_ms)}")
-        return self.planner_ms.get(title, self.planner_ms.get("*", 0.0)) * tokens / self.tokens
+        growing = self.planner_ms.get(title, self.planner_ms.get("*", 0.0)) * tokens / self.tokens
+        launches = self.launches.get(title, self.launches.get("*", 0))
+        return growing + launches * self.launch_ms
 
     def expert_ms(self, rows: np.ndarray) -> np.ndarray:
         """Of experts that compute so many rows each, any shape."""
@@ -156,11 +173,17 @@ class CostModel:
             )
 
 
+EAGER_MS, CAPTURED_MS = 4e-3, 1.5e-3
+"""Stated of a launch that PyTorch and Triton make, and of one that a CUDA graph replays."""
+
+
 def stated_h100(shape: Shape) -> CostModel:
     """An H100 as its makers and DeepEP's authors describe it, not measured here: bfloat16 grouped GEMM at
     half of 990 TFLOP/s, or at the 3.35 TB/s at which an expert's weights come from memory; exchanges at
     the 153 GB/s within a node and the 43 GB/s beyond that DeepEP reports of its first version on an H800;
-    permutation at memory speed; a planner of a hundred launches of 3 us."""
+    permutation at memory speed; a plan by its launches, as ``tools/launches.py`` counts them, of 4 us each
+    (captured 1.5 us, ``captured``), and by its bytes at memory speed: features read three times, and 400
+    more a token."""
     memory, flops = 3.35e12, 0.5 * 990e12
     expert_bytes = 3 * shape.hidden * shape.ffn * 2
     least, a_row = expert_bytes / memory * 1e3, 6 * shape.hidden * shape.ffn / flops * 1e3
@@ -178,9 +201,17 @@ def stated_h100(shape: Shape) -> CostModel:
         hidden=shape.hidden,
         ffn=shape.ffn,
         tokens=shape.tokens,
-        planner_ms={"*": 0.3},
+        planner_ms={"*": shape.tokens * (6 * shape.hidden + 400) / memory * 1e3},
+        launches={title: PLANS[case] + AROUND for title, case in CASE_OF.items()},
+        launch_ms=EAGER_MS,
         origin="stated, not measured: H100 data sheet, DeepEP's published bandwidths",
     )
+
+
+def captured(model: CostModel) -> CostModel:
+    """The same machine where a CUDA graph replays a plan; where launches have no figure of their own, as on
+    a CPU, the machine itself."""
+    return replace(model, launch_ms=min(model.launch_ms, CAPTURED_MS))
 
 
 def on_network(model: CostModel, inside: float | None, beyond: float | None, node: int | None) -> CostModel:

@@ -159,6 +159,22 @@ def count(policy: str, settings: dict[str, Any], shape: Sequence[int], statistic
 
 MASK, ADAPTER, RECORD = "mask and layout, once a pass", "Megatron's adapter", "record"
 
+PLANS = {
+    "defaults": 12,
+    "paper": 11,
+    "paper at 1.05": 14,
+    "safe": 14,
+    "padded": 16,
+    "token-drop": 7,
+    "rank-balanced": 10,
+    "expanded-drop": 8,
+}
+"""What a plan of each case launches: a test holds every case to its number, and the simulator reckons with
+it."""
+
+AROUND = 6
+"""What Megatron's adapter and the recorder launch beside it."""
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("macs", {}),
     "paper": ("macs", {"preset": "paper"}),

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cost_model import Breakdown, CostModel, at_home, on_network, stated_h100
+from cost_model import Breakdown, CostModel, at_home, captured, on_network, stated_h100
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -186,6 +186,7 @@ def simulate(
     stragglers: dict[str, list[float]] = {}
     masses: dict[str, list[np.ndarray]] = {}
     extra: dict[str, Placement] = {}
+    replayed: dict[str, float] = {}
     mean = shape.tokens * shape.top_k
     before = np.zeros(shape.experts)
     placed: dict[str, Placement] = {}
@@ -193,6 +194,7 @@ def simulate(
         asked = asked_by(shape, chosen, batch_of, step, ranks, seed)
         for title, one in asked.items():
             planning = model.planning_ms(title, shape.tokens)
+            replayed[title] = captured(model).planning_ms(title, shape.tokens) - planning
             times.setdefault(title, []).append(model.layer(one.rows, planning))
             stragglers.setdefault(title, []).append(float(one.rows.sum(0).reshape(ranks, -1).sum(1).max()))
             masses.setdefault(title, []).append(one.mass)
@@ -232,6 +234,7 @@ def simulate(
             "policy": title,
             "ms": total,
             "ratio": total / base,
+            "captured": (total + replayed.get(title, 0.0)) / base,
             "straggler": float(np.mean(stragglers[title])) / mean,
             **{
                 part: float(np.mean([getattr(one, part) for one in parts]))
@@ -419,7 +422,7 @@ def plot_quality(points: Path, shape: Shape, model: CostModel, path: Path) -> bo
         if json.loads(one["key"])["model"] == key and one["found"]["ranks"] == ranks
     ]
 
-    planned = max(model.planner_ms.values(), default=0.0) * shape.tokens / model.tokens
+    planned = model.planning_ms("macs", shape.tokens) if model.planner_ms else 0.0
 
     def time_of(straggler: float, computed: float, planning: float = planned) -> float:
         """The busiest rank has ``straggler`` times vanilla's mean, the others what is left."""
@@ -556,7 +559,7 @@ def show(rows: Sequence[dict[str, Any]], name: str, layers: int, model: CostMode
     table = Table(
         title=f"{name}, {rows[0]['ranks']} ranks",
         caption=f"Costs {model.origin}. Won back: of the time that vanilla takes beyond ideal balance of all "
-        "its rows (who drops rows may win more).",
+        "its rows (who drops rows may win more). Captured: over vanilla where a CUDA graph replays the plan.",
         caption_justify="left",
     )
     headings = (
@@ -564,6 +567,7 @@ def show(rows: Sequence[dict[str, Any]], name: str, layers: int, model: CostMode
         "layer, ms",
         f"{layers} layers, ms",
         "/ vanilla",
+        "captured",
         "won back",
         "busiest rank",
         "experts",
@@ -581,6 +585,7 @@ def show(rows: Sequence[dict[str, Any]], name: str, layers: int, model: CostMode
             f"{row['ms']:.3f}",
             f"{row['ms'] * layers:.1f}",
             f"{row['ratio']:.3f}",
+            f"{row['captured']:.3f}",
             told(row, "won_back", "{:.0%}"),
             f"{row['straggler']:.3f}",
             f"{row['experts']:.3f}",

@@ -12,7 +12,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import simulate as tool
-from cost_model import CostModel, on_network, stated_h100
+from cost_model import CostModel, captured, on_network, stated_h100
 from workloads import SHAPES, contenders
 
 SHAPE = replace(SHAPES["tiny"], tokens=256)
@@ -116,10 +116,22 @@ def test_experts_at_home_cost_what_the_layer_costs():
     assert tool.ideal(MODEL, asked).experts <= MODEL.layer(asked).experts
 
 
+def test_launches_do_not_grow_with_the_tokens():
+    stated = stated_h100(SHAPE)
+    assert set(stated.launches) <= {*contenders(1.05), "*"}
+    fixed = replace(stated, planner_ms={"*": 0.0})
+    for title, launches in fixed.launches.items():
+        assert fixed.planning_ms(title, 64) == fixed.planning_ms(title, 4096) == launches * fixed.launch_ms
+        assert captured(fixed).planning_ms(title, 64) < fixed.planning_ms(title, 64)
+    assert fixed.planning_ms("macs fast", 64) == fixed.planning_ms("*", 64)
+    assert captured(MODEL) == MODEL
+
+
 def test_policies_lie_between_vanilla_and_the_bound():
     known = contenders(1.05)
     chosen = {title: known[title] for title in ("vanilla", "token drop", "macs", "macs, nothing over")}
-    model = replace(stated_h100(SHAPE), fixed_ms=0.0, planner_ms={"*": 0.0}, latency_ms=0.0)
+    stated = stated_h100(SHAPE)
+    model = replace(stated, fixed_ms=0.0, planner_ms={"*": 0.0}, launch_ms=0.0, latency_ms=0.0)
     batch_of = tool.synthetic("image-flood", SHAPE, 4, 0)
     rows = tool.simulate(SHAPE, 4, batch_of, chosen, model, 2, replicas=(1,))
     by_title = {row["policy"]: row for row in rows}
