@@ -253,6 +253,8 @@ def graphs(dry: bool) -> dict[str, Any]:
         for held, fresh in zip(static[:4], other[:4], strict=True):
             held.copy_(fresh)
         for name, held in vars(static[4]).items():
+            if held is None:
+                continue
             held.copy_(getattr(other[4], name))
         graph.replay()
         torch.cuda.synchronize()

@@ -128,7 +128,7 @@ def count(policy: str, settings: dict[str, Any], shape: Sequence[int], statistic
     """The launches of one plan, for T tokens of size D, E experts, k each, R ranks: shape (T, D, E, k, R)."""
     tokens, size, experts, top_k, ranks = shape
     topology = Topology(experts, ranks)
-    config = MACSConfig.from_dict(settings)
+    config = MACSConfig.from_dict(settings).updated(min_tokens=0)  # small shapes too
     planner = build_policy(policy, config, topology, top_k)
     recorder = LayerRecorder(topology, top_k)
     with counting() as launches:

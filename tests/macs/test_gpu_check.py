@@ -30,7 +30,7 @@ def test_every_section_runs_dry():
     assert run.returncode == 0
     by_name = {one["section"]: one for one in found}
     assert by_name["no sync"]["skipped"] == by_name["graphs"]["skipped"] == "no GPU"
-    assert by_name["launches"]["defaults"]["counted"]["order"] == 1
+    assert by_name["launches"]["defaults"]["counted"]["demand"] == 1
     assert by_name["image flood"]["after"]["straggler"] < by_name["image flood"]["before"]["straggler"]
 
 
