@@ -15,6 +15,9 @@ from .contracts import Constants, Demand, Placement, Room
 from .demand import order_bits, places_of
 from .kernels.dispatch import fused, indices_of
 
+BINS = 256
+"""Steps of the order that costs are summed by before anything is sorted."""
+
 
 @fused
 def admit(demand: Demand, room: Room, constants: Constants) -> Placement:
@@ -78,32 +81,40 @@ class Queue:
 def longest_prefix(queue: Queue, capacity: Tensor) -> Tensor:
     """The longest prefix of every pool, in ascending order, whose cost fits its capacity.
 
-    capacity int64 [Q] -> bool [T, m]; True for what takes no part. One sort, of the pools that overflow, and
-    one segmented cumulative sum.
+    capacity int64 [Q] -> bool [T, m]; True for what takes no part. Costs are summed by ``BINS`` steps of the
+    order first: bins that fit as a whole are admitted, and only those who share the bin in which a pool's
+    capacity ends are sorted.
     """
-    bits = order_bits(queue.places, len(capacity))
-    every, cost = queue.pool.flatten(), queue.cost[:, None].expand(queue.pool.shape).flatten()
-    load = load_of(every, cost, len(capacity))
+    bits, pools = order_bits(queue.places, len(capacity)), len(capacity) + 1
+    if not queue.pool.numel():
+        return torch.ones_like(queue.pool, dtype=torch.bool)
+    pool, order = queue.pool.flatten(), queue.order.flatten()
+    cost = queue.cost[:, None].expand(queue.pool.shape).flatten()
+    low, high = order.aminmax()
+    # Rounded or not, a later order is in no earlier bin.
+    bin_ = ((order - low).double() * (BINS / (high - low + 1).double())).long().clamp_(max=BINS - 1)
+    load = load_of(pool * BINS + bin_, cost, pools * BINS).view(pools, BINS)
     limit = torch.cat([capacity, capacity.new_full((1,), UNBOUNDED)])
-    over = load > limit
-    index = indices_of(over[every])  # [M]
-    pool = every[index]
-    index = index[((pool << bits) | queue.order.flatten()[index]).sort().indices]
-    pool, contested = every[index], over[every[index]]
-    load = load * over
+    whole = load.cumsum(1) <= limit[:, None]
+    last = whole.sum(1)[pool]
+    fits, split = bin_ < last, bin_ == last
+    left = limit - (load * whole).sum(1)
+    index = indices_of(split)  # [M]
+    index = index[((pool[index] << bits) | order[index]).sort().indices]
+    pool, cost, split = pool[index], (cost * split)[index], split[index]
+    load = load_of(pool, cost, pools)
     # Costs are positive, so the running sum rises and what fits is a prefix by itself.
-    running = (cost[index] * contested).cumsum(0) - (load.cumsum(0) - load)[pool]
-    fits = torch.ones_like(every, dtype=torch.bool)
-    fits[index] = (running <= limit[pool]) | ~contested
+    running = cost.cumsum(0) - (load.cumsum(0) - load)[pool]
+    fits[index] |= split & (running <= left[pool])
     return fits.view(queue.pool.shape)
 
 
 def load_of(pool: Tensor, cost: Tensor, pools: int) -> Tensor:
-    """What each pool is asked for: pool int64 [N] in 0..Q, cost int64 [N] -> int64 [Q + 1]."""
-    return pool.new_zeros(pools + 1).scatter_add_(0, pool, cost)
+    """What each of so many pools is asked for: pool int64 [N], cost int64 [N] -> int64 [pools]."""
+    return pool.new_zeros(pools).scatter_add_(0, pool, cost)
 
 
 def subtract_load(room: Tensor, pool: Tensor, taken: Tensor, cost: Tensor) -> Tensor:
     """Room int64 [S, P] less the cost int64 [T] of what is taken, bool [T, m], from pool int64 [T, m]."""
-    load = load_of(pool.flatten(), (taken * cost[:, None]).flatten(), room.numel())
+    load = load_of(pool.flatten(), (taken * cost[:, None]).flatten(), room.numel() + 1)
     return room - load[:-1].view(room.shape)

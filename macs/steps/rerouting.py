@@ -27,14 +27,14 @@ def reroute(demand: Demand, placement: Placement, constants: Constants, rounds: 
     """
     waiting = demand.planned & (placement.experts < 0)
     token = indices_of(waiting.any(1))  # [W], the only ones looked at from here on
-    queue = demand.order.masked_fill(~waiting, LAST)[token]  # [W, k]
-    experts, scores = demand.choice.experts[token], demand.choice.scores[token]
+    queue = demand.order.masked_fill(~waiting, LAST).index_select(0, token)  # [W, k]
+    experts, scores = (one.index_select(0, token) for one in (demand.choice.experts, demand.choice.scores))
     weight, source, position = (
         demand.weight[token],
         demand.tokens.source[token],
         demand.tokens.position[token],
     )
-    placed, room, row_room = placement.experts[token], placement.room, placement.row_room
+    placed, room, row_room = placement.experts.index_select(0, token), placement.room, placement.row_room
     some = Demand(demand.choice, demand.tokens, weight, demand.terms, demand.order, demand.planned)
     places = len(demand.order)
     # A token's own experts are out: it has them, or they had no room for it. So is one that it is given.
@@ -43,10 +43,8 @@ def reroute(demand: Demand, placement: Placement, constants: Constants, rounds: 
     open_ = open_[:, :nowhere].nan_to_num_(0.0)  # a score that is NaN is none
     for _ in range(rounds):
         first, column = queue.min(1, keepdim=True)  # [W, 1]: the best waiting assignment
-        home = experts.gather(1, column)[:, 0]
-        value = (
-            open_ * constants.affinity[home]
-        )  # [W, E]; -1, no expert, is the last one, which waits for none
+        home = experts.gather(1, column)[:, 0].clamp_(min=0)  # of who waits for none, any
+        value = open_ * constants.affinity.index_select(0, home)  # [W, E]
         value.mul_(_has_room(some, room, row_room, source, constants))
         value, expert = value.max(1, keepdim=True)
         found = (value > 0) & (first < LAST)
