@@ -75,7 +75,7 @@ class MACSBlock:
         for name in ("enabled", "sequence_major", "second_expert_sampling"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "true or false")
-        check_name("macs policy", self.policy, POLICIES)
+        check_name("macs policy", self.policy, tuple(POLICIES))
         check_name("macs modality", self.modality, MODALITIES)
         for name in ("image_token_id", "video_token_id", "audio_token_id", "padding_token_id"):
             value = getattr(self, name)

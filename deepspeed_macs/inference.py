@@ -36,6 +36,7 @@ from macs import (
     Topology,
     attach_modality,
     place_among,
+    policy_of,
 )
 from macs.calls import CallReader
 from macs.config import read_mapping
@@ -322,7 +323,8 @@ def _check_settings(policy: str, config: MACSConfig, same_tokens: int, blind: st
 
     same_tokens: ranks of the expert-parallel group that hold the same tokens, and must plan alike.
     """
-    if policy == "macs" and blind is not None:
+    asked = policy_of(policy)
+    if asked.reads_modality and blind is not None:
         raise ValueError(
             f"config.macs: no way to find the visual tokens ({blind}). Give image_token_id, or set "
             '"modality": "text" for a model that has nothing else, or "manual" and macs.modality(mask) '
@@ -330,10 +332,8 @@ def _check_settings(policy: str, config: MACSConfig, same_tokens: int, blind: st
         )
     if same_tokens > 1:
         why = f"the expert-parallel group holds {same_tokens} tensor-parallel ranks with the same tokens"
-        if policy == "expanded-drop":
-            raise ValueError(
-                f"policy expanded-drop cannot be used here: {why} and other experts of their own"
-            )
+        if asked.adds_assignments:
+            raise ValueError(f"policy {policy} cannot be used here: {why} and other experts of their own")
 
 
 def _add_gate(runtime: Runtime, layer: MOELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
@@ -418,9 +418,10 @@ class GateSeam(Seam):
                 "MACS: while it is on, deepspeed.moe.layer.MoE drops by its plan alone; drop_tokens and "
                 "eval_capacity_factor have no effect"
             )
-        pooled = policy == "rank-balanced" or (policy == "macs" and config.level == "rank")
+        asked = policy_of(policy)
+        pooled = asked.configured(config).level == "rank"
         bounds = config.max_load_factor, config.target_straggler
-        if policy != "vanilla" and (pooled or bounds != (None, None)):
+        if asked.plans and (pooled or bounds != (None, None)):
             self.runtime.say_once(
                 "MACS: deepspeed.moe.layer.MoE computes as many rows for every expert as the fullest one "
                 "has: capacity pooled over a rank (level = rank, rank-balanced) and bounds on a rank's rows "
@@ -434,9 +435,10 @@ class AutoEPSeam(Seam):
     def check(self, policy: str, config: MACSConfig) -> None:
         super().check(policy, config)
         layer = self.layer
-        if policy == "expanded-drop" and layer.comm_backend == DEEPEP_BACKEND and layer.ep_size > 1:
+        adds = policy_of(policy).adds_assignments
+        if adds and layer.comm_backend == DEEPEP_BACKEND and layer.ep_size > 1:
             raise ValueError(
-                "policy expanded-drop cannot be used with expert_parallel.comm_backend = 'deepep': its "
+                f"policy {policy} cannot be used with expert_parallel.comm_backend = 'deepep': its "
                 f"buffers hold {layer.top_k} assignments a token; use comm_backend = 'comm'"
             )
 

@@ -15,7 +15,7 @@ from .metrics import LayerRecorder, LayerReport
 from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, Tokens, current_modality, modality
 from .plan import Plan, PlanStatistics
 from .planner import STEPS, Planner, router_similarity, watching_steps
-from .policies import POLICIES, build_policy
+from .policies import POLICIES, Policy, build_policy, policy_of
 from .profile import Calibration, Profile, router_fingerprint
 from .recording import Recording, RoutingRecorder
 from .runtime import LayerRuntime, Runtime, Share, place_among
@@ -44,6 +44,7 @@ __all__ = [
     "Plan",
     "PlanStatistics",
     "Planner",
+    "Policy",
     "Profile",
     "Recording",
     "RoutingRecorder",
@@ -63,6 +64,7 @@ __all__ = [
     "loads_of",
     "modality",
     "place_among",
+    "policy_of",
     "router_fingerprint",
     "router_similarity",
     "watching_steps",

@@ -3,10 +3,15 @@
 A policy has ``plan(hidden, experts, weights, scores, tokens) -> Plan`` and ``slots``, the width of
 its plans. Token drop and rank-balanced are the planner at other settings; so every policy runs
 through the same code and the same adapters, and a comparison is one of policies alone.
+
+A new policy is a row of ``POLICIES``: what it asks of an engine it declares there, and adapters, command
+lines and tools look there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .config import MACSConfig, check_name
@@ -23,8 +28,11 @@ COUNTED: dict[str, Any] = {
     "visual_weight": 1.0,
     "cost": "one",
     "priority": "score",
+    "level": "expert",
+    "reroute": "none",
+    "similarity": "none",
 }
-"""Settings under which a token is a token, whatever its modality."""
+"""Settings under which a token is a token, whatever its modality, and stays where it is or nowhere."""
 
 
 class Vanilla(Planner):
@@ -49,32 +57,66 @@ class ExpandedDrop(Planner):
         return add_local_experts(choice, tokens, constants)
 
 
-POLICIES = ("vanilla", "token-drop", "expanded-drop", "rank-balanced", "macs")
+@dataclass(frozen=True)
+class Policy:
+    """What a policy is, and what it asks of an engine.
+
+    summary: in a line. settings: laid over the user's; none: the user's as they are. planner: what makes its
+    plans. adds_assignments: whether a token may end with more than k experts. reads_modality: whether it
+    tells visual tokens from text, and has a use for a profile and the routers' similarity.
+    """
+
+    summary: str
+    settings: Mapping[str, Any] | None
+    planner: type[Planner] = Planner
+    adds_assignments: bool = False
+    reads_modality: bool = False
+
+    def configured(self, config: MACSConfig) -> MACSConfig:
+        """The settings it plans with where a user gives these."""
+        return config if self.settings is None else config.updated(**self.settings)
+
+    @property
+    def plans(self) -> bool:
+        """Whether it changes anything."""
+        return self.planner.plans
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is what MACS is compared with."""
+        return self.plans and not self.reads_modality
+
+
+POLICIES: dict[str, Policy] = {
+    "vanilla": Policy("the router's choice", COUNTED, Vanilla),
+    "token-drop": Policy("capacity ceil(gamma T k / E) for each expert, highest scores stay", COUNTED),
+    "expanded-drop": Policy(
+        "the same, with the experts of the token's own rank as further candidates",
+        COUNTED,
+        ExpandedDrop,
+        adds_assignments=True,
+    ),
+    "rank-balanced": Policy(
+        "capacity for each rank, the next-best expert of a rank with room takes the rest",
+        {**COUNTED, "level": "rank", "reroute": "group"},
+    ),
+    "macs": Policy("the config as it is", None, reads_modality=True),
+}
+"""By name. Baselines take ``capacity_factor`` or ``target_straggler``, ``reroute_rounds``, ``min_tokens``,
+``drop_padding`` and the two guards ``max_drop`` and ``max_load_factor`` from the user's settings, and set the
+rest themselves (vanilla heeds none of them)."""
+
+
+def policy_of(name: str) -> Policy:
+    """The policy of that name; an unknown one is a ``ValueError`` that names the nearest."""
+    check_name("policy", name, tuple(POLICIES))
+    return POLICIES[name]
 
 
 def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, **extras: Any) -> Planner:
-    """The policy of that name; ``extras`` are ``Planner``'s keyword arguments.
-
-    Baselines take ``capacity_factor`` or ``target_straggler``, ``min_tokens``,
-    ``drop_padding`` and the two guards ``max_drop`` and ``max_load_factor`` from the
-    config, and set the rest themselves (vanilla heeds none of them):
-
-    vanilla        the router's choice
-    token-drop     capacity ceil(gamma T k / E) for each expert, highest scores stay
-    expanded-drop  the same, with the experts of the token's own rank as further candidates
-    rank-balanced  capacity for each rank, the next-best expert of a rank with room takes the rest
-    macs           the config as it is
-    """
-    check_name("policy", name, POLICIES)
-    if name == "macs":
-        return Planner(config, topology, top_k, **extras)
-    extras = {**extras, "modality_bias": None, "similarity": None}
-    counted = config.updated(**COUNTED, level="expert", reroute="none", similarity="none")
-    if name == "vanilla":
-        return Vanilla(counted, topology, top_k, **extras)
-    if name == "token-drop":
-        return Planner(counted, topology, top_k, **extras)
-    if name == "expanded-drop":
-        return ExpandedDrop(counted, topology, top_k, **extras)
-    balanced = counted.updated(level="rank", reroute="group", reroute_rounds=config.reroute_rounds)
-    return Planner(balanced, topology, top_k, **extras)
+    """The planner of the policy of that name; ``extras`` are ``Planner``'s keyword arguments, of use to those
+    that read modality."""
+    policy = policy_of(name)
+    if not policy.reads_modality:
+        extras = {}
+    return policy.planner(policy.configured(config), topology, top_k, **extras)

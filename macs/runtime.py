@@ -22,7 +22,7 @@ from .metrics import LayerRecorder, LayerReport
 from .modality import Modality, Tokens, needed_modality
 from .plan import Plan
 from .planner import Planner, router_similarity
-from .policies import build_policy
+from .policies import build_policy, policy_of
 from .profile import Calibration, Profile, router_fingerprint
 from .recording import RoutingRecorder
 from .topology import Topology
@@ -402,7 +402,7 @@ class LayerRuntime:
         self._steps_since = 0
         weight = self.router_weight()
         self._weights_seen = seen_of(weight)
-        if self.runtime.config.similarity == "router" and self.runtime.policy == "macs":
+        if self.runtime.config.similarity == "router" and policy_of(self.runtime.policy).reads_modality:
             self._planner.update_similarity(router_similarity(weight))
 
     def _follow_weights(self) -> None:
@@ -494,10 +494,11 @@ class LayerRuntime:
         if self._planner is None:
             runtime, config = self.runtime, self.runtime.config
             bias, similarity = None, None
+            reads = policy_of(runtime.policy).reads_modality
             if runtime.profile is not None:
                 row = runtime.profile.row_of(self.router_weight(), self.top_k)
                 bias = runtime.profile.bias(config)[row]
-            elif runtime.policy == "macs" and config.modality_strength > 0 and not config.pools_rows:
+            elif reads and config.modality_strength > 0 and not config.pools_rows:
                 runtime.say_once("MACS: no profile; no expert has a modality bias")
             if config.similarity == "router":
                 similarity = router_similarity(self.router_weight())

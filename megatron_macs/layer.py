@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from macs import LayerRuntime, MACSConfig, Runtime, Share, Topology, current_modality, place_among
+from macs import LayerRuntime, MACSConfig, Runtime, Share, Topology, current_modality, place_among, policy_of
 
 from .compat import INFERENCE_OPTIMIZED_SINCE, inference_optimized
 from .dispatcher import (
@@ -141,14 +141,15 @@ def adopt(dispatcher: Any, layer: LayerRuntime) -> None:
 def check_policy(config: TransformerConfig, policy: str, settings: MACSConfig, replicas: int) -> None:
     """Raise a ``ValueError`` for a policy that the dispatcher is too narrow for, or that tensor-parallel
     ``replicas`` with the same tokens cannot plan alike."""
+    adds = policy_of(policy).adds_assignments
     flex = config.moe_token_dispatcher_type == "flex"
     for narrow, what in (
         (flex and config.moe_flex_dispatcher_backend == "deepep", "moe_flex_dispatcher_backend = 'deepep'"),
         (config.transformer_impl == "inference_optimized", "transformer_impl = 'inference_optimized'"),
     ):
-        if narrow and policy == "expanded-drop":
+        if narrow and adds:
             raise ValueError(
-                f"policy expanded-drop: {what} sends {config.moe_router_topk} assignments a token, and this "
+                f"policy {policy}: {what} sends {config.moe_router_topk} assignments a token, and this "
                 "policy may add to them"
             )
     if replicas == 1:
@@ -157,8 +158,8 @@ def check_policy(config: TransformerConfig, policy: str, settings: MACSConfig, r
         f"{replicas} tensor-parallel ranks hold the same tokens and must plan alike; set sequence_parallel, "
         "which gives each its own"
     )
-    if policy == "expanded-drop":
-        raise ValueError(f"policy expanded-drop: every rank would add experts of its own, but {why}")
+    if adds:
+        raise ValueError(f"policy {policy}: every rank would add experts of its own, but {why}")
 
 
 def check_config(config: TransformerConfig, pg_collection: Any) -> None:

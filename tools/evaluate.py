@@ -45,7 +45,7 @@ from tiny_vlm.megatron import PictureEncoder, build_megatron_model
 from tiny_vlm.megatron_engine import Engine
 from torch import Tensor
 
-from macs import MACSConfig, Profile, Runtime
+from macs import POLICIES, MACSConfig, Profile, Runtime
 from macs.files import output_file
 from megatron_macs import attach_modality, cpu_engine
 
@@ -121,7 +121,7 @@ def by_target(
 
 def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
     """Named sets of points; those of variants are measured at the bounds alone."""
-    baselines = ("token-drop", "expanded-drop", "rank-balanced")
+    baselines = [name for name, policy in POLICIES.items() if policy.is_baseline]
     controls: dict[str, dict[str, Any]] = {
         "constant weight": {"weighting": "constant"},
         "flipped entropy": {"entropy_sharpness": -1.0},
@@ -156,6 +156,9 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
         "costs its weight": {"cost": "weight"},
     }
 
+    def pooled(policy: str) -> bool:
+        return POLICIES[policy].configured(BASELINE).level == "rank"
+
     def changed(title: str, base: MACSConfig, changes: dict[str, dict[str, Any]]) -> list[Point]:
         return [
             point
@@ -169,7 +172,7 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
             for policy in baselines
             for point in (
                 # Rank-balanced has a capacity per rank: there gamma is the bound.
-                *(() if policy == "rank-balanced" else by_gamma(policy, policy, BASELINE)),
+                *(() if pooled(policy) else by_gamma(policy, policy, BASELINE)),
                 *by_target(policy, policy, BASELINE),
             )
         ],

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from macs import MACSConfig, Profile, Runtime
+from macs import POLICIES, MACSConfig, Profile, Runtime
 from macs.files import output_file
 
 from . import data
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         action="append",
-        choices=("token-drop", "expanded-drop", "rank-balanced", "macs"),
+        choices=[name for name, policy in POLICIES.items() if policy.plans],
         help="a policy to run beside vanilla; may be given several times (default: token-drop, "
         "expanded-drop, and MACS at more than one setting)",
     )
@@ -114,7 +114,7 @@ def settings_by_name(
         macs_settings = {f"macs {name}": config for name, config in presets.items()}
     chosen: dict[str, tuple[str, MACSConfig]] = {VANILLA: (VANILLA, base)}
     for policy in arguments.policy or ("token-drop", "expanded-drop", "macs"):
-        entries = macs_settings if policy == "macs" else {policy: base}
+        entries = {policy: base} if POLICIES[policy].is_baseline else macs_settings
         chosen |= {title: (policy, config.updated(**changes)) for title, config in entries.items()}
     return chosen
 

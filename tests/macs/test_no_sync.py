@@ -13,7 +13,7 @@ def on_meta(value):
     return value.to("meta")
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", list(POLICIES))
 @given(case=routings(config=configs()))
 def test_planning_reads_nothing_on_the_host(name, case):
     """On the meta device there are shapes but no values: reading one, or a shape that depends on
