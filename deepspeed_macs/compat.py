@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from macs.symbols import missing_symbols
+from macs.serving.symbols import missing_symbols
 
 NEEDED_DEEPSPEED = "0.19.8"
 KNOWN_TRANSFORMERS = ">=5.17,<5.25"

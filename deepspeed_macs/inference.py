@@ -38,9 +38,9 @@ from macs import (
     place_among,
     policy_of,
 )
-from macs.calls import CallReader
 from macs.config import read_mapping
-from macs.installed import Installed
+from macs.serving.calls import CallReader
+from macs.serving.installed import Installed
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
 from .compat import record_router_logits, support_transformers

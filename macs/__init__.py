@@ -10,19 +10,21 @@ Letters in shapes, here and in every module:
 """
 
 from .config import PRESETS, MACSConfig
-from .hooks import ModalityHook, attach_modality
-from .metrics import LayerRecorder, LayerReport
-from .modality import AUDIO, IMAGE, TEXT, VIDEO, Modality, Tokens, current_modality, modality
 from .plan import Plan, PlanStatistics
 from .planner import STEPS, Planner, router_similarity, watching_steps
 from .policies import POLICIES, Policy, build_policy, policy_of
-from .profile import Calibration, Profile, router_fingerprint
-from .recording import Recording, RoutingRecorder
-from .runtime import LayerRuntime, Runtime, Share, place_among
+from .records.metrics import LayerRecorder, LayerReport
+from .records.profile import Calibration, Profile, router_fingerprint
+from .records.traffic import Recording, RoutingRecorder
+from .serving.context import current_modality, modality
+from .serving.hooks import ModalityHook, attach_modality
+from .serving.layer import LayerRuntime, Share, place_among
+from .serving.runtime import Runtime
 from .steps.capacity import loads_of
 from .steps.combine import choice_in
 from .steps.kernels.dispatch import has_triton, kernels
 from .steps.scoring import full_scores, in_service, within_groups, without_outcasts
+from .tokens import AUDIO, IMAGE, TEXT, VIDEO, Modality, Tokens
 from .topology import Topology
 from .version import __version__
 

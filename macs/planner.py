@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from .checks import FLOATS, expect
 from .config import MACSConfig
-from .modality import Tokens
 from .plan import Plan, PlanStatistics
 from .steps.admission import admit
 from .steps.capacity import bounds_of, capacities
@@ -28,6 +27,7 @@ from .steps.drops import limit_drops
 from .steps.fixed_point import UNIT
 from .steps.rerouting import reroute
 from .steps.weighting import Weighting, semantic_weights
+from .tokens import Tokens
 from .topology import Topology
 
 STEPS = (

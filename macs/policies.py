@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import MACSConfig, check_name
-from .modality import Tokens
 from .planner import Planner
 from .steps.contracts import Choice, Constants
 from .steps.extension import add_local_experts
+from .tokens import Tokens
 from .topology import Topology
 
 COUNTED: dict[str, Any] = {

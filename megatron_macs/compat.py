@@ -6,7 +6,7 @@ import importlib
 import inspect
 from types import ModuleType
 
-from macs.symbols import missing_symbols
+from macs.serving.symbols import missing_symbols
 
 KNOWN = "0.16.1 and 0.19.2"
 INFERENCE_OPTIMIZED_SINCE = "0.19"

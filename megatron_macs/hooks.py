@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from macs import AUDIO, IMAGE, TEXT, VIDEO, Modality, ModalityHook, current_modality
-from macs.calls import CallReader, real_keys
-from macs.hooks import check_tells, completed, innermost, named_kinds, planning_layers, token_kinds_of
-from macs.modality import ModalityBuffers, Unreadable
+from macs.serving.calls import CallReader, real_keys
+from macs.serving.context import ModalityBuffers, Unreadable
+from macs.serving.hooks import check_tells, completed, innermost, named_kinds, planning_layers, token_kinds_of
 
 KIND_OF_NAME = {"image": IMAGE, "vision": IMAGE, "video": VIDEO, "audio": AUDIO, "sound": AUDIO}
 """What the modalities of a ``MimoModel`` are called, in the singular or the plural."""

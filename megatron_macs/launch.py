@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from macs import Profile, Runtime
 from macs.files import check_output
-from macs.recording import rank_path
+from macs.records.traffic import rank_path
 
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
 from .swap import install

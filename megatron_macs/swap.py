@@ -12,8 +12,8 @@ from typing import Any
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from macs import Runtime
-from macs.hooks import named_kinds
-from macs.installed import Installed
+from macs.serving.hooks import named_kinds
+from macs.serving.installed import Installed
 
 from .hooks import known_token_kinds, watch
 from .spec import macs_mlp

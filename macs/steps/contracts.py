@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..modality import Tokens
+from ..tokens import Tokens
 from .fixed_point import MASS_UNIT, UNIT
 
 SCALARS: dict[str, int] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..modality import Tokens
+from ..tokens import Tokens
 from .contracts import Choice, Demand, Sums, Terms
 from .fixed_point import PRIORITY_BITS, UNIT, to_fixed
 from .kernels.dispatch import fused

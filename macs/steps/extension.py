@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ..modality import Tokens
+from ..tokens import Tokens
 from .combine import weight_of_score
 from .contracts import Choice, Constants
 from .kernels.dispatch import fused

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..modality import KINDS, Tokens
+from ..tokens import KINDS, Tokens
 from .contracts import Sums, Weighed
 from .fixed_point import ENTROPY_UNIT, UNIT, to_fixed
 from .kernels.dispatch import fused, indices_of, may_be_any

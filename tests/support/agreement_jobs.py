@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import macs
 from macs import MACSConfig, Profile, Runtime, Topology
-from macs.agreement import Agreement
+from macs.serving.agreement import Agreement
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 80, 8, 2, 16
 
@@ -51,7 +51,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.ModuleList(Layer(runtime, dist.group.WORLD) for _ in range(layers))
         self.between: int | None = None
-        macs.hooks.ModalityHook(self, macs.calls.CallReader(text_only=True))
+        macs.serving.hooks.ModalityHook(self, macs.serving.calls.CallReader(text_only=True))
         self.eval()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def change(runtime: Runtime, model: torch.nn.Module, kind: str) -> None:
     elif kind == "profile":
         runtime.use("macs", config, profile_of(3))
     elif kind == "macs version":
-        macs.runtime.__version__ = "0.0.9"
+        macs.serving.runtime.__version__ = "0.0.9"
         runtime._told = None
     else:
         value = {"level": "expert", "target_straggler": 1.5, "min_tokens": 8, "cost": "weight"}[kind]
@@ -99,8 +99,8 @@ def ranks_that_differ(kind: str, before_first: bool) -> Any:
     """Two passes; rank 1 changes something before the first or the second of them."""
     runtime = Runtime()
     model = Model(runtime)
-    version, wait = macs.runtime.__version__, macs.agreement.WAIT
-    macs.agreement.WAIT = timedelta(seconds=1)
+    version, wait = macs.serving.runtime.__version__, macs.serving.agreement.WAIT
+    macs.serving.agreement.WAIT = timedelta(seconds=1)
     began = time.monotonic()
     try:
         if not before_first:
@@ -112,7 +112,7 @@ def ranks_that_differ(kind: str, before_first: bool) -> Any:
     except Exception as error:
         raise type(error)(f"{error} [after {time.monotonic() - began:.1f} s]") from error
     finally:
-        macs.runtime.__version__, macs.agreement.WAIT = version, wait
+        macs.serving.runtime.__version__, macs.serving.agreement.WAIT = version, wait
 
 
 def ranks_that_change_alike() -> dict[str, Any]:
@@ -144,16 +144,16 @@ def ranks_that_change_alike() -> dict[str, Any]:
 
 def a_late_rank() -> bool:
     """A rank that is long in loading is waited for by the collective, not called a disagreement."""
-    macs.agreement.WAIT, wait = timedelta(seconds=0.2), macs.agreement.WAIT
+    macs.serving.agreement.WAIT, wait = timedelta(seconds=0.2), macs.serving.agreement.WAIT
     try:
         model = Model(Runtime())
         if dist.get_rank() == 1:
             time.sleep(1.0)
         model(IDS)
         model(IDS)
-        return model.layers[0].macs.agreement._compared
+        return model.layers[0].macs.serving.agreement._compared
     finally:
-        macs.agreement.WAIT = wait
+        macs.serving.agreement.WAIT = wait
 
 
 def broken_off(where: str) -> list[str]:
@@ -185,7 +185,7 @@ def broken_off(where: str) -> list[str]:
             said.append(f"{type(error).__name__}: {error}")
         model.layers[1].fails, model.between = False, None
         model._forward_hooks.clear()
-        macs.hooks.ModalityHook(model, macs.calls.CallReader(text_only=True))
+        macs.serving.hooks.ModalityHook(model, macs.serving.calls.CallReader(text_only=True))
         if where == "after the last layer":
             break
     return said
@@ -195,11 +195,11 @@ def without_a_store() -> list[str]:
     """Groups whose backend has none: said once, and served."""
     real = dist.distributed_c10d._get_default_store
     dist.distributed_c10d._get_default_store = lambda: None
-    macs.agreement._warned = False
+    macs.serving.agreement._warned = False
     try:
         model = Model(Runtime())
         model(IDS)
-        return [str(type(model.layers[0].macs.agreement._store).__name__)]
+        return [str(type(model.layers[0].macs.serving.agreement._store).__name__)]
     finally:
         dist.distributed_c10d._get_default_store = real
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...modality import TEXT
+from ...tokens import TEXT
 from ..combine import Combined, Findings
 from ..contracts import Demand, Placement, Room
 from ..fixed_point import MASS_UNIT

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...modality import TEXT, Tokens
+from ...tokens import TEXT, Tokens
 from ..contracts import Choice, Demand, Sums, Terms
 from ..demand import EXEMPT_PRIORITY, place_bits, places_of
 from ..fixed_point import PRIORITY_BITS, UNIT

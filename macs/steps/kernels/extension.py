@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...modality import Tokens
+from ...tokens import Tokens
 from ..contracts import Choice, Constants
 from .combine import share_of, wide
 from .shared import power_of_2

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...modality import KINDS, TEXT, Tokens
+from ...tokens import KINDS, TEXT, Tokens
 from ..contracts import Sums, Weighed
 from ..fixed_point import ENTROPY_UNIT, UNIT
 from ..weighting import DISTINCT_UNIT, EPSILON, FLAT_SPREAD, STEPS, Weighting

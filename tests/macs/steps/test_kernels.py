@@ -22,13 +22,13 @@ from support.kernels import (
 )
 
 from macs import MACSConfig, Modality, Planner, Tokens, Topology, build_policy, has_triton, kernels
-from macs.metrics import append
-from macs.modality import ordered
+from macs.records.metrics import append
 from macs.steps import admission, combine, demand, drops, extension, rerouting
 from macs.steps.contracts import LOADS, SCALARS, Choice, Room, Sums, Terms
 from macs.steps.fixed_point import UNIT
 from macs.steps.kernels.dispatch import fused, runs_on
 from macs.steps.weighting import semantic_weights
+from macs.tokens import ordered
 
 SCORES = [torch.float32, torch.bfloat16, torch.float64]
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import macs
 from macs import MACSConfig, Recording, RoutingRecorder, Runtime, Topology
-from macs.modality import Modality
-from macs.recording import OVERHEAD, rank_path
+from macs.records.traffic import OVERHEAD, rank_path
+from macs.tokens import Modality
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 24, 8, 6, 2
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import macs
 from macs import MACSConfig, Profile, Runtime, Topology, modality, router_similarity
-from macs.installed import Installed
-from macs.runtime import REFRESH_EVERY
+from macs.serving.installed import Installed
+from macs.serving.layer import REFRESH_EVERY
 
 EXPERTS, TOP_K, HIDDEN, TOKENS = 8, 2, 16, 64
 CONFIG = MACSConfig(target_straggler=1.0, min_tokens=0)

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import expect
-from .files import save_tensors
-from .modality import KINDS, Tokens
+from ..checks import expect
+from ..files import save_tensors
+from ..tokens import KINDS, Tokens
 
 FORMAT = "macs-routing-1"
 OVERHEAD = 2048

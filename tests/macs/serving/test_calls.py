@@ -10,9 +10,9 @@ from torch import nn
 
 import macs
 from macs import IMAGE, Modality, Runtime, Topology, attach_modality, current_modality, modality
-from macs.calls import CallReader, real_keys
-from macs.hooks import ModalityHook
-from macs.modality import Unreadable
+from macs.serving.calls import CallReader, real_keys
+from macs.serving.context import Unreadable
+from macs.serving.hooks import ModalityHook
 
 IDS = torch.tensor([[0, 5, 1, 5], [5, 1, 2, 0]])
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])

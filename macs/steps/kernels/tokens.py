@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ...modality import Modality
+    from ...tokens import Modality
 
 TOKENS = 1024
 """Tokens of one program."""

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tokens import AUDIO, IMAGE, VIDEO, Modality
 from .agreement import Agreement, pass_around
 from .calls import CallReader
-from .modality import AUDIO, IMAGE, VIDEO, Modality, Unreadable, current_modality, reading
-from .runtime import LayerRuntime
+from .context import Unreadable, current_modality, reading
+from .layer import LayerRuntime
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import macs
 from macs import Modality, Runtime, Topology
-from macs.modality import ModalityBuffers
+from macs.serving.context import ModalityBuffers
 
 BATCH, LENGTH, HIDDEN, EXPERTS, TOP_K = 2, 48, 16, 8, 2
 SETTINGS = [
@@ -105,7 +105,7 @@ def test_without_buffers_a_replay_would_read_an_old_mask():
 def test_what_a_graph_captured_is_not_changed_under_it(monkeypatch):
     layer, (inputs, modality) = layer_of({}), step(0)
     runtime = layer.runtime
-    monkeypatch.setattr("macs.runtime.capturing", lambda device: True)
+    monkeypatch.setattr("macs.serving.layer.capturing", lambda device: True)
     refusal = pytest.raises(RuntimeError, match="would replay the mask of this one step")
     with refusal, macs.modality(modality):
         planned(layer, inputs, "cpu")

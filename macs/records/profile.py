@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, expect
-from .config import MACSConfig
-from .files import save_tensors
-from .modality import Tokens
+from ..checks import FLOATS, expect
+from ..config import MACSConfig
+from ..files import save_tensors
+from ..tokens import Tokens
 
 FORMAT = "macs-profile-1"
 LARGEST_FILE = 1 << 30

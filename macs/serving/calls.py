@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import INTEGERS, expect
-from .modality import TEXT, Modality, Unreadable, placed_in
+from ..checks import INTEGERS, expect
+from ..tokens import TEXT, Modality, placed_in
+from .context import Unreadable
 
 WAY_OUT = "set macs.modality(mask, valid=...) around the call"
 

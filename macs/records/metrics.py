@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .plan import PlanStatistics, scalar_of
-from .steps.contracts import LOADS, SCALARS
-from .steps.kernels.dispatch import fused
-from .topology import Topology
+from ..plan import PlanStatistics, scalar_of
+from ..steps.contracts import LOADS, SCALARS
+from ..steps.kernels.dispatch import fused
+from ..topology import Topology
 
 
 class LayerRecorder:

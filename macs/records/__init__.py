@@ -1,0 +1,1 @@
+"""What is measured and kept: metrics of layers, profiles of models, recorded traffic."""

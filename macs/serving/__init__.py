@@ -1,0 +1,1 @@
+"""MACS in a running model: what every engine's adapter needs, with no engine in it."""
