@@ -9,7 +9,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ from torch import Tensor, nn
 
 from macs import (
     LayerRuntime,
+    Limits,
     MACSConfig,
     ModalityHook,
     Runtime,
+    Seam,
     Share,
     Topology,
     attach_modality,
@@ -318,42 +320,19 @@ def _topology(num_experts: int, ranks: int, group: Any) -> Topology:
     return Topology(num_experts, ranks, sources=(own,))
 
 
-def _check_settings(policy: str, config: MACSConfig, same_tokens: int, blind: str | None) -> None:
-    """Raise a ``ValueError`` for what no layer of this model can honour.
-
-    same_tokens: ranks of the expert-parallel group that hold the same tokens, and must plan alike.
-    """
-    asked = policy_of(policy)
-    if asked.reads_modality and blind is not None:
-        raise ValueError(
-            f"config.macs: no way to find the visual tokens ({blind}). Give image_token_id, or set "
-            '"modality": "text" for a model that has nothing else, or "manual" and macs.modality(mask) '
-            "around every forward pass"
-        )
-    if same_tokens > 1:
-        why = f"the expert-parallel group holds {same_tokens} tensor-parallel ranks with the same tokens"
-        if asked.adds_assignments:
-            raise ValueError(f"policy {policy} cannot be used here: {why} and other experts of their own")
-
-
 def _add_gate(runtime: Runtime, layer: MOELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
     if groups._get_expert_model_parallel_world_size() > 1:
         same_tokens = 1  # then the group has one rank of every tensor-parallel group
     ranks = layer.ep_size
-    seam = GateSeam(layer, layer.gate.wg.weight, same_tokens if ranks > 1 else 1, blind, runtime)
-    return _add_layer(runtime, seam, ranks * layer.num_local_experts, ranks, layer.gate.k)
+    topology = _topology(ranks * layer.num_local_experts, ranks, layer.ep_group)
+    seam = GateSeam(layer, layer.gate.wg.weight, same_tokens if ranks > 1 else 1, blind, topology)
+    return runtime.add_layer(seam)
 
 
 def _add_autoep(runtime: Runtime, layer: AutoEPMoELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
     same_tokens = max(same_tokens, folded_size(layer)) if layer.ep_size > 1 else 1
-    seam = AutoEPSeam(layer, layer.router.gate.weight, same_tokens, blind, runtime)
-    return _add_layer(runtime, seam, layer.num_experts, layer.ep_size, layer.top_k)
-
-
-def _add_layer(runtime: Runtime, seam: Seam, experts: int, ranks: int, top_k: int) -> LayerRuntime:
-    group = seam.layer.ep_group if ranks > 1 else None
-    topology = _topology(experts, ranks, group)
-    return runtime.add_layer(seam.router_rows, topology, top_k, group, seam.check, seam.share, seam.refetch)
+    topology = _topology(layer.num_experts, layer.ep_size, layer.ep_group)
+    return runtime.add_layer(AutoEPSeam(layer, layer.router.gate.weight, same_tokens, blind, topology))
 
 
 class LeftLayer:
@@ -366,55 +345,75 @@ class LeftLayer:
         self.macs.left()
 
 
-class Seam:
-    """What the runtime asks of a layer of DeepSpeed's.
+class DeepSpeedSeam(Seam):
+    """Of a layer of DeepSpeed's.
 
     weight: the router's. same_tokens: ranks of the expert-parallel group that hold the same tokens, and must
     plan alike. blind: why visual tokens could not be found, if so.
     """
 
     def __init__(
-        self, layer: Any, weight: nn.Parameter, same_tokens: int, blind: str | None, runtime: Runtime
+        self, layer: Any, weight: nn.Parameter, same_tokens: int, blind: str | None, topology: Topology
     ) -> None:
+        super().__init__(topology, self.k_of(layer), layer.ep_group if layer.ep_size > 1 else None)
         self.layer = layer
         self.same_tokens = same_tokens
         self.blind = blind
-        self.runtime = runtime
         self._place: int | None = None
         self._weight = weight
         # ZeRO-3 keeps a part of the rows on each rank, and putting them together within a forward pass would
         # disturb its own fetching: they are copied now, on all ranks together.
         self._rows = _gathered(weight) if is_zero_param(weight) else None
-        if isinstance(self.layer.ep_group, torch.distributed.ProcessGroup) and self.layer.ep_size > 1:
-            members = torch.distributed.get_process_group_ranks(self.layer.ep_group)
+        if isinstance(self.group, torch.distributed.ProcessGroup):
+            members = torch.distributed.get_process_group_ranks(self.group)
             self._place = place_among(members, torch.distributed.get_rank(), same_tokens)
 
-    def router_rows(self) -> Tensor:
-        """The router's rows [E, D]."""
+    @staticmethod
+    def k_of(layer: Any) -> int:
+        """How many experts a token of the layer has."""
+        raise NotImplementedError
+
+    def router_weight(self) -> Tensor:
         return self._weight if self._rows is None else self._rows
 
     def refetch(self) -> None:
-        """Fetch the rows anew where ZeRO-3 keeps them in parts; on all ranks together."""
+        """Fetch the rows anew where ZeRO-3 keeps them in parts."""
         if self._rows is not None:
             with torch.inference_mode():
                 self._rows.copy_(_gathered(self._weight))
 
     def share(self) -> Share:
-        """Which tokens this rank has."""
         return Share(place=self._place)
 
-    def check(self, policy: str, config: MACSConfig) -> None:
-        """Raise a ``ValueError`` for what this layer cannot honour."""
-        _check_settings(policy, config, self.same_tokens, self.blind)
+    def limits(self) -> Limits:
+        """Visual tokens must be found, and ranks with the same tokens plan alike."""
+        modality, added = None, None
+        if self.blind is not None:
+            modality = (
+                f"no way to find the visual tokens ({self.blind}). Give image_token_id, or set "
+                '"modality": "text" for a model that has nothing else, or "manual" and macs.modality(mask) '
+                "around every forward pass"
+            )
+        if self.same_tokens > 1:
+            added = (
+                f"the expert-parallel group holds {self.same_tokens} tensor-parallel ranks with the same "
+                "tokens, which would add other experts of their own"
+            )
+        return Limits(added, modality)
 
 
-class GateSeam(Seam):
+class GateSeam(DeepSpeedSeam):
     """Of ``deepspeed.moe.layer.MoE``."""
 
-    def check(self, policy: str, config: MACSConfig) -> None:
-        super().check(policy, config)
+    @staticmethod
+    def k_of(layer: Any) -> int:
+        return layer.gate.k
+
+    def advice(self, policy: str, config: MACSConfig) -> list[str]:
+        """It computes as many rows for every expert as the fullest one has."""
+        said = []
         if self.layer.gate.drop_tokens:
-            self.runtime.say_once(
+            said.append(
                 "MACS: while it is on, deepspeed.moe.layer.MoE drops by its plan alone; drop_tokens and "
                 "eval_capacity_factor have no effect"
             )
@@ -422,25 +421,31 @@ class GateSeam(Seam):
         pooled = asked.configured(config).level == "rank"
         bounds = config.max_load_factor, config.target_straggler
         if asked.plans and (pooled or bounds != (None, None)):
-            self.runtime.say_once(
+            said.append(
                 "MACS: deepspeed.moe.layer.MoE computes as many rows for every expert as the fullest one "
                 "has: capacity pooled over a rank (level = rank, rank-balanced) and bounds on a rank's rows "
                 "(max_load_factor, target_straggler) do not shorten its steps; use preset = padded"
             )
+        return said
 
 
-class AutoEPSeam(Seam):
+class AutoEPSeam(DeepSpeedSeam):
     """Of AutoEP."""
 
-    def check(self, policy: str, config: MACSConfig) -> None:
-        super().check(policy, config)
-        layer = self.layer
-        adds = policy_of(policy).adds_assignments
-        if adds and layer.comm_backend == DEEPEP_BACKEND and layer.ep_size > 1:
-            raise ValueError(
-                f"policy {policy} cannot be used with expert_parallel.comm_backend = 'deepep': its "
-                f"buffers hold {layer.top_k} assignments a token; use comm_backend = 'comm'"
+    @staticmethod
+    def k_of(layer: Any) -> int:
+        return layer.top_k
+
+    def limits(self) -> Limits:
+        """DeepEP's buffers hold k assignments a token."""
+        limits, layer = super().limits(), self.layer
+        if limits.added_assignments is None and layer.comm_backend == DEEPEP_BACKEND and layer.ep_size > 1:
+            why = (
+                f"the buffers of expert_parallel.comm_backend = 'deepep' hold {layer.top_k} assignments a "
+                "token; use comm_backend = 'comm'"
             )
+            return replace(limits, added_assignments=why)
+        return limits
 
 
 def _gathered(weight: nn.Parameter) -> Tensor:

@@ -16,9 +16,10 @@ from .policies import POLICIES, Policy, build_policy, policy_of
 from .records.metrics import LayerRecorder, LayerReport
 from .records.profile import Calibration, Profile, router_fingerprint
 from .records.traffic import Recording, RoutingRecorder
+from .serving.adapter import Limits, Seam, Share, place_among
 from .serving.context import current_modality, modality
 from .serving.hooks import ModalityHook, attach_modality
-from .serving.layer import LayerRuntime, Share, place_among
+from .serving.layer import LayerRuntime
 from .serving.runtime import Runtime
 from .steps.capacity import loads_of
 from .steps.combine import choice_in
@@ -40,6 +41,7 @@ __all__ = [
     "LayerRecorder",
     "LayerReport",
     "LayerRuntime",
+    "Limits",
     "MACSConfig",
     "Modality",
     "ModalityHook",
@@ -51,6 +53,7 @@ __all__ = [
     "Recording",
     "RoutingRecorder",
     "Runtime",
+    "Seam",
     "Share",
     "Tokens",
     "Topology",

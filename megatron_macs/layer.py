@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from macs import LayerRuntime, MACSConfig, Runtime, Share, Topology, current_modality, place_among, policy_of
+from macs import LayerRuntime, Limits, Runtime, Seam, Share, Topology, current_modality, place_among
 
 from .compat import INFERENCE_OPTIMIZED_SINCE, inference_optimized
 from .dispatcher import (
@@ -59,24 +59,7 @@ class MACSMoELayer(MoELayer):
             )
         if kwargs.get("is_mtp_layer"):
             return  # it guesses tokens ahead, by calls of its own that no mask covers: left as it is
-        self._replicas = utils.get_pg_rank(pg_collection.tp), utils.get_pg_size(pg_collection.tp)
-        sharing = pg_collection.tp_ep  # whose tokens meet in these experts
-        ranks = dist.get_process_group_ranks(sharing) if utils.get_pg_size(sharing) > 1 else [dist.get_rank()]
-        size = self._replicas[1]
-        self._places = {parts: place_among(ranks, dist.get_rank(), size // parts) for parts in {1, size}}
-        topology = Topology(
-            num_experts=config.num_moe_experts,
-            num_ranks=utils.get_pg_size(self.ep_group),
-            sources=(utils.get_pg_rank(self.ep_group),),
-        )
-        self.macs = runtime.add_layer(
-            self.router_rows,
-            topology,
-            config.moe_router_topk,
-            sharing,
-            self.check_policy,
-            self.share,
-        )
+        self.macs = runtime.add_layer(MoESeam(self, pg_collection))
         self.router.macs = self.macs
         adopt(self.token_dispatcher, self.macs)
         if config.transformer_impl == "inference_optimized":
@@ -94,19 +77,56 @@ class MACSMoELayer(MoELayer):
                 refuse_unread_padding()
             return super().forward(hidden_states, *args, **kwargs)
 
-    def router_rows(self) -> Tensor:
-        """The router's rows [E, D]."""
+
+class MoESeam(Seam):
+    """Of Megatron's MoE layer; pg_collection: its process groups."""
+
+    def __init__(self, layer: MoELayer, pg_collection: Any) -> None:
+        config = layer.config
+        topology = Topology(
+            num_experts=config.num_moe_experts,
+            num_ranks=utils.get_pg_size(layer.ep_group),
+            sources=(utils.get_pg_rank(layer.ep_group),),
+        )
+        sharing = pg_collection.tp_ep  # whose tokens meet in these experts
+        super().__init__(topology, config.moe_router_topk, sharing)
+        self.config = config
+        self.router = layer.router
+        self._replicas = utils.get_pg_rank(pg_collection.tp), utils.get_pg_size(pg_collection.tp)
+        ranks = dist.get_process_group_ranks(sharing) if utils.get_pg_size(sharing) > 1 else [dist.get_rank()]
+        size = self._replicas[1]
+        self._places = {parts: place_among(ranks, dist.get_rank(), size // parts) for parts in {1, size}}
+
+    def router_weight(self) -> Tensor:
         return self.router.weight
 
-    def check_policy(self, policy: str, settings: MACSConfig) -> None:
-        """See the function of this name."""
-        check_policy(self.config, policy, settings, self._replicas[1] // self.share().parts)
-
     def share(self) -> Share:
-        """Which tokens this rank has. Megatron's static engine takes sequence parallelism back when it begins
-        to serve."""
+        """Megatron's static engine takes sequence parallelism back when it begins to serve."""
         index, parts = self._replicas if self.config.sequence_parallel else (0, 1)
         return Share(index, parts, self._places[parts])
+
+    def limits(self) -> Limits:
+        """Some dispatchers send k assignments a token; tensor-parallel ranks with the same tokens must plan
+        alike."""
+        config, replicas = self.config, self._replicas[1] // self.share().parts
+        flex = config.moe_token_dispatcher_type == "flex"
+        for narrow, what in (
+            (
+                flex and config.moe_flex_dispatcher_backend == "deepep",
+                "moe_flex_dispatcher_backend = 'deepep'",
+            ),
+            (config.transformer_impl == "inference_optimized", "transformer_impl = 'inference_optimized'"),
+        ):
+            if narrow:
+                sends = f"{what} sends {config.moe_router_topk} assignments a token"
+                return Limits(added_assignments=f"{sends}, and this policy may add to them")
+        if replicas > 1:
+            return Limits(
+                added_assignments="every rank would add experts of its own, but "
+                f"{replicas} tensor-parallel ranks hold the same tokens and must plan alike; set "
+                "sequence_parallel, which gives each its own"
+            )
+        return Limits()
 
 
 def refuse_unread_padding() -> None:
@@ -136,30 +156,6 @@ def adopt(dispatcher: Any, layer: LayerRuntime) -> None:
         raise ValueError(f"token dispatcher: found {type(dispatcher).__name__}, expected one of {names}")
     dispatcher.__class__ = forms[type(dispatcher)]
     dispatcher.macs = layer
-
-
-def check_policy(config: TransformerConfig, policy: str, settings: MACSConfig, replicas: int) -> None:
-    """Raise a ``ValueError`` for a policy that the dispatcher is too narrow for, or that tensor-parallel
-    ``replicas`` with the same tokens cannot plan alike."""
-    adds = policy_of(policy).adds_assignments
-    flex = config.moe_token_dispatcher_type == "flex"
-    for narrow, what in (
-        (flex and config.moe_flex_dispatcher_backend == "deepep", "moe_flex_dispatcher_backend = 'deepep'"),
-        (config.transformer_impl == "inference_optimized", "transformer_impl = 'inference_optimized'"),
-    ):
-        if narrow and adds:
-            raise ValueError(
-                f"policy {policy}: {what} sends {config.moe_router_topk} assignments a token, and this "
-                "policy may add to them"
-            )
-    if replicas == 1:
-        return
-    why = (
-        f"{replicas} tensor-parallel ranks hold the same tokens and must plan alike; set sequence_parallel, "
-        "which gives each its own"
-    )
-    if adds:
-        raise ValueError(f"policy {policy}: every rank would add experts of its own, but {why}")
 
 
 def check_config(config: TransformerConfig, pg_collection: Any) -> None:

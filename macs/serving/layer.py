@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from ..policies import build_policy, policy_of
 from ..records.metrics import LayerRecorder
 from ..records.profile import Calibration
 from ..tokens import Modality, Tokens
-from ..topology import Topology
+from .adapter import Seam
 from .agreement import Agreement
 from .context import needed_modality
 
@@ -31,26 +31,6 @@ REFRESH_EVERY = 64
 who overwrite weights where nothing tells (``param.data.copy_``)."""
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which tokens a process has, of those that meet in a layer's experts.
-
-    index, parts: under sequence parallelism this process has the index-th part of every sequence, while
-    masks cover whole ones. place: where the process stands among those whose tokens meet, 0, 1, 2 and so
-    on, the same for processes with the same tokens; none: as its expert-parallel rank says.
-    """
-
-    index: int = 0
-    parts: int = 1
-    place: int | None = None
-
-
-def place_among(ranks: list[int], own: int, replicas: int) -> int:
-    """The ``place`` of rank ``own`` in a group of global ``ranks``, of which ``replicas`` neighbours each
-    hold the same tokens."""
-    return sorted({rank // replicas for rank in ranks}).index(own // replicas)
-
-
 class LayerRuntime:
     """One MoE layer's part: its planner, its records, and the scores on their way to the planner.
 
@@ -58,39 +38,24 @@ class LayerRuntime:
     with a module, it comes back with a runtime of the same settings, and without a process group.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        index: int,
-        router_weight: Callable[[], Tensor],
-        topology: Topology,
-        top_k: int,
-        group: dist.ProcessGroup | None,
-        check: Callable[[str, MACSConfig], None] | None,
-        share: Callable[[], Share] | None,
-        refetch: Callable[[], None] | None,
-    ) -> None:
+    def __init__(self, runtime: Runtime, index: int, seam: Seam) -> None:
         self.runtime = runtime
         self.index = index
-        self.router_weight = router_weight
-        self.topology = topology
-        self.top_k = top_k
-        self.group = group
+        self.seam = seam
+        self.topology = seam.topology
+        self.top_k = seam.top_k
         self.agreement: Agreement | None = None
-        self._check = check
-        self._share = share
-        self._refetch = refetch
-        self._shared = self._now_shared()
+        self._shared = seam.share()
         self._settle_place()
         self.captured = False
-        self.calibration = Calibration(topology.num_experts)
+        self.calibration = Calibration(seam.topology.num_experts)
         self._scores: Tensor | None = None
         self.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerRuntime:
         made = object.__new__(LayerRuntime)
         memo[id(self)] = made
-        shared = {"runtime": self.runtime, "group": self.group, "topology": self.topology}
+        shared = {"runtime": self.runtime, "topology": self.topology}
         own = {
             name: copy.deepcopy(value, memo)
             for name, value in self.__getstate__().items()
@@ -106,7 +71,7 @@ class LayerRuntime:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = {"group": None, "agreement": None, "_planner": None, "recorder": None, "_scores": None}
+        dropped = {"agreement": None, "_planner": None, "recorder": None, "_scores": None}
         return {**vars(self), **dropped, "calibration": None, "captured": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,6 +79,11 @@ class LayerRuntime:
         self.calibration = Calibration(self.topology.num_experts)
         self.reset()
         self.runtime._register(self)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes whose tokens meet in the layer's experts."""
+        return self.seam.group
 
     def reset(self) -> None:
         """Forget the planner and the records."""
@@ -127,14 +97,14 @@ class LayerRuntime:
         if self._planner is None:
             return
         self._steps_since = 0
-        weight = self.router_weight()
+        weight = self.seam.router_weight()
         self._weights_seen = seen_of(weight)
         if self.runtime.config.similarity == "router" and policy_of(self.runtime.policy).reads_modality:
             self._planner.update_similarity(router_similarity(weight))
 
     def _follow_weights(self) -> None:
         """``refresh`` where the router's weights are, or may be, others than they were."""
-        weight = self.router_weight()
+        weight = self.seam.router_weight()
         seen = seen_of(weight)
         self._steps_since += 1
         if seen != self._weights_seen or self._steps_since >= REFRESH_EVERY:
@@ -173,18 +143,16 @@ class LayerRuntime:
             yield
         self.left()
 
-    def _now_shared(self) -> Share:
-        return Share() if self._share is None else self._share()
-
     def _settle_place(self) -> None:
         place = self._shared.place
         if place is not None and len(self.topology.sources) == 1:
             self.topology = replace(self.topology, places=(place,))
 
     def check(self, policy: str, config: MACSConfig) -> None:
-        """Raise a ``ValueError`` if the engine cannot honour this policy or these settings here."""
-        if self._check is not None:
-            self._check(policy, config)
+        """Raise a ``ValueError`` if the engine cannot honour this policy here; say what is of no use."""
+        self.seam.limits().check(policy)
+        for advice in self.seam.advice(policy, config):
+            self.runtime.say_once(advice)
 
     @property
     def on(self) -> bool:
@@ -223,12 +191,12 @@ class LayerRuntime:
             bias, similarity = None, None
             reads = policy_of(runtime.policy).reads_modality
             if runtime.profile is not None:
-                row = runtime.profile.row_of(self.router_weight(), self.top_k)
+                row = runtime.profile.row_of(self.seam.router_weight(), self.top_k)
                 bias = runtime.profile.bias(config)[row]
             elif reads and config.modality_strength > 0 and not config.pools_rows:
                 runtime.say_once("MACS: no profile; no expert has a modality bias")
             if config.similarity == "router":
-                similarity = router_similarity(self.router_weight())
+                similarity = router_similarity(self.seam.router_weight())
             self._planner = build_policy(
                 runtime.policy,
                 config,
@@ -237,7 +205,7 @@ class LayerRuntime:
                 modality_bias=bias,
                 similarity=similarity,
             )
-            self._weights_seen = seen_of(self.router_weight())
+            self._weights_seen = seen_of(self.seam.router_weight())
         return self._planner
 
     def tokens(
@@ -255,7 +223,7 @@ class LayerRuntime:
         every sequence on. A mask of another shape or device is an error that says what to do; no mask at all
         makes every token text.
         """
-        share = self._now_shared()
+        share = self.seam.share()
         if share != self._shared:
             self.check(self.runtime.policy, self.runtime.config)  # of what may hold no longer
             self._shared = share

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..config import MACSConfig
 from ..files import check_output
@@ -22,8 +21,9 @@ from ..records.profile import Calibration, Profile, router_fingerprint
 from ..records.traffic import RoutingRecorder
 from ..topology import Topology
 from ..version import __version__
+from .adapter import Seam
 from .agreement import Agreement
-from .layer import LayerRuntime, Share
+from .layer import LayerRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -84,40 +84,24 @@ class Runtime:
         for layer in self.layers:
             layer.reset()
 
-    def add_layer(
-        self,
-        router_weight: Callable[[], Tensor],
-        topology: Topology,
-        top_k: int,
-        group: dist.ProcessGroup | None = None,
-        check: Callable[[str, MACSConfig], None] | None = None,
-        share: Callable[[], Share] | None = None,
-        refetch: Callable[[], None] | None = None,
-    ) -> LayerRuntime:
-        """Register a MoE layer; for engine adapters.
+    def add_layer(self, seam: Seam) -> LayerRuntime:
+        """Register a MoE layer, for engine adapters; a ``ValueError`` if the engine cannot do there what the
+        policy needs, now or when ``use`` asks for another.
 
-        ``router_weight`` returns the router's rows [E, D] once weights are loaded. ``group`` holds
-        the processes whose tokens meet in this layer's experts. ``check`` raises a ``ValueError`` for a
-        policy and settings that the engine cannot honour here, now or when ``use`` asks for them.
-        ``share`` tells which tokens this process has; an engine may change its mind about that. ``refetch``
-        brings router weights that an engine keeps elsewhere up to date. The layer lives as long as the
-        engine's module that keeps what is returned; the functions are methods of what belongs to that
-        module, so that copies of it have their own.
+        The layer lives as long as the engine's module that keeps what is returned.
         """
-        if check is not None:
-            check(self.policy, self.config)
+        topology = seam.topology
         if self.virtual_ranks > 1:
             if topology.num_ranks > 1:
                 raise ValueError(
                     f"virtual_ranks: found {self.virtual_ranks}, but the engine itself has "
                     f"{topology.num_ranks} expert-parallel ranks"
                 )
-            topology = Topology(
+            seam.topology = Topology(
                 topology.num_experts, self.virtual_ranks, sources=tuple(range(self.virtual_ranks))
             )
-        layer = LayerRuntime(
-            self, len(self.layers), router_weight, topology, top_k, group, check, share, refetch
-        )
+        layer = LayerRuntime(self, len(self.layers), seam)
+        layer.check(self.policy, self.config)
         self._register(layer)
         return layer
 
@@ -172,8 +156,7 @@ class Runtime:
         noticed where a weight's version or memory tells, and by itself after a number of steps.
         """
         for layer in self.layers:
-            if layer._refetch is not None:
-                layer._refetch()
+            layer.seam.refetch()
             layer.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,7 +214,7 @@ class Runtime:
         """The profile of the last ``calibration`` block, summed over the group's members."""
         if not self.layers:
             raise ValueError("calibration: the model has no MACS layer")
-        device = self.layers[0].router_weight().device
+        device = self.layers[0].seam.router_weight().device
         sizes = sorted({layer.topology.num_experts for layer in self.layers})
         if len(sizes) > 1:
             raise ValueError(
@@ -247,7 +230,7 @@ class Runtime:
         return Profile(
             visual=counts[:, 1].contiguous(),
             text=counts[:, 0].contiguous(),
-            fingerprints=tuple(router_fingerprint(layer.router_weight()) for layer in self.layers),
+            fingerprints=tuple(router_fingerprint(layer.seam.router_weight()) for layer in self.layers),
             top_k=self.layers[0].top_k,
         )
 
@@ -267,7 +250,7 @@ class Runtime:
         found = []
         for layer, report in zip(self.layers, self.reports(group), strict=True):
             visual, every = report.loads("visual").sum(0), report.loads("before").sum(0)
-            row = self.profile.row_of(layer.router_weight(), layer.top_k)
+            row = self.profile.row_of(layer.seam.router_weight(), layer.top_k)
             found.append(self.profile.drift(row, visual, every - visual))
         if max((max(one) for one in found), default=0.0) > DRIFT_WARNING:
             self.say_once(

@@ -107,7 +107,7 @@ def test_folded_with_tensor_parallelism(pool, world, score_apply):
         assert first["same"] == second["same"] == dict.fromkeys(first["same"], True)
         assert first["logits"] == second["logits"]  # tensor-parallel ranks agree
         assert torch.allclose(torch.tensor(first["logits"]), torch.tensor(logits), atol=1e-5)
-        assert "policy expanded-drop cannot be used here" in first["refusal"]
+        assert "policy expanded-drop: the expert-parallel group holds" in first["refusal"]
         # Together they send what the plan keeps, once, and less than stock does.
         assert first["sent"] + second["sent"] == first["kept"] == second["kept"]
         assert first["kept"] < first["stock sent"] + second["stock sent"] == 3 * 12 * 2

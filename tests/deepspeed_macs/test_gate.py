@@ -11,7 +11,7 @@ from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate, top1gating, top2gating, topkgating
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import paper
+from support.cases import AnySeam, paper
 from torch import nn
 
 import macs
@@ -24,7 +24,7 @@ def gate_of(k, experts=4, policy="macs", **settings):
     torch.manual_seed(0)
     gate = TopKGate(8, experts, k).eval()
     runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
-    layer = runtime.add_layer(lambda: gate.wg.weight, Topology(experts), k)
+    layer = runtime.add_layer(AnySeam(lambda: gate.wg.weight, Topology(experts), k))
     MACSTopKGate.adopt(gate, layer, sequence_major=False, sampling=False)
     return gate
 
@@ -191,7 +191,7 @@ def test_gates_are_adopted_in_place():
     before = dict(gate.state_dict())
     weight = gate.wg.weight
     runtime = Runtime()
-    layer = runtime.add_layer(lambda: gate.wg.weight, Topology(4), 2)
+    layer = runtime.add_layer(AnySeam(lambda: gate.wg.weight, Topology(4), 2))
     MACSTopKGate.adopt(gate, layer, sequence_major=False, sampling=False)
     assert gate.wg.weight is weight and list(gate.state_dict()) == list(before)
 

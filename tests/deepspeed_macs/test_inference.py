@@ -48,17 +48,17 @@ def test_without_macs_deepspeed_is_as_it_was(pool, block):
     [
         ("no MoE layer", "config.macs: Linear has no MoE layer of DeepSpeed's"),
         ("no MoE layer in a Hugging Face model", '"expert_parallel": {"enabled": true, "autoep_size": ...}'),
-        ("no visual tokens", "config.macs: no way to find the visual tokens"),
+        ("no visual tokens", "policy macs: no way to find the visual tokens"),
         ("misspelt", "unknown macs field 'capacity_facter'; did you mean 'capacity_factor'?"),
         ("fused", "expert_parallel.combine_impl = 'fused_weighted_sum' cannot be used with MACS"),
         ("fused rows", "expert_parallel.row_weighting_impl = 'fused' cannot be used with MACS"),
         ("somebody's own layer", "config.macs: found Own in the model, expected AutoEPMoELayer"),
         ("MACS twice", "config.macs: found MACSTopKGate in the model, expected TopKGate"),
         ("a gate of one's own", "config.macs: found OwnGate in the model, expected TopKGate"),
-        ("blind, then macs", "config.macs: no way to find the visual tokens"),
+        ("blind, then macs", "policy macs: no way to find the visual tokens"),
         ("a block too many", "config.macs: found both in the config and as an argument"),
-        ("expanded drop, folded", "policy expanded-drop cannot be used here"),
-        ("expanded drop over DeepEP", "policy expanded-drop cannot be used with"),
+        ("expanded drop, folded", "policy expanded-drop: the expert-parallel group holds"),
+        ("expanded drop over DeepEP", "policy expanded-drop: the buffers of"),
         ("transformers too new", "are known to work: pip install 'transformers>=5.17,<5.25'"),
         ("blocks AutoEP cannot be told of", "name that one as preset_model"),
         ("another model's profile", "it was measured on another model"),
@@ -74,7 +74,7 @@ def test_what_cannot_work_is_refused_with_the_reason(pool, kind, message):
 
 
 def test_tensor_parallel_ranks_of_an_inference_engine_must_plan_alike(pool):
-    with pytest.raises(RankFailed, match="policy expanded-drop cannot be used here"):
+    with pytest.raises(RankFailed, match="policy expanded-drop: the expert-parallel group holds"):
         pool.run(f"{JOBS}:refused", 2, "tensor parallelism of the inference engine")
 
 

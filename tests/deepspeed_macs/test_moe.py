@@ -76,5 +76,5 @@ def test_tensor_parallel_ranks_share_the_rows(pool, world, k):
 
 
 def test_tensor_parallel_ranks_with_the_same_tokens_must_plan_alike(pool):
-    with pytest.raises(RankFailed, match="policy expanded-drop cannot be used here"):
+    with pytest.raises(RankFailed, match="policy expanded-drop: the expert-parallel group holds"):
         pool.run(f"{JOBS}:gate_under_tensor_parallelism", 2, 2, {"policy": "expanded-drop"})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import paper
+from support.cases import AnySeam, paper
 
 from macs import POLICIES, MACSConfig, Planner, Policy, Runtime, Topology, build_policy, policy_of
 
@@ -43,6 +43,6 @@ def test_a_new_policy_is_a_row(monkeypatch):
     monkeypatch.setitem(POLICIES, "last", row)
     runtime = Runtime(MACSConfig(), policy="last")
     weight = torch.randn(EXPERTS, 4)
-    layer = runtime.add_layer(lambda: weight, Topology(EXPERTS, 4), TOP_K)
+    layer = runtime.add_layer(AnySeam(lambda: weight, Topology(EXPERTS, 4), TOP_K))
     assert isinstance(layer.planner, LastExpert)
     assert not torch.equal(layer.planner.plan(*routed()).experts, routed()[1])

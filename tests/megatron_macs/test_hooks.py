@@ -8,6 +8,8 @@ from torch import nn
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
+from support.cases import AnySeam
+
 import macs
 from macs import MACSConfig, Runtime, Topology
 from megatron_macs import attach_modality, compat
@@ -23,7 +25,9 @@ class Model(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(**config)
         self.layer = nn.Linear(2, 2)
-        self.layer.macs = Runtime(MACSConfig()).add_layer(lambda: torch.randn(4, 8), Topology(4, 2), 2)
+        self.layer.macs = Runtime(MACSConfig()).add_layer(
+            AnySeam(lambda: torch.randn(4, 8), Topology(4, 2), 2)
+        )
 
     def forward(self, input_ids, inference_context=None):
         return macs.current_modality()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import macs
 from macs import MACSConfig, Profile, Runtime, Topology
 from macs.serving.agreement import Agreement
+from support.cases import AnySeam
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 80, 8, 2, 16
 
@@ -26,7 +27,7 @@ class Layer(torch.nn.Module):
         )
         own, size = dist.get_rank(group), dist.get_world_size(group)
         topology = Topology(EXPERTS, size, sources=(own,))
-        self.macs = runtime.add_layer(self.rows, topology, TOP_K, group)
+        self.macs = runtime.add_layer(AnySeam(self.rows, topology, TOP_K, group))
         self.fails = False
 
     def rows(self) -> torch.Tensor:
@@ -151,7 +152,7 @@ def a_late_rank() -> bool:
             time.sleep(1.0)
         model(IDS)
         model(IDS)
-        return model.layers[0].macs.serving.agreement._compared
+        return model.layers[0].macs.agreement._compared
     finally:
         macs.serving.agreement.WAIT = wait
 
@@ -199,7 +200,7 @@ def without_a_store() -> list[str]:
     try:
         model = Model(Runtime())
         model(IDS)
-        return [str(type(model.layers[0].macs.serving.agreement._store).__name__)]
+        return [str(type(model.layers[0].macs.agreement._store).__name__)]
     finally:
         dist.distributed_c10d._get_default_store = real
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from macs import MACSConfig, Tokens, Topology
+from macs import MACSConfig, Seam, Tokens, Topology
 
 NO_BOUND = {"max_load_factor": None, "target_straggler": None}
 """No bound on the rows of a rank."""
@@ -18,6 +18,16 @@ NO_BOUND = {"max_load_factor": None, "target_straggler": None}
 def paper(**settings: Any) -> MACSConfig:
     """Settings laid over those of the paper, which have every part of the planner at work."""
     return MACSConfig.from_dict({"preset": "paper", **settings})
+
+
+class AnySeam(Seam):
+    """Of a layer without an engine: its router's rows by a function."""
+
+    def __init__(self, rows, topology, top_k, group=None, refetch=None):
+        super().__init__(topology, top_k, group)
+        self.router_weight = rows
+        if refetch is not None:
+            self.refetch = refetch
 
 
 @dataclass

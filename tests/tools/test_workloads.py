@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cases import AnySeam
 
 from macs import IMAGE, TEXT, MACSConfig, Modality, Recording, Runtime, Topology, modality
 
@@ -86,9 +87,8 @@ def test_a_recording_is_played_back(tmp_path, with_scores):
     drawn = [[draw("image-flood", SHAPE, step, rank, 2) for rank in range(2)] for step in range(2)]
     for rank in range(2):
         runtime = Runtime(MACSConfig(similarity="none", min_tokens=0))
-        layer = runtime.add_layer(
-            lambda: torch.zeros(1), Topology(SHAPE.experts, 2, sources=(rank,)), SHAPE.top_k
-        )
+        topology = Topology(SHAPE.experts, 2, sources=(rank,))
+        layer = runtime.add_layer(AnySeam(lambda: torch.zeros(1), topology, SHAPE.top_k))
         with runtime.record_routing(tmp_path / f"{rank}", scores=with_scores):
             for step in range(2):
                 batch = drawn[step][rank]

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.cases import paper
+from support.cases import AnySeam, paper
 
 from macs import Calibration, MACSConfig, Modality, Profile, Runtime, Topology, router_fingerprint
 
@@ -35,7 +35,7 @@ def test_calibration_counts_whom_experts_serve():
 def test_calibration_without_a_run_says_so():
     assert not Calibration(3).counts().any()  # of one rank; others may have had tokens
     runtime = Runtime()
-    layer = runtime.add_layer(lambda: torch.randn(3, 4), Topology(3), 1)
+    layer = runtime.add_layer(AnySeam(lambda: torch.randn(3, 4), Topology(3), 1))
     assert runtime.layers == [layer]
     with pytest.raises(ValueError, match="no tokens were observed"):
         runtime.measured_profile()

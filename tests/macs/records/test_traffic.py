@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.cases import AnySeam
 
 import macs
 from macs import MACSConfig, Recording, RoutingRecorder, Runtime, Topology
@@ -19,7 +20,7 @@ def running(layers=2):
     runtime = Runtime(MACSConfig(capacity_factor=0.5, min_tokens=0, similarity="none"))
     router = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
     topology = Topology(EXPERTS, 2, sources=(0,))
-    runtime.kept = [runtime.add_layer(lambda: router, topology, TOP_K) for _ in range(layers)]
+    runtime.kept = [runtime.add_layer(AnySeam(lambda: router, topology, TOP_K)) for _ in range(layers)]
     return runtime
 
 

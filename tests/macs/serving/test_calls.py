@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from support.cases import AnySeam
 from torch import nn
 
 import macs
@@ -260,7 +261,7 @@ def test_without_macs_a_call_may_say_what_it_likes():
     model = Model(image_token_id=5)
     attach_modality(model)
     runtime = Runtime(macs.MACSConfig(min_tokens=0))
-    layer = runtime.add_layer(lambda: torch.randn(4, 8), Topology(4), 2)
+    layer = runtime.add_layer(AnySeam(lambda: torch.randn(4, 8), Topology(4), 2))
     seen = []
     model.layer.register_forward_hook(lambda *_: seen.append(layer.acts_on(8, torch.device("cpu"))))
     model(inputs_embeds=torch.randn(2, 4, 8))
@@ -292,7 +293,7 @@ def test_a_model_that_nothing_tells_of_says_so_once(caplog):
     ],
 )
 def test_a_mask_of_other_tokens_says_what_to_do(mask, layer, message):
-    of = Runtime().add_layer(lambda: torch.randn(4, 8), Topology(4), 2)
+    of = Runtime().add_layer(AnySeam(lambda: torch.randn(4, 8), Topology(4), 2))
     with modality(torch.ones(mask, dtype=torch.bool)), pytest.raises(ValueError, match=r".") as caught:
         of.tokens(*layer, False, torch.device("cpu"))
     assert message in str(caught.value) and f"found shape {mask}" in str(caught.value)

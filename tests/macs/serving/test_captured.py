@@ -6,7 +6,7 @@ operators on the very tensors they were called with, and replays them without an
 
 import pytest
 import torch
-from support.cases import paper
+from support.cases import AnySeam, paper
 from support.kernels import same
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -44,7 +44,7 @@ def layer_of(settings):
     config = paper(**{**bound, "min_tokens": 8, **settings})
     generator = torch.Generator().manual_seed(99)
     router = torch.randn(EXPERTS, HIDDEN, generator=generator)
-    return Runtime(config).add_layer(lambda: router, Topology(EXPERTS, 2, sources=(0,)), TOP_K)
+    return Runtime(config).add_layer(AnySeam(lambda: router, Topology(EXPERTS, 2, sources=(0,)), TOP_K))
 
 
 def planned(layer, inputs, device):

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from support.cases import AnySeam
 from torch import nn
 
 import macs
@@ -27,7 +28,7 @@ class Layer(nn.Module):
         self.router = nn.Linear(HIDDEN, experts, bias=False)
         with torch.no_grad():
             self.router.weight.copy_(torch.randn(experts, HIDDEN, generator=torch.Generator().manual_seed(1)))
-        self.macs = runtime.add_layer(self.rows, Topology(experts, 4), TOP_K)
+        self.macs = runtime.add_layer(AnySeam(self.rows, Topology(experts, 4), TOP_K))
 
     def rows(self):
         return self.router.weight
@@ -99,7 +100,9 @@ def test_weights_written_in_silence_are_noticed_in_time_or_at_once_by_refresh():
 
 def test_refresh_fetches_what_an_engine_keeps_elsewhere():
     runtime, kept = Runtime(CONFIG), torch.ones(EXPERTS, HIDDEN)
-    layer = runtime.add_layer(lambda: kept, Topology(EXPERTS), TOP_K, refetch=lambda: kept.copy_(NEW))
+    layer = runtime.add_layer(
+        AnySeam(lambda: kept, Topology(EXPERTS), TOP_K, refetch=lambda: kept.copy_(NEW))
+    )
     layer.prepare(torch.device("cpu"))
     runtime.refresh()
     (constants,) = layer.planner._on_device.values()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from support.cases import paper
+from support.cases import AnySeam, paper
 
 import macs
 from macs import (
@@ -37,7 +37,7 @@ def run(layer, count=32):
 
 def test_policies_switch_while_it_runs():
     runtime = Runtime(paper(capacity_factor=0.5, min_tokens=0), policy="token-drop")
-    layer = runtime.add_layer(lambda: ROUTER, Topology(4, 2), 2)
+    layer = runtime.add_layer(AnySeam(lambda: ROUTER, Topology(4, 2), 2))
     first = run(layer)
     assert int(first.statistics.dropped) > 0
     runtime.use("vanilla")
@@ -53,7 +53,7 @@ def test_policies_switch_while_it_runs():
 
 def test_reports_add_up_and_clear():
     runtime = Runtime(paper(capacity_factor=0.5, min_tokens=0))
-    layer = runtime.add_layer(lambda: ROUTER, Topology(4, 2), 2)
+    layer = runtime.add_layer(AnySeam(lambda: ROUTER, Topology(4, 2), 2))
     for _ in range(3):
         plan = run(layer)
     (report,) = runtime.reports()
@@ -86,7 +86,7 @@ def test_the_recorder_keeps_the_latest_steps_in_order():
 
 def test_records_outlive_inference_mode_and_keep_no_graph():
     runtime = Runtime(paper(min_tokens=0))
-    layer = runtime.add_layer(lambda: ROUTER, Topology(4, 2), 2)
+    layer = runtime.add_layer(AnySeam(lambda: ROUTER, Topology(4, 2), 2))
     with torch.inference_mode():
         run(layer)
     hidden, experts, weights, scores = inputs()
@@ -111,9 +111,9 @@ def test_a_refused_switch_changes_nothing():
 
 def test_virtual_ranks_need_one_real_rank():
     runtime = Runtime(virtual_ranks=2)
-    assert runtime.add_layer(lambda: ROUTER, Topology(4), 2).topology.sources == (0, 1)
+    assert runtime.add_layer(AnySeam(lambda: ROUTER, Topology(4), 2)).topology.sources == (0, 1)
     with pytest.raises(ValueError, match="virtual_ranks: found 2, but the engine itself has 4"):
-        runtime.add_layer(lambda: ROUTER, Topology(4, 4), 2)
+        runtime.add_layer(AnySeam(lambda: ROUTER, Topology(4, 4), 2))
 
 
 def test_a_profile_moves_capacity():
@@ -122,16 +122,18 @@ def test_a_profile_moves_capacity():
         counts, counts.flip(1) * torch.tensor([1, 20, 20, 1]), (macs.router_fingerprint(ROUTER),), 2
     )
     runtime = Runtime(paper(min_tokens=0), profile=profile)
-    layer = runtime.add_layer(lambda: ROUTER, Topology(4), 2)
+    layer = runtime.add_layer(AnySeam(lambda: ROUTER, Topology(4), 2))
     assert layer.planner._bias.tolist() == [1.0, -1.0, -1.0, 1.0]
-    stranger = Runtime(paper(min_tokens=0), profile=profile).add_layer(lambda: ROUTER + 1, Topology(4), 2)
+    stranger = Runtime(paper(min_tokens=0), profile=profile).add_layer(
+        AnySeam(lambda: ROUTER + 1, Topology(4), 2)
+    )
     with pytest.raises(ValueError, match="measured on another model"):
         run(stranger)
 
 
 def test_without_a_mask_every_token_is_text_and_it_says_so_once(caplog):
     runtime = Runtime(paper(min_tokens=0, modality_strength=0.0))
-    layer = runtime.add_layer(lambda: ROUTER, Topology(4), 2)
+    layer = runtime.add_layer(AnySeam(lambda: ROUTER, Topology(4), 2))
     run(layer), run(layer)
     assert [record.message for record in caplog.records].count(
         "MACS: no modality mask around this forward pass; every token counts as text"
@@ -226,7 +228,7 @@ def test_macs_needs_torch_alone():
 
 def test_drift_compares_what_ran_with_the_profile(caplog):
     runtime = Runtime(paper(min_tokens=0), profile=None)
-    layer = runtime.add_layer(lambda: ROUTER, Topology(4, 2), 2)
+    layer = runtime.add_layer(AnySeam(lambda: ROUTER, Topology(4, 2), 2))
     with pytest.raises(ValueError, match="drift: no profile to compare with"):
         runtime.drift()
     mask = torch.tensor([[True] * 8 + [False] * 8] * 2)
