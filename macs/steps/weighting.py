@@ -158,10 +158,14 @@ def distinctness(hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, 
             norm = torch.linalg.vector_norm(some, dim=-1, keepdim=True)
             scale[part] = torch.where(torch.isfinite(norm), STEPS / norm.clamp_(min=1e-12), 0.0)
             total += (belongs[:, part] @ in_whole_steps(some, scale[part])).long()
+            held = part, some
         mean = in_steps(total.double()).T
-        # Once more, out of memory: directions of all tokens would take as much of it as their features.
-        for part, some in _parts(hidden, token, EXACT_ROWS):
-            torch.mm(in_whole_steps(some, scale[part]), mean, out=near[part])
+        # Directions of all tokens would take as much memory as their features: those of the last part are
+        # there still, the others are made once more.
+        if count:
+            torch.mm(held[1], mean, out=near[held[0]])
+            for part, some in _parts(hidden, token[: held[0].start], EXACT_ROWS):
+                torch.mm(in_whole_steps(some, scale[part]), mean, out=near[part])
     close = near[:, 0] if sources == 1 else near.gather(1, own[:, None])[:, 0]
     distinct = ((1 - close / STEPS**2) * DISTINCT_UNIT).round() / DISTINCT_UNIT
     return torch.where(scale[:, 0] > 0, distinct, torch.nan)
