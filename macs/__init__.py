@@ -20,6 +20,7 @@ from .serving.adapter import Limits, Seam, Share, place_among
 from .serving.context import current_modality, modality
 from .serving.hooks import ModalityHook, attach_modality
 from .serving.layer import LayerRuntime
+from .serving.plain import attach_plain
 from .serving.runtime import Runtime
 from .steps.capacity import loads_of
 from .steps.combine import choice_in
@@ -59,6 +60,7 @@ __all__ = [
     "Topology",
     "__version__",
     "attach_modality",
+    "attach_plain",
     "build_policy",
     "choice_in",
     "current_modality",
