@@ -40,6 +40,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["macs", "macs.*", "megatron_macs", "deepspeed_macs"]),
     package_data={name: ["py.typed"] for name in ("macs", "megatron_macs", "deepspeed_macs")},
+    entry_points={"console_scripts": ["macs = macs.doctor:main"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6,<2.14", "numpy", "safetensors>=0.4", "pyyaml>=6"],
     extras_require={

@@ -1,0 +1,144 @@
+"""``macs doctor``: what is installed here, and whether MACS can work with it.
+
+macs doctor                       # everything that could be of use
+macs doctor megatron kernels      # exit code 1 unless these work
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .config import MACSConfig
+from .planner import Planner
+from .steps.kernels.dispatch import has_triton, kernels
+from .tokens import Modality
+from .topology import Topology
+from .version import __version__
+
+WORKS, ABSENT, FAILS = "works", "absent", "fails"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """state: "works", "absent" or "fails"; said: the version, or why not and what to do."""
+
+    state: str
+    said: str
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def adapter(module: str, package: str, extra: str) -> Finding:
+    """An engine, and whether its adapter can build on the version that is here."""
+    version = _version(package)
+    if version is None:
+        return Finding(
+            ABSENT, f"pip install 'macs-moe[{extra}]', or from a clone pip install -e '.[{extra}]'"
+        )
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever an engine raises on its way in
+        return Finding(FAILS, f"{package} {version}: {type(error).__name__}: {error}")
+    return Finding(WORKS, f"{package} {version}")
+
+
+def optional(module: str, package: str, use: str) -> Finding:
+    """A package that is used where it is found."""
+    if importlib.util.find_spec(module) is None:
+        return Finding(ABSENT, use)
+    return Finding(WORKS, f"{_version(package) or 'of unknown version'}: {use}")
+
+
+def gpu() -> Finding:
+    """The GPU that torch sees."""
+    if not torch.cuda.is_available():
+        return Finding(ABSENT, "torch sees none; plans are made by plain torch on the CPU")
+    major, minor = torch.cuda.get_device_capability()
+    return Finding(WORKS, f"{torch.cuda.get_device_name()}, sm_{major}{minor}")
+
+
+def equal_kernels() -> Finding:
+    """Whether plans by Triton's kernels are those of their reference implementation, here."""
+    if not has_triton():
+        return Finding(ABSENT, "triton is not installed; plans are made by plain torch")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not interpreted:
+        return Finding(ABSENT, "not run: no GPU (TRITON_INTERPRET=1 runs them in Triton's interpreter)")
+    device = torch.device("cpu" if interpreted else "cuda")
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randn(256, 16, generator=generator) - torch.arange(16) / 8).softmax(1)
+    weights, experts = scores.topk(2, 1)
+    mask = torch.rand(2, 128, generator=generator) < 0.6
+    hidden = torch.randn(256, 64, generator=generator)
+    hidden, experts, weights, scores = (one.to(device) for one in (hidden, experts, weights, scores))
+    tokens = Modality.of(mask.to(device)).batch_major()
+    for preset in (None, "paper", "safe", "padded"):
+        config = MACSConfig() if preset is None else MACSConfig.preset(preset)
+        planner = Planner(config.updated(min_tokens=0), Topology(16, 4), 2)
+        plans = []
+        for choice in ("triton", "torch"):
+            with kernels(choice):
+                plans.append(planner.plan(hidden, experts, weights, scores, tokens))
+        differ = int((plans[0].experts != plans[1].experts).sum())
+        if differ > 2:  # a weight that rounds apart may put one of two neighbours first
+            return Finding(
+                FAILS, f"preset {preset or 'none'}: {differ} of 512 assignments differ from plain torch"
+            )
+    return Finding(WORKS, "plans are those of plain torch" + (", in the interpreter" if interpreted else ""))
+
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "gpu": gpu,
+    "triton": lambda: optional("triton", "triton", "kernels of the planner on a GPU"),
+    "kernels": equal_kernels,
+    "megatron": lambda: adapter("megatron_macs", "megatron-core", "megatron"),
+    "deepspeed": lambda: adapter("deepspeed_macs", "deepspeed", "deepspeed"),
+    "transformers": lambda: optional("transformers", "transformers", "Hugging Face models, attach_plain"),
+    "transformer-engine": lambda: optional(
+        "transformer_engine", "transformer-engine", "grouped GEMM and fused permutation of Megatron"
+    ),
+    "deep-ep": lambda: optional(
+        "deep_ep", "deep_ep", "exchanges of Megatron's flex dispatcher and of AutoEP"
+    ),
+    "flashinfer": lambda: optional("flashinfer", "flashinfer-python", "Megatron's inference layer"),
+}
+"""What is looked at, by the names that the command takes."""
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """The exit code: 1 where something that was named does not work."""
+    parser = argparse.ArgumentParser(
+        prog="macs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="what is installed here, and whether MACS can work with it")
+    doctor.add_argument("needed", nargs="*", metavar="NAME", help="one of " + ", ".join(CHECKS))
+    arguments = parser.parse_args(given)
+    for name in arguments.needed:
+        if name not in CHECKS:
+            parser.error(f"doctor: found {name!r}, expected one of {', '.join(CHECKS)}")
+    print(f"macs {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    failed = False
+    for name in arguments.needed or CHECKS:
+        found = CHECKS[name]()
+        print(f"{name:20}{found.state:8}{found.said}")
+        failed |= name in arguments.needed and found.state != WORKS
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

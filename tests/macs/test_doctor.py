@@ -1,0 +1,61 @@
+"""``macs doctor``: what it finds, and what it makes of it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from macs import doctor, has_triton
+from macs.steps.contracts import Placement
+
+
+def test_what_is_named_must_work(capsys, monkeypatch):
+    monkeypatch.setitem(doctor.CHECKS, "gpu", lambda: doctor.Finding(doctor.WORKS, "one"))
+    monkeypatch.setitem(doctor.CHECKS, "triton", lambda: doctor.Finding(doctor.ABSENT, "none here"))
+    assert doctor.main(["doctor", "gpu"]) == 0
+    assert doctor.main(["doctor", "gpu", "triton"]) == 1
+    shown = capsys.readouterr().out
+    assert "absent" in shown and "none here" in shown
+
+
+def test_an_unknown_name_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        doctor.main(["doctor", "vllm"])
+    assert "found 'vllm', expected one of gpu, triton" in capsys.readouterr().err
+
+
+def test_an_adapter_that_cannot_build_on_its_engine_says_why():
+    found = doctor.adapter("macs_of_no_engine", "torch", "nothing")
+    assert found.state == doctor.FAILS and "ModuleNotFoundError" in found.said
+    found = doctor.adapter("json", "an-engine-nobody-has", "megatron")
+    assert found.state == doctor.ABSENT and "pip install -e '.[megatron]'" in found.said
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_a_plan_that_differs_is_found(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert doctor.equal_kernels().state == doctor.WORKS
+
+    def admit(demand, room, constants):
+        return Placement(demand.choice.experts.clone(), room.pools, room.rows)
+
+    monkeypatch.setattr("macs.steps.kernels.admission.admit", admit)
+    found = doctor.equal_kernels()
+    assert found.state == doctor.FAILS and "differ from plain torch" in found.said
+
+
+def test_everything_is_looked_at():
+    run = subprocess.run(
+        [sys.executable, "-m", "macs", "doctor"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.split()[0] in doctor.CHECKS] == list(doctor.CHECKS)
+    assert "megatron" in run.stdout and " fails " not in run.stdout
