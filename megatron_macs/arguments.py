@@ -35,7 +35,7 @@ def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         elif metadata["choices"]:
             options["choices"] = metadata["choices"]
         else:
-            options["type"] = int if isinstance(default, int) else float
+            options["type"] = int if metadata["whole"] else float
         group.add_argument(_flag(setting.name), **options)
     return parser
 
