@@ -69,7 +69,7 @@ class ModalityHook:
             handle.remove()
 
     def of_call(self, given: dict[str, Any]) -> Modality | Unreadable | None:
-        """The modality of the tokens of a call with these arguments, see ``macs.serving.calls``; none if nothing
+        """The modality of the tokens of a call with these arguments, see ``calls``; none if nothing
         tells."""
         kinds = self.engine_kinds(given)
         found = self.reader.read(given, current_modality(), kinds)
@@ -177,8 +177,8 @@ def attach_modality(
     """Set the modality mask around every forward pass of a model that takes ``input_ids`` [B, S].
 
     Token ids that are not given are read from ``model.config`` where it has them (Hugging Face).
-    ``macs.serving.calls`` says what else in a call is read, and what takes precedence. ``padding_token_id`` marks
-    padding in prompts that come without a mask; padding has no weight and is not counted. Every pipeline
+    ``macs.serving.calls`` says what else in a call is read and what takes precedence. ``padding_token_id`` says
+    what is padding in prompts without a mask; padding has no weight and is not counted. Every pipeline
     stage must be called with the ids, as Megatron's inference engines do. A ``macs.modality`` block of the
     same [B, S] around the call takes precedence, so that it can exempt tokens. What wraps a model may stay:
     PEFT, ``torch.compile``, accelerate, training wrappers. Returns a handle with ``remove``.
