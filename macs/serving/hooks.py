@@ -177,8 +177,8 @@ def attach_modality(
     """Set the modality mask around every forward pass of a model that takes ``input_ids`` [B, S].
 
     Token ids that are not given are read from ``model.config`` where it has them (Hugging Face).
-    ``macs.serving.calls`` says what else in a call is read and what takes precedence. ``padding_token_id`` says
-    what is padding in prompts without a mask; padding has no weight and is not counted. Every pipeline
+    ``macs.serving.calls`` says what else in a call is read and what takes precedence. ``padding_token_id``
+    says what is padding in prompts without a mask; padding has no weight and is not counted. Every pipeline
     stage must be called with the ids, as Megatron's inference engines do. A ``macs.modality`` block of the
     same [B, S] around the call takes precedence, so that it can exempt tokens. What wraps a model may stay:
     PEFT, ``torch.compile``, accelerate, training wrappers. Returns a handle with ``remove``.
