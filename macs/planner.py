@@ -241,8 +241,8 @@ class Planner:
             constants = Constants(
                 pool_of_expert=torch.arange(experts) if by_expert else rank_of_expert,
                 rank_of_expert=rank_of_expert,
-                affinity=self._similarity.cpu() * reachable,
-                modality_bias=self._bias,
+                affinity=(self._similarity.cpu() * reachable).contiguous(),
+                modality_bias=self._bias.contiguous(),
                 reachable=reachable,
                 bounds=bounds_of(self.config),
                 places=torch.tensor(topology.places),

@@ -142,13 +142,14 @@ def distinctness(hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, 
     sources, count, device = len(total), len(token), hidden.device
     own = source[token]
     belongs = (own == torch.arange(sources, device=device)[:, None]) & visual[token]
-    belongs = belongs.float()  # [S, V]
+    exact = torch.float64 if device.type == "cuda" else torch.float32  # whatever is allowed of TF32
+    belongs = belongs.to(exact)  # [S, V]
     scale = torch.empty(count, 1, dtype=torch.float32, device=device)
-    near = torch.empty(count, sources, dtype=torch.float32, device=device)
+    near = torch.empty(count, sources, dtype=exact, device=device)
 
     def in_whole_steps(some: Tensor, scale: Tensor) -> Tensor:
         some.mul_(scale).round_()
-        return some.nan_to_num_(0.0, 0.0, 0.0) if may_be_any(scale == 0) else some
+        return (some.nan_to_num_(0.0, 0.0, 0.0) if may_be_any(scale == 0) else some).to(exact)
 
     # Not in autocast's precision.
     kind = device.type
@@ -157,16 +158,16 @@ def distinctness(hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, 
         for part, some in _parts(hidden, token, EXACT_ROWS):
             norm = torch.linalg.vector_norm(some, dim=-1, keepdim=True)
             scale[part] = torch.where(torch.isfinite(norm), STEPS / norm.clamp_(min=1e-12), 0.0)
-            total += (belongs[:, part] @ in_whole_steps(some, scale[part])).long()
-            held = part, some
-        mean = in_steps(total.double()).T
+            held = part, in_whole_steps(some, scale[part])
+            total += (belongs[:, part] @ held[1]).long()
+        mean = in_steps(total.double()).to(exact).T
         # Directions of all tokens would take as much memory as their features: those of the last part are
         # there still, the others are made once more.
         if count:
             torch.mm(held[1], mean, out=near[held[0]])
             for part, some in _parts(hidden, token[: held[0].start], EXACT_ROWS):
                 torch.mm(in_whole_steps(some, scale[part]), mean, out=near[part])
-    close = near[:, 0] if sources == 1 else near.gather(1, own[:, None])[:, 0]
+    close = (near[:, 0] if sources == 1 else near.gather(1, own[:, None])[:, 0]).float()
     distinct = ((1 - close / STEPS**2) * DISTINCT_UNIT).round() / DISTINCT_UNIT
     return torch.where(scale[:, 0] > 0, distinct, torch.nan)
 

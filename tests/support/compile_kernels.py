@@ -69,7 +69,7 @@ def compile_all() -> dict[str, list[tuple[int, int, int]]]:
             return
         seen.add(key)
         source = ASTSource(fn=self, signature=signature, constexprs=constants)
-        options = {"num_warps": named.get("num_warps", 4)}
+        options = {name: named[name] for name in ("num_warps", "enable_fp_fusion") if name in named}
         cubin = triton.compile(source, target=HOPPER, options=options).asm["cubin"]
         compiled.setdefault(self.__name__, []).append((*usage(cubin), len(cubin)))
 
@@ -93,6 +93,7 @@ def compile_all() -> dict[str, list[tuple[int, int, int]]]:
         _plan({}, 100, 6, 3, torch.bfloat16)
         _plan({}, 100, 6, 1, torch.float16)
         _plan({}, 100, 6, 3, sources=(0, 1))
+        _plan({}, 2048, 128, 8, ranks=1)
     return compiled
 
 
@@ -104,6 +105,7 @@ def _plan(
     kind: torch.dtype = torch.float32,
     sources: tuple[int, ...] = (0,),
     policy: str = "macs",
+    ranks: int = 2,
 ) -> None:
     config = MACSConfig.from_dict({"min_tokens": 0, **settings})
     count = 256
@@ -111,7 +113,7 @@ def _plan(
     weights, chosen = scores.topk(k, 1)
     tokens = Modality.of(torch.rand(2, count // 2) < 0.5).batch_major(len(sources), True)
     hidden = torch.randn(count, size).bfloat16()
-    planner = build_policy(policy, config, Topology(experts, 2, sources=sources), k)
+    planner = build_policy(policy, config, Topology(experts, ranks, sources=sources), k)
     plan = planner.plan(hidden, chosen, weights, scores, tokens)
     choice_in(*plan.as_map(experts), k)
     assert plan.statistics is not None

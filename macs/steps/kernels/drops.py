@@ -82,7 +82,7 @@ def _take_back(
         own = (item < count) & (tl.load(source + item // WIDTH, mask=item < count, other=-1) == mine)
         each = tl.load(mass + item, mask=own, other=0)
         held += tl.sum(each, 0)
-        gone = own & (tl.load(placed + item, mask=own, other=0) < 0)
+        gone = own & (each > 0) & (tl.load(placed + item, mask=own, other=0) < 0)
         lost += tl.sum(tl.where(gone, each, 0), 0)
     over = lost - tl.floor(held.to(tl.float64) * tl.full((), MOST, tl.float64)).to(tl.int64)
     back = tl.zeros((), tl.int64)

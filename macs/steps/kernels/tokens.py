@@ -35,17 +35,10 @@ def ordered(modality: Modality, sequence_major: bool, sources: int) -> tuple[Ten
 # Numbers that follow the batch are no part of what is compiled.
 @triton.jit(
     do_not_specialize=[
-        "rows",
-        "columns",
-        "sources",
-        "kinds_b",
-        "kinds_s",
-        "valid_b",
-        "valid_s",
-        "exempt_b",
-        "exempt_s",
-    ]
-)
+        "rows", "columns", "sources", "kinds_b", "kinds_s", "valid_b", "valid_s", "exempt_b", "exempt_s",
+    ],
+    do_not_specialize_on_alignment=["kinds", "valid", "exempt"],
+)  # fmt: skip
 def _ordered(
     kinds, valid, exempt, out_kinds, out_valid, out_exempt, position, source,
     kinds_b, kinds_s, valid_b, valid_s, exempt_b, exempt_s, rows, columns, sources,

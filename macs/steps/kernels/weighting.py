@@ -47,6 +47,8 @@ def semantic_weights(hidden: Tensor, tokens: Tokens, rule: Weighting, sums: Sums
     source = tokens.source.contiguous()
     sizes = count, size, hidden.stride(0)
     form = {"TEXT": TEXT, "ALL": finite, "ROWS": ROWS, "BLOCK": min(BLOCK, power_of_2(size)), "num_warps": 8}
+    # A product is rounded before it is rounded to a whole number, as in torch: no fused multiply-add.
+    form["enable_fp_fusion"] = False
     grid = (triton.cdiv(count, ROWS),)
     if rule.rule == "constant":
         heavy = max(1, round(rule.usual * UNIT))
