@@ -310,7 +310,7 @@ def test_other_policies_and_scores_that_are_not_numbers(policy, dtype, count):
 
 
 def test_which_runs():
-    assert not runs_on(torch.device("cpu")) and runs_on(torch.device("cuda"))
+    assert not runs_on(torch.device("cpu")) and runs_on(torch.device("cuda")) == has_triton()
     with kernels("torch"):
         assert not runs_on(torch.device("cuda"))
     with pytest.raises(ValueError, match="found 'cuda', expected 'auto'"), kernels("cuda"):
