@@ -13,9 +13,15 @@ from torch import Tensor
 
 from ...tokens import TEXT
 from ..combine import Combined, Findings
-from ..contracts import Demand, Placement, Room
+from ..contracts import SCALARS, Demand, Placement, Room
 from ..fixed_point import MASS_UNIT
 from .shared import assignments, power_of_2, rint, visual_of
+
+(
+    AT_SOURCES, AT_PLANNED, AT_TOKENS, AT_VISUAL, AT_WEIGHT, AT_VISUAL_WEIGHT, AT_NONFINITE, AT_UNMET,
+    AT_KEPT, _, _, AT_KEPT_MASS, _, _,
+) = (tl.constexpr(place) for place in range(len(SCALARS)))  # fmt: skip
+"""Where in a record each of ``SCALARS`` is; the loads come behind them."""
 
 TILE = 256
 """Assignments that a program looks at together."""
@@ -54,7 +60,8 @@ def combine(
         WIDE=wide(weights), SCORE=wide(choice.scores), TINY=torch.finfo(choice.scores.dtype).tiny,
         OWN=choice.top_k, PADDING=drop_padding, ADDED=slots > choice.top_k, TOLD=sums is not None,
         BOUNDED=room.bounded, LIMITED=findings is not None and findings.excess is not None, TEXT=TEXT,
-        MASS=MASS_UNIT, TOKENS=block, K=columns, SOURCES=power_of_2(sources), ROOM=power_of_2(left.shape[1]),
+        MASS=MASS_UNIT, LOADS_AT=len(SCALARS), TOKENS=block, K=columns, SOURCES=power_of_2(sources),
+        ROOM=power_of_2(left.shape[1]),
     )  # fmt: skip
     return Combined(experts, weights, rerouted)
 
@@ -80,8 +87,8 @@ def _combine(
     count, slots, num_experts, sources, pools,
     WIDE: tl.constexpr, SCORE: tl.constexpr, TINY: tl.constexpr, OWN: tl.constexpr, PADDING: tl.constexpr,
     ADDED: tl.constexpr, TOLD: tl.constexpr, BOUNDED: tl.constexpr, LIMITED: tl.constexpr,
-    TEXT: tl.constexpr, MASS: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr, SOURCES: tl.constexpr,
-    ROOM: tl.constexpr,
+    TEXT: tl.constexpr, MASS: tl.constexpr, LOADS_AT: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr,
+    SOURCES: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     token, cell, here = assignments(count, slots, TOKENS, K)
     slot, exists = tl.arange(0, K), token < count
@@ -123,15 +130,15 @@ def _combine(
                 inside = real[:, None] & (pool < pools)[None, :]
                 spare = tl.load(left + each[:, None] * pools + pool[None, :], mask=inside, other=0)
                 failed = failed | (tl.min(spare, 1) < 0)
-            _add(record, 0, real.to(tl.int64))
-            _add(record, 1, plans_)
-            _add(record, 2, tl.load(tokens_of + each, mask=real, other=0))
-            _add(record, 4, tl.load(weight_of + each, mask=real, other=0))
-            _add(record, 5, tl.load(visual_weight_of + each, mask=real, other=0))
-            _add(record, 7, plans_ * failed.to(tl.int64))
+            _add(record, AT_SOURCES, real.to(tl.int64))
+            _add(record, AT_PLANNED, plans_)
+            _add(record, AT_TOKENS, tl.load(tokens_of + each, mask=real, other=0))
+            _add(record, AT_WEIGHT, tl.load(weight_of + each, mask=real, other=0))
+            _add(record, AT_VISUAL_WEIGHT, tl.load(visual_weight_of + each, mask=real, other=0))
+            _add(record, AT_UNMET, plans_ * failed.to(tl.int64))
         odd = counts & (tl.load(finite + token, mask=exists, other=1) == 0)
-        _add(record, 3, seen.to(tl.int64))
-        _add(record, 6, odd.to(tl.int64))
+        _add(record, AT_VISUAL, seen.to(tl.int64))
+        _add(record, AT_NONFINITE, odd.to(tl.int64))
         mine = asks & (slot < OWN)[None, :]
         mass = weight.to(tl.float64)
         mass = rint(tl.where(mass == mass, mass, 0.0) * MASS).to(tl.int64)
@@ -141,9 +148,9 @@ def _combine(
                 some = mine & ~moved & (now >= 0)
             if state == 2:
                 some = mine & ~moved & (now < 0)
-            _add(record, 8 + state, tl.sum(some.to(tl.int64), 1))
-            _add(record, 11 + state, tl.sum(tl.where(some, mass, 0), 1))
-        loads = record + 14
+            _add(record, AT_KEPT + state, tl.sum(some.to(tl.int64), 1))
+            _add(record, AT_KEPT_MASS + state, tl.sum(tl.where(some, mass, 0), 1))
+        loads = record + LOADS_AT
         one = tl.full([TOKENS, K], 1, tl.int64)
         held = here & counts[:, None] & (now >= 0)
         tl.atomic_add(loads + expert, one, mask=mine & seen[:, None], sem="relaxed")
