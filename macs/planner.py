@@ -99,6 +99,10 @@ class Planner:
             similarity = torch.ones(experts, experts)
         expect("similarity", similarity, (experts, experts), FLOATS)
         self._similarity = similarity.detach().float()
+        by_image, sources = config.normalization == "image", len(topology.sources)
+        self._weighting = Weighting(
+            config.weighting, config.entropy_sharpness, config.visual_weight, by_image, sources
+        )
         self._on_device: dict[torch.device, Constants] = {}
 
     @property
@@ -190,13 +194,6 @@ class Planner:
     def _extended(self, choice: Choice, tokens: Tokens, constants: Constants) -> Choice:
         """The router's assignments and, behind them, those that a policy adds."""
         return choice
-
-    @property
-    def _weighting(self) -> Weighting:
-        config = self.config
-        by_image = config.normalization == "image"
-        sources = len(self.topology.sources)
-        return Weighting(config.weighting, config.entropy_sharpness, config.visual_weight, by_image, sources)
 
     def _sums(self, hidden: Tensor, statistics: bool) -> Sums:
         """Nothing added yet, in the shapes that this planner's steps add to."""

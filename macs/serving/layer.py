@@ -19,6 +19,7 @@ from ..policies import build_policy, policy_of
 from ..records.metrics import LayerRecorder
 from ..records.profile import Calibration
 from ..tokens import Modality, Tokens
+from ..topology import Topology
 from .adapter import Seam
 from .agreement import Agreement
 from .context import needed_modality
@@ -38,17 +39,17 @@ class LayerRuntime:
     with a module, it comes back with a runtime of the same settings, and without a process group.
     """
 
-    def __init__(self, runtime: Runtime, index: int, seam: Seam) -> None:
+    def __init__(self, runtime: Runtime, index: int, seam: Seam, topology: Topology) -> None:
         self.runtime = runtime
         self.index = index
         self.seam = seam
-        self.topology = seam.topology
+        self.topology = topology  # the seam's, or that of virtual ranks
         self.top_k = seam.top_k
         self.agreement: Agreement | None = None
         self._shared = seam.share()
         self._settle_place()
         self.captured = False
-        self.calibration = Calibration(seam.topology.num_experts)
+        self.calibration = Calibration(topology.num_experts)
         self._scores: Tensor | None = None
         self.reset()
 

@@ -97,10 +97,10 @@ class Runtime:
                     f"virtual_ranks: found {self.virtual_ranks}, but the engine itself has "
                     f"{topology.num_ranks} expert-parallel ranks"
                 )
-            seam.topology = Topology(
+            topology = Topology(
                 topology.num_experts, self.virtual_ranks, sources=tuple(range(self.virtual_ranks))
             )
-        layer = LayerRuntime(self, len(self.layers), seam)
+        layer = LayerRuntime(self, len(self.layers), seam, topology)
         layer.check(self.policy, self.config)
         self._register(layer)
         return layer

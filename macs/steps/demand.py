@@ -26,18 +26,15 @@ def measure(choice: Choice, tokens: Tokens, weight: Tensor, terms: Terms, sums: 
     position, a token's own k before those a policy adds, then by the expert: ``order_of`` with ``places_of``
     places.
     """
-    valid = tokens.valid
-    planned = valid[:, None] & (choice.experts >= 0)
+    planned = tokens.valid[:, None] & (choice.experts >= 0)
     _add_loads(choice.experts, planned, tokens, weight, sums)
     own, count = choice.experts.clamp(min=0), choice.scores.shape[1]
     priority = priority_of(choice.scores.gather(1, own), weight, terms.priority)
     priority = priority.masked_fill(tokens.exempt[:, None], EXEMPT_PRIORITY)
     spread, place = count, own
     if own.shape[1] > choice.top_k:
-        spread, place = (
-            2 * count,
-            own + count * (torch.arange(own.shape[1], device=own.device) >= choice.top_k),
-        )
+        added = torch.arange(own.shape[1], device=own.device) >= choice.top_k
+        spread, place = 2 * count, own + count * added
     order = order_of(priority, tokens.position[:, None] * spread + place, places_of(choice))
     return Demand(choice, tokens, weight, terms, order, planned)
 

@@ -71,14 +71,21 @@ def _row_bound(valid, places, bounds, rank, top_k, ranks, MOST: tl.constexpr):
 
 
 @triton.jit
-def _rank_capacities(
-    tokens, places, bounds, capacity, active, top_k, ranks, min_tokens,
-    MOST: tl.constexpr, FREE: tl.constexpr, UNIT: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
+def _source(tokens, active, min_tokens):
+    """A program's source, its valid tokens, and whether it plans, which it says."""
     source = tl.program_id(0)
     valid = tl.load(tokens + source)
     plans = valid >= min_tokens
     tl.store(active + source, plans)
+    return source, valid, plans
+
+
+@triton.jit
+def _rank_capacities(
+    tokens, places, bounds, capacity, active, top_k, ranks, min_tokens,
+    MOST: tl.constexpr, FREE: tl.constexpr, UNIT: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    source, valid, plans = _source(tokens, active, min_tokens)
     rank = tl.arange(0, RANKS)
     bound = _row_bound(valid, places, bounds, rank, top_k, ranks, MOST)
     bound = tl.where(plans, bound * UNIT, tl.full((), FREE, tl.int64))
@@ -93,10 +100,7 @@ def _pool_capacities(
     BY_WEIGHT: tl.constexpr, BOUNDED: tl.constexpr, POOLS: tl.constexpr,
     MOST: tl.constexpr, FREE: tl.constexpr, UNIT: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    source = tl.program_id(0)
-    valid = tl.load(tokens + source)
-    plans = valid >= min_tokens
-    tl.store(active + source, plans)
+    source, valid, plans = _source(tokens, active, min_tokens)
     free = tl.full((), FREE, tl.int64)
     if BOUNDED:
         each = tl.arange(0, RANKS)

@@ -270,7 +270,6 @@ def test_kernels_where_products_end_halfway_between_whole_numbers():
 @kernel_test
 def test_moments_of_many_tokens_are_equal():
     hidden, tokens = features(300, 8, torch.float32), tokens_of(300, 4)
-    sums = {}
     for by_image in (False, True):
         rule = Weighting("distinct", 2.0, 0.2, by_image, 4)
         shapes = {"directions": (4, 8), "moments": (3, rule.groups(300))}
