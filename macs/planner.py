@@ -223,7 +223,10 @@ class Planner:
             return Tokens.all_text(count, device)
         expect("modality mask", tokens.kinds, (count,), (torch.int8,), device)
         if self.config.normalization == "image" and tokens.segment is None:
-            raise ValueError("tokens.segment: found none, expected pictures: normalization is 'image'")
+            raise ValueError(
+                "tokens.segment: found none, expected the picture of every token, as normalization is 'image': "
+                "Modality.batch_major or sequence_major with segmented=True"
+            )
         return tokens
 
     def _constants(self, device: torch.device) -> Constants:

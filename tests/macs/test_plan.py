@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import reference
 from support.cases import NO_BOUND, configs, paper, routings
 
-from macs import MACSConfig, Planner, Tokens, Topology, build_policy
+from macs import MACSConfig, Modality, Planner, Tokens, Topology, build_policy
 from macs.steps.capacity import pool_capacity
 from macs.steps.contracts import Choice, Terms
 from macs.steps.demand import measure
@@ -503,3 +503,13 @@ def test_rank_balanced_fills_the_ranks_evenly():
     rows = plan.statistics.load_after.view(4, 2).sum(1)
     assert int(plan.statistics.load_before.view(4, 2).sum(1).max()) > 100
     assert rows.tolist() == [32, 32, 32, 32]
+
+
+def test_pictures_are_asked_for_where_weights_are_normalised_by_them():
+    planner = Planner(MACSConfig(normalization="image", min_tokens=0), Topology(4, 2), 1)
+    scores = torch.full((6, 4), 0.25)
+    weights, experts = scores.topk(1, 1)
+    modality = Modality.of(torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="sequence_major with segmented=True"):
+        planner.plan(torch.randn(6, 4), experts, weights, scores, modality.batch_major())
+    planner.plan(torch.randn(6, 4), experts, weights, scores, modality.batch_major(1, True))
