@@ -224,7 +224,7 @@ class Planner:
         expect("modality mask", tokens.kinds, (count,), (torch.int8,), device)
         if self.config.normalization == "image" and tokens.segment is None:
             raise ValueError(
-                "tokens.segment: found none, expected the picture of every token, as normalization is 'image': "
+                "tokens.segment: found none, expected every token's picture, under normalization = image: "
                 "Modality.batch_major or sequence_major with segmented=True"
             )
         return tokens

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cost_model import Breakdown, CostModel, at_home, captured, on_network, stated_h100
+from cost_model import Breakdown, CostModel, at_home, break_even, captured, on_network, stated_h100
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -470,6 +470,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--beyond-gbs", type=float, help="10^9 bytes/s of a rank beyond it")
     parser.add_argument("--node", type=int, help="ranks of a node")
     parser.add_argument("--shares", nargs="*", type=float, default=[], help="visual shares to sweep")
+    parser.add_argument(
+        "--break-even", action="store_true", help="from how many tokens a rank on a plan pays, alone"
+    )
     parser.add_argument("--quality", type=Path, help="points of tools/evaluate.py")
     parser.add_argument(
         "--check", type=Path, help="results of benchmark.py to be predicted, and nothing else"
@@ -496,7 +499,9 @@ def main() -> None:
     arguments = parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 165)
     result: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(arguments).items()}}
-    if arguments.check:
+    if arguments.break_even:
+        show_break_even(SHAPES[arguments.shape], arguments.ranks[0], console)
+    elif arguments.check:
         result["errors"] = check(arguments.check, console)
     else:
         result |= run(arguments, console)
@@ -553,6 +558,17 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if arguments.quality and arguments.plots:
         plot_quality(arguments.quality, shape, model, arguments.plots / "quality.png")
     return everything
+
+
+def show_break_even(shape: Shape, ranks: int, console: Console) -> None:
+    """Tokens from which a plan pays, by the busiest rank without it."""
+    table = Table(title=f"a plan pays from so many tokens a rank on, {ranks} ranks, an H100 as stated")
+    for heading in ("busiest rank", "eager", "captured"):
+        table.add_column(heading, justify="right")
+    for straggler in (1.1, 1.2, 1.5, 2.0):
+        found = (break_even(shape, ranks, straggler, replayed) for replayed in (False, True))
+        table.add_row(f"{straggler:g}", *(str(one or "never") for one in found))
+    console.print(table)
 
 
 def show(rows: Sequence[dict[str, Any]], name: str, layers: int, model: CostModel, console: Console) -> None:

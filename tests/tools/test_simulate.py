@@ -12,8 +12,10 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import simulate as tool
-from cost_model import CostModel, captured, on_network, stated_h100
+from cost_model import CostModel, break_even, captured, on_network, stated_h100
 from workloads import SHAPES, contenders
+
+from macs.config import MIN_TOKENS
 
 SHAPE = replace(SHAPES["tiny"], tokens=256)
 MODEL = CostModel(
@@ -125,6 +127,15 @@ def test_launches_do_not_grow_with_the_tokens():
         assert captured(fixed).planning_ms(title, 64) < fixed.planning_ms(title, 64)
     assert fixed.planning_ms("macs fast", 64) == fixed.planning_ms("*", 64)
     assert captured(MODEL) == MODEL
+
+
+def test_the_least_step_on_a_gpu_is_where_a_plan_pays():
+    shape = SHAPES["qwen3-vl-30b-a3b"]
+    found = break_even(shape, 8, 1.2)
+    assert found is not None and MIN_TOKENS["gpu"] / 2 < found <= MIN_TOKENS["gpu"]
+    assert break_even(shape, 8, 2.0) < found < break_even(shape, 8, 1.1)
+    assert break_even(shape, 8, 1.2, replayed=True) < found
+    assert break_even(shape, 8, 1.04) is None  # nothing to win
 
 
 def test_policies_lie_between_vanilla_and_the_bound():
