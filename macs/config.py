@@ -149,15 +149,15 @@ class MACSConfig:
     )
     max_drop: float | None = _setting(
         None,
-        "largest share of combine weight that may be dropped; goes before target_straggler",
+        "largest share of combine weight that may be dropped; takes precedence over target_straggler",
         low=0.0,
         high=1.0,
         optional=True,
     )
     max_load_factor: float | None = _setting(
         None,
-        "hard bound on a rank's rows, over the even share of all assignments; goes before max_drop, and "
-        "a target beside it does too",
+        "hard bound on a rank's rows, over the even share of all assignments; it and a target beside it take "
+        "precedence over max_drop",
         low=1e-3,
         high=1e6,
         optional=True,

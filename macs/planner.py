@@ -74,7 +74,7 @@ class Planner:
     """
 
     plans = True
-    """False for a policy that leaves every layer alone."""
+    """False for a policy that plans nothing."""
 
     def __init__(
         self,

@@ -185,7 +185,7 @@ class Runtime:
         """Within this block every layer's routing is recorded, under whatever policy is in force, and
         written to ``path`` at its end (with several ranks, one file each, with the rank in its name).
 
-        ``options`` are those of ``RoutingRecorder``. Steps that are left alone, such as decoding, are not
+        ``options`` are those of ``RoutingRecorder``. Steps that are bypassed, such as decoding, are not
         recorded.
         """
         path = check_output(path, "record_routing")

@@ -126,9 +126,9 @@ def describe(demand: Demand, combined: Combined, room: Room, unmet: Tensor, find
         ~findings.finite & tokens.valid,
         unmet & room.active,
     )
-    told = [torch.stack([one.sum() for one in scalars]), counts[:, :UNCOUNTED].flatten()]
-    told += [before[1], before.sum(0), loads_of(after, num_experts)]
-    sums.record.add_(torch.cat(told))
+    parts = [torch.stack([one.sum() for one in scalars]), counts[:, :UNCOUNTED].flatten()]
+    parts += [before[1], before.sum(0), loads_of(after, num_experts)]
+    sums.record.add_(torch.cat(parts))
 
 
 @fused

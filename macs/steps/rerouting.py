@@ -73,7 +73,7 @@ def _has_room(
     def at_token(by_source: Tensor) -> Tensor:
         return by_source if len(by_source) == 1 else by_source[source]
 
-    # Whether there is room is told for every expert, not for every token, wherever that will do.
+    # Room is compared for every expert, not for every token, wherever all assignments cost the same.
     room = room[:, constants.pool_of_expert]  # [S, E]
     by_weight = demand.terms.by_weight
     fits = at_token(room) >= demand.weight[:, None] if by_weight else at_token(room >= UNIT)

@@ -131,7 +131,7 @@ def feature_entropy(hidden: Tensor, token: Tensor) -> Tensor:
 def distinctness(hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, total: Tensor) -> Tensor:
     """How unlike the mean visual token of its source a token is: 1 - cos(z, mean of z / |z|), 0..2.
 
-    hidden [T, D], any float dtype; token int64 [V], the tokens to be told, all visual ones among them; visual
+    hidden [T, D], any float dtype; token int64 [V], the tokens asked for, all visual ones among them; visual
     bool [T], source int64 [T] in 0..S-1; total int64 [S, D] zeros, which the sums of directions are added to
     -> float32 [V], NaN where the features are not finite.
 
