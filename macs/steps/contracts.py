@@ -56,10 +56,6 @@ class Constants:
     ranks: int  # R
     min_tokens: int  # with fewer valid tokens a source does not plan
 
-    @property
-    def device(self) -> torch.device:
-        return self.bounds.device
-
     def to(self, device: torch.device) -> Constants:
         """The same on another device."""
         moved = {name: one.to(device) for name, one in vars(self).items() if isinstance(one, Tensor)}
@@ -193,7 +189,3 @@ class Placement:
     experts: Tensor
     room: Tensor
     row_room: Tensor | None
-
-    @property
-    def device(self) -> torch.device:
-        return self.experts.device
