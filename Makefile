@@ -17,10 +17,10 @@ test:        ## everything this machine can run
 	pytest
 
 bench:       ## what planning costs here
-	python tools/benchmark.py planner
+	macs bench planner
 
 launches:    ## what a plan launches on a GPU, counted without one
-	python tools/launches.py
+	macs bench launches
 
 ci:          ## both supported Megatron versions, in fresh environments
 	.ci/run

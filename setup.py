@@ -38,9 +38,13 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["macs", "macs.*", "megatron_macs", "deepspeed_macs"]),
-    package_data={name: ["py.typed"] for name in ("macs", "megatron_macs", "deepspeed_macs")},
-    entry_points={"console_scripts": ["macs = macs.doctor:main"]},
+    packages=[
+        *find_packages(include=["macs", "macs.*", "megatron_macs", "deepspeed_macs"]),
+        *("macs_tools" + name.removeprefix("tools") for name in find_packages(include=["tools", "tools.*"])),
+    ],
+    package_dir={"macs_tools": "tools"},
+    package_data={name: ["py.typed"] for name in ("macs", "megatron_macs", "deepspeed_macs", "macs_tools")},
+    entry_points={"console_scripts": ["macs = macs_tools.cli:main"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6,<2.14", "numpy", "safetensors>=0.4", "pyyaml>=6"],
     extras_require={

@@ -27,7 +27,7 @@ from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
 from rich.console import Console
 from tiny_vlm import model as tiny
-from tiny_vlm.deepspeed import Engine, start, with_moe_layers
+from tiny_vlm.deepspeed import start, with_moe_layers
 from tiny_vlm.experiment import (
     VANILLA,
     Experiment,
@@ -36,6 +36,7 @@ from tiny_vlm.experiment import (
     check_arguments,
     run,
 )
+from tiny_vlm.plain import Engine
 
 import deepspeed_macs
 from macs import MACSConfig

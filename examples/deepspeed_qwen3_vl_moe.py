@@ -32,7 +32,7 @@ from PIL import Image
 from rich.console import Console
 from tiny_vlm import data
 from tiny_vlm import model as tiny
-from tiny_vlm.deepspeed import Engine, start
+from tiny_vlm.deepspeed import start
 from tiny_vlm.experiment import (
     PAPER,
     PROFILE,
@@ -42,6 +42,7 @@ from tiny_vlm.experiment import (
     check_arguments,
     run,
 )
+from tiny_vlm.plain import Engine
 
 import deepspeed_macs
 

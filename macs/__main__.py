@@ -1,5 +1,5 @@
-"""``python -m macs``: the ``macs`` command."""
+"""``python -m macs``: the ``macs`` command, whose tools are a package of their own."""
 
-from .doctor import main
+from macs_tools.cli import main
 
 raise SystemExit(main())

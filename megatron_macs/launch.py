@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--moe-macs-record",
         metavar="FILE",
         type=Path,
-        help="write what the routers chose to a file, for tools/benchmark.py and tools/simulate.py",
+        help="write what the routers chose to a file, for macs bench and macs simulate",
     )
     if missing:
         parser.parse_args(given)

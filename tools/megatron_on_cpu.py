@@ -1,8 +1,7 @@
 """A pytest plugin that runs Megatron-LM's own unit tests on a CPU, as they are or with MACS in them.
 
     cd MEGATRON_LM
-    export PYTHONPATH=THIS_REPOSITORY/tools
-    python -m torch.distributed.run --nproc-per-node 4 -m pytest -p megatron_on_cpu \\
+    python -m torch.distributed.run --nproc-per-node 4 -m pytest -p macs_tools.megatron_on_cpu \\
         tests/unit_tests/transformer/moe/test_token_dispatcher.py [--macs]
 
 ``cpu_engine`` stands in for CUDA, gloo for NCCL. With ``--macs`` every ``MoELayer`` and ``TopKRouter``

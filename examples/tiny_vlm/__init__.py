@@ -3,3 +3,7 @@
 The model is small enough to live in the repository, yet everything about it is real: the
 Hugging Face model class, photographs, handwritten digits, held-out test data.
 """
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"

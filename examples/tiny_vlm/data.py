@@ -13,9 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import skimage
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from .vocabulary import BEGIN, END, FILLER, IMAGE, VISION_END, VISION_START, encode
 
@@ -96,6 +94,8 @@ def _split_of(index: int) -> str:
 @cache
 def photographs(split: str) -> list[np.ndarray]:
     """Photographs, uint8 RGB, at least 440 pixels high: the right 30 % are kept for test."""
+    import skimage
+
     folder = Path(skimage.__file__).parent / "data"
     photographs = []
     for name in PHOTOGRAPHS:
@@ -111,6 +111,8 @@ def photographs(split: str) -> list[np.ndarray]:
 @cache
 def _digits(split: str) -> dict[int, np.ndarray]:
     """Digit -> its handwritten images of the split, float [n, 8, 8] in 0..1."""
+    from sklearn.datasets import load_digits
+
     source = load_digits()
     mine = np.array([_split_of(index) == split for index in range(len(source.target))])
     images = source.images / 16.0

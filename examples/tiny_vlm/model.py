@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from . import CHECKPOINT
 from .data import PICTURE_SIZE, Sample
 from .vocabulary import (
     BEGIN,
@@ -24,7 +25,6 @@ from .vocabulary import (
     VOCABULARY_SIZE,
 )
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
 INITIAL_SPREAD = 0.05  # the usual 0.02 is for models sixteen times as wide
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FILLER, BEGIN, END, UNKNOWN = "<filler>", "<begin>", "<end>", "<unknown>"
 VISION_START, IMAGE, VIDEO, VISION_END = "<vision>", "<image>", "<video>", "</vision>"
@@ -29,6 +31,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     Digits are split, so that "12+07=" and "1 2 + 0 7 =" are the same prompt.
     """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

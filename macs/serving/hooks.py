@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class ModalityHook:
     """
 
     def __init__(self, model: nn.Module, reader: CallReader) -> None:
+        _out_of_graphs()
         self.reader = reader
         self._name = type(innermost(model)).__name__
         self._warned = False
@@ -62,6 +64,10 @@ class ModalityHook:
                 module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
             )
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _out_of_graphs()
+        self.__dict__.update(state)
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -86,7 +92,6 @@ class ModalityHook:
         """Modality ids int8 [B, S] as the engine itself has them, where it does."""
         return None
 
-    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack = ExitStack()
         _calls_of_thread().append((stack, sys.exc_info()[1]))
@@ -97,12 +102,19 @@ class ModalityHook:
         if found is not None:
             stack.enter_context(reading(found))
 
-    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         stack, error_before = _calls_of_thread().pop()
         error = sys.exc_info()
         # A model may be called where somebody handles another error.
         stack.__exit__(*(error if error[1] is not error_before else (None, None, None)))
+
+
+@cache
+def _out_of_graphs() -> None:
+    """Keep hooks out of what torch.compile traces. Once, and not at import: it loads torch's compiler, which
+    takes as long as torch itself."""
+    for name in ("_enter", "_leave"):
+        setattr(ModalityHook, name, torch.compiler.disable(getattr(ModalityHook, name)))
 
 
 _threads = threading.local()

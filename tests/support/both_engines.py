@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from tiny_vlm import data
 from tiny_vlm import deepspeed as tiny_deepspeed
 from tiny_vlm import model as tiny
+from tiny_vlm import plain as tiny_plain
 from tiny_vlm.megatron import PictureEncoder, build_megatron_model
 from tiny_vlm.megatron_engine import Engine
 
@@ -129,8 +130,8 @@ def answers(choices: list[tuple[str, dict[str, Any]]], count: int) -> list[dict[
     samples = mine(data.draw_samples(5, "test", data.TASKS, count))
     engines = [
         Engine(megatron, PictureEncoder(tiny.load_model()), len(samples)),
-        tiny_deepspeed.Engine(autoep.module),
-        tiny_deepspeed.Engine(moe.module),
+        tiny_plain.Engine(autoep.module),
+        tiny_plain.Engine(moe.module),
     ]
     runtimes = [runtime, autoep.macs, moe.macs]
     profile = profile_of(runtime, lambda: engines[0].generate(samples))

@@ -12,10 +12,11 @@ import torch
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-tool = pytest.importorskip("benchmark")
-import workloads  # noqa: E402
+from macs_tools.bench import arguments as bench_arguments  # noqa: E402
+from macs_tools.bench.results import at_same_mass  # noqa: E402
+from macs_tools.bench.watch import Watch  # noqa: E402
+from macs_tools.common import workloads  # noqa: E402
 
 from macs import RoutingRecorder  # noqa: E402
 
@@ -25,14 +26,14 @@ def test_time_at_the_same_damage_lies_between_the_bounds():
         return {"workload": "W", "policy": policy, "kept_mass": kept, "ratio": ratio, "rerouted": 0.1}
 
     rows = [row("macs", 0.8, 0.7), row("token drop", 0.7, 0.6), row("token drop 1.5", 0.9, 0.9)]
-    (line,) = tool.at_same_mass([*rows, row("expanded drop", 0.7, 0.6)])
+    (line,) = at_same_mass([*rows, row("expanded drop", 0.7, 0.6)])
     assert "token drop takes 0.750 of vanilla's time, macs 0.700" in line
-    assert tool.at_same_mass([rows[0], rows[2]]) == []
+    assert at_same_mass([rows[0], rows[2]]) == []
 
 
 def benchmark(folder, *arguments):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "benchmark.py"), *arguments, "--json", "out.jsonl"],
+        [sys.executable, "-m", "macs", "bench", *arguments, "--json", "out.jsonl"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -113,21 +114,20 @@ def test_prompts_through_the_engine(tmp_path):
 
 def test_wrong_output_is_not_timed(tmp_path):
     """A policy whose layer does not compute its plan has no time, and the run fails."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); sys.argv = ['benchmark.py', *{'%s'}]\n"
-        "import benchmark\n"
-        "real = benchmark.Side.__call__\n"
-        "def wrong(side, *given):\n"
-        "    return real(side, *given) + 0.1 * (side.runtime.policy == 'token-drop')\n"
-        "benchmark.Side.__call__ = wrong\n"
-        "import torch\n"
-        "torch.multiprocessing.spawn = lambda work, given, nprocs: work(0, *given)\n"
-        "benchmark.main()\n"
-    )
     flags = "layer --shape tiny --ranks 1 --workloads W4 --steps 1 --repeats 1".split()
     flags += ["--policies", "macs", "token drop"]
+    code = (
+        "from macs_tools.bench import layer, run\n"
+        "real = layer.Side.__call__\n"
+        "def wrong(side, *given):\n"
+        "    return real(side, *given) + 0.1 * (side.runtime.policy == 'token-drop')\n"
+        "layer.Side.__call__ = wrong\n"
+        "import torch\n"
+        "torch.multiprocessing.spawn = lambda work, given, nprocs: work(0, *given)\n"
+        f"run.main({flags})\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code % flags],
+        [sys.executable, "-c", code],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -139,7 +139,7 @@ def test_wrong_output_is_not_timed(tmp_path):
 
 
 def test_memory_is_counted_while_it_lives():
-    with tool.Watch() as watch:
+    with Watch() as watch:
         kept = torch.zeros(1000)
         for _ in range(5):
             torch.zeros(500).add_(1)
@@ -163,5 +163,5 @@ def test_memory_is_counted_while_it_lives():
 )
 def test_mistakes_are_named(flags, message, capsys):
     with pytest.raises(SystemExit):
-        tool.parse_arguments(flags)
+        bench_arguments.parse_arguments(flags)
     assert message in capsys.readouterr().err

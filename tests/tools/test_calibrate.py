@@ -16,14 +16,13 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from macs import MACSConfig, Profile
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-tool = pytest.importorskip("calibrate")
+from macs_tools.calibrate import requests, stability  # noqa: E402
 
 
 def calibrate(folder, *arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "calibrate.py"), *arguments],
+        [sys.executable, "-m", "macs", "calibrate", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -45,16 +44,16 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_pictures_with_their_questions_and_texts(folder):
-    found = tool.read_requests(folder)
+    found = requests.read_requests(folder)
     assert [one.picture and one.picture.name for one in found] == ["0.png", "1.png", "2.png", "3.png"] + [
         None
     ] * 4
-    assert [one.text for one in found[:2]] == [tool.DEFAULT_QUESTION, "what is the largest digit ?"]
+    assert [one.text for one in found[:2]] == [requests.DEFAULT_QUESTION, "what is the largest digit ?"]
     lines = [{"image": "0.png"}, {"text": "why?"}, {"image": "1.png", "text": "what?"}]
     path = folder / "requests.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines))
-    assert [(one.text, one.picture is None) for one in tool.read_requests(path)] == [
-        (tool.DEFAULT_QUESTION, False),
+    assert [(one.text, one.picture is None) for one in requests.read_requests(path)] == [
+        (requests.DEFAULT_QUESTION, False),
         ("why?", True),
         ("what?", False),
     ]
@@ -75,7 +74,7 @@ def test_a_bad_request_is_told_with_its_place(tmp_path, line, message):
     path = tmp_path / "requests.jsonl"
     path.write_text(line)
     with pytest.raises(ValueError, match=message):
-        tool.read_requests(path)
+        requests.read_requests(path)
 
 
 def test_stability_is_of_disjoint_halves():
@@ -83,11 +82,11 @@ def test_stability_is_of_disjoint_halves():
         return Profile(torch.tensor([visual]), torch.tensor([text]), ("router",), 1)
 
     steady, other = profile([9, 1], [1, 9]), profile([1, 9], [9, 1])
-    same = tool.stability([steady] * 6, 10, MACSConfig())
-    assert [one.requests for one in same] == [10, 20, 30] and tool.enough(same) == 10
+    same = stability.stability([steady] * 6, 10, MACSConfig())
+    assert [one.requests for one in same] == [10, 20, 30] and stability.enough(same) == 10
     assert all(float(one.alike.mean()) == 1 and float(one.difference.mean()) == 0 for one in same)
-    opposed = tool.stability([steady, other] * 3, 10, MACSConfig())
-    assert float(opposed[-1].alike.mean()) == 0 and tool.enough(opposed) is None
+    opposed = stability.stability([steady, other] * 3, 10, MACSConfig())
+    assert float(opposed[-1].alike.mean()) == 0 and stability.enough(opposed) is None
     assert float(opposed[-1].difference.mean()) == pytest.approx(0.8)
 
 
@@ -108,4 +107,4 @@ def test_a_profile_is_measured_shown_and_checked(folder, engine):
         assert fits.returncode == 0 and "was measured on this model" in fits.stdout
         Profile(profile.visual, profile.text, tuple("abcd"), 2).save(folder / "other.safetensors")
         foreign = calibrate(folder, "--check", "other.safetensors")
-        assert foreign.returncode == 1 and "it was measured on another model" in foreign.stderr
+        assert foreign.returncode == 2 and "it was measured on another model" in foreign.stderr

@@ -1,19 +1,16 @@
 """The cost model, the bounds that move weights, and the simulator over them."""
 
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from macs_tools.common.cost_model import CostModel, at_home, break_even, captured, on_network, stated_h100
+from macs_tools.common.workloads import SHAPES, contenders
+from macs_tools.simulate import check, layers, run
+from macs_tools.simulate import placement as moved_experts
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import simulate as tool
-from cost_model import CostModel, break_even, captured, on_network, stated_h100
-from workloads import SHAPES, contenders
 
 from macs.config import MIN_TOKENS
 
@@ -86,13 +83,13 @@ def test_a_cost_model_comes_back_from_its_file(tmp_path):
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_replicas_fill_their_places_and_even_the_load(replicas):
     loads = np.random.default_rng(0).pareto(1.5, 32) * 100
-    placement = tool.replicated(loads, 4, replicas, 1000, 10)
+    placement = moved_experts.replicated(loads, 4, replicas, 1000, 10)
     assert placement.share.sum(1) == pytest.approx(np.ones(32))
     copies = np.rint(1 / np.where(placement.share > 0, placement.share, np.inf).min(1))
     assert placement.memory == replicas * 1000 and placement.moved == (8 + replicas) * 1000 / 10
     # Copies of one expert may share a rank, and then are one place's worth.
     assert 32 <= (placement.share > 0).sum() <= copies.sum() <= 32 + 4 * replicas
-    before = (loads @ tool.at_home(32, 4)).max()
+    before = (loads @ at_home(32, 4)).max()
     after = (loads @ placement.share).max()
     assert loads.sum() / 4 <= after < before
     assert copies[loads.argmax()] > 1 == copies[loads.argmin()]
@@ -100,22 +97,22 @@ def test_replicas_fill_their_places_and_even_the_load(replicas):
 
 def test_least_loaded_is_even_and_pays_for_the_weights_it_moves():
     loads = np.array([400.0, 100, 50, 50, 0, 0, 100, 100])
-    placement = tool.least_loaded(loads, 4, 1000)
+    placement = moved_experts.least_loaded(loads, 4, 1000)
     assert placement.share.sum(1) == pytest.approx(np.ones(8))
     assert np.abs(loads @ placement.share - loads.sum() / 4).max() <= 1
     assert placement.moved >= placement.memory >= 1000
     # The first rank gives to two others: what it sends is more than what either of them gets.
     assert placement.moved == 2000 and placement.memory == 1000
-    even = tool.least_loaded(np.full(8, 10.0), 4, 1000)
-    assert even.moved == 0 and (even.share == tool.at_home(8, 4)).all()
+    even = moved_experts.least_loaded(np.full(8, 10.0), 4, 1000)
+    assert even.moved == 0 and (even.share == at_home(8, 4)).all()
 
 
 def test_experts_at_home_cost_what_the_layer_costs():
     asked = np.random.default_rng(1).integers(0, 50, (4, 8))
-    moved = MODEL.layer(asked, 0.0, tool.at_home(8, 4)[:, ::-1], 7.0)
-    assert MODEL.layer(asked, 0.0, tool.at_home(8, 4)) == MODEL.layer(asked)
+    moved = MODEL.layer(asked, 0.0, at_home(8, 4)[:, ::-1], 7.0)
+    assert MODEL.layer(asked, 0.0, at_home(8, 4)) == MODEL.layer(asked)
     assert moved.experts == MODEL.layer(asked).experts and moved.exchange > 7.0
-    assert tool.ideal(MODEL, asked).experts <= MODEL.layer(asked).experts
+    assert moved_experts.ideal(MODEL, asked).experts <= MODEL.layer(asked).experts
 
 
 def test_launches_do_not_grow_with_the_tokens():
@@ -143,8 +140,8 @@ def test_policies_lie_between_vanilla_and_the_bound():
     chosen = {title: known[title] for title in ("vanilla", "token drop", "macs", "macs, nothing over")}
     stated = stated_h100(SHAPE)
     model = replace(stated, fixed_ms=0.0, planner_ms={"*": 0.0}, launch_ms=0.0, latency_ms=0.0)
-    batch_of = tool.synthetic("image-flood", SHAPE, 4, 0)
-    rows = tool.simulate(SHAPE, 4, batch_of, chosen, model, 2, replicas=(1,))
+    batch_of = layers.synthetic("image-flood", SHAPE, 4, 0)
+    rows = layers.simulate(SHAPE, 4, batch_of, chosen, model, 2, replicas=(1,))
     by_title = {row["policy"]: row for row in rows}
     assert by_title["vanilla"]["ratio"] == 1 and by_title["vanilla"]["won_back"] == 0
     assert by_title["ideal balance"]["won_back"] == 1
@@ -158,7 +155,7 @@ def test_policies_lie_between_vanilla_and_the_bound():
 
 def test_a_prediction_is_held_against_what_was_measured(tmp_path):
     chosen = {title: contenders(1.05)[title] for title in ("vanilla", "macs")}
-    rows = tool.simulate(SHAPE, 2, tool.synthetic("W1", SHAPE, 2, 3), chosen, MODEL, 1, bounds=False)
+    rows = layers.simulate(SHAPE, 2, layers.synthetic("W1", SHAPE, 2, 3), chosen, MODEL, 1, bounds=False)
     measured = [{**row, "workload": "W1"} for row in rows]
     measured[1]["ms"] *= 2
     result = {
@@ -173,43 +170,40 @@ def test_a_prediction_is_held_against_what_was_measured(tmp_path):
     parts = [{**row, "ms": 0.0, "measured_ms": 4 * (row["experts"] + row["planner"])} for row in measured[:2]]
     lines = [result, {"mode": "planner"}, {**result, "mode": "virtual-ep", "rows": parts}]
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    found = tool.check(path, Console(quiet=True))
+    found = check.check(path, Console(quiet=True))
     assert [one["error"] for one in found] == pytest.approx([0.0, -0.5, -0.75, -0.75])
     path.write_text(json.dumps({"mode": "planner"}))
     with pytest.raises(ValueError, match="found no result of layer or virtual-ep"):
-        tool.check(path, Console(quiet=True))
+        check.check(path, Console(quiet=True))
 
 
-def test_the_command_sweeps_sizes_and_shares(tmp_path, monkeypatch, capsys):
+def test_the_command_sweeps_sizes_and_shares(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     flags = "--shape tiny --tokens 64 --ranks 2 4 --policies macs --shares 0.1 0.9 --replicas 1".split()
     points = Path(__file__).parents[2] / "docs" / "quality" / "test.jsonl"
     flags += ["--plots", str(tmp_path / "plots"), "--json", str(tmp_path / "out"), "--quality", str(points)]
-    monkeypatch.setattr(sys, "argv", ["simulate.py", *flags])
-    tool.main()
+    run.main(flags)
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names == {"size-image-flood.png", "share.png", "quality.png"}
     told = json.loads((tmp_path / "out").read_text())
     assert {row["ranks"] for row in told["sizes"]["image-flood"]} == {2, 4}
     assert {row["share"] for row in told["shares"]} == {0.1, 0.9}
     assert "won back" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["simulate.py", "--shape", "tiny", "--ranks", "3"])
     with pytest.raises(SystemExit):
-        tool.main()
+        run.main(["--shape", "tiny", "--ranks", "3"])
     assert "found 3, expected divisors of the 16 experts" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["simulate.py", "--policies", "mac"])
     with pytest.raises(SystemExit):
-        tool.main()
+        run.main(["--policies", "mac"])
     assert "--policies: found 'mac', expected some of vanilla" in capsys.readouterr().err
 
 
 def test_replicas_are_placed_anew_once_in_an_interval():
     """On traffic that moves on, what was placed for the first steps is of less and less use."""
     chosen = {"vanilla": contenders(1.05)["vanilla"]}
-    batch_of = tool.synthetic("W6", SHAPE, 4, 0)
+    batch_of = layers.synthetic("W6", SHAPE, 4, 0)
     model = replace(stated_h100(SHAPE), fixed_ms=0.0)
     often, seldom = (
-        {row["policy"]: row for row in tool.simulate(SHAPE, 4, batch_of, chosen, model, 12, (1,), interval)}
+        {row["policy"]: row for row in layers.simulate(SHAPE, 4, batch_of, chosen, model, 12, (1,), interval)}
         for interval in (1, 12)
     )
     title = "EPLB, 1 replica a rank"

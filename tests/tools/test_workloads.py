@@ -1,19 +1,14 @@
 """Workloads: the rules they follow, and recordings played back."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from macs_tools.common import workloads
+from macs_tools.common.workloads import SHAPES, WORKLOADS, draw, features
 from support.cases import AnySeam
 
 from macs import IMAGE, TEXT, MACSConfig, Modality, Recording, Runtime, Topology, modality
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import workloads
-from workloads import SHAPES, WORKLOADS, draw, features
 
 SHAPE = replace(SHAPES["tiny"], tokens=512)
 RANKS = 4

@@ -1,7 +1,7 @@
 """How many kernels a plan launches on a GPU, step by step, counted without one.
 
-    python tools/launches.py                     # the defaults, the presets and the baselines
-    python tools/launches.py --shape 8192 2048 128 8 8 --operators
+    macs bench launches                     # the defaults, the presets and the baselines
+    macs bench launches --shape 8192 2048 128 8 8 --operators
 
 Mask, adapter, planner and recorder run on fake CUDA tensors: every operator that would launch is counted by
 what it launches, every Triton kernel is one, and what would read a value on the host is an error.
@@ -9,7 +9,6 @@ what it launches, every Triton kernel is one, and what would read a value on the
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,8 @@ from macs import (
     kernels,
     watching_steps,
 )
+
+from .command import Parser
 
 LAUNCHES = {
     "aten.index_add.default": 2,
@@ -207,9 +208,7 @@ def table(shape: Sequence[int]) -> tuple[Table, dict[str, Launches]]:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("macs bench launches", __doc__)
     parser.add_argument(
         "--shape", nargs=5, type=int, metavar=("T", "D", "E", "K", "R"), default=(8192, 2048, 128, 8, 8)
     )
@@ -221,7 +220,3 @@ def main(given: Sequence[str] | None = None) -> None:
     if arguments.operators:
         for (step, name), launches in sorted(found["defaults"].by_operator.items()):
             console.print(f"{step:20} {launches:4} {name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,10 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import planners
+from macs_tools.bench import compare as planners
 
 from macs import Modality
 

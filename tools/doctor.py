@@ -6,7 +6,6 @@ macs doctor megatron kernels      # exit code 1 unless these work
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,12 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import MACSConfig
-from .planner import Planner
-from .steps.kernels.dispatch import has_triton, kernels
-from .tokens import Modality
-from .topology import Topology
-from .version import __version__
+from macs import MACSConfig, Modality, Planner, Topology, __version__, has_triton, kernels
+
+from .common.command import Parser, nearest, quiet
 
 WORKS, ABSENT, FAILS = "works", "absent", "fails"
 
@@ -121,16 +117,13 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 
 def main(given: Sequence[str] | None = None) -> int:
     """The exit code: 1 where something that was named does not work."""
-    parser = argparse.ArgumentParser(
-        prog="macs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="what is installed here, and whether MACS can work with it")
-    doctor.add_argument("needed", nargs="*", metavar="NAME", help="one of " + ", ".join(CHECKS))
+    parser = Parser("macs doctor", __doc__)
+    parser.add_argument("needed", nargs="*", metavar="NAME", help="one of " + ", ".join(CHECKS))
     arguments = parser.parse_args(given)
+    quiet()
     for name in arguments.needed:
         if name not in CHECKS:
-            parser.error(f"doctor: found {name!r}, expected one of {', '.join(CHECKS)}")
+            parser.error(f"found {name!r}, expected one of {', '.join(CHECKS)}{nearest(name, CHECKS)}")
     print(f"macs {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     failed = False
     for name in arguments.needed or CHECKS:
@@ -138,7 +131,3 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"{name:20}{found.state:8}{found.said}")
         failed |= name in arguments.needed and found.state != WORKS
     return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from macs_tools.bench import gpu as gpu_check
 
 from macs import has_triton
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import gpu_check
 
 pytestmark = [
     pytest.mark.e2e,

@@ -5,23 +5,24 @@ import subprocess
 import sys
 
 import pytest
+from macs_tools import doctor
 
-from macs import doctor, has_triton
+from macs import has_triton
 from macs.steps.contracts import Placement
 
 
 def test_what_is_named_must_work(capsys, monkeypatch):
     monkeypatch.setitem(doctor.CHECKS, "gpu", lambda: doctor.Finding(doctor.WORKS, "one"))
     monkeypatch.setitem(doctor.CHECKS, "triton", lambda: doctor.Finding(doctor.ABSENT, "none here"))
-    assert doctor.main(["doctor", "gpu"]) == 0
-    assert doctor.main(["doctor", "gpu", "triton"]) == 1
+    assert doctor.main(["gpu"]) == 0
+    assert doctor.main(["gpu", "triton"]) == 1
     shown = capsys.readouterr().out
     assert "absent" in shown and "none here" in shown
 
 
 def test_an_unknown_name_is_an_error(capsys):
     with pytest.raises(SystemExit):
-        doctor.main(["doctor", "vllm"])
+        doctor.main(["vllm"])
     assert "found 'vllm', expected one of gpu, triton" in capsys.readouterr().err
 
 

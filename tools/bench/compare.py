@@ -1,16 +1,15 @@
 """The planner of this checkout beside that of another, in one process: time, operators, plans, and its way.
 
     git worktree add /tmp/before ba85d0f
-    python tools/planners.py --against /tmp/before              # times in turn, one thread; operators
-    python tools/planners.py --against /tmp/before --plans      # plans on what the tiny model's routers chose
-    python tools/planners.py --way                              # where the features go, function by function
+    macs bench compare --against /tmp/before              # times in turn, one thread; operators
+    macs bench compare --against /tmp/before --plans      # plans on what the tiny model's routers chose
+    macs bench compare --way                              # where the features go, function by function
 
 Times are medians of calls in turn; a step of weights stands beside a log-softmax over the same features.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -28,7 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HERE = Path(__file__).resolve().parents[1]
+from ..common.command import Parser
+
+HERE = Path(__file__).resolve().parents[2]
 SHAPES = ((2400, 128, 16, 2, 2), (4096, 1024, 64, 4, 8), (8192, 2048, 128, 8, 8))
 """T tokens, D features, E experts, k of a token, R ranks."""
 
@@ -160,15 +161,14 @@ def compare(packages: dict[str, ModuleType], shapes: Sequence[Sequence[int]], re
 
 def chosen_by_the_tiny_model(batches: int) -> list[dict[str, Any]]:
     """What every layer's planner was given, in so many batches of image-flood."""
-    import evaluate
-    import importance
-
     from macs import MACSConfig, Planner
+
+    from ..evaluate import importance, model
 
     arguments = importance.parse_arguments([])
     found: list[dict[str, Any]] = []
-    with evaluate.measuring():
-        bench = evaluate.Bench(arguments, 1)
+    with model.measuring():
+        bench = model.Bench(arguments, 1)
         bench.runtime.use("macs", MACSConfig())
         plan = Planner.plan
 
@@ -239,9 +239,7 @@ def way(macs: ModuleType, root: Path) -> list[str]:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("macs bench compare", __doc__)
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout")
     parser.add_argument("--plans", action="store_true", help="compare plans, not times")
     parser.add_argument("--batches", type=int, default=2, help="of the tiny model, for --plans")
@@ -269,7 +267,3 @@ def main(given: Sequence[str] | None = None) -> None:
         else:
             shapes = SHAPES if arguments.shape is None else (arguments.shape,)
             console.print(compare(packages, shapes, arguments.repeats))
-
-
-if __name__ == "__main__":
-    main()

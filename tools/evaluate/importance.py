@@ -1,6 +1,6 @@
 """How well what a planner can see predicts what an assignment is worth.
 
-    python tools/importance.py --batches 4 --trials 12
+    macs importance --batches 4 --trials 12
 
 The worth of an assignment is the KL, at the first token of the answer, between the model as it is and
 the model without that one assignment. For assignments of visual tokens drawn at random, one of every
@@ -17,22 +17,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import torch
-from evaluate import Bench, bootstrap, measuring, planning
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import spearmanr
-from tiny_vlm import data
-from tiny_vlm import model as tiny
+from tiny_vlm import CHECKPOINT, data
 from torch import Tensor
 from torch.nn import functional
 
 from macs import MACSConfig, Plan
 from macs.files import output_file
 from macs.steps.weighting import feature_entropy
+
+from ..common.command import Parser
+from .model import Bench, measuring, planning
+from .statistics import Answers, bootstrap
 
 EVERYTHING = MACSConfig(capacity_factor=1e6)
 """Room for all: the plan is the router's choice."""
@@ -52,7 +53,7 @@ class Seen:
 
 def first_tokens(bench: Bench, batch: list[data.Sample]) -> Tensor:
     """Log-probabilities of every answer's first token, [B, V]."""
-    found = evaluate.Answers()
+    found = Answers()
     with bench.first_answers(found):
         bench.engine.generate(batch, tokens=1)
     return torch.stack(found.first)
@@ -66,7 +67,9 @@ def observe(bench: Bench, batch: list[data.Sample]) -> tuple[Tensor, list[Seen]]
     def keep(
         inner: Any, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Any
     ) -> Plan:
-        seen.append(Seen(*(value.unflatten(0, (-1, size)) for value in (hidden, experts, scores))))
+        seen.append(
+            Seen(*(value.unflatten(0, (size, -1)).transpose(0, 1) for value in (hidden, experts, scores)))
+        )
         return inner(hidden, experts, weights, scores, tokens)
 
     with planning(bench.runtime.layers, keep):
@@ -123,7 +126,7 @@ def worth(
 
     def lose(inner: Any, *inputs: Any) -> Plan:
         plan = inner(*inputs)
-        row = (FIRST + token) * len(batch) + question
+        row = question * (len(plan.experts) // len(batch)) + FIRST + token
         chosen, weights = plan.experts.clone(), plan.weights.clone()
         chosen[row, slot], weights[row, slot] = -1, 0
         return replace(plan, experts=chosen, weights=weights)
@@ -187,10 +190,8 @@ def within_questions(truth: np.ndarray, parts: np.ndarray) -> tuple[float, float
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path, default=tiny.CHECKPOINT)
+    parser = Parser("macs importance", __doc__)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--batch", type=int, default=56, help="questions asked at once")
@@ -227,7 +228,3 @@ def main(given: Sequence[str] | None = None) -> None:
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """What only a GPU can tell of the planner, in one command.
 
-    python tools/gpu_check.py                  # a JSON line a section
-    python tools/gpu_check.py --dry            # the same sections on a CPU, small, in Triton's interpreter
+    macs bench gpu                  # a JSON line a section
+    macs bench gpu --dry            # the same sections on a CPU, small, in Triton's interpreter
 
 Every section runs in a process of its own, for a minute at most (``--limit``): one that fails or hangs
 costs no other.
@@ -9,20 +9,17 @@ costs no other.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ..common.command import Parser
 
 LIMIT = 60.0
 """Seconds of a section."""
@@ -84,7 +81,7 @@ def planner_of(size: Size, settings: dict[str, Any]) -> Any:
 
 def milliseconds(work: Callable[[], Any], repeats: int = 20) -> float:
     """Median of a call."""
-    import clock
+    from ..common import clock
 
     work()
     return statistics.median(clock.milliseconds(work) for _ in range(repeats))
@@ -180,7 +177,8 @@ def no_sync(dry: bool) -> dict[str, Any]:
 def launches(dry: bool) -> dict[str, Any]:
     """Launches by step as counted on fake tensors, and what a profile of a real plan counts."""
     import torch
-    from launches import count
+
+    from ..common.launches import count
 
     size = DRY if dry else QWEN3_VL_30B
     shape = size.tokens, size.hidden, size.experts, size.top_k, size.ranks
@@ -201,9 +199,10 @@ def launches(dry: bool) -> dict[str, Any]:
 def times(dry: bool) -> dict[str, Any]:
     """Milliseconds of a plan, eager, captured and by step, and of one balanced rank's experts."""
     import torch
-    from clock import clocked
 
     from macs import watching_steps
+
+    from ..common.clock import clocked
 
     size = DRY if dry else QWEN3_VL_30B
     found: dict[str, Any] = {}
@@ -344,9 +343,7 @@ def checked(name: str, dry: bool, limit: float) -> dict[str, Any]:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("macs bench gpu", __doc__)
     parser.add_argument("--dry", action="store_true", help="on a CPU, in Triton's interpreter, small")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of a section")
     arguments = parser.parse_args(given)
@@ -358,7 +355,3 @@ def main(given: Sequence[str] | None = None) -> int:
         failed += not found["ok"]
         print(json.dumps(found), flush=True)
     return min(failed, 1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
 A layer has four parts, each as slow as its slowest rank: what a source does with its own tokens (router,
 planner, permutation), the exchange there, the experts, the exchange back. The figures of a machine come
-from measurement (``tools/benchmark.py layer``), or are stated, and said to be.
+from measurement (``macs bench layer``), or are stated, and said to be.
 
 Shapes: R ranks, as sources and as destinations; E experts, G = E / R a rank, neighbours.
 """
@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from launches import AROUND, PLANS
-from workloads import VANILLA, Shape
+
+from .launches import AROUND, PLANS
+from .workloads import VANILLA, Shape
 
 CASE_OF = {
     "token drop": "token-drop",
@@ -181,7 +182,7 @@ def stated_h100(shape: Shape) -> CostModel:
     """An H100 as its makers and DeepEP's authors describe it, not measured here: bfloat16 grouped GEMM at
     half of 990 TFLOP/s, or at the 3.35 TB/s at which an expert's weights come from memory; exchanges at
     the 153 GB/s within a node and the 43 GB/s beyond that DeepEP reports of its first version on an H800;
-    permutation at memory speed; a plan by its launches, as ``tools/launches.py`` counts them, of 4 us each
+    permutation at memory speed; a plan by its launches, as ``tools/common/launches.py`` counts them, of 4 us each
     (captured 1.5 us, ``captured``), and by its bytes at memory speed: features read three times, and 400
     more a token."""
     memory, flops = 3.35e12, 0.5 * 990e12

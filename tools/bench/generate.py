@@ -1,4 +1,4 @@
-"""The benchmark's ``generate`` mode: prompts through Megatron's static inference engine, stock and planned.
+"""``macs bench generate``: prompts through Megatron's static inference engine, stock and planned.
 
 A model of random weights, two layers of the shape; its routers choose as the workload says while they read
 prompts, and by themselves while they answer. Image tokens are one input id, found by ``attach_modality``.
@@ -7,14 +7,13 @@ prompts, and by themselves while they answer. Image tokens are one input id, fou
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
-import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
 import torch.distributed as dist
@@ -22,13 +21,18 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnBackend
-from moe_layers import Asked, device, force, settings_of, together
+from rich.console import Console
+from rich.table import Table
 from tiny_vlm.megatron_engine import answer, static_engine
 from torch import Tensor
-from workloads import NOTHING_OVER, VANILLA, Batch, Contender, Shape, draw
 
 from macs import TEXT, Runtime
 from megatron_macs import attach_modality, with_macs
+
+from ..common.command import quiet
+from ..common.layers import Asked, device, engine, force, join, settings_of, together
+from ..common.workloads import NOTHING_OVER, VANILLA, Batch, Contender, Shape, draw
+from .arguments import running
 
 LAYERS, PROMPTS, NEW_TOKENS, VOCABULARY, IMAGE_ID = 2, 8, 8, 512, 3
 
@@ -165,3 +169,48 @@ def measure(
         "prompt_tokens": length,
         "new_tokens": NEW_TOKENS,
     }
+
+
+def generate_rank(rank: int, arguments: argparse.Namespace, folder: str) -> None:
+    quiet(arguments.threads)
+    with engine():
+        join(rank, arguments.ranks, folder)
+        found = measure(arguments.shape, running(arguments), arguments, rank)
+        if rank == 0:
+            (Path(folder) / "found.json").write_text(json.dumps(found))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_generate(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(generate_rank, (arguments, folder), nprocs=arguments.ranks)
+        found = json.loads((Path(folder) / "found.json").read_text())
+    table = Table(
+        caption=f"Megatron's static engine, {arguments.ranks} processes of {arguments.threads} thread(s); "
+        f"{found['layers']} layers, {found['prompts']} prompts of {found['prompt_tokens']} tokens a rank, "
+        f"{found['new_tokens']} new ones; {arguments.repeats} turns",
+        caption_justify="left",
+    )
+    for title in (
+        "workload",
+        "policy",
+        "prompt, ms",
+        "/ vanilla",
+        "with answers, ms",
+        "/ vanilla",
+        "busiest rank",
+    ):
+        table.add_column(title, justify="left" if title in ("workload", "policy") else "right")
+    for row in found["rows"]:
+        table.add_row(
+            row["workload"],
+            row["policy"],
+            f"{row['prompt_ms']:.0f}",
+            f"{row['prompt_ratio']:.3f}",
+            f"{row['ms']:.0f}",
+            f"{row['ratio']:.3f}",
+            "" if row["straggler"] is None else f"{row['straggler']:.3f}",
+        )
+    console.print(table)
+    return found

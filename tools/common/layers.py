@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from clock import milliseconds
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -23,11 +22,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
-from workloads import Batch, Contender, Shape
 
 import macs
 from macs import Plan, Runtime, choice_in, full_scores
 from megatron_macs import cpu_engine, with_macs
+
+from .clock import milliseconds
+from .workloads import Batch, Contender, Shape
 
 
 def device() -> torch.device:

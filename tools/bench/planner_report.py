@@ -1,0 +1,64 @@
+"""The tables of ``macs bench planner``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from macs import STEPS
+
+from ..common.workloads import Shape
+
+
+def show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None:
+    titles = list(found["policies"])
+    table = Table(
+        caption=f"T {shape.tokens}, D {shape.hidden}, FFN {shape.ffn}, E {shape.experts}, k {shape.top_k}, "
+        f"image-flood, {found['virtual_ranks']} ranks; vanilla layer {found['layer_ms']:.0f} ms",
+        caption_justify="left",
+    )
+    for title in ("", *titles):
+        table.add_column(title, justify="left" if not title else "right")
+
+    def line(name: str, show: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(name, *(show(found["policies"][title]) for title in titles))
+
+    line("planner, ms", lambda one: f"{one['ms']:.1f}")
+    line("in and out of Megatron, ms", lambda one: f"{one['around_ms']:.1f}")
+    line("both, share of a vanilla layer", lambda one: f"{one['share']:.1%}")
+    table.add_section()
+    for part in STEPS:
+        line(f"{part}, ms", lambda one, part=part: f"{one['parts'][part]:.2f}")
+    table.add_section()
+    line("torch operators", lambda one: f"{one['operators']}")
+    line("peak bytes a token", lambda one: f"{one['bytes_a_token']:.0f}")
+    most = shape.tokens * shape.top_k * 512
+    line("E 512: largest tensor / (T k E)", lambda one: f"{one['largest_tensor_at_512'] / most:.2f}")
+    if found["kernels"]:
+        table.add_section()
+        for name, key, show in (
+            ("with kernels, Qwen3-VL-30B-A3B: bytes a token", "bytes_a_token", "{:.0f}"),
+            ("… of the layer's activations", "share_of_activations", "{:.2%}"),
+            ("… operators beside kernels", "operators", "{:.0f}"),
+        ):
+            table.add_row(name, *(show.format(found["kernels"][title][key]) for title in titles))
+    console.print(table)
+    rates = found["bandwidth"]
+    console.print(
+        f"Entropy reads {rates['entropy']:.1f} GB/s, {rates['entropy'] / rates['copy']:.0%} of what a copy "
+        f"reads and writes ({rates['copy']:.1f})"
+    )
+    for name, rows in found["growth"].items():
+        table = Table(caption=f"ms by {name}; beside: less the router's own pass, over the first line's")
+        for heading in (name, "router", *(word for title in titles for word in (title, "beside"))):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            cells = []
+            for title in titles:
+                less = (row[title] - row["router"]) / (rows[0][title] - rows[0]["router"])
+                cells += [f"{row[title]:.1f}", f"{less:.2f}"]
+            table.add_row(f"{row[name]:.0f}", f"{row['router']:.1f}", *cells)
+        console.print(table)

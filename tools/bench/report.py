@@ -1,0 +1,106 @@
+"""The table, the plot, and what they were measured on."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from macs import has_triton
+
+from ..common.workloads import VANILLA
+
+
+def table_of(rows: Sequence[dict[str, Any]], caption: str) -> Table:
+    table = Table(caption=caption, caption_justify="left")
+    titles = ("workload", "policy", "ms", "time / vanilla", "ideal", "share of ideal", "busiest rank")
+    titles += ("busiest expert", "sent", "dropped", "rerouted", "kept mass")
+    for title in titles:
+        table.add_column(title, justify="left" if title in ("workload", "policy") else "right")
+    last = None
+    for row in rows:
+        if last not in (None, row["workload"]):
+            table.add_section()
+        first = "" if row["workload"] == last else row["workload"]
+        last = row["workload"]
+        if "failed" in row:
+            table.add_row(first, row["policy"], f"not timed: {row['failed']}")
+            continue
+        table.add_row(
+            first,
+            row["policy"],
+            f"{row['ms']:.1f}",
+            f"{row['ratio']:.3f}" + (f" ± {row['ratio_spread'] / 2:.3f}" if row["turns"] > 1 else ""),
+            f"{row['ideal']:.3f}",
+            f"{row['share']:.0%}",
+            f"{row['straggler']:.3f}",
+            f"{row['busiest_expert']:.2f}",
+            f"{row['sent']:.1%}",
+            f"{row['dropped']:.1%}",
+            f"{row['rerouted']:.1%}",
+            f"{row['kept_mass']:.3f}",
+        )
+    return table
+
+
+def machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What it ran on, with what."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "cores": os.cpu_count(),
+        "threads": arguments.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron": importlib.metadata.version("megatron-core"),
+        "triton": has_triton(),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "CPU"
+
+
+def plot_rows(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Time over vanilla by workload and policy, with what the loads alone would give."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if "failed" not in row and row["policy"] != VANILLA]
+    loads = list(dict.fromkeys(row["workload"] for row in rows))
+    titles = list(dict.fromkeys(row["policy"] for row in rows))
+    figure, axes = pyplot.subplots(figsize=(1.5 + 0.9 * len(loads), 4.2))
+    width = 0.8 / max(1, len(titles))
+    for index, policy in enumerate(titles):
+        mine = [row for row in rows if row["policy"] == policy]
+        places = [loads.index(row["workload"]) + width * (index - len(titles) / 2 + 0.5) for row in mine]
+        axes.bar(places, [row["ratio"] for row in mine], width, label=policy)
+        axes.hlines(
+            [row["ideal"] for row in mine],
+            [place - width / 2 for place in places],
+            [place + width / 2 for place in places],
+            color="black",
+            linewidth=1,
+        )
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(loads)), loads, rotation=30, ha="right")
+    axes.set_ylabel("layer time / vanilla (line: by loads alone)")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, ncols=3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

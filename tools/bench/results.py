@@ -1,0 +1,124 @@
+"""What a policy did to the loads of a workload, and a line of the table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from macs import LayerReport, Plan, Topology, loads_of
+
+from ..common.workloads import Shape
+
+
+@dataclass
+class Done:
+    """What a policy did in the steps of a workload: of each its record, and the rows sent to others, both
+    summed over all ranks."""
+
+    topology: Topology
+    top_k: int
+    records: list[Tensor] = field(default_factory=list)
+    sent: list[float] = field(default_factory=list)
+
+    def add(self, record: Tensor, sent: Tensor) -> None:
+        """One more step."""
+        self.records.append(record.cpu())
+        self.sent.append(float(sent))
+
+    @property
+    def report(self) -> LayerReport:
+        return LayerReport(torch.stack(self.records), self.topology, self.top_k)
+
+    @property
+    def busiest(self) -> float:
+        """Rows of the busiest rank, over all steps."""
+        return float(self.report.rank_loads("after").amax(1).sum())
+
+    @property
+    def busiest_expert(self) -> float:
+        """Rows of the busiest expert over vanilla's mean expert's."""
+        report = self.report
+        mean = report.tokens.sum() * self.top_k / self.topology.num_experts
+        return float(report.loads("after").amax(1).sum() / mean)
+
+    def figures(self) -> dict[str, float]:
+        """What the table shows of it."""
+        report = self.report
+        return {
+            "straggler": float(report.straggler("after").mean()),
+            "busiest_expert": self.busiest_expert,
+            "sent": sum(self.sent) / float((report.kept + report.rerouted + report.dropped).sum()),
+            **report.shares(),
+        }
+
+
+def sent_by(plan: Plan, topology: Topology, rank: int) -> Tensor:
+    """Rows that leave a source rank."""
+    ranks = torch.tensor(topology.expert_rank, device=plan.experts.device)
+    goes = plan.experts >= 0
+    return (goes & (ranks[plan.experts.clamp(min=0)] != rank)).sum()
+
+
+def row_of(
+    workload: str, title: str, done: Done, vanilla: Done, turns: Sequence[float], base: Sequence[float]
+) -> dict[str, Any]:
+    """A line of the table: turns and base are milliseconds of every turn, of this policy and vanilla."""
+    ratios = [mine / other for mine, other in zip(turns, base, strict=True)]
+    ideal = done.busiest / vanilla.busiest
+    steps = len(done.records)
+    row = {
+        "workload": workload,
+        "policy": title,
+        "turns": len(turns),
+        "ms": statistics.median(turns) / steps,
+        "spread": spread_of(turns) / steps,
+        "ratio": statistics.median(ratios),
+        "ratio_spread": spread_of(ratios),
+        "ideal": ideal,
+        "share": ideal / statistics.median(ratios),
+    }
+    return row | done.figures()
+
+
+def spread_of(values: Sequence[float]) -> float:
+    """Between the quartiles."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def at_same_mass(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a baseline takes, between its bounds, when it keeps as much combine mass as MACS does."""
+    lines = []
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        mine = [row for row in rows if row["workload"] == workload and "failed" not in row]
+        macs = next((row for row in mine if row["policy"] == "macs"), None)
+        for title in ("token drop", "expanded drop"):
+            ladder = sorted(
+                (row["kept_mass"], row["ratio"]) for row in mine if row["policy"].startswith(title)
+            )
+            if macs is None or len(ladder) < 2 or not ladder[0][0] <= macs["kept_mass"] <= ladder[-1][0]:
+                continue
+            ratio = float(np.interp(macs["kept_mass"], *zip(*ladder, strict=True)))
+            lines.append(
+                f"{workload}: keeping {macs['kept_mass']:.3f} of the mass, {title} takes {ratio:.3f} of "
+                f"vanilla's time, macs {macs['ratio']:.3f} (which reroutes {macs['rerouted']:.1%} besides)"
+            )
+    return lines
+
+
+def sound(plan: Plan, shape: Shape) -> bool:
+    """Whether a plan gives no token an expert twice, weighs nothing that is dropped, and counts its rows."""
+    experts = plan.experts
+    ordered = experts.sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    weightless = bool((plan.weights[experts < 0] == 0).all())
+    counted = torch.equal(plan.statistics.load_after, loads_of(experts, shape.experts))
+    return weightless and counted and not bool(twice.any())

@@ -1,0 +1,64 @@
+"""``macs bench``: what MACS costs and what it gains, beside the baselines and beside what is possible."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..common.command import quiet
+from .arguments import parse_arguments
+from .report import machine, plot_rows
+
+RUNS = {
+    "planner": ("planner", "run_planner"),
+    "layer": ("layer", "run_layer"),
+    "virtual-ep": ("virtual_ep", "run_virtual"),
+    "generate": ("generate", "run_generate"),
+}
+"""Of every mode the module, which imports an engine, and its function."""
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(given)
+    quiet(arguments.threads)
+    console = Console(width=None if sys.stdout.isatty() else 165)
+    started = time.time()
+    module, function = RUNS[arguments.mode]
+    run = getattr(importlib.import_module(f".{module}", __package__), function)
+    found = run(arguments, console)
+    told = {
+        name: str(value) if isinstance(value, (Path, list)) and name != "ladder" else value
+        for name, value in vars(arguments).items()
+        if name not in ("shape", "played")
+    }
+    result = {
+        "mode": arguments.mode,
+        "arguments": told,
+        "shape": asdict(arguments.shape),
+        "machine": machine(arguments),
+        "seconds": round(time.time() - started),
+        **found,
+    }
+    if arguments.json:
+        with arguments.json.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    if arguments.plots and arguments.mode in ("layer", "virtual-ep"):
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        plot_rows(
+            found["rows"],
+            arguments.plots / f"{arguments.mode}-{arguments.ranks}.png",
+            f"{arguments.mode}, {arguments.ranks} ranks, {machine(arguments)['device']}",
+        )
+    same = found.get("under_capacity")
+    if any("failed" in row for row in found.get("rows", ())):
+        sys.exit("macs bench: some output was wrong; see the table")
+    if same and not (same["same_collectives"] and (same["same_bits"] or torch.cuda.is_available())):
+        sys.exit("macs bench: with nothing over capacity MACS does not do what stock Megatron does")

@@ -1,0 +1,81 @@
+"""``macs``: one command for the tools; only the one that is asked for is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .common.command import leave, nearest, run
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's ``main`` is, and what it is for."""
+
+    module: str
+    purpose: str
+
+
+COMMANDS = {
+    "doctor": Command("doctor", "what is installed here, and whether MACS can work with it"),
+    "calibrate": Command("calibrate.run", "measure which experts serve which modality, into a profile"),
+    "simulate": Command("simulate.run", "what policies and balancers would win on clusters of any size"),
+    "evaluate": Command("evaluate.run", "what policies and settings cost in answers, on the tiny model"),
+    "importance": Command("evaluate.importance", "what predicts the worth of a visual token's assignment"),
+    "bench planner": Command("bench.run", "time, operators and memory of the planner, by step"),
+    "bench layer": Command("bench.run", "Megatron's real MoE layer over processes, policies in turn"),
+    "bench virtual-ep": Command("bench.run", "the same in one process that plays every rank in turn"),
+    "bench generate": Command("bench.run", "prompts through Megatron's static engine"),
+    "bench launches": Command("common.launches", "kernel launches of a plan, counted exactly"),
+    "bench compare": Command("bench.compare", "this planner beside another checkout's: time, plans"),
+    "bench gpu": Command("bench.gpu", "what only a GPU can tell: kernels, graphs, times, in one run"),
+    "bench history": Command("bench.history", "add this commit's figures to docs/benchmarks.csv"),
+}
+"""By the words that ask for it."""
+
+
+def usage() -> str:
+    """The commands and what they are for."""
+    from macs.version import __version__
+
+    width = max(map(len, COMMANDS))
+    lines = [f"  macs {words.ljust(width)}  {one.purpose}" for words, one in COMMANDS.items()]
+    title = f"macs {__version__}: modality-aware capacity scaling for multimodal MoE inference"
+    return "\n".join([title, "", *lines, "", "macs COMMAND --help tells what a command takes."])
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """The exit code of the command that the words ask for."""
+    words = list(sys.argv[1:] if given is None else given)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from macs.version import __version__
+
+        print(f"macs {__version__}")
+        return 0
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            break
+    else:
+        if words[0] == "bench" and words[1:2] in ([], ["-h"], ["--help"]):
+            print("\n".join(line for line in usage().splitlines() if "macs bench" in line))
+            return 0
+        asked = " ".join(words[: 2 if words[0] == "bench" else 1])
+        leave("macs", f"found {asked!r}, expected one of {', '.join(COMMANDS)}{nearest(asked, COMMANDS)}")
+    # The modes of a benchmark share a parser, which reads the mode itself.
+    shared = COMMANDS[name].module == "bench.run"
+    module = COMMANDS[name].module
+
+    def command(rest: Sequence[str]) -> int | None:
+        return importlib.import_module(f".{module}", __package__).main(rest)
+
+    return run(f"macs {name}", command, words[1:] if shared else words[length:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,119 @@
+"""The figures of a point, with intervals over questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_vlm import data
+from torch import Tensor
+
+from .points import Point
+
+
+@dataclass
+class Answers:
+    """What a policy made of the questions, in their order."""
+
+    ids: list[list[int]] = field(default_factory=list)
+    first: list[Tensor] = field(default_factory=list)  # log-probabilities of the first token, [V] each
+
+
+def bootstrap(values: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
+    """Mean of values [N], and the bounds of its 95 % interval."""
+    return bootstrap_ratio(values, np.ones(len(values)), draws)
+
+
+def bootstrap_ratio(values: np.ndarray, others: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
+    """Mean of values [N] over the mean of others [N] of the same questions, and its 95 % interval."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(values), size=(draws, len(values)))
+    ratios = values[drawn].mean(1) / np.maximum(others[drawn].mean(1), 1e-300)
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return float(values.mean() / max(others.mean(), 1e-300)), float(low), float(high)
+
+
+def measured(
+    point: Point,
+    asked: Sequence[data.Sample],
+    under: tuple[Answers, list[Any]],
+    stock: tuple[Answers, list[Any]],
+) -> dict[str, Any]:
+    """The figures of a point, from its answers and reports and vanilla's; those of answers as (mean, low,
+    high). Intervals are over questions, which the plan of a batch ties to each other a little."""
+    (found, reports), (vanilla, untouched) = under, stock
+    right = np.array([ids == sample.answer for ids, sample in zip(found.ids, asked, strict=True)])
+    expected_right = np.array([ids == one.answer for ids, one in zip(vanilla.ids, asked, strict=True)])
+    same = np.array([ids == other for ids, other in zip(found.ids, vanilla.ids, strict=True)])
+    expected, given = torch.stack(vanilla.first), torch.stack(found.first)
+    divergence = (expected.exp() * (expected - given)).sum(-1).clamp(min=0).numpy()
+    tasks = np.array([sample.task for sample in asked])
+    pictures = np.isin(tasks, data.PICTURE_TASKS)
+
+    def where(chosen: np.ndarray, values: np.ndarray) -> Any:
+        return bootstrap(values[chosen].astype(float)) if chosen.any() else None
+
+    def kept(chosen: np.ndarray) -> Any:
+        """Accuracy over vanilla's."""
+        if not chosen.any():
+            return None
+        return bootstrap_ratio(right[chosen].astype(float), expected_right[chosen].astype(float))
+
+    after = torch.stack([report.straggler("after") for report in reports])  # [L, N]
+    # Vanilla's own: before planning a layer has what the plans of those before it made of its input.
+    before = torch.stack([report.straggler("before") for report in untouched])
+    experts = torch.stack([report.imbalance("after") for report in reports])
+    shares = [report.shares() for report in reports]
+    return {
+        "title": point.title,
+        "setting": point.setting,
+        "policy": point.policy,
+        "random_weights": point.random_weights,
+        "rerouted_weight": point.rerouted_weight,
+        "settings": asdict(point.config),
+        "batches": point.batches,
+        "ranks": point.ranks,
+        "accuracy": {task: where(tasks == task, right) for task in dict.fromkeys(tasks)},
+        "picture_accuracy": where(pictures, right),
+        "text_accuracy": where(~pictures, right),
+        "picture_accuracy_kept": kept(pictures),
+        "text_accuracy_kept": kept(~pictures),
+        "vanilla_accuracy": {
+            task: float(expected_right[tasks == task].mean()) for task in dict.fromkeys(tasks)
+        },
+        "picture_kl_each": [float(f"{value:.3g}") for value in divergence[pictures]],
+        "agreement": bootstrap(same.astype(float)),
+        "kl": bootstrap(divergence),
+        "picture_kl": where(pictures, divergence),
+        "text_kl": where(~pictures, divergence),
+        "straggler_before": float(before.mean()),
+        "straggler": float(after.mean()),
+        "straggler_p95": float(after.flatten().quantile(0.95)),
+        "busiest_expert": float(experts.mean()),
+        "busiest_expert_p95": float(experts.flatten().quantile(0.95)),
+        "layers": [
+            {"before": float(one), "after": float(other)}
+            for one, other in zip(before.mean(1), after.mean(1), strict=True)
+        ],
+        **{name: float(np.mean([share[name] for share in shares])) for name in shares[0]},
+    }
+
+
+def measure_of(found: dict[str, Any]) -> list[float]:
+    """What policies are compared by: KL over picture questions, or over all where there are none."""
+    return found["picture_kl"] or found["kl"]
+
+
+def best_within(found: list[dict[str, Any]], bound: float) -> dict[str, dict[str, Any]]:
+    """By title: the point of least KL among those whose realised straggler keeps to the bound."""
+    best: dict[str, dict[str, Any]] = {}
+    for one in found:
+        if one["straggler"] > bound:
+            continue
+        held = best.get(one["title"])
+        if held is None or measure_of(one)[0] < measure_of(held)[0]:
+            best[one["title"]] = one
+    return best
