@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from macs import Runtime
+from macs import METRICS, Runtime
 from megatron_macs import (
     add_macs_args,
     attach_modality,
@@ -68,15 +68,10 @@ def prompts(arguments: argparse.Namespace, image_token: int, count: int) -> Tens
 
 def report(runtime: Runtime, console: Console) -> None:
     """What every layer planned, over all ranks."""
-    table = Table("layer", "busiest rank, before", "after", "kept", "rerouted", "dropped", "R_v")
+    table = Table("layer", *(metric.title for metric in METRICS.values()))
     for number, layer in enumerate(runtime.reports(parallel_state.get_expert_model_parallel_group())):
-        shares = layer.shares()
-        table.add_row(
-            str(number),
-            *(f"{float(layer.straggler(when).mean()):.3f}" for when in ("before", "after")),
-            *(f"{shares[name]:.1%}" for name in ("kept", "rerouted", "dropped")),
-            f"{float(layer.visual_ratio.mean()):.3f}",
-        )
+        found = layer.summary()
+        table.add_row(str(number), *(format(found[name], one.form) for name, one in METRICS.items()))
     console.print(table)
 
 

@@ -13,7 +13,7 @@ from .config import PRESETS, MACSConfig
 from .plan import Plan, PlanStatistics
 from .planner import STEPS, Planner, router_similarity, watching_steps
 from .policies import POLICIES, Policy, build_policy, policy_of
-from .records.metrics import LayerRecorder, LayerReport
+from .records.metrics import METRICS, LayerRecorder, LayerReport, Metric, summarized
 from .records.profile import Calibration, Profile, router_fingerprint
 from .records.traffic import Recording, RoutingRecorder
 from .serving.adapter import Limits, Seam, Share, place_among
@@ -26,6 +26,7 @@ from .steps.capacity import loads_of
 from .steps.combine import choice_in
 from .steps.kernels.dispatch import has_triton, kernels
 from .steps.scoring import full_scores, in_service, within_groups, without_outcasts
+from .steps.weighting import WEIGHTINGS, Rule
 from .tokens import AUDIO, IMAGE, TEXT, VIDEO, Modality, Tokens
 from .topology import Topology
 from .version import __version__
@@ -33,17 +34,20 @@ from .version import __version__
 __all__ = [
     "AUDIO",
     "IMAGE",
+    "METRICS",
     "POLICIES",
     "PRESETS",
     "STEPS",
     "TEXT",
     "VIDEO",
+    "WEIGHTINGS",
     "Calibration",
     "LayerRecorder",
     "LayerReport",
     "LayerRuntime",
     "Limits",
     "MACSConfig",
+    "Metric",
     "Modality",
     "ModalityHook",
     "Plan",
@@ -53,6 +57,7 @@ __all__ = [
     "Profile",
     "Recording",
     "RoutingRecorder",
+    "Rule",
     "Runtime",
     "Seam",
     "Share",
@@ -74,6 +79,7 @@ __all__ = [
     "policy_of",
     "router_fingerprint",
     "router_similarity",
+    "summarized",
     "watching_steps",
     "within_groups",
     "without_outcasts",

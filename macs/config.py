@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .steps.weighting import WEIGHTINGS
+
 
 def _setting(
     default: Any,
@@ -90,7 +92,7 @@ class MACSConfig:
         "distinct",
         "semantic weight of a visual token: visual_weight for all, by how unlike the mean visual token it "
         "is, or by its features' entropy",
-        choices=("distinct", "constant", "entropy"),
+        choices=tuple(WEIGHTINGS),
     )
     entropy_sharpness: float = _setting(
         1.0,

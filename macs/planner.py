@@ -26,7 +26,7 @@ from .steps.demand import measure
 from .steps.drops import limit_drops
 from .steps.fixed_point import UNIT
 from .steps.rerouting import reroute
-from .steps.weighting import Weighting, semantic_weights
+from .steps.weighting import WEIGHTINGS, Weighting, semantic_weights
 from .tokens import Tokens
 from .topology import Topology
 
@@ -203,9 +203,9 @@ class Planner:
         shapes["rows"] = sources, experts
         if self.config.cost == "weight":
             shapes["cost"] = sources, experts
-        if rule.rule != "constant":
+        if WEIGHTINGS[rule.rule].value is not None:
             shapes["moments"] = 3, rule.groups(tokens)
-        if rule.rule == "distinct":
+        if WEIGHTINGS[rule.rule].directions:
             shapes["directions"] = sources, size
         if statistics:
             shapes["record"] = (len(SCALARS) + len(LOADS) * experts,)

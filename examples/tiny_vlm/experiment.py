@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from macs import POLICIES, MACSConfig, Profile, Runtime
+from macs import METRICS, POLICIES, MACSConfig, Profile, Runtime, summarized
 from macs.files import output_file
 
 from . import data
@@ -125,16 +125,14 @@ class Results:
 
     accuracy: dict[str, float]
     agreement: float
-    imbalance_before: float
-    imbalance_after: float
-    straggler_before: float
-    straggler_after: float
-    rerouted: float
-    dropped: float
-    kept_mass: float
-    visual_ratio: float
+    loads: dict[str, float]  # ``macs.METRICS``
     layer_ms: float
     time_ratio: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is written to a file."""
+        told = asdict(self)
+        return {**told.pop("loads"), **told}
 
 
 class LayerClock:
@@ -353,23 +351,10 @@ def summarize(
         if hits:
             accuracy[task] = statistics.mean(hits)
 
-    def mean(values: list) -> float:
-        return float(
-            torch.cat([torch.as_tensor(value, dtype=torch.float64).flatten() for value in values]).mean()
-        )
-
-    shares = [report.shares() for report in reports]
     return Results(
         accuracy=accuracy,
         agreement=statistics.mean(own == other for own, other in zip(answers, vanilla, strict=True)),
-        imbalance_before=mean([report.imbalance("before") for report in reports]),
-        imbalance_after=mean([report.imbalance("after") for report in reports]),
-        straggler_before=mean([report.straggler("before") for report in reports]),
-        straggler_after=mean([report.straggler("after") for report in reports]),
-        rerouted=mean([share["rerouted"] for share in shares]),
-        dropped=mean([share["dropped"] for share in shares]),
-        kept_mass=mean([share["kept_mass"] for share in shares]),
-        visual_ratio=mean([report.visual_ratio for report in reports]),
+        loads=summarized(reports),
         layer_ms=milliseconds,
         time_ratio=milliseconds / vanilla_milliseconds,
     )
@@ -395,14 +380,9 @@ def results_table(
             means = [statistics.mean(one.accuracy[task] for task in tasks) for one in values]
             row(f"mean of {name}", [f"{one:.3f}" for one in means])
     row("same answer as vanilla", [f"{one.agreement:.3f}" for one in values], end=True)
-    row("busiest expert, before", [f"{one.imbalance_before:.2f}" for one in values])
-    row("busiest expert, after", [f"{one.imbalance_after:.2f}" for one in values])
-    row("busiest rank, before", [f"{one.straggler_before:.3f}" for one in values])
-    row("busiest rank, after", [f"{one.straggler_after:.3f}" for one in values])
-    row("rerouted", [f"{one.rerouted:.1%}" for one in values])
-    row("dropped", [f"{one.dropped:.1%}" for one in values])
-    row("kept mass", [f"{one.kept_mass:.3f}" for one in values])
-    row("R_v", [f"{one.visual_ratio:.3f}" for one in values], end=True)
+    for name, metric in METRICS.items():
+        last = name == list(METRICS)[-1]
+        row(metric.title, [format(one.loads[name], metric.form) for one in values], end=last)
     row("MoE layer, ms", [f"{one.layer_ms:.1f}" for one in values])
     row("time / vanilla", [f"{one.time_ratio:.2f}" for one in values])
     for name, cells in (further or {}).items():
@@ -436,7 +416,7 @@ def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> 
     caption = describe_run(arguments, engine, experiment.share)
     console.print(results_table(results, caption, experiment.further_rows(list(results))))
     if arguments.json is not None and dist.get_rank() == 0:
-        found = {title: asdict(one) for title, one in results.items()}
+        found = {title: one.as_dict() for title, one in results.items()}
         arguments.json.write_text(json.dumps({"caption": caption, "results": found}, indent=1))
 
 

@@ -5,7 +5,9 @@ Shapes: N recorded steps, E experts, R ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,6 +148,10 @@ class LayerReport:
         loads = self.loads(when)
         return loads.amax(1) / loads.mean(1).clamp(min=1e-9)
 
+    def summary(self) -> dict[str, float]:
+        """Every figure of ``METRICS``, by its name: means over the steps."""
+        return {name: metric.of(self) for name, metric in METRICS.items()}
+
     def shares(self) -> dict[str, float]:
         """Shares of all assignments and of all combine weight, over all steps."""
         count = (self.kept + self.rerouted + self.dropped).sum().clamp(min=1)
@@ -163,3 +169,47 @@ class LayerReport:
     def visual_ratio(self) -> Tensor:
         """R_v of every step, [N]; 0.5 where there was no weight."""
         return torch.where(self.weight > 0, self.visual_weight / self.weight.clamp(min=1e-30), 0.5)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a layer: its title in tables and plots, where it comes from, and how it is written."""
+
+    title: str
+    of: Callable[[LayerReport], float]
+    form: str = ".3f"
+
+
+def _mean(name: str, *given: Any) -> Callable[[LayerReport], float]:
+    """Of a figure that a report has for every step, over the steps."""
+
+    def of(report: LayerReport) -> float:
+        value = getattr(report, name)
+        return float((value(*given) if given else value).mean())
+
+    return of
+
+
+def _share(name: str) -> Callable[[LayerReport], float]:
+    return lambda report: report.shares()[name]
+
+
+METRICS: dict[str, Metric] = {
+    "imbalance_before": Metric("busiest expert, before", _mean("imbalance", "before"), ".2f"),
+    "imbalance_after": Metric("busiest expert, after", _mean("imbalance", "after"), ".2f"),
+    "straggler_before": Metric("busiest rank, before", _mean("straggler", "before")),
+    "straggler_after": Metric("busiest rank, after", _mean("straggler", "after")),
+    "rerouted": Metric("rerouted", _share("rerouted"), ".1%"),
+    "dropped": Metric("dropped", _share("dropped"), ".1%"),
+    "kept_mass": Metric("kept mass", _share("kept_mass")),
+    "visual_ratio": Metric("R_v", _mean("visual_ratio")),
+}
+"""What tables, plots and exporters show of a layer, in this order. A busiest rank is measured in vanilla's
+mean rank, a busiest expert in the mean expert; rerouted and dropped are shares of the assignments, kept mass
+is the share of their combine weight; R_v is the visual share of the semantic weight."""
+
+
+def summarized(reports: Sequence[LayerReport]) -> dict[str, float]:
+    """``METRICS`` of several layers: the means of theirs."""
+    each = [report.summary() for report in reports]
+    return {name: sum(one[name] for one in each) / len(each) for name in METRICS}

@@ -5,9 +5,10 @@ Shapes: T tokens, V visual ones that are looked at, D features, S sources, G gro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,17 +39,60 @@ PART = 1 << 18
 """Features that are worked on at a time on a CPU: what its cache has room for while all of it is done."""
 
 
+Value = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""hidden [T, D], token int64 [V] (those asked for), visual bool [T], source int64 [T] in 0..S-1, directions
+int64 [S, D] zeros to add to (or empty) -> float32 [V], NaN where features are not finite."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to weigh visual tokens.
+
+    value: what tells them apart, normalised to v~ within a group; none: all weigh ``visual_weight``. The
+    weight is 2 u sigmoid(sign delta v~); u: the weight of a token in the middle, none: ``visual_weight``.
+    directions: whether ``value`` needs the sums of directions. kernel: whether ``kernels/weighting.py``
+    computes it; one without is computed by plain torch on a GPU too.
+    """
+
+    purpose: str
+    value: Value | None = None
+    sign: float = 1.0
+    usual: float | None = None
+    directions: bool = False
+    kernel: bool = False
+
+
+WEIGHTINGS: dict[str, Rule] = {}
+"""The rules, by the name that the setting ``weighting`` takes."""
+
+
+def weighting(name: str, **told: Any) -> Callable[[Value], Value]:
+    """Register a function as the ``value`` of a rule."""
+
+    def register(value: Value) -> Value:
+        WEIGHTINGS[name] = Rule(value=value, **told)
+        return value
+
+    return register
+
+
 @dataclass(frozen=True)
 class Weighting:
-    """What makes a token's weight: rule "distinct", "entropy" or "constant"; sharpness: delta; usual: the
-    weight of a visual token under "constant", of the usual one otherwise; by_image: normalised among the
-    tokens of a picture, not of a source's batch; sources: S."""
+    """What makes a token's weight: rule: a name of ``WEIGHTINGS``; sharpness: delta; usual: the setting
+    ``visual_weight``; by_image: normalised among the tokens of a picture, not of a source's batch; sources:
+    S."""
 
     rule: str
     sharpness: float
     usual: float
     by_image: bool
     sources: int
+
+    @property
+    def curve(self) -> tuple[float, float]:
+        """Steepness and sign of the weight in v~, and what a token in the middle weighs."""
+        rule = WEIGHTINGS[self.rule]
+        return rule.sign * self.sharpness, self.usual if rule.usual is None else rule.usual
 
     def groups(self, tokens: int) -> int:
         """G: in how many groups so many tokens may be normalised."""
@@ -57,26 +101,30 @@ class Weighting:
 
 @fused
 def semantic_weights(hidden: Tensor, tokens: Tokens, rule: Weighting, sums: Sums, finite: bool) -> Weighed:
-    """w of every token, in fixed point: of text 1; of a visual one what ``rule`` says.
+    """w of every token, in fixed point: of text 1; of a visual one what ``WEIGHTINGS`` says of the rule.
 
     distinct: 2 u sigmoid(delta d~), d~ the normalised ``distinctness``; entropy: sigmoid(-delta H~), H~ the
-    normalised ``feature_entropy`` (the paper's); constant: u. hidden [T, D], any float dtype. finite: whether
-    to say which tokens' features are. A visual token whose features are not gets the lowest weight and is
-    not included in the moments.
+    normalised ``feature_entropy`` (the paper's equation 2); constant: u.
+
+    Args:
+        hidden: [T, D], any float dtype.
+        tokens: modality, source and picture of each.
+        rule: the rule and its numbers.
+        sums: its ``moments`` and ``directions`` are added to.
+        finite: whether to say which tokens' features are.
+
+    Returns:
+        Weights; a visual token whose features are not finite gets the lowest and is not included in the
+        moments.
     """
-    visual = tokens.visual
+    visual, measure = tokens.visual, WEIGHTINGS[rule.rule].value
     known = finite_features(hidden) if finite else None
-    if rule.rule == "constant":
+    if measure is None:
         return Weighed(torch.where(visual, max(1, round(rule.usual * UNIT)), UNIT), known)
     token = indices_of(visual)
-    if rule.rule == "distinct":
-        value = distinctness(hidden, token, visual, tokens.source, sums.directions)
-        sharpness, usual = rule.sharpness, rule.usual
-    else:
-        value = feature_entropy(hidden, token)
-        sharpness, usual = -rule.sharpness, 0.5
+    value = measure(hidden, token, visual, tokens.source, sums.directions)
     group = _groups_of(tokens, rule)[token]
-    weight = relative_weights(value, visual[token], group, (sharpness, usual), sums.moments)
+    weight = relative_weights(value, visual[token], group, rule.curve, sums.moments)
     return Weighed(torch.full_like(tokens.position, UNIT).index_copy_(0, token, weight), known)
 
 
@@ -112,7 +160,11 @@ def _parts(hidden: Tensor, token: Tensor, most: int) -> Iterator[tuple[slice, Te
         yield part, some
 
 
-def feature_entropy(hidden: Tensor, token: Tensor) -> Tensor:
+WEIGHTINGS["constant"] = Rule("all alike: visual_weight", kernel=True)
+
+
+@weighting("entropy", purpose="low entropy of the features weighs more", sign=-1.0, usual=0.5, kernel=True)
+def feature_entropy(hidden: Tensor, token: Tensor, *_: Tensor) -> Tensor:
     """H = -sum p ln p with p = softmax(z) of features z, in nats, of some tokens.
 
     hidden [T, D], any float dtype, token int64 [V] -> float32 [V]; NaN where the features are not finite.
@@ -128,6 +180,7 @@ def feature_entropy(hidden: Tensor, token: Tensor) -> Tensor:
     return entropy
 
 
+@weighting("distinct", purpose="unlike the mean visual token weighs more", directions=True, kernel=True)
 def distinctness(hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, total: Tensor) -> Tensor:
     """How unlike the mean visual token of its source a token is: 1 - cos(z, mean of z / |z|), 0..2.
 

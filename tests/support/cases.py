@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from macs import MACSConfig, Seam, Tokens, Topology
+from macs import WEIGHTINGS, MACSConfig, Seam, Tokens, Topology
 
 NO_BOUND = {"max_load_factor": None, "target_straggler": None}
 """No bound on the rows of a rank."""
@@ -110,7 +110,7 @@ def configs(**fixed):
         "target_straggler": st.sampled_from([None, None, 0.7, 1.0, 1.3]),
         "modality_strength": st.sampled_from([0.0, 0.5, 1.0]),
         "min_capacity": st.sampled_from([0.0, 1.0, 2.0]),
-        "weighting": st.sampled_from(["entropy", "constant", "distinct"]),
+        "weighting": st.sampled_from(list(WEIGHTINGS)),
         "visual_weight": st.sampled_from([0.25, 0.5, 1.0]),
         "normalization": st.sampled_from(["batch", "image"]),
         "cost": st.sampled_from(["weight", "one"]),

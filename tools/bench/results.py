@@ -51,10 +51,10 @@ class Done:
         """What the table shows of it."""
         report = self.report
         return {
+            **report.summary(),
             "straggler": float(report.straggler("after").mean()),
             "busiest_expert": self.busiest_expert,
             "sent": sum(self.sent) / float((report.kept + report.rerouted + report.dropped).sum()),
-            **report.shares(),
         }
 
 

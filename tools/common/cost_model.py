@@ -182,7 +182,7 @@ def stated_h100(shape: Shape) -> CostModel:
     """An H100 as its makers and DeepEP's authors describe it, not measured here: bfloat16 grouped GEMM at
     half of 990 TFLOP/s, or at the 3.35 TB/s at which an expert's weights come from memory; exchanges at
     the 153 GB/s within a node and the 43 GB/s beyond that DeepEP reports of its first version on an H800;
-    permutation at memory speed; a plan by its launches, as ``tools/common/launches.py`` counts them, of 4 us each
+    permutation at memory speed; a plan by its launches, as ``macs bench launches`` counts them, of 4 us each
     (captured 1.5 us, ``captured``), and by its bytes at memory speed: features read three times, and 400
     more a token."""
     memory, flops = 3.35e12, 0.5 * 990e12

@@ -68,6 +68,7 @@ def fused(reference: Function) -> Function:
                 return kernel(first, *rest, **named)
         return reference(first, *rest, **named)
 
+    run.reference = reference  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from ...tokens import KINDS, TEXT, Tokens
 from ..contracts import Sums, Weighed
 from ..fixed_point import ENTROPY_UNIT, UNIT
-from ..weighting import DISTINCT_UNIT, EPSILON, FLAT_SPREAD, STEPS, Weighting
+from ..weighting import DISTINCT_UNIT, EPSILON, FLAT_SPREAD, STEPS, WEIGHTINGS, Weighting
+from ..weighting import semantic_weights as fused_weights
 from .shared import finite, power_of_2, rint, visual_of
 
 LOWEST = tl.constexpr(-3.4028234e38)
@@ -26,6 +27,8 @@ BLOCK = 128
 """Features of them that it looks at together."""
 TOKENS = 256
 """Tokens of a program that reads no features."""
+semantic_weights_in_torch = fused_weights.reference  # type: ignore[attr-defined]
+"""For a rule that has no kernel."""
 FEW = 64
 """So many groups are summed within a program, before memory sees them; with more, hardly two tokens of a
 program share one."""
@@ -36,6 +39,8 @@ def semantic_weights(hidden: Tensor, tokens: Tokens, rule: Weighting, sums: Sums
     token can be compared with the mean only when that is known; the first reads features twice, the second
     time mostly out of cache, and once more for every further source, the second once. Features of text are
     read only for ``finite``."""
+    if not WEIGHTINGS[rule.rule].kernel:
+        return semantic_weights_in_torch(hidden, tokens, rule, sums, finite)
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     (count, size), device = hidden.shape, hidden.device
     weight = torch.empty(count, dtype=torch.int64, device=device)
@@ -70,12 +75,10 @@ def semantic_weights(hidden: Tensor, tokens: Tokens, rule: Weighting, sums: Sums
             UNIT=DISTINCT_UNIT, SCALE=ENTROPY_UNIT, STEPS=STEPS, GROUPS=few,
             SOURCES=power_of_2(rule.sources), **form,
         )  # fmt: skip
-        curve = float(rule.sharpness), float(rule.usual)
     else:
         _entropy[grid](*features, value, known, *group, *sizes, SCALE=ENTROPY_UNIT, GROUPS=few, **form)
-        curve = -float(rule.sharpness), 0.5
     _weights[(triton.cdiv(count, TOKENS),)](
-        value, *features[1:], *group, weight, count, *curve,
+        value, *features[1:], *group, weight, count, *map(float, rule.curve),
         SCALE=ENTROPY_UNIT, UNIT=UNIT, FLAT=FLAT_SPREAD, EPSILON=EPSILON, TEXT=TEXT, TOKENS=TOKENS,
     )  # fmt: skip
     return told

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import reference
 from support.kernels import DEVICE, both, features, generator, kernel_test, tokens_of
 
-from macs import Tokens
+from macs import WEIGHTINGS, Tokens
 from macs.steps.contracts import Sums
 from macs.steps.fixed_point import UNIT
 from macs.steps.weighting import (
@@ -137,7 +137,7 @@ def test_constant_weights():
         assert weights_of(torch.zeros(2, 3), tokens, "constant", usual).weight.tolist() == [weight, UNIT]
 
 
-@pytest.mark.parametrize("rule", ["constant", "distinct", "entropy"])
+@pytest.mark.parametrize("rule", WEIGHTINGS)
 def test_which_tokens_are_finite(rule):
     hidden = torch.randn(5, 6)
     hidden[1, 2], hidden[3, 0], hidden[4, 5] = math.nan, math.inf, -math.inf
@@ -206,7 +206,7 @@ SIZES = [(5, 7), (1, 128), (37, 129), (3, 1500), (2, 8192), (0, 16)]
 
 @kernel_test
 @pytest.mark.parametrize(("count", "size"), SIZES)
-@pytest.mark.parametrize("rule", ["constant", "distinct", "entropy"])
+@pytest.mark.parametrize("rule", WEIGHTINGS)
 @pytest.mark.parametrize("sources", [1, 3])
 @pytest.mark.parametrize("by_image", [False, True])
 def test_kernels(count, size, rule, sources, by_image):
