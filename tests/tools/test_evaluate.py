@@ -100,7 +100,7 @@ def test_the_worth_of_assignments_is_held_against_what_a_planner_sees(tmp_path):
 
 
 def test_the_best_of_a_policy_keeps_to_the_bound():
-    from evaluate import best_within
+    from macs_tools.evaluate.statistics import best_within
 
     def point(title, straggler, kl):
         return {"title": title, "straggler": straggler, "kl": [kl, kl, kl], "picture_kl": None}

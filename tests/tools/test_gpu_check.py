@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def test_every_section_runs_dry():
-    command = [sys.executable, gpu_check.__file__, "--dry", "--limit", "240"]
+    command = [sys.executable, "-m", "macs", "bench", "gpu", "--dry", "--limit", "240"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
     found = [json.loads(line) for line in run.stdout.splitlines()]

@@ -23,16 +23,20 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnBackend
 from rich.console import Console
 from rich.table import Table
-from tiny_vlm.megatron_engine import answer, static_engine
 from torch import Tensor
 
 from macs import TEXT, Runtime
 from megatron_macs import attach_modality, with_macs
 
+from ..common import clone
 from ..common.command import quiet
 from ..common.layers import Asked, device, engine, force, join, settings_of, together
 from ..common.workloads import NOTHING_OVER, VANILLA, Batch, Contender, Shape, draw
 from .arguments import running
+
+clone.examples("tiny_vlm")
+
+from tiny_vlm.megatron_engine import answer, static_engine  # noqa: E402
 
 LAYERS, PROMPTS, NEW_TOKENS, VOCABULARY, IMAGE_ID = 2, 8, 8, 512, 3
 
