@@ -13,77 +13,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 from pathlib import Path
+from typing import Any
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-import torch.distributed as dist
-from deepspeed.moe.experts import Experts
-from deepspeed.moe.layer import MoE
-from rich.console import Console
-from tiny_vlm import model as tiny
-from tiny_vlm.deepspeed import start, with_moe_layers
-from tiny_vlm.experiment import (
-    VANILLA,
-    Experiment,
-    LayerClock,
-    add_arguments,
-    check_arguments,
-    run,
-)
-from tiny_vlm.plain import Engine
-
-import deepspeed_macs
-from macs import MACSConfig
+from macs_tools.common.command import one_line, quiet
+from tiny_vlm.arguments import checked, example_parser
 
 CONFIG = Path(__file__).parent / "ds_config.json"
 
 
-class MoEExperiment(Experiment):
-    """Also counts the rows that experts compute: in this layer every expert computes as many as the
-    fullest one, so these, not the loads, are what a step costs."""
-
-    def watch(self, model: torch.nn.Module) -> None:
-        self.rows: dict[str, list[int]] = {}
-        self.counted: list[int] = []
-        for module in model.modules():
-            if isinstance(module, Experts):
-                module.register_forward_pre_hook(self._count)
-
-    def _count(self, module: Experts, args: tuple[torch.Tensor]) -> None:
-        self.counted.append(args[0].numel() // args[0].shape[-1])
-
-    def answers(self, batches: list, progress: object, title: str) -> list[list[int]]:
-        self.counted.clear()
-        found = super().answers(batches, progress, title)
-        largest = max(self.counted)
-        self.rows[title] = [rows for rows in self.counted if rows * 4 > largest]  # prompts, not decoding
-        return found
-
-    def further_rows(self, titles: list[str]) -> dict[str, list[str]]:
-        means = {title: statistics.mean(self.rows[title]) for title in titles}
-        return {"rows computed / vanilla": [f"{means[title] / means[VANILLA]:.2f}" for title in titles]}
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
+    parser = example_parser("deepspeed_moe_inference", __doc__)
     parser.add_argument("--deepspeed_config", type=Path, default=CONFIG)
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
-    arguments = parser.parse_args()
-    check_arguments(parser, arguments)
-    return arguments
+    return checked(parser)
 
 
-def build(arguments: argparse.Namespace, console: Console) -> Experiment:
+def build(arguments: argparse.Namespace, console: Any) -> Any:
     """The tiny model in DeepSpeed's inference engine, with MACS."""
+    import torch.distributed as dist
+    from deepspeed.moe.layer import MoE
+    from tiny_vlm import model as tiny
+    from tiny_vlm.deepspeed import MoEExperiment, with_moe_layers
+    from tiny_vlm.experiment import LayerClock
+    from tiny_vlm.plain import Engine
+
+    import deepspeed_macs
+    from macs import MACSConfig
+
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = with_moe_layers(tiny.load_model(arguments.checkpoint), rank, ranks)
     config = json.loads(arguments.deepspeed_config.read_text())
@@ -103,5 +60,21 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
     return experiment
 
 
+def main(arguments: argparse.Namespace) -> None:
+    """Run what the arguments, which are in order, ask for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from tiny_vlm.deepspeed import start
+    from tiny_vlm.experiment import run
+
+    run(arguments, start, build, f"DeepSpeed {deepspeed.__version__}, deepspeed.moe.layer.MoE")
+
+
 if __name__ == "__main__":
-    run(parse_arguments(), start, build, f"DeepSpeed {deepspeed.__version__}, deepspeed.moe.layer.MoE")
+    arguments = parse_arguments()
+    quiet()
+    with one_line("deepspeed_moe_inference"):
+        main(arguments)

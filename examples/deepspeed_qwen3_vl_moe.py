@@ -15,135 +15,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-import torch.distributed as dist
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from PIL import Image
-from rich.console import Console
-from tiny_vlm import data
-from tiny_vlm import model as tiny
-from tiny_vlm.deepspeed import start
-from tiny_vlm.experiment import (
-    PAPER,
-    PROFILE,
-    Experiment,
-    LayerClock,
-    add_arguments,
-    check_arguments,
-    run,
-)
-from tiny_vlm.plain import Engine
-
-import deepspeed_macs
+from macs_tools.common.command import one_line, quiet
+from tiny_vlm.arguments import PROFILE, checked, example_parser
 
 CONFIG = Path(__file__).parent / "ds_autoep_config.json"
-PICTURE_QUESTIONS = (
-    "Describe this picture.",
-    "What is in the foreground, and what is behind it?",
-    "Which colours do you see?",
-)
-TEXT_QUESTIONS = (
-    "Explain in a few sentences why the sky is blue.",
-    "Write a short story about a lighthouse keeper.",
-)
-
-
-@dataclass(frozen=True)
-class Request:
-    """A question in words, perhaps about a picture; nobody knows the right answer."""
-
-    text: str
-    picture: Image.Image | None
-    task: str = ""
-    answer: None = None
-
-
-class ProcessorEngine:
-    """``generate`` of a model with a processor: chat template, left padding, a cache."""
-
-    def __init__(self, model: Any, processor: Any, tokens: int) -> None:
-        self.model, self.processor, self.tokens = model, processor, tokens
-        processor.tokenizer.padding_side = "left"
-        if processor.tokenizer.pad_token is None:
-            processor.tokenizer.pad_token = processor.tokenizer.eos_token
-
-    @torch.inference_mode()
-    def generate(self, samples: Sequence[Request], tokens: int | None = None) -> list[list[int]]:
-        """Greedy answers of equally many tokens, so that ranks stay in step."""
-        tokens = self.tokens if tokens is None else tokens
-        conversations = []
-        for sample in samples:
-            content: list[dict[str, Any]] = [{"type": "text", "text": sample.text}]
-            if sample.picture is not None:
-                content.insert(0, {"type": "image", "image": sample.picture})
-            conversations.append([{"role": "user", "content": content}])
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
-        inputs = {
-            name: tensor.to(self.model.device, self.model.dtype if tensor.is_floating_point() else None)
-            for name, tensor in inputs.items()
-        }
-        answers = self.model.generate(
-            **inputs,
-            do_sample=False,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-            synced_gpus=dist.get_world_size() > 1,
-        )
-        return answers[:, inputs["input_ids"].shape[1] :].tolist()
-
-    def words(self, ids: Sequence[int]) -> str:
-        """An answer as text."""
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-class OwnExperiment(Experiment):
-    """Photographs and texts for a model of one's own."""
-
-    def questions(self, seed: int, split: str, count: int) -> list[Request]:
-        pictures = [Image.fromarray(pixels) for pixels in data.photographs(split)]
-        found = []
-        for number in range(count):
-            if number % 4 == 3:
-                found.append(Request(TEXT_QUESTIONS[number // 4 % len(TEXT_QUESTIONS)], None))
-            else:
-                question = PICTURE_QUESTIONS[number % len(PICTURE_QUESTIONS)]
-                found.append(Request(question, pictures[(seed + number) % len(pictures)]))
-        return found
-
-    def own_question(self, picture: Path, question: str) -> Request:
-        with Image.open(picture) as image:
-            return Request(question, image.convert("RGB"))
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
+    parser = example_parser("deepspeed_qwen3_vl_moe", __doc__)
     parser.add_argument("--model", type=Path, help="a checkpoint directory in Hugging Face format")
     parser.add_argument("--dtype", default="auto", help="of --model: auto, float32, bfloat16, ...")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer of --model")
     parser.add_argument("--deepspeed_config", type=Path, default=CONFIG)
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
-    arguments = parser.parse_args()
-    check_arguments(parser, arguments)
+    arguments = checked(parser, own_model=True)
     if arguments.model is not None:
         if not (arguments.model / "config.json").is_file():
             parser.error(f"--model: found no config.json in {arguments.model}")
@@ -152,15 +40,23 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def build(arguments: argparse.Namespace, console: Console) -> Experiment:
+def build(arguments: argparse.Namespace, console: Any) -> Any:
     """The model in DeepSpeed's engine, with MACS."""
+    import torch.distributed as dist
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from tiny_vlm import model as tiny
+    from tiny_vlm.experiment import PAPER, Experiment, LayerClock
+    from tiny_vlm.own_model import OwnExperiment, ProcessorEngine
+    from tiny_vlm.plain import Engine
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import deepspeed_macs
+
     config = json.loads(arguments.deepspeed_config.read_text())
     config["expert_parallel"]["autoep_size"] = dist.get_world_size()
     if arguments.model is None:
         model, kind = tiny.load_model(arguments.checkpoint), Experiment
     else:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
         kind = OwnExperiment
         model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
         processor = AutoProcessor.from_pretrained(arguments.model)
@@ -181,5 +77,21 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
     )
 
 
+def main(arguments: argparse.Namespace) -> None:
+    """Run what the arguments, which are in order, ask for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from tiny_vlm.deepspeed import start
+    from tiny_vlm.experiment import run
+
+    run(arguments, start, build, f"DeepSpeed {deepspeed.__version__}, AutoEP")
+
+
 if __name__ == "__main__":
-    run(parse_arguments(), start, build, f"DeepSpeed {deepspeed.__version__}, AutoEP")
+    arguments = parse_arguments()
+    quiet()
+    with one_line("deepspeed_qwen3_vl_moe"):
+        main(arguments)

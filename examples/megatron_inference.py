@@ -11,46 +11,33 @@ CUDA calls; with GPUs it uses NCCL and no shim.
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import nullcontext
+from typing import Any
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # the engine's own bar; ours says more
-
-import megatron.core
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from rich.console import Console
-from tiny_vlm import model as tiny
-from tiny_vlm.experiment import (
-    Experiment,
-    LayerClock,
-    add_arguments,
-    check_arguments,
-    run,
-    share_of,
-)
-from tiny_vlm.megatron import PictureEncoder, build_megatron_model, start_expert_parallel
-from tiny_vlm.megatron_engine import Engine
-
-from macs import Runtime
-from megatron_macs import attach_modality, cpu_engine
+from macs_tools.common.command import one_line, quiet
+from tiny_vlm.arguments import checked, example_parser
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
+    parser = example_parser("megatron_inference", __doc__)
     parser.add_argument("--dispatcher", choices=("alltoall", "allgather"), default="alltoall")
-    arguments = parser.parse_args()
-    check_arguments(parser, arguments)
-    return arguments
+    return checked(parser)
 
 
-def build(arguments: argparse.Namespace, console: Console) -> Experiment:
+def build(arguments: argparse.Namespace, console: Any) -> Any:
     """The tiny model in Megatron's engine, with MACS."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from tiny_vlm import model as tiny
+    from tiny_vlm.experiment import Experiment, LayerClock, share_of
+    from tiny_vlm.megatron import PictureEncoder, build_megatron_model
+    from tiny_vlm.megatron_engine import Engine
+
+    from macs import Runtime
+    from megatron_macs import attach_modality
+
     source = tiny.load_model(arguments.checkpoint)
     runtime = Runtime()
     model = build_megatron_model(
@@ -73,12 +60,22 @@ def build(arguments: argparse.Namespace, console: Console) -> Experiment:
     )
 
 
+def main(arguments: argparse.Namespace) -> None:
+    """Run what the arguments, which are in order, ask for."""
+    import megatron.core
+    import torch
+    from tiny_vlm.experiment import run
+    from tiny_vlm.megatron import start_expert_parallel
+
+    from megatron_macs import cpu_engine
+
+    title = f"Megatron-Core {megatron.core.__version__}, {arguments.dispatcher}"
+    with nullcontext() if torch.cuda.is_available() else cpu_engine():
+        run(arguments, start_expert_parallel, build, title)
+
+
 if __name__ == "__main__":
     arguments = parse_arguments()
-    with nullcontext() if torch.cuda.is_available() else cpu_engine():
-        run(
-            arguments,
-            start_expert_parallel,
-            build,
-            f"Megatron-Core {megatron.core.__version__}, {arguments.dispatcher}",
-        )
+    quiet()
+    with one_line("megatron_inference"):
+        main(arguments)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
+
 import deepspeed
 import torch
+from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen3VLMoeForConditionalGeneration
+
+from .experiment import VANILLA, Experiment
 
 
 def start() -> None:
@@ -68,3 +73,29 @@ def with_moe_layers(
             expert.down.weight.copy_(source.experts.down_proj[number])
         layer.mlp = MoEBlock(moe)
     return model.eval()
+
+
+class MoEExperiment(Experiment):
+    """Also counts the rows that experts compute: in this layer every expert computes as many as the
+    fullest one, so these, not the loads, are what a step costs."""
+
+    def watch(self, model: nn.Module) -> None:
+        self.rows: dict[str, list[int]] = {}
+        self.counted: list[int] = []
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.register_forward_pre_hook(self._count)
+
+    def _count(self, module: Experts, args: tuple[Tensor]) -> None:
+        self.counted.append(args[0].numel() // args[0].shape[-1])
+
+    def answers(self, batches: list, progress: object, title: str) -> list[list[int]]:
+        self.counted.clear()
+        found = super().answers(batches, progress, title)
+        largest = max(self.counted)
+        self.rows[title] = [rows for rows in self.counted if rows * 4 > largest]  # prompts, not decoding
+        return found
+
+    def further_rows(self, titles: list[str]) -> dict[str, list[str]]:
+        means = {title: statistics.mean(self.rows[title]) for title in titles}
+        return {"rows computed / vanilla": [f"{means[title] / means[VANILLA]:.2f}" for title in titles]}

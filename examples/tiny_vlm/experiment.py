@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import statistics
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,19 +15,18 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from macs_tools.common.command import first_process
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
 from macs import METRICS, POLICIES, MACSConfig, Profile, Runtime, summarized
-from macs.files import output_file
 
 from . import data
 from . import model as tiny
-from .vocabulary import END, FILLER, VOCABULARY, build_tokenizer, encode
+from .arguments import question_tokens
 
-PROFILE = Path("runs") / "tiny_vlm.profile.safetensors"
 VANILLA = "vanilla"
 PAPER = MACSConfig.preset("paper").updated(target_straggler=MACSConfig().target_straggler)
 """The paper's settings under the bound that the others keep to."""
@@ -48,55 +44,9 @@ class Engine(Protocol):
         """An answer as text."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments all examples share."""
-    parser.add_argument(
-        "--policy",
-        action="append",
-        choices=[name for name, policy in POLICIES.items() if policy.plans],
-        help="a policy to run beside vanilla; may be given several times (default: token-drop, "
-        "expanded-drop, and MACS at more than one setting)",
-    )
-    parser.add_argument("--config", type=Path, help="MACS settings, a .yaml or .json file")
-    parser.add_argument(
-        "--target-straggler", type=float, help="most rows of a rank over the mean, for every policy"
-    )
-    parser.add_argument("--capacity-factor", type=float, help="gamma, in its place")
-    parser.add_argument("--samples", type=int, default=896, help="questions to ask")
-    parser.add_argument("--batch", type=int, default=64, help="questions asked at once, over all ranks")
-    parser.add_argument("--repeats", type=int, default=9, help="prompts timed for each policy")
-    parser.add_argument("--checkpoint", type=Path, default=tiny.CHECKPOINT)
-    parser.add_argument("--profile", type=Path, default=PROFILE, help="made if it is not there")
-    parser.add_argument("--json", type=output_file, help="write all figures to this file")
-    parser.add_argument("--picture", type=Path, help="ask about this picture instead")
-    parser.add_argument("--question", help="what to ask about --picture")
-
-
-def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """End with a message if arguments do not go together, or no launcher started this."""
-    if "RANK" not in os.environ:
-        parser.error(f"run me under torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
-    if arguments.target_straggler is not None and arguments.capacity_factor is not None:
-        parser.error("--target-straggler and --capacity-factor: expected one of them")
-    if (arguments.picture is None) != (arguments.question is None):
-        parser.error("--picture and --question go together")
-
-
 def share_of(arguments: argparse.Namespace) -> int:
     """Questions a rank asks at once."""
     return max(1, arguments.batch // dist.get_world_size())
-
-
-def up_to_end(ids: list[int]) -> list[int]:
-    """An answer without what follows its end token."""
-    end = VOCABULARY[END]
-    return ids[: ids.index(end) + 1] if end in ids else ids
-
-
-def words_of(ids: Sequence[int]) -> str:
-    """An answer as words."""
-    words = tuple(VOCABULARY)
-    return " ".join(words[i] for i in ids if i < len(words) and words[i] != END)
 
 
 def settings_by_name(
@@ -276,8 +226,6 @@ class Experiment:
         chosen = settings_by_name(self.arguments, self.presets)
         profile = self.profile()
         batches = self.mine(self.questions(0, "test", self.arguments.samples))
-        if not batches:
-            raise SystemExit("--samples: fewer than one batch; raise it or lower --batch")
         asked = self.gathered([sample for batch in batches for sample in batch])
         answers, reports = {}, {}
         with Progress(console=self.console) as progress:
@@ -311,29 +259,15 @@ class Experiment:
             answers[title] = self.engine.words(self.engine.generate([sample])[0])
         return answers
 
+    caution = (
+        "The model knows handwritten digits on photographs, and nothing else: its answer about any other "
+        "picture is a guess."
+    )
+    """Said under the answer to a question of one's own."""
+
     def further_rows(self, titles: list[str]) -> dict[str, list[str]]:
         """Rows that only this engine's table has: name -> a cell for each policy."""
         return {}
-
-
-def question_tokens(question: str) -> list[int]:
-    """A typed question as a prompt about a picture; words the model never learned are an error."""
-    tokenizer = build_tokenizer()
-    ids = tokenizer.encode(question, add_special_tokens=False)
-    if tokenizer.unk_token_id in ids:
-        unknown = [
-            word
-            for word in question.split()
-            if tokenizer.encode(word, add_special_tokens=False)[0] == tokenizer.unk_token_id
-        ]
-        known = [word for word in tokenizer.get_vocab() if word.isalpha() and len(word) > 1]
-        raise SystemExit(
-            f"--question: the model does not know {unknown}; it knows: {' '.join(sorted(known))}"
-        )
-    room = data.QUESTION_TOKENS - len(ids)
-    if room < 0:
-        raise SystemExit(f"--question: found {len(ids)} tokens, at most {data.QUESTION_TOKENS} fit")
-    return encode(FILLER) * room + data.PICTURE_PREFIX + ids
 
 
 def summarize(
@@ -411,6 +345,7 @@ def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> 
     if arguments.picture is not None:
         for title, answer in experiment.ask(arguments.picture, arguments.question).items():
             console.print(f"{title:>16}: {answer}")
+        console.print(experiment.caution)
         return
     results = experiment.run()
     caption = describe_run(arguments, engine, experiment.share)
@@ -427,9 +362,7 @@ def run(
     engine: str,
 ) -> None:
     """An example's whole run on this rank: ``start`` joins the process group, ``build`` loads the model."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    console = Console(quiet=int(os.environ["RANK"]) != 0)
+    console = Console(quiet=not first_process())
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     start()

@@ -21,9 +21,8 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.models.gpt import GPTModel
 
 from .data import ANSWER_TOKENS, PROMPT_TOKENS, Sample
-from .experiment import up_to_end, words_of
 from .megatron import PictureEncoder, TinyVLM
-from .vocabulary import END, UNKNOWN, VOCABULARY
+from .vocabulary import END, UNKNOWN, VOCABULARY, up_to_end, words_of
 
 
 class WordTokenizer:

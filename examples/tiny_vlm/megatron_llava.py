@@ -32,10 +32,10 @@ from macs import Runtime
 from megatron_macs import with_macs
 
 from .data import ANSWER_TOKENS, IMAGE_TOKENS, PICTURE_SIZE, PROMPT_TOKENS, Sample
-from .experiment import up_to_end, words_of
 from .megatron import copy_weights, transformer_config
 from .megatron_engine import WordTokenizer, greedy, wrapper_arguments
 from .model import picture_inputs
+from .vocabulary import up_to_end, words_of
 
 PATCH = PICTURE_SIZE // round(IMAGE_TOKENS**0.5)  # pixels a side of what one token stands for
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .data import ANSWER_TOKENS, Sample
-from .experiment import up_to_end, words_of
 from .model import sample_inputs
+from .vocabulary import up_to_end, words_of
 
 
 class Engine:

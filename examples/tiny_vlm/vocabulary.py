@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,3 +53,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END,
         additional_special_tokens=[VISION_START, IMAGE, VIDEO, VISION_END],
     )
+
+
+def up_to_end(ids: list[int]) -> list[int]:
+    """An answer without what follows its end token."""
+    end = VOCABULARY[END]
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def words_of(ids: Sequence[int]) -> str:
+    """An answer as words."""
+    words = tuple(VOCABULARY)
+    return " ".join(words[i] for i in ids if i < len(words) and words[i] != END)

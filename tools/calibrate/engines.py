@@ -17,7 +17,6 @@ from tiny_vlm.vocabulary import BEGIN, FILLER, build_tokenizer, encode
 
 from macs import Runtime
 
-from ..common import clone
 from ..common.processes import processes
 from .requests import Request, opened
 
@@ -78,8 +77,7 @@ def deepspeed(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
         if arguments.model is None:
             answers: Any = Engine(engine.module)
         else:
-            clone.examples("deepspeed_qwen3_vl_moe")
-            from deepspeed_qwen3_vl_moe import ProcessorEngine
+            from tiny_vlm.own_model import ProcessorEngine
 
             processor = AutoProcessor.from_pretrained(arguments.model)
             answers = ProcessorEngine(engine.module, processor, 1)
@@ -111,8 +109,7 @@ def own_batches(arguments: argparse.Namespace, requests: list[Request] | None) -
 
 def processor_request(request: Request) -> Any:
     """A request as ``ProcessorEngine`` takes it."""
-    clone.examples("deepspeed_qwen3_vl_moe")
-    from deepspeed_qwen3_vl_moe import Request as Asked
+    from tiny_vlm.own_model import Request as Asked
 
     if request.picture is None:
         return Asked(request.text, None)

@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm; what we run has bars of its own
+
 MISTAKE, INTERRUPTED = 2, 130
 """Exit codes: what the command line asks for cannot be done; Ctrl-C."""
 
@@ -90,7 +92,6 @@ def one_line(name: str) -> Iterator[None]:
 
 def quiet(threads: int | None = None) -> None:
     """No warnings of third parties before the result; so many threads for torch."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes that are started from here
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -1,0 +1,99 @@
+"""What the examples are asked, checked before an engine or transformers is imported."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from macs_tools.common.command import Parser
+from PIL import Image
+
+from macs import POLICIES, MACSConfig
+from macs.files import output_file
+
+from . import CHECKPOINT, data
+from .vocabulary import FILLER, VOCABULARY, encode
+
+PROFILE = Path("runs") / "tiny_vlm.profile.safetensors"
+EXPERTS = 16
+"""Of the tiny model: so many processes at most, and a divisor of them."""
+
+
+def example_parser(script: str, description: str | None) -> Parser:
+    """A parser with the arguments that all examples share."""
+    parser = Parser(script, description)
+    parser.add_argument(
+        "--policy",
+        action="append",
+        choices=[name for name, policy in POLICIES.items() if policy.plans],
+        help="a policy to run beside vanilla; may be given several times (default: token-drop, "
+        "expanded-drop, and MACS at more than one setting)",
+    )
+    parser.add_argument("--config", type=Path, help="MACS settings, a .yaml or .json file")
+    parser.add_argument(
+        "--target-straggler", type=float, help="most rows of a rank over the mean, for every policy"
+    )
+    parser.add_argument("--capacity-factor", type=float, help="gamma, in its place")
+    parser.add_argument("--samples", type=int, default=896, help="questions to ask")
+    parser.add_argument("--batch", type=int, default=64, help="questions asked at once, over all ranks")
+    parser.add_argument("--repeats", type=int, default=9, help="prompts timed for each policy")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--profile", type=Path, default=PROFILE, help="made if it is not there")
+    parser.add_argument("--json", type=output_file, help="write all figures to this file")
+    parser.add_argument("--picture", type=Path, help="ask about this picture instead")
+    parser.add_argument("--question", help="what to ask about --picture")
+    return parser
+
+
+def checked(parser: Parser, own_model: bool = False) -> argparse.Namespace:
+    """The arguments, or one line about what is wrong with them, from the first process. own_model: there may
+    be a ``--model``, to which the tiny model's vocabulary and experts do not apply."""
+    arguments = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error(f"run me under torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
+    own_model = own_model and arguments.model is not None
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if not own_model and EXPERTS % processes:
+        parser.error(f"found {processes} processes, expected a divisor of the model's {EXPERTS} experts")
+    if arguments.target_straggler is not None and arguments.capacity_factor is not None:
+        parser.error("--target-straggler and --capacity-factor: found both, expected one of them")
+    if (arguments.picture is None) != (arguments.question is None):
+        parser.error("--picture and --question go together: found one of them")
+    for name in ("samples", "batch", "repeats"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}: found {getattr(arguments, name)}, expected 1 or more")
+    if arguments.samples < max(1, arguments.batch // processes) * processes:
+        parser.error(
+            f"--samples: found {arguments.samples}, fewer than one batch (--batch {arguments.batch})"
+        )
+    if not own_model and not (arguments.checkpoint / "config.json").is_file():
+        parser.error(f"--checkpoint: found no config.json in {arguments.checkpoint}")
+    try:
+        flags = {name: getattr(arguments, name) for name in ("target_straggler", "capacity_factor")}
+        base = MACSConfig() if arguments.config is None else MACSConfig.from_file(arguments.config)
+        base.updated(**{name: value for name, value in flags.items() if value is not None})
+        if arguments.picture is not None:
+            with Image.open(arguments.picture) as image:
+                image.verify()
+            if not own_model:
+                question_tokens(arguments.question)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return arguments
+
+
+def question_tokens(question: str) -> list[int]:
+    """A typed question as a prompt about a picture; a word the model never learned is a ``ValueError``."""
+    words = question.replace("?", " ? ").split()
+    unknown = [word for word in words if word not in VOCABULARY]
+    if unknown:
+        known = sorted(word for word in VOCABULARY if word.isalpha() and len(word) > 1)
+        raise ValueError(
+            f"--question: the model does not know {unknown}, expected some of: {' '.join(known)}"
+        )
+    room = data.QUESTION_TOKENS - len(words)
+    if room < 0:
+        raise ValueError(f"--question: found {len(words)} words, at most {data.QUESTION_TOKENS} fit")
+    return encode(FILLER) * room + data.PICTURE_PREFIX + encode(" ".join(words))
