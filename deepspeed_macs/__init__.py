@@ -11,7 +11,10 @@ from .compat import check_deepspeed
 try:
     import deepspeed  # noqa: F401
 except ImportError as error:
-    raise ImportError("deepspeed_macs needs deepspeed: pip install 'macs-moe[deepspeed]'") from error
+    raise ImportError(
+        "deepspeed_macs needs deepspeed: pip install 'macs-moe[deepspeed]', or from a clone "
+        "pip install -e '.[deepspeed]'"
+    ) from error
 else:
     check_deepspeed()
 

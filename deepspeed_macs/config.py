@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from macs import POLICIES, MACSConfig, Profile
+from macs import POLICIES, TOKEN_IDS, MACSConfig, Profile
 from macs.config import check_name
 from macs.files import check_output
 
@@ -77,7 +77,7 @@ class MACSBlock:
                 refuse(name, "true or false")
         check_name("macs policy", self.policy, tuple(POLICIES))
         check_name("macs modality", self.modality, MODALITIES)
-        for name in ("image_token_id", "video_token_id", "audio_token_id", "padding_token_id"):
+        for name in TOKEN_IDS:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 refuse(name, "a token id")

@@ -39,6 +39,7 @@ from macs import (
     attach_modality,
     place_among,
     policy_of,
+    token_ids_in,
 )
 from macs.config import read_mapping
 from macs.serving.calls import CallReader
@@ -158,12 +159,12 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
         profile=block.load_profile(),
         virtual_ranks=block.virtual_ranks,
     )
-    blind = _why_blind(model) if block.modality == "auto" and not _named_tokens(block) else None
+    blind = _why_blind(model) if block.modality == "auto" and not _kinds_named(block) else None
     same_tokens = max(tensor_parallel_size, bwc_tensor_model_parallel_world_size(groups.mpu))
     own = [_add_gate(runtime, layer, same_tokens, blind) for layer in gates]
     own += [_add_autoep(runtime, layer, same_tokens, blind) for layer in autoep]
     if block.modality == "auto" and blind is None:
-        attach_modality(model, **_named_tokens(block), padding_token_id=block.padding_token_id)
+        attach_modality(model, **token_ids_in(block))
     else:  # padding is still told by what a call brings
         text_only = blind is not None or block.modality == "text"
         ModalityHook(model, CallReader(padding_id=block.padding_token_id, text_only=text_only))
@@ -291,10 +292,9 @@ def _read_block(macs: Block | str | Path) -> MACSBlock:
     return MACSBlock.of(values.get("macs", values))
 
 
-def _named_tokens(block: MACSBlock) -> dict[str, int]:
-    """The token ids a block names, as ``attach_modality`` takes them."""
-    names = ("image_token_id", "video_token_id", "audio_token_id")
-    return {name: getattr(block, name) for name in names if getattr(block, name) is not None}
+def _kinds_named(block: MACSBlock) -> bool:
+    """Whether a block names a token id of a modality."""
+    return bool(token_ids_in(block).keys() - {"padding_token_id"})
 
 
 def _why_blind(model: nn.Module) -> str | None:

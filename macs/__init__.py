@@ -18,7 +18,8 @@ from .records.profile import Calibration, Profile, router_fingerprint
 from .records.traffic import Recording, RoutingRecorder
 from .serving.adapter import Limits, Seam, Share, place_among
 from .serving.context import current_modality, modality
-from .serving.hooks import ModalityHook, attach_modality
+from .serving.hooks import TOKEN_IDS, ModalityHook, attach_modality, token_ids_in
+from .serving.launch import CommandParser, run_script
 from .serving.layer import LayerRuntime
 from .serving.plain import attach_plain
 from .serving.runtime import Runtime
@@ -39,9 +40,11 @@ __all__ = [
     "PRESETS",
     "STEPS",
     "TEXT",
+    "TOKEN_IDS",
     "VIDEO",
     "WEIGHTINGS",
     "Calibration",
+    "CommandParser",
     "LayerRecorder",
     "LayerReport",
     "LayerRuntime",
@@ -79,7 +82,9 @@ __all__ = [
     "policy_of",
     "router_fingerprint",
     "router_similarity",
+    "run_script",
     "summarized",
+    "token_ids_in",
     "watching_steps",
     "within_groups",
     "without_outcasts",

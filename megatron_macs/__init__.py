@@ -4,29 +4,36 @@ runtime = macs.Runtime(macs.MACSConfig())
 spec = megatron_macs.with_macs(get_gpt_layer_local_spec(...), runtime)
 model = GPTModel(config, spec, ...)
 megatron_macs.attach_modality(model, image_token_id=...)
+
+Megatron is imported with the first name that is asked for, so that command lines are checked before it.
 """
 
-from .compat import check_megatron
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 try:
-    import megatron.core  # noqa: F401
-except ImportError as error:
-    raise ImportError("megatron_macs needs megatron-core: pip install 'macs-moe[megatron]'") from error
-else:
-    check_megatron()
+    _found = importlib.util.find_spec("megatron.core")
+except ImportError:
+    _found = None
+if _found is None:
+    raise ImportError(
+        "megatron_macs needs megatron-core: pip install 'macs-moe[megatron]', or from a clone "
+        "pip install -e '.[megatron]'"
+    )
 
-from .arguments import add_macs_args, runtime_from_args, tokens_from_args
-from .cpu import cpu_engine
-from .dispatcher import (
-    MACSAllGatherTokenDispatcher,
-    MACSAlltoAllTokenDispatcher,
-    MACSFlexTokenDispatcher,
-)
-from .hooks import attach_modality
-from .layer import MACSMoELayer
-from .router import MACSTopKRouter
-from .spec import with_macs
-from .swap import install
+if TYPE_CHECKING:
+    from .arguments import add_macs_args, runtime_from_args, tokens_from_args
+    from .cpu import cpu_engine
+    from .dispatcher import (
+        MACSAllGatherTokenDispatcher,
+        MACSAlltoAllTokenDispatcher,
+        MACSFlexTokenDispatcher,
+    )
+    from .hooks import attach_modality
+    from .layer import MACSMoELayer
+    from .router import MACSTopKRouter
+    from .spec import with_macs
+    from .swap import install
 
 __all__ = [
     "MACSAllGatherTokenDispatcher",
@@ -42,3 +49,27 @@ __all__ = [
     "tokens_from_args",
     "with_macs",
 ]
+
+_HOMES = {
+    "add_macs_args": "arguments",
+    "runtime_from_args": "arguments",
+    "tokens_from_args": "arguments",
+    "cpu_engine": "cpu",
+    "MACSAllGatherTokenDispatcher": "dispatcher",
+    "MACSAlltoAllTokenDispatcher": "dispatcher",
+    "MACSFlexTokenDispatcher": "dispatcher",
+    "attach_modality": "hooks",
+    "MACSMoELayer": "layer",
+    "MACSTopKRouter": "router",
+    "with_macs": "spec",
+    "install": "swap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A name of ``__all__``, whose module imports Megatron, once this version of it has been checked."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name] != "arguments":
+        importlib.import_module(".compat", __name__).check_megatron()
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

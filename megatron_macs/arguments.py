@@ -6,10 +6,8 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from macs import POLICIES, PRESETS, MACSConfig, Profile, Runtime
+from macs import POLICIES, PRESETS, TOKEN_IDS, MACSConfig, Profile, Runtime, token_ids_in
 from macs.config import read_mapping
-
-TOKEN_FLAGS = ("image_token_id", "video_token_id", "audio_token_id", "padding_token_id")
 
 
 def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -24,7 +22,7 @@ def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--moe-macs-preset", choices=tuple(PRESETS), help="a named set of settings")
     group.add_argument("--moe-macs-policy", choices=POLICIES, help="macs (default) or a baseline")
     group.add_argument("--moe-macs-profile", metavar="FILE", help="a calibration profile")
-    for name in TOKEN_FLAGS:
+    for name in TOKEN_IDS:
         kind = name.removesuffix("_token_id")
         group.add_argument(_flag(name), type=int, metavar="ID", help=f"input id of {kind} tokens")
     for setting in fields(MACSConfig):
@@ -69,8 +67,7 @@ def runtime_from_args(args: argparse.Namespace) -> Runtime | None:
 
 def tokens_from_args(args: argparse.Namespace) -> dict[str, int]:
     """The token ids given, as ``attach_modality`` takes them."""
-    given = {name: getattr(args, f"moe_macs_{name}") for name in TOKEN_FLAGS}
-    return {name: value for name, value in given.items() if value is not None}
+    return token_ids_in(args, "moe_macs_")
 
 
 def _flag(name: str) -> str:

@@ -9,24 +9,19 @@ transformer layer that is built from a layer spec. Without ``--moe-macs`` the sc
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import logging
 import os
-import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from macs import Profile, Runtime
+from macs import CommandParser, Profile, Runtime, run_script
 from macs.files import check_output
 from macs.records.traffic import rank_path
 
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
-from .swap import install
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     by_name = arguments[:1] == ["-m"]
     given = arguments[1:] if by_name else arguments
     missing = not given or given[0].startswith("-")
-    parser = argparse.ArgumentParser(
-        prog="megatron_macs.launch SCRIPT",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=missing,  # else --help is the script's
-    )
+    # Where there is a script, --help is the script's.
+    parser = CommandParser("megatron_macs.launch SCRIPT", __doc__, add_help=missing)
     add_macs_args(parser)
     parser.add_argument(
         "--moe-macs-calibrate",
@@ -88,8 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = rest[: rest.index("--")] if "--" in rest else rest
     for flag in flags:
         if flag.startswith("--moe-macs"):
-            close = difflib.get_close_matches(flag.split("=")[0], parser._option_string_actions, 1)
-            parser.error(f"found no flag {flag}" + (f"; is it {close[0]}?" if close else ""))
+            parser.unknown(flag)
     try:
         # Made absolute now: the script may go to another folder.
         calibrate, record = (
@@ -107,22 +96,18 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error("found --moe-macs-calibrate with a policy or a profile; nothing is planned with it")
         if record is not None:
             parser.error("found --moe-macs-calibrate with --moe-macs-record; expected one of them")
-    sys.argv = [script, *rest]
+    from .compat import check_megatron
+
+    check_megatron()
+    from .swap import install
+
     uninstall = None if runtime is None else install(runtime, tokens_from_args(own))
-    code: Any = None
     try:
         if runtime is not None and calibrate is not None:
             runtime.start_calibration()
         if runtime is not None and record is not None:
             runtime.start_routing()
-        if by_name:
-            sys.path.insert(0, "")
-            runpy.run_module(script, run_name="__main__", alter_sys=True)
-        else:
-            sys.path.insert(0, str(Path(script).resolve().parent))
-            runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:  # a script's own way to finish
-        code = end.code
+        code = run_script(script, rest, by_name)
     finally:
         if uninstall is not None:
             uninstall()

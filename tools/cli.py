@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .common.command import leave, nearest, run
+from macs.serving.launch import leave, nearest
+
+from .common.command import run
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from macs import MACSConfig, Modality, Planner, Topology, __version__, has_triton, kernels
+from macs.serving.launch import nearest
 
-from .common.command import Parser, nearest, quiet
+from .common.command import Parser, quiet
 
 WORKS, ABSENT, FAILS = "works", "absent", "fails"
 

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from macs_tools.common.command import first_process
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
 from macs import METRICS, POLICIES, MACSConfig, Profile, Runtime, summarized
+from macs.serving.launch import first_process
 
 from . import data
 from . import model as tiny

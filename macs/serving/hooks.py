@@ -21,6 +21,16 @@ from .layer import LayerRuntime
 
 logger = logging.getLogger(__name__)
 
+TOKEN_IDS = ("image_token_id", "video_token_id", "audio_token_id", "padding_token_id")
+"""The arguments of ``attach_modality`` that name an input id; flags and config blocks have the same."""
+
+
+def token_ids_in(given: Any, prefix: str = "") -> dict[str, int]:
+    """Those of ``TOKEN_IDS`` that an object has under its name, behind a prefix, and that are not none."""
+    found = {name: getattr(given, prefix + name) for name in TOKEN_IDS}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 TOKEN_ID_NAMES = {
     IMAGE: ("image_token_id", "image_token_index", "media_placeholder_token_id"),
     VIDEO: ("video_token_id", "video_token_index"),

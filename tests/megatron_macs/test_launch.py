@@ -190,7 +190,10 @@ def test_a_script_that_does_not_change_calibrates(tmp_path):
     ("arguments", "message"),
     [
         ([], "expected a script, or -m and a module, and its arguments"),
-        ([__file__, "--moe-macs", "--moe-macs-capacity-factr", "2"], "is it --moe-macs-capacity-factor?"),
+        (
+            [__file__, "--moe-macs", "--moe-macs-capacity-factr", "2"],
+            "did you mean --moe-macs-capacity-factor?",
+        ),
         (["nothing.py"], "found no script 'nothing.py'"),
         ([__file__, "--moe-macs", "--moe-macs-level", "rnk"], "invalid choice: 'rnk'"),
         ([__file__, "--moe-macs-level", "rank"], "found --moe-macs-level without --moe-macs"),

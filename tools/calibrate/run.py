@@ -28,8 +28,9 @@ from tiny_vlm import CHECKPOINT
 
 from macs import MACSConfig, Profile
 from macs.files import output_file
+from macs.serving.launch import first_process
 
-from ..common.command import Parser, first_process, quiet
+from ..common.command import Parser, quiet
 from .requests import read_requests
 from .stability import AGREEMENT, bias_table, check, counted, enough, plot, stability
 

@@ -8,36 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm; what we run has bars of its own
-
-MISTAKE, INTERRUPTED = 2, 130
-"""Exit codes: what the command line asks for cannot be done; Ctrl-C."""
-
-
-def first_process() -> bool:
-    """Whether this process speaks for all that a launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def leave(name: str, message: str, code: int = MISTAKE) -> NoReturn:
-    """End with one line on stderr, once over all processes."""
-    if first_process():
-        sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
-    raise SystemExit(code)
-
-
-def nearest(found: str, known: Iterable[str]) -> str:
-    """A hint at what was probably meant, or nothing."""
-    close = difflib.get_close_matches(found, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+from macs.serving.launch import INTERRUPTED, CommandParser, leave
 
 
 def _formatter() -> type[argparse.HelpFormatter]:
@@ -54,27 +31,11 @@ def _formatter() -> type[argparse.HelpFormatter]:
     return Coloured
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line that names the nearest flag."""
+class Parser(CommandParser):
+    """The parser of a command, whose help is in colours where rich-argparse is installed."""
 
     def __init__(self, name: str, description: str | None, **options: Any) -> None:
-        super().__init__(
-            prog=name,
-            description=(description or "").replace("``", ""),
-            formatter_class=_formatter(),
-            allow_abbrev=False,
-            **options,
-        )
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            hint = nearest(unknown[0].split("=")[0], self._option_string_actions)
-            self.error(f"found {unknown[0]}, which is not a flag of this command{hint}")
-        return found
-
-    def error(self, message: str) -> NoReturn:
-        leave(self.prog, f"{message} (--help lists what there is)")
+        super().__init__(name, description, formatter_class=_formatter(), **options)
 
 
 @contextlib.contextmanager
