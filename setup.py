@@ -12,10 +12,11 @@ VERSION = (HERE / "macs" / "version.py").read_text().split('"')[-2]
 MEGATRON = ["megatron-core>=0.16.1,<0.20"]
 DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
 TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
+TOOLS = ["matplotlib>=3.8", "rich>=13", "rich-argparse>=1.5"]
+DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26"]
 EXAMPLES = [
-    "matplotlib>=3.8",
+    *TOOLS,
     "pillow>=10",
-    "rich>=13",
     "scikit-image>=0.24,<1",
     "scikit-learn>=1.5,<2",
     "tqdm>=4.66",
@@ -27,6 +28,8 @@ TEST = [
     "mypy>=1.11",
     "peft>=0.18",
     "pytest>=8",
+    "pytest-cov>=5",
+    "pytest-xdist>=3.6",
     "ruff>=0.8",
     "types-PyYAML",
 ]
@@ -51,8 +54,10 @@ setup(
         "megatron": MEGATRON,
         "deepspeed": DEEPSPEED,
         "te": TRANSFORMER_ENGINE,
+        "tools": TOOLS,
         "examples": EXAMPLES,
+        "docs": DOCS,
         "test": TEST + EXAMPLES,
-        "all": MEGATRON + DEEPSPEED + EXAMPLES + TEST,
+        "all": MEGATRON + DEEPSPEED + EXAMPLES + TEST + DOCS,
     },
 )

@@ -16,8 +16,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from macs_tools.common.command import one_line, quiet
 from tiny_vlm.arguments import checked, example_parser
+
+from macs_tools.common.command import one_line, quiet
 
 CONFIG = Path(__file__).parent / "ds_config.json"
 

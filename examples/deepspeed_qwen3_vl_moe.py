@@ -18,8 +18,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from macs_tools.common.command import one_line, quiet
 from tiny_vlm.arguments import PROFILE, checked, example_parser
+
+from macs_tools.common.command import one_line, quiet
 
 CONFIG = Path(__file__).parent / "ds_autoep_config.json"
 
@@ -52,6 +53,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
 
     import deepspeed_macs
 
+    model: Any
     config = json.loads(arguments.deepspeed_config.read_text())
     config["expert_parallel"]["autoep_size"] = dist.get_world_size()
     if arguments.model is None:

@@ -14,8 +14,9 @@ import argparse
 from contextlib import nullcontext
 from typing import Any
 
-from macs_tools.common.command import one_line, quiet
 from tiny_vlm.arguments import checked, example_parser
+
+from macs_tools.common.command import one_line, quiet
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -7,11 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from macs_tools.common.command import Parser
 from PIL import Image
 
 from macs import POLICIES, MACSConfig
 from macs.files import output_file
+from macs_tools.common.command import Parser
 
 from . import CHECKPOINT, data
 from .vocabulary import FILLER, VOCABULARY, encode

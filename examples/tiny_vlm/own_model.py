@@ -83,7 +83,7 @@ class ProcessorEngine:
 class OwnExperiment(Experiment):
     """Photographs and texts for a model of one's own."""
 
-    def questions(self, seed: int, split: str, count: int) -> list[Request]:
+    def questions(self, seed: int, split: str, count: int) -> list[Any]:
         pictures = [Image.fromarray(pixels) for pixels in data.photographs(split)]
         found = []
         for number in range(count):
@@ -96,6 +96,6 @@ class OwnExperiment(Experiment):
 
     caution = ""
 
-    def own_question(self, picture: Path, question: str) -> Request:
+    def own_question(self, picture: Path, question: str) -> Any:
         with Image.open(picture) as image:
             return Request(question, image.convert("RGB"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ Value = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 int64 [S, D] zeros to add to (or empty) -> float32 [V], NaN where features are not finite."""
 
 
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+
 @dataclass(frozen=True)
 class Rule:
     """A way to weigh visual tokens.
@@ -66,10 +69,10 @@ WEIGHTINGS: dict[str, Rule] = {}
 """The rules, by the name that the setting ``weighting`` takes."""
 
 
-def weighting(name: str, **told: Any) -> Callable[[Value], Value]:
+def weighting(name: str, **told: Any) -> Callable[[Function], Function]:
     """Register a function as the ``value`` of a rule."""
 
-    def register(value: Value) -> Value:
+    def register(value: Function) -> Function:
         WEIGHTINGS[name] = Rule(value=value, **told)
         return value
 

@@ -124,7 +124,11 @@ def test_the_main_job_on_ones_own_picture(tmp_path):
     ]
     done = main_job(*arguments, "--question", "how many digits are there ?")
     assert done.returncode == 0, done.stderr
-    answers = [line.split(":")[1].strip() for line in done.stdout.splitlines() if line.startswith(" ") and ":" in line]
+    answers = [
+        line.split(":")[1].strip()
+        for line in done.stdout.splitlines()
+        if line.startswith(" ") and ":" in line
+    ]
     assert len(answers) == 2 and set(answers) <= {"1", "2", "3", "4"}, done.stdout
     assert "any other picture is a guess" in " ".join(done.stdout.split())
     refused = main_job(*arguments, "--question", "how many zebras are there ?")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from macs_tools.bench import compare as planners
 
 from macs import Modality
+from macs_tools.bench import compare as planners
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from macs_tools import doctor
 
 from macs import has_triton
 from macs.steps.contracts import Placement
+from macs_tools import doctor
 
 
 def test_what_is_named_must_work(capsys, monkeypatch):

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from macs_tools.bench import gpu as gpu_check
 
 from macs import has_triton
+from macs_tools.bench import gpu as gpu_check
 
 pytestmark = [
     pytest.mark.e2e,

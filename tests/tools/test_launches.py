@@ -1,10 +1,10 @@
 """How many kernels a plan launches: counted, so that no commit adds one unseen."""
 
 import pytest
-from macs_tools.common import launches
-from macs_tools.common.launches import ADAPTER, AROUND, CASES, MASK, OTHER, PLANS, RECORD
 
 from macs import STEPS, has_triton
+from macs_tools.common import launches
+from macs_tools.common.launches import ADAPTER, AROUND, CASES, MASK, OTHER, PLANS, RECORD
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 SHAPE = 8192, 2048, 128, 8, 8

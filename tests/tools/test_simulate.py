@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+
+from macs.config import MIN_TOKENS
 from macs_tools.common.cost_model import CostModel, at_home, break_even, captured, on_network, stated_h100
 from macs_tools.common.workloads import SHAPES, contenders
 from macs_tools.simulate import check, layers, run
 from macs_tools.simulate import placement as moved_experts
-from rich.console import Console
-
-from macs.config import MIN_TOKENS
 
 SHAPE = replace(SHAPES["tiny"], tokens=256)
 MODEL = CostModel(

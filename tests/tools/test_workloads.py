@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from macs_tools.common import workloads
-from macs_tools.common.workloads import SHAPES, WORKLOADS, draw, features
 from support.cases import AnySeam
 
 from macs import IMAGE, TEXT, MACSConfig, Modality, Recording, Runtime, Topology, modality
+from macs_tools.common import workloads
+from macs_tools.common.workloads import SHAPES, WORKLOADS, draw, features
 
 SHAPE = replace(SHAPES["tiny"], tokens=512)
 RANKS = 4

@@ -57,7 +57,7 @@ class Costs:
 
     def _exchanges(self) -> list[Callable[[], Any]]:
         kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        works = []
+        works: list[Callable[[], Any]] = []
         for rows in self._exchanged():
             given = torch.zeros(rows * self.ranks, self.shape.hidden, dtype=kind, device=device())
             works.append(partial(dist.all_to_all_single, torch.empty_like(given), given))
@@ -69,7 +69,7 @@ class Costs:
 
     def _even_layers(self) -> list[Callable[[], Any]]:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        works = []
+        works: list[Callable[[], Any]] = []
         for tokens in (self.shape.tokens // 2, self.shape.tokens):
             batch = draw("W4", replace(self.shape, tokens=tokens), 0, rank, self.ranks, 1 + self.seed)
             hidden, _, logits = layout_of(batch, features(batch, self.shape.hidden, 0, rank))

@@ -111,7 +111,7 @@ def experts_of(size: Size, rows: Any) -> Callable[[], Any] | None:
     grouped = getattr(functional, "grouped_mm", None)
     if grouped is None or not torch.cuda.is_available():
         return None
-    kind = {"device": "cuda", "dtype": torch.bfloat16}
+    kind: Any = {"device": "cuda", "dtype": torch.bfloat16}
     up = torch.randn(len(rows), size.hidden, 2 * size.ffn, **kind) / 64
     down = torch.randn(len(rows), size.ffn, size.hidden, **kind) / 64
     ends = torch.as_tensor(rows, device="cuda").cumsum(0).to(torch.int32)

@@ -54,7 +54,8 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
         hidden, _, logits = layout_of(batch, features(batch, shape.hidden, 0, 0))
         asked.logits = logits
         works = {title: planned_alone(shape, one, ranks) for title, one in chosen.items()}
-        layers, spent = [], {title: [] for title in works}
+        layers: list[float] = []
+        spent: dict[str, list[float]] = {title: [] for title in works}
         around = around_plan(batch.experts.to(device()), batch.scores.to(device()))
         plans = {title: work() for title, work in works.items()}
         beside: dict[str, list[float]] = {title: [] for title in works}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -31,7 +32,7 @@ def show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None:
     line("both, share of a vanilla layer", lambda one: f"{one['share']:.1%}")
     table.add_section()
     for part in STEPS:
-        line(f"{part}, ms", lambda one, part=part: f"{one['parts'][part]:.2f}")
+        line(f"{part}, ms", partial(_of_step, part))
     table.add_section()
     line("torch operators", lambda one: f"{one['operators']}")
     line("peak bytes a token", lambda one: f"{one['bytes_a_token']:.0f}")
@@ -62,3 +63,8 @@ def show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None:
                 cells += [f"{row[title]:.1f}", f"{less:.2f}"]
             table.add_row(f"{row[name]:.0f}", f"{row['router']:.1f}", *cells)
         console.print(table)
+
+
+def _of_step(step: str, found: dict[str, Any]) -> str:
+    """A policy's time in a step."""
+    return f"{found['parts'][step]:.2f}"

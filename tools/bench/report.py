@@ -21,7 +21,15 @@ from ..common.workloads import VANILLA
 
 def table_of(rows: Sequence[dict[str, Any]], caption: str) -> Table:
     table = Table(caption=caption, caption_justify="left")
-    titles = ("workload", "policy", "ms", "time / vanilla", "ideal", "share of ideal", "busiest rank")
+    titles: tuple[str, ...] = (
+        "workload",
+        "policy",
+        "ms",
+        "time / vanilla",
+        "ideal",
+        "share of ideal",
+        "busiest rank",
+    )
     titles += ("busiest expert", "sent", "dropped", "rerouted", "kept mass")
     for title in titles:
         table.add_column(title, justify="left" if title in ("workload", "policy") else "right")

@@ -106,7 +106,8 @@ def at_same_mass(rows: Sequence[dict[str, Any]]) -> list[str]:
             )
             if macs is None or len(ladder) < 2 or not ladder[0][0] <= macs["kept_mass"] <= ladder[-1][0]:
                 continue
-            ratio = float(np.interp(macs["kept_mass"], *zip(*ladder, strict=True)))
+            masses, ratios = zip(*ladder, strict=True)
+            ratio = float(np.interp(macs["kept_mass"], masses, ratios))
             lines.append(
                 f"{workload}: keeping {macs['kept_mass']:.3f} of the mass, {title} takes {ratio:.3f} of "
                 f"vanilla's time, macs {macs['ratio']:.3f} (which reroutes {macs['rerouted']:.1%} besides)"

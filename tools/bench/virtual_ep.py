@@ -6,6 +6,7 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,6 @@ def planned(
     policy = build_policy(contender.policy, contender.config, topology, shape.top_k)
     kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     hidden = features(batch, shape.hidden, step, rank, seed).to(device(), kind)
-    inputs = [one.to(device()) for one in (batch.experts, batch.weights, batch.scores)]
+    experts, weights, scores = (one.to(device()) for one in (batch.experts, batch.weights, batch.scores))
     tokens = Modality.of(batch.kinds[None].to(device())).batch_major()
-    return lambda: policy.plan(hidden, *inputs, tokens)
+    return partial(policy.plan, hidden, experts, weights, scores, tokens)

@@ -45,7 +45,7 @@ def megatron(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
         changes = {"expert_model_parallel_size": dist.get_world_size()}
         model = build_megatron_model(source, runtime, **changes)
         if torch.cuda.is_available():
-            model, source = model.cuda(), source.cuda()
+            model, source = model.cuda(), source.to("cuda")
         attach_modality(model, image_token_id=source.config.image_token_id)
         yield runtime, Engine(model, PictureEncoder(source), arguments.batch)
         parallel_state.destroy_model_parallel()
@@ -66,6 +66,7 @@ def deepspeed(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
             "expert_parallel": {"enabled": True, "autoep_size": dist.get_world_size()},
             "macs": {},
         }
+        model: Any
         if arguments.model is None:
             model = tiny.load_model(arguments.checkpoint)
         else:

@@ -158,7 +158,7 @@ class Side:
             self.inputs, self.plan = inputs, inner(*inputs)
             return self.plan
 
-        self.macs.plan = keep  # type: ignore[method-assign]
+        self.macs.plan = keep  # type: ignore[method-assign, assignment]
 
     def __call__(self, hidden: Tensor, modality: macs.Modality) -> Tensor:
         with macs.modality(modality):

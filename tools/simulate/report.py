@@ -24,7 +24,7 @@ def _plot(path: Path, title: str, across: str, draw_on: Callable[[Any], None]) -
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.6))
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)  # type: ignore[attr-defined]
     draw_on(axes)
     axes.set_xlabel(across)
     axes.set_title(textwrap.fill(title, 90), fontsize=9)
@@ -116,7 +116,7 @@ def show(rows: Sequence[dict[str, Any]], name: str, layers: int, model: CostMode
         "its rows (who drops rows may win more). Captured: over vanilla where a CUDA graph replays the plan.",
         caption_justify="left",
     )
-    headings = (
+    headings: tuple[str, ...] = (
         "policy",
         "layer, ms",
         f"{layers} layers, ms",
