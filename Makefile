@@ -1,6 +1,6 @@
 # What one does here, by name. In a virtual environment: make setup, then the others.
 
-.PHONY: setup fast check test bench launches ci
+.PHONY: setup fast check test docs bench launches history ci
 
 setup:       ## everything, editable
 	pip install -e '.[all]'
@@ -16,11 +16,18 @@ check:       ## style and types
 test:        ## everything this machine can run
 	pytest
 
+docs:        ## the manual, in build/site; the table of settings anew
+	python -m macs_tools.settings_page
+	mkdocs build --strict
+
 bench:       ## what planning costs here
 	macs bench planner
 
 launches:    ## what a plan launches on a GPU, counted without one
 	macs bench launches
+
+history:     ## this commit's figures, a row of docs/benchmarks.csv
+	macs bench history
 
 ci:          ## both supported Megatron versions, in fresh environments
 	.ci/run

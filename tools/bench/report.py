@@ -63,7 +63,7 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """What it ran on, with what."""
     gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "device": torch.cuda.get_device_name() if gpu else processor(),
         "cores": os.cpu_count(),
         "threads": arguments.threads,
         "python": platform.python_version(),
@@ -73,7 +73,7 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
