@@ -43,9 +43,7 @@ def row() -> dict[str, str]:
         "date": datetime.date.today().isoformat(),
         "version": __version__,
         "commit": commit,
-        "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "CPU",
+        "machine": torch.cuda.get_device_name() if gpu else processor(),
         "torch": torch.__version__,
     }
     for name in SETTINGS:
