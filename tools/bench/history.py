@@ -26,6 +26,7 @@ from ..common.clone import ROOT
 from ..common.command import Parser, quiet
 from ..common.launches import PLANS
 from .compare import SHAPES, Operators, drawn, planned
+from .report import processor
 
 PAGE = ROOT / "docs" / "benchmarks.csv"
 SETTINGS = ("defaults", "paper")
