@@ -139,10 +139,20 @@ class Planner:
     ) -> Plan:
         """Plan one layer.
 
-        hidden [T, D] what enters the layer; experts int64 [T, k] the router's choice (-1: none);
-        weights [T, k] its combine weights; scores [T, E] the router's scores of every expert, 0..1,
-        without correction bias; tokens: which token is which (none: all are text). statistics: whether
-        the plan says what it did; otherwise its ``statistics`` are none.
+        Args:
+            hidden: what enters the layer, [T, D], any float dtype.
+            experts: the router's choice, int64 [T, k]; -1: none.
+            weights: its combine weights, [T, k], any float dtype.
+            scores: the router's scores of every expert, [T, E] in 0..1, without correction bias.
+            tokens: which token is which; none: all are text.
+            statistics: whether the plan says what it did; otherwise its ``statistics`` are none.
+
+        Returns:
+            Where every assignment goes; the router's choice itself where fewer than ``min_tokens`` are
+            planned.
+
+        Raises:
+            ValueError: a shape or dtype does not fit; the message names argument, found and expected.
         """
         tokens = self._check(hidden, experts, weights, scores, tokens)
         choice = Choice(experts, weights, scores, self.top_k)
@@ -256,10 +266,15 @@ class Planner:
 
 
 def router_similarity(router_weight: Tensor) -> Tensor:
-    """Similarity of experts by their router rows, (1 + cos) / 2: [E, D] -> float32 [E, E] in 0..1, on the
-    weight's device.
+    """Similarity of experts by their router rows, (1 + cos) / 2.
 
     Rounded to 1/65536, so that every device and rank has the same numbers.
+
+    Args:
+        router_weight: [E, D], any float dtype.
+
+    Returns:
+        float32 [E, E] in 0..1, on the weight's device.
     """
     expect("router_weight", router_weight, (None, None), FLOATS)
     rows = functional.normalize(router_weight.detach().double(), dim=1)

@@ -108,14 +108,31 @@ rest themselves (vanilla heeds none of them)."""
 
 
 def policy_of(name: str) -> Policy:
-    """The policy of that name; an unknown one is a ``ValueError`` that names the nearest."""
+    """The row of ``POLICIES`` of that name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
     check_name("policy", name, tuple(POLICIES))
     return POLICIES[name]
 
 
 def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, **extras: Any) -> Planner:
-    """The planner of the policy of that name; ``extras`` are ``Planner``'s keyword arguments, of use to those
-    that read modality."""
+    """The planner of a policy.
+
+    Args:
+        name: of the policy, a key of ``POLICIES``.
+        config: the settings; those that the policy sets itself are replaced.
+        topology: where experts live, and whose tokens are planned.
+        top_k: k, experts a token.
+        extras: ``Planner``'s keyword arguments; ignored by policies that do not read modality.
+
+    Returns:
+        A planner for one MoE layer.
+
+    Raises:
+        ValueError: no policy has that name, or a value does not fit the topology.
+    """
     policy = policy_of(name)
     if not policy.reads_modality:
         extras = {}

@@ -1,7 +1,7 @@
-"""Megatron-Core on a CPU, for examples and tests: stand-ins for what it asks of CUDA.
+"""Megatron-Core on a CPU, for examples and tests: stubs for what it asks of CUDA.
 
 Megatron is written for CUDA, yet its layers, dispatchers and static inference engine compute
-nothing that a CPU cannot. This context puts harmless stand-ins where it asks for a device, a stream
+nothing that a CPU cannot. This context puts harmless stubs where it asks for a device, a stream
 or an event, and takes every one of them back on leaving.
 """
 
@@ -107,7 +107,7 @@ def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
 def cpu_engine() -> Iterator[None]:
     """Within this context Megatron-Core runs on the CPU; on leaving, every symbol is as before.
 
-    A ``RuntimeError`` where CUDA is available: there Megatron needs no help, and a stand-in would
+    A ``RuntimeError`` where CUDA is available: there Megatron needs no help, and a stub would
     only hide it.
     """
     if torch.cuda.is_available():

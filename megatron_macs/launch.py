@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--moe-macs-calibrate",
         metavar="FILE",
         type=Path,
-        help="plan nothing, count whom every expert serves, and write a profile when the script ends",
+        help="plan nothing, count tokens per expert and modality, and write a profile when the script ends",
     )
     parser.add_argument(
         "--moe-macs-record",

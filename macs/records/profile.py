@@ -27,9 +27,15 @@ LARGEST_FILE = 1 << 30
 
 
 def router_fingerprint(router_weight: Tensor) -> str:
-    """What tells one router from another: router_weight [E, D] -> 16 hex digits.
+    """What tells one router from another.
 
     Taken over the weights in bfloat16, so that a model has one fingerprint in either precision.
+
+    Args:
+        router_weight: [E, D], any float dtype.
+
+    Returns:
+        16 hex digits.
     """
     expect("router_weight", router_weight, (None, None), FLOATS)
     numbers = router_weight.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16)

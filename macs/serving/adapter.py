@@ -36,8 +36,16 @@ class Share:
 
 
 def place_among(ranks: list[int], own: int, replicas: int) -> int:
-    """The ``place`` of rank ``own`` in a group of global ``ranks``, of which ``replicas`` neighbours each
-    hold the same tokens."""
+    """Where a rank's tokens stand among those of a group.
+
+    Args:
+        ranks: the group's global ranks.
+        own: one of them.
+        replicas: so many neighbours each hold the same tokens, as tensor-parallel ranks do.
+
+    Returns:
+        ``Share.place``, 0 for the first.
+    """
     return sorted({rank // replicas for rank in ranks}).index(own // replicas)
 
 

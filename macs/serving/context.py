@@ -110,8 +110,19 @@ def modality(
 ) -> Iterator[Modality]:
     """Tell every MACS layer in this block which token is which.
 
-    ``mask`` [B, S] is bool (True: image token) or integer kinds; the other arguments are those of
-    ``Modality.of``. Blocks nest; each thread and asyncio task has its own.
+    Blocks nest; each thread and asyncio task has its own.
+
+    Args:
+        mask: [B, S], bool (True: image token) or modality ids (``TEXT``, ``IMAGE``, ``VIDEO``, ``AUDIO``).
+        valid: bool [B, S], False: padding; none: all are tokens.
+        segments: integers [B, S], which picture a token is of; none: found from runs in ``mask``.
+        exempt: bool [B, S], tokens that are neither dropped nor rerouted; none: no token.
+
+    Yields:
+        What is in force.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or ``mask`` is a ``Modality`` and other arguments are given.
     """
     if isinstance(mask, Modality):
         if valid is not None or segments is not None or exempt is not None:

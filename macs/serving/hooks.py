@@ -198,14 +198,23 @@ def attach_modality(
 ) -> ModalityHook:
     """Set the modality mask around every forward pass of a model that takes ``input_ids`` [B, S].
 
-    Token ids that are not given are read from ``model.config`` where it has them (Hugging Face).
-    ``macs.serving.calls`` says what else in a call is read and what takes precedence. ``padding_token_id``
-    says what is padding in prompts without a mask; padding has no weight and is not counted. Every pipeline
-    stage must be called with the ids, as Megatron's inference engines do. A ``macs.modality`` block of the
-    same [B, S] around the call takes precedence, so that it can exempt tokens. What wraps a model may stay:
-    PEFT, ``torch.compile``, accelerate, training wrappers. Returns a handle with ``remove``.
+    ``macs.serving.calls`` says what else in a call is read and what takes precedence. Every pipeline stage
+    must be called with the ids, as Megatron's inference engines do. A ``macs.modality`` block of the same
+    [B, S] around the call takes precedence, so that it can exempt tokens.
 
-    Raises a ``ValueError`` where nothing would tell visual tokens from text.
+    Args:
+        model: any module; what wraps it may stay: PEFT, ``torch.compile``, accelerate, training wrappers.
+        image_token_id: input id of image tokens; none: read from ``model.config`` where it has one.
+        video_token_id: of video tokens, so too.
+        audio_token_id: of audio tokens, so too.
+        padding_token_id: what is padding in prompts without an attention mask; padding has no weight and is
+            not counted.
+
+    Returns:
+        The hooks; their ``remove`` takes them off.
+
+    Raises:
+        ValueError: nothing would tell visual tokens from text.
     """
     named = named_kinds(image_token_id, video_token_id, audio_token_id)
     inner = innermost(model)

@@ -46,10 +46,18 @@ DeepSeek-V3's."""
 
 
 def attach_plain(model: nn.Module, runtime: Runtime) -> Callable[[], None]:
-    """Let ``runtime`` plan every MoE block of a Hugging Face model; returns what undoes it.
+    """Let a runtime plan every MoE block of a Hugging Face model.
 
-    A block is a module with ``experts`` and a ``gate``. Raises a ``ValueError`` where there is none, or one
-    whose gate is not among ``GATES``, for what another returns may mean something else.
+    Args:
+        model: has blocks, which are modules with ``experts`` and a ``gate``.
+        runtime: with ``virtual_ranks``, the expert-parallel ranks to plan for.
+
+    Returns:
+        A function that undoes it.
+
+    Raises:
+        ValueError: there is no block, or one whose gate is not among ``GATES``, for what another gate
+            returns may mean something else.
     """
     blocks = {name: block for name, block in model.named_modules() if hasattr(block, "experts")}
     blocks = {name: block for name, block in blocks.items() if isinstance(block.experts, nn.Module)}

@@ -165,7 +165,7 @@ class Runtime:
 
     @contextmanager
     def calibration(self) -> Iterator[None]:
-        """Within this block nothing is planned, and every layer counts whom its experts serve;
+        """Within this block nothing is planned, and every layer counts tokens per expert and modality;
         ``measured_profile`` then has the result."""
         self.start_calibration()
         try:

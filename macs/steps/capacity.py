@@ -41,7 +41,15 @@ def capacities(sums: Sums, constants: Constants, config: MACSConfig, top_k: int)
 
 
 def loads_of(experts: Tensor, num_experts: int) -> Tensor:
-    """Assignments of each expert: experts int64, any shape (-1: none) -> int64 [E]."""
+    """Assignments of each expert.
+
+    Args:
+        experts: int64, any shape; -1: none.
+        num_experts: E.
+
+    Returns:
+        int64 [E].
+    """
     column = torch.where(experts < 0, num_experts, experts).flatten()
     return column.new_zeros(num_experts + 1).scatter_add(0, column, torch.ones_like(column))[:-1]
 

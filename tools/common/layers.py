@@ -37,7 +37,7 @@ def device() -> torch.device:
 
 
 def engine() -> AbstractContextManager[Any]:
-    """What Megatron needs around it here: nothing, or stand-ins for CUDA."""
+    """What Megatron needs around it here: nothing, or stubs for CUDA."""
     return nullcontext() if torch.cuda.is_available() else cpu_engine()
 
 
