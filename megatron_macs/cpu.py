@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from .compat import unnamed
+
 
 class _Inert:
     """A stream or event that does nothing, at once."""
@@ -115,7 +117,6 @@ def cpu_engine() -> Iterator[None]:
     from megatron.core.fusions import fused_softmax
     from megatron.core.inference import communication_utils
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -149,9 +150,7 @@ def cpu_engine() -> Iterator[None]:
         (MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None),
         (SharedExpertMLP, "stream", None),
     ]
-    if not hasattr(moe_utils, "te_general_gemm"):
-        # Megatron 0.16 asks whether this is None, but names it only where transformer-engine is.
-        replacements.append((moe_utils, "te_general_gemm", None))
+    replacements += unnamed()  # names that this Megatron does without transformer-engine
     with ExitStack() as stack:
         for owner, name, value in replacements:
             stack.enter_context(mock.patch.object(owner, name, value, create=not hasattr(owner, name)))

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from macs import LayerRuntime, Limits, Runtime, Seam, Share, Topology, current_modality, place_among
 
-from .compat import INFERENCE_OPTIMIZED_SINCE, inference_optimized
+from .compat import (
+    INFERENCE_OPTIMIZED_SINCE,
+    field_of,
+    graph_field,
+    graph_scopes,
+    inference_optimized,
+)
 from .dispatcher import (
     MACSAllGatherTokenDispatcher,
     MACSAlltoAllTokenDispatcher,
@@ -180,7 +186,7 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
                 "moe_flex_dispatcher_backend",
                 f"expected one of {', '.join(FLEX_BACKENDS)}; others cannot express what is dropped",
             )
-        if getattr(config, "moe_expert_rank_capacity_factor", None) is not None:
+        if field_of(config, "moe_expert_rank_capacity_factor") is not None:
             refuse("moe_expert_rank_capacity_factor", "it drops what the plan keeps; use max_load_factor")
     if config.moe_expert_capacity_factor is not None:
         refuse(
@@ -197,38 +203,24 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
         )
     if config.moe_latent_size:
         refuse("moe_latent_size", "the dispatcher would see projected features, not the layer's input")
-    if getattr(config, "moe_enable_routing_replay", False):
+    if field_of(config, "moe_enable_routing_replay"):
         refuse("moe_enable_routing_replay", "a replayed routing is not to be planned anew")
-    if getattr(config, "batch_invariant_mode", False):
+    if field_of(config, "batch_invariant_mode"):
         refuse("batch_invariant_mode", "a plan depends on the whole batch")
-    if config.moe_router_score_function not in ("softmax", "sigmoid"):
-        refuse("moe_router_score_function", "expected softmax or sigmoid")
     if config.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing"):
         refuse("moe_router_load_balancing_type", "its choice does not follow from the scores alone")
     if config.transformer_impl == "inference_optimized" and inference_optimized() is None:
         refuse("transformer_impl", f"MACS knows it as Megatron {INFERENCE_OPTIMIZED_SINCE} has it, not older")
     if config.context_parallel_size > 1:
         refuse("context_parallel_size", "it splits sequences, and with them the modality mask")
-    graphs = [str(one) for one in _graph_scopes(config)]
+    graphs = graph_scopes(config)
     captured = config.cuda_graph_impl != "none" and (
         not graphs or any("moe_preprocess" in one for one in graphs)
     )
-    padded = getattr(config, "moe_pad_experts_for_cuda_graph_inference", False)
+    padded = field_of(config, "moe_pad_experts_for_cuda_graph_inference")
     inference = config.transformer_impl == "inference_optimized"
     if captured and config.moe_token_dispatcher_type == "alltoall" and not (padded or inference):
         refuse(
-            _graph_field(config),
+            graph_field(config),
             "the number of rows sent is known only after the plan, inside what the graph captures",
         )
-
-
-def _graph_field(config: TransformerConfig) -> str:
-    """Its name in this Megatron: cuda_graph_scope in 0.16, cuda_graph_modules later."""
-    return "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
-
-
-def _graph_scopes(config: TransformerConfig) -> list[Any]:
-    scopes = getattr(config, _graph_field(config), None)
-    if scopes is None:
-        return []
-    return list(scopes) if isinstance(scopes, (list, tuple, set)) else [scopes]

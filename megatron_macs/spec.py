@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -12,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from macs import MACSConfig, Runtime
 
-from .compat import inference_optimized
+from .compat import inference_optimized, slot_of, with_module
 from .layer import MACSMoELayer
 from .router import MACSTopKRouter
 
@@ -57,29 +56,13 @@ def _layer_submodules(spec: Any) -> list[Any]:
 
 
 def macs_mlp(mlp: Any, runtime: Runtime, pg_collection: Any) -> Any:
-    """The MACS form of a layer's ``mlp`` slot; none if the slot holds no MoE layer.
-
-    The slot is a ``ModuleSpec`` up to Megatron 0.16 and a ``functools.partial`` from 0.17 on.
-    """
-    if isinstance(mlp, ModuleSpec):
-        if not (isinstance(mlp.module, type) and issubclass(mlp.module, MoELayer)):
-            return None
-        _check_base(mlp.module)
-        params = {**(mlp.params or {}), "runtime": runtime}
-        if pg_collection is not None:
-            params["pg_collection"] = pg_collection
-        return ModuleSpec(
-            module=MACSMoELayer,
-            params=params,
-            submodules=_macs_submodules(mlp.submodules),
-            metainfo=mlp.metainfo,
-        )
-    if isinstance(mlp, functools.partial) and isinstance(mlp.func, type) and issubclass(mlp.func, MoELayer):
-        _check_base(mlp.func)
-        keywords = {**mlp.keywords, "runtime": runtime}
-        keywords["submodules"] = _macs_submodules(keywords["submodules"])
-        return functools.partial(MACSMoELayer, *mlp.args, **keywords)
-    return None
+    """The MACS form of a layer's ``mlp`` slot; none if the slot holds no MoE layer."""
+    module, submodules = slot_of(mlp)
+    if not (isinstance(module, type) and issubclass(module, MoELayer)):
+        return None
+    _check_base(module)
+    changes = {"runtime": runtime, "pg_collection": pg_collection}
+    return with_module(mlp, MACSMoELayer, _macs_submodules(submodules), changes)
 
 
 def _check_base(module: type) -> None:

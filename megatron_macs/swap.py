@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from copy import copy
@@ -15,17 +14,9 @@ from macs import Runtime
 from macs.serving.hooks import named_kinds
 from macs.serving.installed import Installed
 
+from .compat import models
 from .hooks import known_token_kinds, watch
 from .spec import macs_mlp
-
-MODELS = (
-    ("megatron.core.models.gpt", "GPTModel"),
-    ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),  # of 0.19; MambaModel is a kind of it
-    ("megatron.core.models.mamba", "MambaModel"),
-    ("megatron.core.models.multimodal.llava_model", "LLaVAModel"),
-    ("megatron.core.models.mimo", "MimoModel"),
-)
-"""Models that are called with ``input_ids``; those inside another one are not, and know nothing."""
 
 
 def install(runtime: Runtime, token_ids: dict[str, int] | None = None) -> Callable[[], None]:
@@ -43,11 +34,7 @@ def _put() -> Callable[[], None]:
     """Put the constructors of layers and models over the engine's."""
     undo = [_wrap(TransformerLayer, _build_layer)]
     wrapped: list[type] = []
-    for module, name in MODELS:
-        try:
-            model = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            continue  # not in this Megatron, or it needs a package that is not here
+    for model in models():
         if not issubclass(model, tuple(wrapped)):
             undo.append(_wrap(model, _build_model))
             wrapped.append(model)
