@@ -3,6 +3,11 @@
 # Further arguments go to the script, such as --moe-macs-level rank.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("megatron.training") is None)' || {
+  echo "flags_on_a_laptop.sh: found no megatron.training; needs megatron-core 0.19, or a checkout of" \
+    "Megatron-LM on PYTHONPATH (pip install 'megatron-core==0.19.2')" >&2
+  exit 2
+}
 
 MODEL=(
   --num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128

@@ -1,6 +1,7 @@
 """The launch scripts: what they would run, and that Megatron and MACS know every flag of it."""
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -89,6 +90,19 @@ def test_megatron_and_macs_know_every_flag(tmp_path):
     assert arguments.num_experts == 128 and arguments.expert_model_parallel_size == 8
     assert config_from_args(arguments).capacity_factor == 1.25
     assert tokens_from_args(arguments) == {"image_token_id": 151655, "video_token_id": 151656}
+
+
+def test_a_megatron_without_its_flags_is_named():
+    if importlib.util.find_spec("megatron.training") is not None:
+        pytest.skip("this Megatron has megatron.training")
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "flags_on_a_laptop.sh")],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "needs megatron-core 0.19" in done.stderr
 
 
 def test_a_model_from_megatrons_flags(tmp_path):
