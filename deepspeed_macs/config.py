@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from macs import POLICIES, TOKEN_IDS, MACSConfig, Profile
-from macs.config import check_name
+from macs.config import RENAMED, check_name
 from macs.files import check_output
 
 EXPERT_PARALLEL = "expert_parallel"
@@ -61,7 +61,7 @@ class MACSBlock:
             raise ValueError(f"config.macs: expected a mapping of field to value; found {values!r}")
         own = tuple(one.name for one in fields(cls) if one.name != "given")
         settings = tuple(one.name for one in fields(MACSConfig))
-        for name in values:
+        for name in values.keys() - RENAMED.keys():
             check_name("macs field", name, (*own, "preset", *settings))
         return cls(
             **{name: value for name, value in values.items() if name in own},

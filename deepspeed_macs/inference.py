@@ -419,12 +419,12 @@ class GateSeam(DeepSpeedSeam):
             )
         asked = policy_of(policy)
         pooled = asked.configured(config).level == "rank"
-        bounds = config.max_load_factor, config.target_straggler
+        bounds = config.max_load_factor, config.target_load
         if asked.plans and (pooled or bounds != (None, None)):
             said.append(
                 "MACS: deepspeed.moe.layer.MoE computes as many rows for every expert as the fullest one "
                 "has: capacity pooled over a rank (level = rank, rank-balanced) and bounds on a rank's rows "
-                "(max_load_factor, target_straggler) do not shorten its steps; use preset = padded"
+                "(max_load_factor, target_load) do not shorten its steps; use preset = padded"
             )
         return said
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .steps.weighting import WEIGHTINGS
+
+logger = logging.getLogger(__name__)
 
 
 def _setting(
@@ -28,7 +31,7 @@ def _setting(
     return field(default=default, metadata=metadata)
 
 
-TARGET_STRAGGLER = 1.05
+TARGET_LOAD = 1.05
 """The bound where none is given."""
 
 
@@ -37,6 +40,10 @@ MIN_TOKENS = {"cpu": 64, "gpu": 1024}
 the simulator states of an H100, a plan launched eagerly breaks even at Qwen3-VL-30B-A3B's layers over 8 ranks
 with a busiest rank of 1.2 (docs/performance.md). On a CPU: a decoding batch, not a prompt."""
 
+
+RENAMED: dict[str, str] = {"target_straggler": "target_load"}
+"""Former names of settings, which are accepted, with a word about it: a bound may be below the mean, where no
+rank straggles."""
 
 RETIRED: dict[str, str] = {
     "basis": "no measurement or paper asked for capacities as shares of the weighted load",
@@ -56,25 +63,43 @@ RETIRED_CHOICES: dict[tuple[str, str], str] = {
 """Choices of settings that are gone, and why."""
 
 
+def _by_new_name(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, under the names that settings have now."""
+    for old in values.keys() & RENAMED.keys():
+        new = RENAMED[old]
+        if values.get(new) is not None:
+            raise ValueError(f"config.{old}: found it beside {new}, its new name; expected one of them")
+        logger.warning("config.%s is called %s now", old, new)
+        values = {new: values[old], **{name: one for name, one in values.items() if name not in (old, new)}}
+    return values
+
+
+class _TakesFormerNames(type):
+    """Of a class whose settings may be given by their former names."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        return super().__call__(*args, **_by_new_name(values))
+
+
 @dataclass(frozen=True)
-class MACSConfig:
+class MACSConfig(metaclass=_TakesFormerNames):
     """Settings of the planner; an invalid one is a ``ValueError`` that names the field.
 
     Symbols in brackets are the paper's (MACS, arXiv 2605.05225). A field's range and choices are
     in its ``metadata``, where command lines and tests find them too.
     """
 
-    target_straggler: float | None = _setting(
+    target_load: float | None = _setting(
         None,
         "most rows of a rank, over the even share: each rank's capacities are the largest that keep to "
-        f"it, found anew for every batch ({TARGET_STRAGGLER} where capacity_factor is not given either)",
+        f"it, found anew for every batch ({TARGET_LOAD} where capacity_factor is not given either)",
         low=1e-3,
         high=1e6,
         optional=True,
     )
     capacity_factor: float | None = _setting(
         None,
-        "[gamma] instead of target_straggler: capacity of an expert, or of a rank's experts together, "
+        "[gamma] instead of target_load: capacity of an expert, or of a rank's experts together, "
         "over its even share of the load",
         low=1e-3,
         high=1e6,
@@ -151,7 +176,7 @@ class MACSConfig:
     )
     max_drop: float | None = _setting(
         None,
-        "largest share of combine weight that may be dropped; takes precedence over target_straggler",
+        "largest share of combine weight that may be dropped; takes precedence over target_load",
         low=0.0,
         high=1.0,
         optional=True,
@@ -169,13 +194,13 @@ class MACSConfig:
     def __post_init__(self) -> None:
         for setting in fields(self):
             _check(setting.name, getattr(self, setting.name), setting.default, setting.metadata)
-        if self.capacity_factor is not None and self.target_straggler is not None:
+        if self.capacity_factor is not None and self.target_load is not None:
             raise ValueError(
-                f"config.capacity_factor: found {self.capacity_factor!r} beside target_straggler "
-                f"{self.target_straggler!r}, expected one of the two: both say how much a rank may take"
+                f"config.capacity_factor: found {self.capacity_factor!r} beside target_load "
+                f"{self.target_load!r}, expected one of the two: both say how much a rank may take"
             )
-        if self.capacity_factor is None and self.target_straggler is None:
-            object.__setattr__(self, "target_straggler", TARGET_STRAGGLER)
+        if self.capacity_factor is None and self.target_load is None:
+            object.__setattr__(self, "target_load", TARGET_LOAD)
 
     def least_tokens(self, device_type: str) -> int:
         """``min_tokens``, or what stands for it on a device of that ``torch.device.type``."""
@@ -188,7 +213,7 @@ class MACSConfig:
     @property
     def pools_rows(self) -> bool:
         """Whether capacities are the bound on the rows of the ranks, and follow nothing else."""
-        return self.target_straggler is not None and (self.level, self.cost) == ("rank", "one")
+        return self.target_load is not None and (self.level, self.cost) == ("rank", "one")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MACSConfig:
@@ -214,11 +239,12 @@ class MACSConfig:
     def updated(self, **values: Any) -> MACSConfig:
         """A copy with some fields changed; an unknown field names the nearest valid one.
 
-        Of ``target_straggler`` and ``capacity_factor``, naming one takes the place of the other.
+        Of ``target_load`` and ``capacity_factor``, naming one takes the place of the other.
         """
+        values = _by_new_name(values)
         for name in values:
             check_name("field", name, tuple(setting.name for setting in fields(self)))
-        bounds = "target_straggler", "capacity_factor"
+        bounds = "target_load", "capacity_factor"
         given = [name for name in bounds if values.get(name) is not None]
         if len(given) == 1:
             values = {**values, **dict.fromkeys(bounds), given[0]: values[given[0]]}
@@ -241,7 +267,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The defaults at the tightest bound there is: every rank computes the mean.
     "fast": {"capacity_factor": 1.0},
     # The defaults at a loose bound, with a floor under quality.
-    "safe": {"target_straggler": 1.2, "max_drop": 0.01},
+    "safe": {"target_load": 1.2, "max_drop": 0.01},
     # For engines that pad every expert to the fullest one (DeepSpeed's MoE layer): each expert by
     # itself, with more proposals so that overflow finds room elsewhere.
     "padded": {"capacity_factor": 1.2, "level": "expert", "reroute_rounds": 4},

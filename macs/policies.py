@@ -102,7 +102,7 @@ POLICIES: dict[str, Policy] = {
     ),
     "macs": Policy("the config as it is", None, reads_modality=True),
 }
-"""By name. Baselines take ``capacity_factor`` or ``target_straggler``, ``reroute_rounds``, ``min_tokens``,
+"""By name. Baselines take ``capacity_factor`` or ``target_load``, ``reroute_rounds``, ``min_tokens``,
 ``drop_padding`` and the two guards ``max_drop`` and ``max_load_factor`` from the user's settings, and set the
 rest themselves (vanilla heeds none of them)."""
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from macs import POLICIES, PRESETS, TOKEN_IDS, MACSConfig, Profile, Runtime, token_ids_in
-from macs.config import read_mapping
+from macs.config import RENAMED, read_mapping
 
 
 def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -35,6 +35,8 @@ def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         else:
             options["type"] = int if metadata["whole"] else float
         group.add_argument(_flag(setting.name), **options)
+    for former in RENAMED:
+        group.add_argument(_flag(former), type=float, default=None, help=argparse.SUPPRESS)
     return parser
 
 
@@ -43,7 +45,8 @@ def config_from_args(args: argparse.Namespace) -> MACSConfig:
     values = {} if args.moe_macs_config is None else dict(read_mapping(args.moe_macs_config))
     if args.moe_macs_preset is not None:
         values["preset"] = args.moe_macs_preset
-    flags = {setting.name: getattr(args, f"moe_macs_{setting.name}") for setting in fields(MACSConfig)}
+    names = [*(setting.name for setting in fields(MACSConfig)), *RENAMED]
+    flags = {name: getattr(args, f"moe_macs_{name}") for name in names}
     given = {name: value for name, value in flags.items() if value is not None}
     return MACSConfig.from_dict(values).updated(**given)
 

@@ -33,7 +33,7 @@ def example_parser(script: str, description: str | None) -> Parser:
     )
     parser.add_argument("--config", type=Path, help="MACS settings, a .yaml or .json file")
     parser.add_argument(
-        "--target-straggler", type=float, help="most rows of a rank over the mean, for every policy"
+        "--target-load", type=float, help="most rows of a rank over the mean, for every policy"
     )
     parser.add_argument("--capacity-factor", type=float, help="gamma, in its place")
     parser.add_argument("--samples", type=int, default=896, help="questions to ask")
@@ -57,8 +57,8 @@ def checked(parser: Parser, own_model: bool = False) -> argparse.Namespace:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if not own_model and EXPERTS % processes:
         parser.error(f"found {processes} processes, expected a divisor of the model's {EXPERTS} experts")
-    if arguments.target_straggler is not None and arguments.capacity_factor is not None:
-        parser.error("--target-straggler and --capacity-factor: found both, expected one of them")
+    if arguments.target_load is not None and arguments.capacity_factor is not None:
+        parser.error("--target-load and --capacity-factor: found both, expected one of them")
     if (arguments.picture is None) != (arguments.question is None):
         parser.error("--picture and --question go together: found one of them")
     for name in ("samples", "batch", "repeats"):
@@ -71,7 +71,7 @@ def checked(parser: Parser, own_model: bool = False) -> argparse.Namespace:
     if not own_model and not (arguments.checkpoint / "config.json").is_file():
         parser.error(f"--checkpoint: found no config.json in {arguments.checkpoint}")
     try:
-        flags = {name: getattr(arguments, name) for name in ("target_straggler", "capacity_factor")}
+        flags = {name: getattr(arguments, name) for name in ("target_load", "capacity_factor")}
         base = MACSConfig() if arguments.config is None else MACSConfig.from_file(arguments.config)
         base.updated(**{name: value for name, value in flags.items() if value is not None})
         if arguments.picture is not None:

@@ -28,7 +28,7 @@ from . import model as tiny
 from .arguments import question_tokens
 
 VANILLA = "vanilla"
-PAPER = MACSConfig.preset("paper").updated(target_straggler=MACSConfig().target_straggler)
+PAPER = MACSConfig.preset("paper").updated(target_load=MACSConfig().target_load)
 """The paper's settings under the bound that the others keep to."""
 
 PRESETS_SHOWN = {"paper": PAPER, "default": MACSConfig()}
@@ -54,7 +54,7 @@ def settings_by_name(
 ) -> dict[str, tuple[str, MACSConfig]]:
     """Column title -> policy and settings, vanilla first; ``presets`` where no file gives settings. The last
     of them says how much the baselines may take."""
-    flags = {name: getattr(arguments, name) for name in ("target_straggler", "capacity_factor")}
+    flags = {name: getattr(arguments, name) for name in ("target_load", "capacity_factor")}
     changes = {name: value for name, value in flags.items() if value is not None}
     last = list(presets.values())[-1]
     base = last if arguments.config is None else MACSConfig.from_file(arguments.config)

@@ -30,7 +30,7 @@ def capacities(sums: Sums, constants: Constants, config: MACSConfig, top_k: int)
     Capacities are ``pool_capacity``, or the ``row_bound`` itself where that is all they are. A source with
     fewer than ``min_tokens`` valid tokens does not plan, and is not bounded.
     """
-    bounded = config.max_load_factor is not None or config.target_straggler is not None
+    bounded = config.max_load_factor is not None or config.target_load is not None
     active = sums.tokens >= constants.min_tokens
     idle = ~active[:, None]
     rows = row_bound(sums.tokens, constants, top_k) if bounded else None
@@ -67,7 +67,7 @@ def pool_capacity(
 
     C_base is the even share of the pool's n experts, gamma T k n / E, in whole tokens,
     rounded up as count-based capacity is, so that text alone gives exactly that. A pool of several
-    experts has the mean of their factors. With ``target_straggler`` every rank has its own gamma, see
+    experts has the mean of their factors. With ``target_load`` every rank has its own gamma, see
     ``max_capacity_factors``, under the bound int64 [S, R] of its rows.
     """
     of_expert, count = constants.pool_of_expert, constants.pools
@@ -94,13 +94,13 @@ def pool_capacity(
 
 
 def bounds_of(config: MACSConfig) -> Tensor:
-    """``target_straggler`` and ``max_load_factor``, float64 [2]; inf where there is none."""
-    bounds = config.target_straggler, config.max_load_factor
+    """``target_load`` and ``max_load_factor``, float64 [2]; inf where there is none."""
+    bounds = config.target_load, config.max_load_factor
     return torch.tensor([math.inf if one is None else one for one in bounds], dtype=torch.float64)
 
 
 def row_bound(tokens: Tensor, constants: Constants, top_k: int) -> Tensor:
-    """Rows that a rank may compute, by ``target_straggler`` and ``max_load_factor``: int64 [S, R].
+    """Rows that a rank may compute, by ``target_load`` and ``max_load_factor``: int64 [S, R].
 
     tokens int64 [S]: valid tokens of each source. In whole rows: floor(target T k / R), where that covers the
     even share T k / R rounded up, so that what is even already loses nothing. A target of 1 or more may

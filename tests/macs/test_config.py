@@ -49,17 +49,17 @@ def test_optional_bounds_may_be_absent():
 
 
 def test_one_bound_takes_the_place_of_the_other():
-    assert (MACSConfig().target_straggler, MACSConfig().capacity_factor) == (1.05, None)
-    assert MACSConfig(capacity_factor=1.2).target_straggler is None
-    bounded = MACSConfig.from_dict({"preset": "paper", "target_straggler": 1.1})
-    assert (bounded.target_straggler, bounded.capacity_factor) == (1.1, None)
-    assert bounded.updated(capacity_factor=2.0).target_straggler is None
-    assert bounded.updated(level="rank").target_straggler == 1.1
+    assert (MACSConfig().target_load, MACSConfig().capacity_factor) == (1.05, None)
+    assert MACSConfig(capacity_factor=1.2).target_load is None
+    bounded = MACSConfig.from_dict({"preset": "paper", "target_load": 1.1})
+    assert (bounded.target_load, bounded.capacity_factor) == (1.1, None)
+    assert bounded.updated(capacity_factor=2.0).target_load is None
+    assert bounded.updated(level="rank").target_load == 1.1
     for both in (
-        lambda: MACSConfig(capacity_factor=1.2, target_straggler=1.1),
-        lambda: MACSConfig.from_dict({"capacity_factor": 1.2, "target_straggler": 1.1}),
+        lambda: MACSConfig(capacity_factor=1.2, target_load=1.1),
+        lambda: MACSConfig.from_dict({"capacity_factor": 1.2, "target_load": 1.1}),
     ):
-        with pytest.raises(ValueError, match=r"found 1\.2 beside target_straggler 1\.1, expected one of"):
+        with pytest.raises(ValueError, match=r"found 1\.2 beside target_load 1\.1, expected one of"):
             both()
 
 
@@ -129,3 +129,19 @@ def test_the_least_step_follows_the_device_unless_it_is_given():
     assert MACSConfig().least_tokens("cpu") == 64 < MACSConfig().least_tokens("cuda")
     given = MACSConfig(min_tokens=7)
     assert given.least_tokens("cpu") == given.least_tokens("cuda") == 7
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda values: MACSConfig(**values),
+        lambda values: MACSConfig().updated(**values),
+        lambda values: MACSConfig.from_dict({"preset": "paper", **values}),
+    ],
+)
+def test_a_former_name_is_taken_and_said(made, caplog):
+    config = made({"target_straggler": 1.2})
+    assert (config.target_load, config.capacity_factor) == (1.2, None)
+    assert "config.target_straggler is called target_load now" in caplog.text
+    with pytest.raises(ValueError, match="found it beside target_load, its new name"):
+        made({"target_straggler": 1.2, "target_load": 1.0})

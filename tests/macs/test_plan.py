@@ -43,10 +43,10 @@ def weights_of(case, config):
 def row_limits(config, asked, ranks, place):
     """Rows that each rank may compute of ``asked``; place is the source's."""
     even, limits = Fraction(asked, ranks), []
-    if config.target_straggler is not None:
-        room = [math.floor(asked / ranks * config.target_straggler)] * ranks
-        if config.target_straggler >= 1 and room[0] < math.ceil(even):
-            extra = math.floor(asked * config.target_straggler) - ranks * math.floor(even)
+    if config.target_load is not None:
+        room = [math.floor(asked / ranks * config.target_load)] * ranks
+        if config.target_load >= 1 and room[0] < math.ceil(even):
+            extra = math.floor(asked * config.target_load) - ranks * math.floor(even)
             taken = {(place * extra + i) % ranks for i in range(extra)}
             room = [math.floor(even) + (rank in taken) for rank in range(ranks)]
         limits.append(room)
@@ -65,7 +65,7 @@ def rooms(case, config, weight):
     measure(choice, tokens, weight, Terms(config.priority, config.cost == "weight"), sums)
     pool = list(range(experts)) if config.level == "expert" else list(topology.expert_rank)
     rows = None
-    if config.max_load_factor is not None or config.target_straggler is not None:
+    if config.max_load_factor is not None or config.target_load is not None:
         asked = (sums.tokens * case.top_k).tolist()
         rows = [
             row_limits(config, one, ranks, place) for one, place in zip(asked, topology.places, strict=True)

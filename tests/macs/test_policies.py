@@ -18,7 +18,7 @@ def routed():
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_a_policy_does_what_its_row_says(name):
     policy = policy_of(name)
-    planner = build_policy(name, MACSConfig(target_straggler=1.0), Topology(EXPERTS, 4), TOP_K)
+    planner = build_policy(name, MACSConfig(target_load=1.0), Topology(EXPERTS, 4), TOP_K)
     assert isinstance(planner, policy.planner) and policy.summary
     inputs = routed()
     plan = planner.plan(*inputs)

@@ -92,7 +92,7 @@ def change(runtime: Runtime, model: torch.nn.Module, kind: str) -> None:
         macs.serving.runtime.__version__ = "0.0.9"
         runtime._told = None
     else:
-        value = {"level": "expert", "target_straggler": 1.5, "min_tokens": 8, "cost": "weight"}[kind]
+        value = {"level": "expert", "target_load": 1.5, "min_tokens": 8, "cost": "weight"}[kind]
         runtime.use("macs", config.updated(**{kind: value}))
 
 
@@ -124,12 +124,12 @@ def ranks_that_change_alike() -> dict[str, Any]:
     for step, ids in enumerate((IDS, small, IDS, small, IDS)):
         time.sleep(0.01 * dist.get_rank())
         if step == 1:
-            runtime.use("macs", MACSConfig(target_straggler=1.2))
+            runtime.use("macs", MACSConfig(target_load=1.2))
         if step == 2:
             runtime.enabled = False
         if step == 3:
             runtime.enabled = True
-            runtime.use("token-drop", MACSConfig(target_straggler=1.2))
+            runtime.use("token-drop", MACSConfig(target_load=1.2))
         model(ids)
     looks: list[float] = []
     agreement = model.layers[0].macs.agreement

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from macs import WEIGHTINGS, MACSConfig, Seam, Tokens, Topology
 
-NO_BOUND = {"max_load_factor": None, "target_straggler": None}
+NO_BOUND = {"max_load_factor": None, "target_load": None}
 """No bound on the rows of a rank."""
 
 
@@ -107,7 +107,7 @@ def configs(**fixed):
     """Any setting of the planner, some of them fixed."""
     choices = {
         "capacity_factor": st.sampled_from([0.25, 0.5, 0.8, 1.0, 1.3, 2.0]),
-        "target_straggler": st.sampled_from([None, None, 0.7, 1.0, 1.3]),
+        "target_load": st.sampled_from([None, None, 0.7, 1.0, 1.3]),
         "modality_strength": st.sampled_from([0.0, 0.5, 1.0]),
         "min_capacity": st.sampled_from([0.0, 1.0, 2.0]),
         "weighting": st.sampled_from(list(WEIGHTINGS)),
@@ -127,7 +127,7 @@ def configs(**fixed):
 
     def built(values):
         # One of the two bounds has to give way.
-        if values.get("target_straggler") is not None:
+        if values.get("target_load") is not None:
             values = {**values, "capacity_factor": None}
         return MACSConfig(**values)
 

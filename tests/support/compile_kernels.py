@@ -89,7 +89,7 @@ def compile_all() -> dict[str, list[tuple[int, int, int]]]:
             _plan(settings, 2048, 128, 8)
         _plan({}, 4096, 512, 22)
         _plan({"preset": "padded"}, 7168, 256, 8)
-        _plan({"target_straggler": 1.05}, 2880, 32, 4, policy="expanded-drop")
+        _plan({"target_load": 1.05}, 2880, 32, 4, policy="expanded-drop")
         _plan({}, 100, 6, 3, torch.bfloat16)
         _plan({}, 100, 6, 1, torch.float16)
         _plan({}, 100, 6, 3, sources=(0, 1))

@@ -59,7 +59,7 @@ def test_points_are_measured_once_shown_and_chosen_from(tmp_path):
         assert 0 <= low <= mean <= high
         assert found["kept"] + found["rerouted"] + found["dropped"] == pytest.approx(1.0)
         # Whatever the policy: what it was told to keep to, it keeps to.
-        target = found["settings"]["target_straggler"]
+        target = found["settings"]["target_load"]
         assert 1.0 < found["straggler"] <= target and found["straggler_p95"] <= target
     assert "busiest rank at most 1.05 times the mean" in first.stdout and "rank-balanced" in first.stdout
     again = evaluate(tmp_path, *shown)

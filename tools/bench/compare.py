@@ -36,7 +36,7 @@ SHAPES = ((2400, 128, 16, 2, 2), (4096, 1024, 64, 4, 8), (8192, 2048, 128, 8, 8)
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("macs", {}),
     "paper": ("macs", {"preset": "paper"}),
-    "paper at 1.05": ("macs", {"preset": "paper", "target_straggler": 1.05}),
+    "paper at 1.05": ("macs", {"preset": "paper", "target_load": 1.05}),
     "fast": ("macs", {"preset": "fast"}),
     "safe": ("macs", {"preset": "safe"}),
     "safe, hard": ("macs", {"preset": "safe", "max_load_factor": 1.1, "max_drop": 0.005}),

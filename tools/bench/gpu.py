@@ -49,7 +49,7 @@ DRY = Size(96, 64, 32, 8, 2, 4)
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "paper": {"preset": "paper"},
-    "paper at 1.05": {"preset": "paper", "target_straggler": 1.05},
+    "paper at 1.05": {"preset": "paper", "target_load": 1.05},
     "safe": {"preset": "safe"},
 }
 

@@ -179,7 +179,7 @@ AROUND = 6
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("macs", {}),
     "paper": ("macs", {"preset": "paper"}),
-    "paper at 1.05": ("macs", {"preset": "paper", "target_straggler": 1.05}),
+    "paper at 1.05": ("macs", {"preset": "paper", "target_load": 1.05}),
     "safe": ("macs", {"preset": "safe"}),
     "padded": ("macs", {"preset": "padded"}),
     "token-drop": ("token-drop", {}),

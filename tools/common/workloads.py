@@ -278,7 +278,7 @@ def contenders(straggler: float) -> dict[str, Contender]:
     the presets that have a bound of their own and the one without any."""
     # Routers of random weights have no similarity to speak of; without, every tool plans the same.
     free = {"similarity": "none", "min_tokens": 0}
-    bound = {"target_straggler": straggler, **free}
+    bound = {"target_load": straggler, **free}
     plain = MACSConfig(**bound)
     return {
         VANILLA: Contender("vanilla", plain),
@@ -295,5 +295,5 @@ def contenders(straggler: float) -> dict[str, Contender]:
 
 def loosened(title: str, contender: Contender, straggler: float) -> tuple[str, Contender]:
     """The same policy with the busiest rank held to another bound."""
-    config = contender.config.updated(target_straggler=straggler)
+    config = contender.config.updated(target_load=straggler)
     return f"{title} {straggler:g}", replace(contender, config=config)

@@ -75,7 +75,7 @@ class Point:
         """How its bound is set, in a word or two."""
         if self.config.capacity_factor is not None:
             return f"gamma {self.config.capacity_factor:g}"
-        return f"target {self.config.target_straggler:g}"
+        return f"target {self.config.target_load:g}"
 
 
 def by_gamma(title: str, policy: str, config: MACSConfig, **more: Any) -> list[Point]:
@@ -89,7 +89,7 @@ def by_target(
     title: str, policy: str, config: MACSConfig, targets: Sequence[float] = TARGETS, **more: Any
 ) -> list[Point]:
     """The same policy under several bounds that it has to meet by itself."""
-    return [Point(title, policy, config.updated(target_straggler=target), **more) for target in targets]
+    return [Point(title, policy, config.updated(target_load=target), **more) for target in targets]
 
 
 def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:

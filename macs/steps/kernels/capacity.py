@@ -20,7 +20,7 @@ from .shared import power_of_2, rint
 def capacities(sums: Sums, constants: Constants, config: MACSConfig, top_k: int) -> Room:
     """One launch, a program a source."""
     sources, num_experts = sums.rows.shape
-    bounded = config.max_load_factor is not None or config.target_straggler is not None
+    bounded = config.max_load_factor is not None or config.target_load is not None
     own_rows = bounded and not config.pools_rows
     pools = torch.empty(sources, constants.pools, dtype=torch.int64, device=sums.device)
     active = torch.empty(sources, dtype=torch.bool, device=sums.device)

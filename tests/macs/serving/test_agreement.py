@@ -15,7 +15,7 @@ FIELDS = [
     ("policy", "policy"),
     ("profile", "profile"),
     ("macs version", "macs version"),
-    ("target_straggler", "config.target_straggler"),
+    ("target_load", "config.target_load"),
     ("min_tokens", "config.min_tokens"),
     ("cost", "config.cost"),
     ("level", "config.level"),

@@ -20,8 +20,8 @@ SETTINGS = [
     {"level": "rank", "reroute": "group"},
     {"normalization": "image", "max_drop": 0.1, "max_load_factor": 1.1},
     {"weighting": "constant", "drop_padding": True},
-    {"target_straggler": 0.7, "weighting": "distinct"},
-    {"target_straggler": 0.7, "level": "rank", "cost": "one", "reroute": "group"},
+    {"target_load": 0.7, "weighting": "distinct"},
+    {"target_load": 0.7, "level": "rank", "cost": "one", "reroute": "group"},
 ]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -40,7 +40,7 @@ def step(seed, device="cpu"):
 
 
 def layer_of(settings):
-    bound = {} if "target_straggler" in settings else {"capacity_factor": 0.7}
+    bound = {} if "target_load" in settings else {"capacity_factor": 0.7}
     config = paper(**{**bound, "min_tokens": 8, **settings})
     generator = torch.Generator().manual_seed(99)
     router = torch.randn(EXPERTS, HIDDEN, generator=generator)

@@ -12,7 +12,7 @@ from macs import MACSConfig, Runtime, attach_modality, attach_plain, modality
 
 MODELS = ["mixtral", "qwen3_moe", "qwen3_moe, weights not normalised", "qwen3_vl_moe", "deepseek_v3", "kimi"]
 IDS = token_ids(0, rows=4, length=24)
-TIGHT = {"target_straggler": 0.7, "min_tokens": 0}
+TIGHT = {"target_load": 0.7, "min_tokens": 0}
 
 
 def ran(model, block):
@@ -98,7 +98,7 @@ def test_the_mask_comes_with_the_call():
 
 def test_training_and_small_steps_are_the_models_own():
     model = build("qwen3_moe")
-    runtime = Runtime(MACSConfig(target_straggler=0.7), virtual_ranks=2)
+    runtime = Runtime(MACSConfig(target_load=0.7), virtual_ranks=2)
     attach_plain(model, runtime)
     with modality(IDS == IMAGE_TOKEN):
         model.train()

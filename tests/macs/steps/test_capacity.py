@@ -142,7 +142,7 @@ def test_every_rank_has_the_largest_factor_that_meets_the_bound(ranks, target):
         rows=torch.tensor([[rows for rows, _, _ in pools]]),
         cost=torch.tensor([[round(cost * UNIT) for _, cost, _ in pools]]),
     )
-    constants = constants_of(MACSConfig(target_straggler=target), rank_of)
+    constants = constants_of(MACSConfig(target_load=target), rank_of)
     bound = row_bound(sums.tokens, constants, 1)
     even = torch.tensor([[even for _, _, even in pools]], dtype=torch.float64)
     found = max_capacity_factors(sums, constants, even, bound)[0].tolist()
@@ -164,9 +164,9 @@ def test_every_rank_has_the_largest_factor_that_meets_the_bound(ranks, target):
     "settings",
     [
         {},
-        {"target_straggler": 0.7},
+        {"target_load": 0.7},
         {"max_load_factor": 1.1},
-        {"target_straggler": 1.2, "max_load_factor": 1.0},
+        {"target_load": 1.2, "max_load_factor": 1.0},
         {"capacity_factor": 1.0, "max_load_factor": 0.5},
         {"capacity_factor": 1.0},
     ],
@@ -183,9 +183,7 @@ def test_kernel_of_the_bound_on_rows(ranks, settings):
 
 @kernel_test
 @pytest.mark.parametrize("level", ["expert", "rank"])
-@pytest.mark.parametrize(
-    "bound", [{"capacity_factor": 0.8}, {"target_straggler": 1.05}, {"target_straggler": 0.5}]
-)
+@pytest.mark.parametrize("bound", [{"capacity_factor": 0.8}, {"target_load": 1.05}, {"target_load": 0.5}])
 @pytest.mark.parametrize(("experts", "ranks"), [(8, 2), (96, 8), (6, 6)])
 @pytest.mark.parametrize("by_weight", [True, False])
 def test_kernel_of_capacities(level, bound, experts, ranks, by_weight):
