@@ -16,6 +16,7 @@ from .policies import POLICIES, Policy, build_policy, policy_of
 from .records.metrics import METRICS, LayerRecorder, LayerReport, Metric, summarized
 from .records.profile import Calibration, Profile, router_fingerprint
 from .records.traffic import Recording, RoutingRecorder
+from .records.tuning import Tuning
 from .serving.adapter import Limits, Seam, Share, place_among
 from .serving.context import current_modality, modality
 from .serving.hooks import TOKEN_IDS, ModalityHook, attach_modality, token_ids_in
@@ -66,6 +67,7 @@ __all__ = [
     "Share",
     "Tokens",
     "Topology",
+    "Tuning",
     "__version__",
     "attach_modality",
     "attach_plain",

@@ -34,6 +34,9 @@ def _setting(
 TARGET_LOAD = 1.05
 """The bound where none is given."""
 
+BOUNDS = ("target_load", "max_kl", "capacity_factor")
+"""The settings that say how much a rank may take, of which one is given."""
+
 
 MIN_TOKENS = {"cpu": 64, "gpu": 1024}
 """Tokens of a rank below which a plan is taken to cost more than it wins. On a GPU: where, at the costs that
@@ -95,6 +98,20 @@ class MACSConfig(metaclass=_TakesFormerNames):
         f"it, found anew for every batch ({TARGET_LOAD} where capacity_factor is not given either)",
         low=1e-3,
         high=1e6,
+        optional=True,
+    )
+    split: str = _setting(
+        "uniform",
+        "what target_load says of each layer: the same of all, or of their mean, split among them as the "
+        "profile's tuning found best (macs tune)",
+        choices=("uniform", "tuned"),
+    )
+    max_kl: float | None = _setting(
+        None,
+        "in the place of target_load: the smallest target whose damage, as the profile's tuning verified it, "
+        "is at most this KL in nats; takes split = tuned",
+        low=0.0,
+        high=1e3,
         optional=True,
     )
     capacity_factor: float | None = _setting(
@@ -194,13 +211,21 @@ class MACSConfig(metaclass=_TakesFormerNames):
     def __post_init__(self) -> None:
         for setting in fields(self):
             _check(setting.name, getattr(self, setting.name), setting.default, setting.metadata)
-        if self.capacity_factor is not None and self.target_load is not None:
+        given = [name for name in BOUNDS if getattr(self, name) is not None]
+        if len(given) > 1:
+            found = " beside ".join(f"{name} {getattr(self, name)!r}" for name in given)
             raise ValueError(
-                f"config.capacity_factor: found {self.capacity_factor!r} beside target_load "
-                f"{self.target_load!r}, expected one of the two: both say how much a rank may take"
+                f"config.{given[-1]}: found {found}, expected one of them: they say how much a rank may take"
             )
-        if self.capacity_factor is None and self.target_load is None:
+        if not given:
             object.__setattr__(self, "target_load", TARGET_LOAD)
+        if self.max_kl is not None:
+            object.__setattr__(self, "split", "tuned")
+        if self.split == "tuned" and self.capacity_factor is not None:
+            raise ValueError(
+                f"config.split: found 'tuned' beside capacity_factor {self.capacity_factor!r}, expected "
+                "target_load or max_kl: a tuning splits these"
+            )
 
     def least_tokens(self, device_type: str) -> int:
         """``min_tokens``, or what stands for it on a device of that ``torch.device.type``."""
@@ -210,10 +235,15 @@ class MACSConfig(metaclass=_TakesFormerNames):
             else self.min_tokens
         )
 
+    def least_target(self, profile: Any) -> float | None:
+        """``target_load``, or the one that the tuning of a ``Profile`` verified for ``max_kl``; none where
+        ``capacity_factor`` is the bound."""
+        return self.target_load if self.max_kl is None else profile.tuning.target_within(self.max_kl)
+
     @property
     def pools_rows(self) -> bool:
         """Whether capacities are the bound on the rows of the ranks, and follow nothing else."""
-        return self.target_load is not None and (self.level, self.cost) == ("rank", "one")
+        return self.capacity_factor is None and (self.level, self.cost) == ("rank", "one")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MACSConfig:
@@ -239,15 +269,16 @@ class MACSConfig(metaclass=_TakesFormerNames):
     def updated(self, **values: Any) -> MACSConfig:
         """A copy with some fields changed; an unknown field names the nearest valid one.
 
-        Of ``target_load`` and ``capacity_factor``, naming one takes the place of the other.
+        Of ``BOUNDS``, naming one takes the place of the others.
         """
         values = _by_new_name(values)
         for name in values:
             check_name("field", name, tuple(setting.name for setting in fields(self)))
-        bounds = "target_load", "capacity_factor"
-        given = [name for name in bounds if values.get(name) is not None]
+        given = [name for name in BOUNDS if values.get(name) is not None]
         if len(given) == 1:
-            values = {**values, **dict.fromkeys(bounds), given[0]: values[given[0]]}
+            values = {**values, **dict.fromkeys(BOUNDS), given[0]: values[given[0]]}
+            if given[0] == "capacity_factor" or self.max_kl is not None:
+                values.setdefault("split", "uniform")  # what was tuned went with the bound that it split
         return replace(self, **values)
 
 

@@ -123,6 +123,18 @@ class Planner:
             for device, constants in self._on_device.items():
                 constants.affinity.copy_(self._similarity.to(device) * constants.reachable)
 
+    def update_target(self, target: float) -> None:
+        """Replace ``target_load`` where it lies, so that captured graphs read the new one.
+
+        Raises:
+            ValueError: this planner was not made for a target.
+        """
+        if self.config.target_load is None:
+            raise ValueError("update_target: found a planner without target_load, expected one with it")
+        self.config = self.config.updated(target_load=target)
+        for device, constants in self._on_device.items():
+            constants.bounds.copy_(bounds_of(self.config).to(device))
+
     def bypasses(self, count: int, device: torch.device) -> bool:
         """Whether so many tokens on this device are too few to plan, as in decoding; no look at them."""
         return count < self.config.least_tokens(device.type)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from ..checks import FLOATS, expect
 from ..config import MACSConfig
 from ..files import save_tensors
 from ..tokens import Tokens
+from .tuning import TENSORS as TUNING_TENSORS
+from .tuning import Tuning
 
 FORMAT = "macs-profile-1"
 LARGEST_FILE = 1 << 30
@@ -48,13 +51,15 @@ class Profile:
     """Which expert serves which modality, for every MoE layer of one model.
 
     visual, text: int64 [L, E], assignments of visual and of text tokens to each expert on the
-    calibration set. fingerprints: L strings of ``router_fingerprint``. top_k: the router's k.
+    calibration set. fingerprints: L strings of ``router_fingerprint``. top_k: the router's k. tuning: how a
+    bound is split among these layers, if that was measured.
     """
 
     visual: Tensor
     text: Tensor
     fingerprints: tuple[str, ...]
     top_k: int
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         expect("profile.visual", self.visual, (None, None), (torch.int64,))
@@ -69,6 +74,10 @@ class Profile:
             )
         if not 1 <= self.top_k <= experts:
             raise ValueError(f"profile.top_k: found {self.top_k}, expected 1 to {experts}")
+        if self.tuning is not None and self.tuning.bounds.shape[1] != layers:
+            raise ValueError(
+                f"profile.tuning: found bounds of {self.tuning.bounds.shape[1]} layers, expected {layers}"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -81,8 +90,12 @@ class Profile:
     @property
     def digest(self) -> str:
         """What tells one profile from another, 16 hex digits."""
-        said = hashlib.sha256(json.dumps([list(self.fingerprints), self.top_k]).encode())
-        for tensor in (self.visual, self.text):
+        more, tensors = [], [self.visual, self.text]
+        if self.tuning is not None:
+            more.append(self.tuning.header())
+            tensors += self.tuning.tensors().values()
+        said = hashlib.sha256(json.dumps([list(self.fingerprints), self.top_k, *more]).encode())
+        for tensor in tensors:
             said.update(tensor.cpu().contiguous().numpy().tobytes())
         return said.hexdigest()[:16]
 
@@ -134,7 +147,7 @@ class Profile:
         """One profile of what several runs, ranks or pipeline stages of one model counted.
 
         Its layers are those of all of them, by fingerprint, in the order in which they come; counts of
-        the same layer add up.
+        the same layer add up. A tuning is of all layers of a model together, and is not kept.
         """
         counts: dict[str, list[Tensor]] = {}
         shapes = {(one.num_experts, one.top_k) for one in profiles}
@@ -176,7 +189,10 @@ class Profile:
     def save(self, path: str | Path) -> None:
         """Write the profile to one safetensors file, whole or not at all."""
         tensors = {"visual": self.visual.cpu().contiguous(), "text": self.text.cpu().contiguous()}
-        header = {"fingerprints": list(self.fingerprints), "top_k": self.top_k}
+        header: dict[str, Any] = {"fingerprints": list(self.fingerprints), "top_k": self.top_k}
+        if self.tuning is not None:
+            tensors |= self.tuning.tensors()
+            header["tuning"] = self.tuning.header()
         save_tensors(tensors, path, {"format": FORMAT, "macs": json.dumps(header)})
 
     @classmethod
@@ -198,36 +214,40 @@ class Profile:
                     raise ValueError(
                         f"profile {path}: found format {metadata.get('format')!r}, expected {FORMAT!r}"
                     )
-                if not {"visual", "text"} <= names <= {"visual", "text", "similarity"}:
+                tuned = {f"tuning_{name}" for name in TUNING_TENSORS}
+                if names - {"similarity"} not in ({"visual", "text"}, {"visual", "text"} | tuned):
                     raise ValueError(
-                        f"profile {path}: found tensors {sorted(names)}, expected visual, text "
-                        "and perhaps similarity"
+                        f"profile {path}: found tensors {sorted(names)}, expected visual, text, and perhaps "
+                        "similarity and those of a tuning"
                     )
-                tensors = {name: file.get_tensor(name) for name in ("visual", "text")}
+                tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"profile {path}: not a whole safetensors file: {error}") from error
-        fingerprints, top_k = _read_header(path, metadata.get("macs", ""))
+        fingerprints, top_k, tuning = _read_header(path, metadata.get("macs", ""))
+        if (tuning is None) == bool(names & tuned):
+            raise ValueError(f"profile {path}: found a part of a tuning, expected all of it or none")
         return cls(
             visual=tensors["visual"],
             text=tensors["text"],
             fingerprints=fingerprints,
             top_k=top_k,
+            tuning=None if tuning is None else Tuning.of(tuning, tensors),
         )
 
 
-def _read_header(path: Path, text: str) -> tuple[tuple[str, ...], int]:
+def _read_header(path: Path, text: str) -> tuple[tuple[str, ...], int, Any]:
     try:
         header = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"profile {path}: its header is not JSON: {error}") from error
-    if not isinstance(header, dict) or set(header) != {"fingerprints", "top_k"}:
+    if not isinstance(header, dict) or set(header) - {"tuning"} != {"fingerprints", "top_k"}:
         raise ValueError(f"profile {path}: its header must have the fields fingerprints and top_k")
     fingerprints, top_k = header["fingerprints"], header["top_k"]
     if not isinstance(fingerprints, list) or not all(isinstance(one, str) for one in fingerprints):
         raise ValueError(f"profile {path}: header field fingerprints must be a list of strings")
     if not isinstance(top_k, int) or isinstance(top_k, bool):
         raise ValueError(f"profile {path}: header field top_k must be a whole number")
-    return tuple(fingerprints), top_k
+    return tuple(fingerprints), top_k, header.get("tuning")
 
 
 class Calibration:

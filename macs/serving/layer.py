@@ -200,7 +200,7 @@ class LayerRuntime:
                 similarity = router_similarity(self.seam.router_weight())
             self._planner = build_policy(
                 runtime.policy,
-                config,
+                self._own(config),
                 self.topology,
                 self.top_k,
                 modality_bias=bias,
@@ -208,6 +208,21 @@ class LayerRuntime:
             )
             self._weights_seen = seen_of(self.seam.router_weight())
         return self._planner
+
+    def _own(self, config: MACSConfig) -> MACSConfig:
+        """The settings with this layer's bound, where the profile's tuning splits it."""
+        if config.split == "uniform":
+            return config
+        bound = self.runtime.bound_of(self.seam.router_weight(), self.top_k, self.topology.num_ranks)
+        return config.updated(target_load=bound, split="uniform")
+
+    def retarget(self) -> None:
+        """Take the bound of the runtime's settings, in place, and forget the records."""
+        if self._planner is not None:
+            target = self._own(self.runtime.config).target_load
+            assert target is not None
+            self._planner.update_target(target)
+        self.recorder.clear()
 
     def tokens(
         self,

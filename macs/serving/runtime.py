@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..config import MACSConfig
 from ..files import check_output
@@ -67,13 +68,27 @@ class Runtime:
     ) -> None:
         """Switch policy, settings and profile for every layer, from the next forward pass on.
 
-        Forgets what was recorded. Call it on every rank alike.
+        Forgets what was recorded. Call it on every rank alike. Another ``target_load`` or ``max_kl`` alone is
+        put where the planners read it, also in graphs that were captured.
+
+        Raises:
+            ValueError: no policy has that name, an engine cannot do what it needs, or a tuning is asked for
+                that the profile has not.
+            RuntimeError: a CUDA graph has captured MACS layers, and more than the target changes.
         """
         config = MACSConfig() if config is None else config
         if not isinstance(config, MACSConfig):
             raise TypeError(f"Runtime.use: found config {config!r}, expected a macs.MACSConfig")
         if profile is not None and not isinstance(profile, Profile):
             raise TypeError(f"Runtime.use: found profile {profile!r}, expected a macs.Profile")
+        if config.split == "tuned" and (profile is None or profile.tuning is None):
+            found = "no profile" if profile is None else "a profile without a tuning"
+            raise ValueError(f"config.split: found 'tuned' and {found}, expected one that macs tune wrote")
+        if self._retargets(policy, config, profile):
+            self.config, self._told = config, None
+            for layer in self.layers:
+                layer.retarget()
+            return
         self._refuse_captured("use")
         # An unknown policy, or a profile that lacks something, is told here and changes nothing.
         build_policy(policy, config.updated(similarity="none"), Topology(1), 1)
@@ -83,6 +98,43 @@ class Runtime:
         self._told = None
         for layer in self.layers:
             layer.reset()
+
+    def _retargets(self, policy: str, config: MACSConfig, profile: Profile | None) -> bool:
+        """Whether nothing but the target is another than it was."""
+        former: MACSConfig | None = getattr(self, "config", None)
+        if former is None or policy != self.policy or profile is not self.profile:
+            return False
+        if former == config or None in (former.least_target(profile), config.least_target(profile)):
+            return False
+        same = {"target_load": 1.0, "split": "uniform"}
+        return former.updated(**same) == config.updated(**same)
+
+    def bound_of(self, router_weight: Tensor, top_k: int, ranks: int) -> float:
+        """``target_load`` of the layer with this router [E, D], as the profile's tuning splits it."""
+        assert self.profile is not None and self.profile.tuning is not None
+        tuning, target = self.profile.tuning, self.config.least_target(self.profile)
+        assert target is not None
+        if tuning.ranks != ranks:
+            self.say_once(
+                f"MACS: the profile's tuning was made for {tuning.ranks} expert-parallel ranks, here are "
+                f"{ranks}: its damage was not measured for them"
+            )
+        if tuning.policy != self.policy:
+            self.say_once(
+                f"MACS: the profile's tuning was made for policy {tuning.policy}, not {self.policy}"
+            )
+        found = tuning.bounds_at(target)
+        if found is None:
+            self.say_once(
+                f"MACS: target_load {target:g} is beyond the tuning's {float(tuning.targets[-1]):g} to "
+                f"{float(tuning.targets[0]):g}; every layer is bounded alike"
+            )
+            return target
+        if not found[1]:
+            self.say_once(
+                f"MACS: target_load {target:g} lies between verified ones; its split was not verified"
+            )
+        return float(found[0][self.profile.row_of(router_weight, top_k)])
 
     def add_layer(self, seam: Seam) -> LayerRuntime:
         """Register a MoE layer, for engine adapters; a ``ValueError`` if the engine cannot do there what the

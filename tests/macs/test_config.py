@@ -59,7 +59,9 @@ def test_one_bound_takes_the_place_of_the_other():
         lambda: MACSConfig(capacity_factor=1.2, target_load=1.1),
         lambda: MACSConfig.from_dict({"capacity_factor": 1.2, "target_load": 1.1}),
     ):
-        with pytest.raises(ValueError, match=r"found 1\.2 beside target_load 1\.1, expected one of"):
+        with pytest.raises(
+            ValueError, match=r"target_load 1\.1 beside capacity_factor 1\.2, expected one of"
+        ):
             both()
 
 

@@ -1,0 +1,135 @@
+"""Splits of a bound among layers: what a file keeps, what a target gives every layer, what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.cases import AnySeam
+
+from macs import MACSConfig, Modality, Profile, Runtime, Topology, Tuning, router_fingerprint
+
+ROUTERS = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+
+def tuning(**changes):
+    return Tuning(
+        **{
+            "targets": torch.tensor([1.0, 0.6], dtype=torch.float64),
+            "bounds": torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.3]], dtype=torch.float64),
+            "damage": torch.tensor([[0.01, 0.0, 0.02], [0.05, 0.04, 0.06]], dtype=torch.float64),
+            "policy": "macs",
+            "ranks": 4,
+            "tokens": 100,
+            "requests": 50,
+            **changes,
+        }
+    )
+
+
+def profile(of=None):
+    counts = torch.ones(3, 8, dtype=torch.int64)
+    return Profile(
+        counts, counts.clone(), tuple(router_fingerprint(one) for one in ROUTERS), 2, of or tuning()
+    )
+
+
+def runtime_of(config, ranks=4, **options):
+    runtime = Runtime(config, profile=profile(), **options)
+    # As a pipeline stage might number them.
+    layers = [runtime.add_layer(AnySeam(lambda r=r: r, Topology(8, ranks), 2)) for r in reversed(ROUTERS)]
+    return runtime, layers
+
+
+def planned(layer):
+    """The rows of the busiest rank over the even share, of a batch that leans to the first experts."""
+    scores = (torch.randn(256, 8, generator=torch.Generator().manual_seed(0)) - torch.arange(8) / 4).softmax(
+        1
+    )
+    weights, experts = scores.topk(2, 1)
+    tokens = Modality.of(torch.zeros(1, 256, dtype=torch.bool)).batch_major()
+    plan = layer.plan(torch.randn(256, 6), experts, weights, scores, tokens)
+    rows = torch.bincount(plan.experts[plan.experts >= 0], minlength=8).view(4, 2).sum(1)
+    return float(rows.max()) / 128
+
+
+def test_a_file_keeps_it(tmp_path):
+    path = tmp_path / "profile.safetensors"
+    profile().save(path)
+    found = Profile.load(path)
+    assert found.tuning.header() == tuning().header() and found.digest == profile().digest
+    assert all(torch.equal(found.tuning.tensors()[name], one) for name, one in tuning().tensors().items())
+    plain = replace(profile(), tuning=None)
+    plain.save(path)
+    assert Profile.load(path).tuning is None and plain.digest != profile().digest
+
+
+def test_every_layer_gets_its_bound_by_its_router():
+    _, layers = runtime_of(MACSConfig(target_load=0.6, split="tuned", min_tokens=0))
+    assert [layer.planner.config.target_load for layer in layers] == [0.3, 0.5, 1.0]
+    assert [planned(layer) for layer in layers] == pytest.approx([0.3, 0.5, 1.0], abs=0.01)
+
+
+def test_between_targets_it_is_interpolated_and_beyond_them_uniform(caplog):
+    _, layers = runtime_of(MACSConfig(target_load=0.8, split="tuned", min_tokens=0))
+    assert [layer.planner.config.target_load for layer in layers] == pytest.approx([0.65, 0.75, 1.0])
+    assert "its split was not verified" in caplog.text
+    _, layers = runtime_of(MACSConfig(target_load=0.5, split="tuned", min_tokens=0))
+    assert [layer.planner.config.target_load for layer in layers] == [0.5] * 3
+    assert "beyond the tuning's 0.6 to 1; every layer is bounded alike" in caplog.text
+
+
+def test_another_number_of_ranks_is_said(caplog):
+    _, layers = runtime_of(MACSConfig(target_load=0.6, split="tuned"), ranks=2)
+    assert layers[0].planner is not None and "made for 4 expert-parallel ranks, here are 2" in caplog.text
+
+
+def test_a_damage_finds_the_smallest_target():
+    runtime, layers = runtime_of(MACSConfig(max_kl=0.05, min_tokens=0))
+    assert runtime.config.split == "tuned"
+    assert [layer.planner.config.target_load for layer in layers] == [0.3, 0.5, 1.0]
+    runtime.use("macs", MACSConfig(max_kl=0.01, min_tokens=0), runtime.profile)
+    assert [layer.planner.config.target_load for layer in layers] == [1.0] * 3
+    with pytest.raises(ValueError, match=r"config.max_kl: found 0.001, expected 0.01 or more"):
+        runtime.use("macs", MACSConfig(max_kl=0.001), runtime.profile)
+    assert runtime.config.max_kl == 0.01
+
+
+def test_another_target_alone_is_put_where_the_planner_reads_it():
+    runtime, layers = runtime_of(MACSConfig(target_load=1.0, min_tokens=0))
+    planners = [layer.planner for layer in layers]
+    assert planned(layers[0]) == pytest.approx(1.0, abs=0.01)
+    for layer in layers:
+        layer.captured = True  # a graph replays what these planners read
+    runtime.use("macs", MACSConfig(target_load=0.6, split="tuned", min_tokens=0), runtime.profile)
+    assert [layer.planner for layer in layers] == planners and not layers[0].recorder.started
+    assert planned(layers[0]) == pytest.approx(0.3, abs=0.01)
+    with pytest.raises(RuntimeError, match="captured"):
+        runtime.use("macs", MACSConfig(target_load=0.6, reroute="none", min_tokens=0), runtime.profile)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: MACSConfig(split="tuned", capacity_factor=1.0), "config.split: found 'tuned' beside cap"),
+        (lambda: MACSConfig(max_kl=0.1, target_load=1.0), "found target_load 1.0 beside max_kl 0.1"),
+        (lambda: Runtime(MACSConfig(split="tuned")), "found 'tuned' and no profile, expected one that macs"),
+        (
+            lambda: Runtime(MACSConfig(max_kl=1.0), profile=replace(profile(), tuning=None)),
+            "found 'tuned' and a profile without a tuning",
+        ),
+        (lambda: tuning(targets=torch.tensor([0.6, 1.0], dtype=torch.float64)), "expected them falling"),
+        (lambda: profile(tuning(bounds=torch.ones(2, 5, dtype=torch.float64))), "bounds of 5 layers, expec"),
+    ],
+)
+def test_what_cannot_be_is_refused(made, message):
+    with pytest.raises(ValueError, match=message):
+        made()
+
+
+def test_naming_one_bound_takes_the_place_of_the_others():
+    config = MACSConfig(max_kl=0.1)
+    assert (
+        config.updated(target_load=0.8).max_kl is None and config.updated(target_load=0.8).split == "uniform"
+    )
+    assert config.updated(capacity_factor=1.0).split == "uniform"
+    assert MACSConfig(target_load=0.8, split="tuned").updated(target_load=0.7).split == "tuned"
