@@ -23,6 +23,7 @@ class Command:
 COMMANDS = {
     "doctor": Command("doctor", "what is installed here, and whether MACS can work with it"),
     "calibrate": Command("calibrate.run", "measure which experts serve which modality, into a profile"),
+    "tune": Command("tune.run", "measure how a bound on the step is best split among layers"),
     "simulate": Command("simulate.run", "what policies and balancers would win on clusters of any size"),
     "evaluate": Command("evaluate.run", "what policies and settings cost in answers, on the tiny model"),
     "importance": Command("evaluate.importance", "what predicts the worth of a visual token's assignment"),

@@ -44,10 +44,8 @@ class ProcessorEngine:
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
-    @torch.inference_mode()
-    def generate(self, samples: Sequence[Request], tokens: int | None = None) -> list[list[int]]:
-        """Greedy answers of equally many tokens, so that ranks stay in step."""
-        tokens = self.tokens if tokens is None else tokens
+    def inputs_of(self, samples: Sequence[Request]) -> dict[str, torch.Tensor]:
+        """The model's arguments for a batch of prompts."""
         conversations = []
         for sample in samples:
             content: list[dict[str, Any]] = [{"type": "text", "text": sample.text}]
@@ -62,16 +60,22 @@ class ProcessorEngine:
             return_tensors="pt",
             processor_kwargs={"padding": True},
         )
-        inputs = {
+        return {
             name: tensor.to(self.model.device, self.model.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
         }
+
+    @torch.inference_mode()
+    def generate(self, samples: Sequence[Request], tokens: int | None = None) -> list[list[int]]:
+        """Greedy answers of equally many tokens, so that ranks stay in step."""
+        tokens = self.tokens if tokens is None else tokens
+        inputs = self.inputs_of(samples)
         answers = self.model.generate(
             **inputs,
             do_sample=False,
             min_new_tokens=tokens,
             max_new_tokens=tokens,
-            synced_gpus=dist.get_world_size() > 1,
+            synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
         )
         return answers[:, inputs["input_ids"].shape[1] :].tolist()
 

@@ -32,8 +32,9 @@ from macs.files import output_file
 from macs.steps.weighting import feature_entropy
 
 from ..common.command import Parser
+from .intervals import bootstrap
 from .model import Bench, measuring, planning
-from .statistics import Answers, bootstrap
+from .statistics import Answers
 
 EVERYTHING = MACSConfig(capacity_factor=1e6)
 """Room for all: the plan is the router's choice."""

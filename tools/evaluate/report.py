@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from .statistics import bootstrap_ratio, measure_of
+from .intervals import bootstrap_ratio
+from .statistics import measure_of
 
 
 def table_of(best: dict[str, dict[str, Any]], bound: float, caption: str) -> Table:

@@ -11,6 +11,7 @@ import torch
 from tiny_vlm import data
 from torch import Tensor
 
+from .intervals import bootstrap, bootstrap_ratio
 from .points import Point
 
 
@@ -20,20 +21,6 @@ class Answers:
 
     ids: list[list[int]] = field(default_factory=list)
     first: list[Tensor] = field(default_factory=list)  # log-probabilities of the first token, [V] each
-
-
-def bootstrap(values: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
-    """Mean of values [N], and the bounds of its 95 % interval."""
-    return bootstrap_ratio(values, np.ones(len(values)), draws)
-
-
-def bootstrap_ratio(values: np.ndarray, others: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
-    """Mean of values [N] over the mean of others [N] of the same questions, and its 95 % interval."""
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(values), size=(draws, len(values)))
-    ratios = values[drawn].mean(1) / np.maximum(others[drawn].mean(1), 1e-300)
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    return float(values.mean() / max(others.mean(), 1e-300)), float(low), float(high)
 
 
 def measured(
