@@ -22,7 +22,7 @@ LAYOUT=(
   --tensor-model-parallel-size "${TP:=1}" --pipeline-model-parallel-size "${PP:=1}"
   --expert-model-parallel-size "${EP:=8}" --expert-tensor-parallel-size 1
 )
-# With tensor parallelism every rank gets its own part of the sequence, so that groups may share capacities.
+# With tensor parallelism every rank gets its own part of the sequence, and plans only that.
 if [ "$TP" -gt 1 ]; then LAYOUT+=(--sequence-parallel); fi
 
 SCRIPT=${SCRIPT:-${MEGATRON_LM:?a checkout of Megatron-LM}/examples/inference/advanced/gpt_dynamic_inference.py}
