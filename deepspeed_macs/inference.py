@@ -41,7 +41,7 @@ from macs import (
     policy_of,
     token_ids_in,
 )
-from macs.config import read_mapping
+from macs.files import read_mapping
 from macs.serving.calls import CallReader
 from macs.serving.installed import Installed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .files import read_mapping
 from .steps.weighting import WEIGHTINGS
 
 logger = logging.getLogger(__name__)
@@ -305,124 +305,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named sets of settings, laid over the defaults. The defaults pool capacity per rank and count it in
 rows, text first: that bounds the step itself and touches the fewest assignments (docs/quality.md)."""
-
-
-LARGEST_FILE = 1 << 16
-"""Bytes of a file with settings: they take hundreds."""
-
-DEEPEST = 32
-"""Levels of a file with settings: they take two."""
-
-
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The mapping that a ``.json``, ``.yaml`` or ``.yml`` file holds; an empty file is an empty one.
-
-    Anything else in it is a ``ValueError`` that names the file: a list, a key twice, keys that are no
-    strings, numbers no float can hold, YAML's aliases (a few lines of them can stand for gigabytes), a
-    file of more than 64 kB.
-    """
-    path = Path(path)
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        raise ValueError(f"config {path}: expected a .json, .yaml or .yml file")
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise ValueError(f"config {path}: found {size} bytes, expected settings, at most {LARGEST_FILE}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"config {path}: not UTF-8 text: {error}") from error
-    try:
-        values = _read_json(text) if path.suffix == ".json" else _read_yaml(text, path)
-        _check_plain(values)
-    except RecursionError:
-        raise ValueError(
-            f"config {path}: found more than {DEEPEST} levels, expected settings by name"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"config {path}: {error}") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"config {path}: found {type(values).__name__} at the top, expected settings by name"
-        )
-    return values
-
-
-def _read_json(text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise ValueError(f"found the key {name!r} twice, expected it once")
-            found[name] = value
-        return found
-
-    if not text.strip():
-        return None
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error}") from error
-
-
-def _read_yaml(text: str, path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"config {path}: YAML needs pyyaml: pip install pyyaml") from error
-
-    class Once(yaml.SafeLoader):
-        """Safe, without aliases, and every key once."""
-
-        level = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.events.AliasEvent):
-                raise ValueError(f"found the alias *{self.peek_event().anchor}, expected values written out")
-            self.level += 1
-            if self.level > DEEPEST:
-                raise RecursionError
-            node = super().compose_node(parent, index)
-            self.level -= 1
-            return node
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen: set[Any] = set()
-            for key, _ in node.value:
-                name = self.construct_object(key, deep=True)
-                if not isinstance(name, str):
-                    raise ValueError(f"found the key {name!r}, expected a name")
-                if name in seen:
-                    raise ValueError(f"found the key {name!r} twice, expected it once")
-                seen.add(name)
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, Once)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {error}") from error
-
-
-def _check_plain(value: Any, level: int = 0) -> None:
-    """Raise unless a value is made of what settings are made of."""
-    if level > DEEPEST:
-        raise ValueError(f"found more than {DEEPEST} levels, expected settings by name")
-    if isinstance(value, dict):
-        for name, one in value.items():
-            if not isinstance(name, str):
-                raise ValueError(f"found the key {name!r}, expected a name")
-            _check_plain(one, level + 1)
-    elif isinstance(value, list):
-        for one in value:
-            _check_plain(one, level + 1)
-    elif isinstance(value, int) and abs(value) > LARGEST_NUMBER:
-        raise ValueError(
-            f"found a number of {value.bit_length()} bits, expected none beyond {LARGEST_NUMBER:g}"
-        )
-
-
-LARGEST_NUMBER = 2**63
-"""Settings are far smaller; a longer integer is a mistake, or made to keep us busy."""
 
 
 def check_name(kind: str, name: Any, valid: tuple[str, ...]) -> None:

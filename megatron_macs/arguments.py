@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from macs import POLICIES, PRESETS, TOKEN_IDS, MACSConfig, Profile, Runtime, token_ids_in
-from macs.config import RENAMED, read_mapping
+from macs.config import RENAMED
+from macs.files import read_mapping
 
 
 def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

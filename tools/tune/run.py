@@ -31,8 +31,7 @@ from rich.table import Table
 from tiny_vlm import CHECKPOINT
 
 from macs import POLICIES, MACSConfig, Tuning
-from macs.config import read_mapping
-from macs.files import output_file
+from macs.files import output_file, read_mapping
 
 from ..common.command import Parser, quiet
 from ..evaluate.intervals import bootstrap, bootstrap_ratio
