@@ -68,10 +68,10 @@ def prompts(arguments: argparse.Namespace, image_token: int, count: int) -> Tens
 
 def report(runtime: Runtime, console: Console) -> None:
     """What every layer planned, over all ranks."""
-    table = Table("layer", *(metric.title for metric in METRICS.values()))
-    for number, layer in enumerate(runtime.reports(parallel_state.get_expert_model_parallel_group())):
-        found = layer.summary()
-        table.add_row(str(number), *(format(found[name], one.form) for name, one in METRICS.items()))
+    found = [one.summary() for one in runtime.reports(parallel_state.get_expert_model_parallel_group())]
+    table = Table("", *(f"layer {number}" for number in range(len(found))))
+    for name, metric in METRICS.items():
+        table.add_row(metric.title, *(format(one[name], metric.form) for one in found))
     console.print(table)
 
 
