@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from macs import Tokens, has_triton, kernels
 
@@ -14,7 +15,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def kernel_test(function: Any) -> Any:
-    """Mark a test of a kernel."""
+    """Mark a test of a kernel. In the interpreter, where a launch takes a hundred times longer, a property is
+    asked with 25 examples under every profile."""
+    if hasattr(function, "hypothesis") and DEVICE == "cpu":
+        most = min(25, settings.default.max_examples)  # type: ignore[union-attr]
+        function = settings(max_examples=most)(function)
     skip = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
     return pytest.mark.usefixtures("poisoned")(pytest.mark.kernels(skip(function)))
 
