@@ -132,8 +132,8 @@ class MACSConfig(metaclass=_TakesFormerNames):
 
     weighting: str = _setting(
         "distinct",
-        "semantic weight of a visual token: visual_weight for all, by how unlike the mean visual token it "
-        "is, or by its features' entropy",
+        "semantic weight of a visual token: "
+        + "; ".join(f"{name}: {one.purpose}" for name, one in WEIGHTINGS.items()),
         choices=tuple(WEIGHTINGS),
     )
     entropy_sharpness: float = _setting(

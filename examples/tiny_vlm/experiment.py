@@ -20,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from macs import METRICS, POLICIES, MACSConfig, Profile, Runtime, summarized
+from macs import METRICS, MACSConfig, Profile, Runtime, summarized
 from macs.serving.launch import first_process
 
 from . import data
@@ -64,7 +64,7 @@ def settings_by_name(
         macs_settings = {f"macs {name}": config for name, config in presets.items()}
     chosen: dict[str, tuple[str, MACSConfig]] = {VANILLA: (VANILLA, base)}
     for policy in arguments.policy or ("token-drop", "expanded-drop", "macs"):
-        entries = {policy: base} if POLICIES[policy].is_baseline else macs_settings
+        entries = macs_settings if policy == "macs" else {policy: base}
         chosen |= {title: (policy, config.updated(**changes)) for title, config in entries.items()}
     return chosen
 

@@ -194,7 +194,7 @@ class LayerRuntime:
             if runtime.profile is not None:
                 row = runtime.profile.row_of(self.seam.router_weight(), self.top_k)
                 bias = runtime.profile.bias(config)[row]
-            elif reads and config.modality_strength > 0 and not config.pools_rows:
+            elif reads and self._biased(config):
                 runtime.say_once("MACS: no profile; no expert has a modality bias")
             if config.similarity == "router":
                 similarity = router_similarity(self.seam.router_weight())
@@ -208,6 +208,11 @@ class LayerRuntime:
             )
             self._weights_seen = seen_of(self.seam.router_weight())
         return self._planner
+
+    def _biased(self, config: MACSConfig) -> bool:
+        """Whether the policy, as it sets these settings, lets capacities follow modality."""
+        own = policy_of(self.runtime.policy).configured(config)
+        return own.modality_strength > 0 and not own.pools_rows
 
     def _own(self, config: MACSConfig) -> MACSConfig:
         """The settings with this layer's bound, where the profile's tuning splits it."""

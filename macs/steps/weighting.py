@@ -41,7 +41,8 @@ PART = 1 << 18
 
 Value = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """hidden [T, D], token int64 [V] (those asked for), visual bool [T], source int64 [T] in 0..S-1, directions
-int64 [S, D] zeros to add to (or empty) -> float32 [V], NaN where features are not finite."""
+int64 [S, D] zeros to add to (or empty) -> float32 [V], NaN where features are not finite. Values of some tens
+at most: their squares are summed in fixed point (``ENTROPY_UNIT``); take the logarithm of a norm."""
 
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.cases import AnySeam, paper
+from support.cases import AnySeam
 
-from macs import POLICIES, MACSConfig, Planner, Policy, Runtime, Topology, build_policy, policy_of
+from macs import POLICIES, MACSConfig, Modality, Planner, Policy, Runtime, Topology, build_policy, policy_of
 
 EXPERTS, TOP_K, TOKENS = 8, 2, 96
 
@@ -27,7 +27,8 @@ def test_a_policy_does_what_its_row_says(name):
     changed = not torch.equal(plan.experts[:, :TOP_K], inputs[1])
     assert changed == policy.plans == planner.plans
     # Which tokens are visual is nothing to a baseline.
-    assert (policy.configured(paper()).weighting == "entropy") == policy.reads_modality
+    seen = planner.plan(*inputs, Modality.of(torch.arange(TOKENS)[None] % 2 == 0).batch_major())
+    assert torch.equal(seen.experts, plan.experts) != policy.reads_modality
 
 
 def test_an_unknown_policy_names_the_nearest():
