@@ -56,7 +56,7 @@ def _add_local_experts(
     may = tl.load(valid + token, mask=here, other=0).to(tl.int1)
     may = may & ~tl.load(exempt + token, mask=here, other=0).to(tl.int1)
     candidate = tl.load(row + local, mask=inside, other=0.0)
-    open_ = inside & may[:, None] & (candidate > 0)
+    open_ = inside & may[:, None] & (candidate.to(SCORE) > 0)
     for one in range(k):
         used = tl.load(experts + token * k + one, mask=here, other=-1)
         open_ = open_ & (local != used[:, None])
