@@ -57,6 +57,8 @@ class Bench:
         with contextlib.ExitStack() as stack:
             if point.random_weights:
                 stack.enter_context(self._noise())
+            if point.spared_text:
+                stack.enter_context(self._sparing())
             if point.rerouted_weight != "score":
                 stack.enter_context(self._reweighed(point.rerouted_weight))
             stack.enter_context(self.first_answers(found))
@@ -85,6 +87,15 @@ class Bench:
             self.runtime.layers,
             lambda inner, hidden, *rest: inner(torch.randn(hidden.shape, generator=generator), *rest),
         )
+
+    def _sparing(self) -> contextlib.AbstractContextManager[None]:
+        """Text is exempt: neither dropped nor rerouted."""
+
+        def plan(inner: Any, *inputs: Any) -> Any:
+            *given, tokens = inputs
+            return inner(*given, replace(tokens, exempt=tokens.exempt | ~tokens.visual & tokens.valid))
+
+        return planning(self.runtime.layers, plan)
 
     def _reweighed(self, rule: str) -> contextlib.AbstractContextManager[None]:
         """Rerouted assignments count half of what was planned, or what they did at their former expert."""

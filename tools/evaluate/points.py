@@ -53,7 +53,8 @@ class Point:
 
     random_weights: a control; semantic weights come of noise instead of the features. rerouted_weight: what
     a rerouted assignment counts in its token's output, "score" as planned (by its new expert's score), half
-    of that, or what it counted at its "former" expert.
+    of that, or what it counted at its "former" expert. spared_text: text is neither dropped nor rerouted, and
+    the bound gives way to it.
     """
 
     title: str
@@ -63,10 +64,13 @@ class Point:
     ranks: int = 4
     random_weights: bool = False
     rerouted_weight: str = "score"
+    spared_text: bool = False
 
     def key(self, arguments: argparse.Namespace) -> str:
         """What tells this point from all others in the file."""
         told = {**asdict(self), "split": arguments.split, "questions": arguments.questions}
+        if not self.spared_text:
+            del told["spared_text"]  # as points were kept before there was such a one
         told |= {"seed": arguments.seed, "batch": arguments.batch, "model": str(arguments.checkpoint)}
         return json.dumps(told, sort_keys=True)
 
@@ -178,6 +182,11 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
                     f"default, rerouted at {rule} weight", "macs", DEFAULT, bounds, rerouted_weight=rule
                 )
             ),
+        ],
+        "rules": [
+            *by_target("macs", "macs", DEFAULT, bounds),
+            *by_target("macs, no rerouting", "macs", DEFAULT.updated(reroute="none"), bounds),
+            *by_target("macs, text spared", "macs", DEFAULT, bounds, spared_text=True),
         ],
         "bounded": [point for policy in baselines for point in by_target(policy, policy, BASELINE, bounds)]
         + by_target("macs", "macs", DEFAULT, bounds)

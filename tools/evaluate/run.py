@@ -89,7 +89,7 @@ def point_of(found: dict[str, Any]) -> Point:
     """The point that gave these figures."""
     config = MACSConfig(**found["settings"])
     own = (found[name] for name in ("batches", "ranks", "random_weights", "rerouted_weight"))
-    return Point(found["title"], found["policy"], config, *own)
+    return Point(found["title"], found["policy"], config, *own, spared_text=found.get("spared_text", False))
 
 
 def run(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:

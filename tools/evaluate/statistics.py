@@ -60,6 +60,7 @@ def measured(
         "policy": point.policy,
         "random_weights": point.random_weights,
         "rerouted_weight": point.rerouted_weight,
+        "spared_text": point.spared_text,
         "settings": asdict(point.config),
         "batches": point.batches,
         "ranks": point.ranks,
