@@ -206,6 +206,11 @@ class MACSConfig(metaclass=_TakesFormerNames):
         high=1e6,
         optional=True,
     )
+    spare_text: bool = _setting(
+        False,
+        "text is neither dropped nor rerouted: where it alone exceeds the bound, the bound gives way, and is "
+        "counted as unmet",
+    )
     drop_padding: bool = _setting(False, "send padding tokens to no expert at all")
 
     def __post_init__(self) -> None:
@@ -298,7 +303,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The defaults at the tightest bound there is: every rank computes the mean.
     "fast": {"capacity_factor": 1.0},
     # The defaults at a loose bound, with a floor under quality.
-    "safe": {"target_load": 1.2, "max_drop": 0.01},
+    "safe": {"target_load": 1.2, "max_drop": 0.01, "spare_text": True},
     # For engines that pad every expert to the fullest one (DeepSpeed's MoE layer): each expert by
     # itself, with more proposals so that overflow finds room elsewhere.
     "padded": {"capacity_factor": 1.2, "level": "expert", "reroute_rounds": 4},

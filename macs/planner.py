@@ -171,6 +171,8 @@ class Planner:
         if not self.plans or self.bypasses(len(hidden), hidden.device):
             return self._untouched(hidden, choice, tokens, statistics)
         config, constants = self.config, self._constants(hidden.device)
+        if config.spare_text:
+            tokens = tokens.with_text_exempt()
         choice = self._extended(choice, tokens, constants)
         sums = self._sums(hidden, statistics)
         with _step("weights"):

@@ -31,6 +31,7 @@ COUNTED: dict[str, Any] = {
     "level": "expert",
     "reroute": "none",
     "similarity": "none",
+    "spare_text": False,
 }
 """Settings under which a token is a token, whatever its modality, and stays where it is or nowhere."""
 

@@ -235,6 +235,10 @@ class Tokens:
         """These tokens, of which only those in ``used`` bool [T] are no padding."""
         return replace(self, valid=self.valid & used)
 
+    def with_text_exempt(self) -> Tokens:
+        """The same with every text token exempt."""
+        return replace(self, exempt=torch.where(self.kinds == TEXT, self.valid, self.exempt))
+
     @property
     def device(self) -> torch.device:
         return self.kinds.device

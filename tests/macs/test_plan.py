@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import reference
 from support.cases import NO_BOUND, configs, paper, routings
 
-from macs import MACSConfig, Modality, Planner, Tokens, Topology, build_policy
+from macs import TEXT, MACSConfig, Modality, Planner, Tokens, Topology, build_policy
 from macs.steps.capacity import pool_capacity
 from macs.steps.contracts import Choice, Terms
 from macs.steps.demand import measure
@@ -357,6 +357,26 @@ def test_exempt_and_padding_are_left_alone(case):
     else:
         assert torch.equal(plan.experts[padding], case.experts[padding])
         assert torch.equal(plan.weights[padding], case.weights[padding])
+
+
+@given(routings(config=configs(spare_text=True)))
+def test_spared_text_is_exempt_text(case):
+    plan = plan_of(case)
+    text = (case.tokens.kinds == TEXT) & case.tokens.valid
+    assert torch.equal(plan.experts[text], case.experts[text])
+    assert torch.equal(plan.weights[text], case.weights[text])
+    told = replace(case, config=case.config.updated(spare_text=False), tokens=case.tokens.with_text_exempt())
+    assert torch.equal(plan.experts, plan_of(told).experts)
+    assert torch.equal(plan.statistics.record, plan_of(told).statistics.record)
+
+
+def test_text_alone_makes_the_bound_give_way_and_that_is_counted():
+    scores = (torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) - torch.arange(8)).softmax(1)
+    weights, experts = scores.topk(2)
+    for spare in (False, True):
+        config = MACSConfig(target_load=1.0, min_tokens=0, spare_text=spare)
+        plan = Planner(config, Topology(8, 4), 2).plan(torch.randn(64, 4), experts, weights, scores)
+        assert torch.equal(plan.experts, experts) == spare and int(plan.statistics.unmet) == spare
 
 
 def test_exempt_tokens_stay_whatever_the_bounds():

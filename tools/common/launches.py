@@ -164,7 +164,7 @@ PLANS = {
     "defaults": 12,
     "paper": 11,
     "paper at 1.05": 14,
-    "safe": 14,
+    "safe": 16,
     "padded": 16,
     "token-drop": 7,
     "rank-balanced": 10,
