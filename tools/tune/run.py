@@ -161,21 +161,14 @@ def tuned(model: Any, arguments: argparse.Namespace, console: Console) -> tuple[
 
 
 def table_of(found: Sequence[dict[str, Any]], caption: str) -> Table:
-    """What every target costs, with one bound and split."""
+    """What every target costs, with one bound and split; of many layers the least and the largest bound."""
     table = Table(caption=caption, caption_justify="left")
-    for name in (
-        "target",
-        "load",
-        "one bound",
-        "split",
-        "split / one bound",
-        "same answer",
-        "bounds by layer",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("target", "load", "one bound", "split", "ratio, 95 %", "same answer", "bounds by layer"):
+        table.add_column(name, justify="right")
     for one in found:
         plain, split = one["uniform"], one["split"]
-        told = one["split"] if one["used"] else plain
+        told = split if one["used"] else plain
+        bounds = [f"{bound:.2f}" for bound in one["bounds"]]
         table.add_row(
             f"{one['target']:g}",
             f"{told.loads.mean():.3f}",
@@ -183,7 +176,7 @@ def table_of(found: Sequence[dict[str, Any]], caption: str) -> Table:
             f"{1e3 * split.damage.mean():.3g}" + ("" if one["used"] else " (not used)"),
             f"{one['ratio'][1]:.2f}-{one['ratio'][2]:.2f}",
             f"{told.same.mean():.4f}",
-            " ".join(f"{bound:.2f}" for bound in one["bounds"]),
+            " ".join(bounds) if len(bounds) <= 4 else f"{min(bounds)} to {max(bounds)}",
         )
     return table
 
