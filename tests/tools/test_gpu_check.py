@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from macs import has_triton
 from macs_tools.bench import gpu as gpu_check
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
+    pytest.mark.skipif(
+        not has_triton() or not torch.backends.cuda.is_built(),
+        reason="Triton is not installed, or this torch has no CUDA to make fake tensors of",
+    ),
 ]
 
 
