@@ -240,11 +240,6 @@ class MACSConfig(metaclass=_TakesFormerNames):
             else self.min_tokens
         )
 
-    def least_target(self, profile: Any) -> float | None:
-        """``target_load``, or the one that the tuning of a ``Profile`` verified for ``max_kl``; none where
-        ``capacity_factor`` is the bound."""
-        return self.target_load if self.max_kl is None else profile.tuning.target_within(self.max_kl)
-
     @property
     def pools_rows(self) -> bool:
         """Whether capacities are the bound on the rows of the ranks, and follow nothing else."""

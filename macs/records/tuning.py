@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import expect
+from ..config import MACSConfig
 
 TENSORS = ("targets", "bounds", "damage")
 
@@ -96,3 +97,11 @@ class Tuning:
                 raise ValueError(f"tuning.{name}: found {value!r}, expected {kind}")
         given: dict[str, Any] = {name: tensors[f"tuning_{name}"] for name in TENSORS}
         return cls(**given, **header)
+
+
+def target_of(config: MACSConfig, tuning: Tuning | None) -> float | None:
+    """``target_load``, or the one that a tuning verified for ``max_kl``; none under ``capacity_factor``."""
+    if config.max_kl is None:
+        return config.target_load
+    assert tuning is not None  # ``Runtime.use`` has refused settings that need one
+    return tuning.target_within(config.max_kl)

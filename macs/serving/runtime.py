@@ -20,6 +20,7 @@ from ..policies import build_policy
 from ..records.metrics import LayerReport
 from ..records.profile import Calibration, Profile, router_fingerprint
 from ..records.traffic import RoutingRecorder
+from ..records.tuning import target_of
 from ..topology import Topology
 from ..version import __version__
 from .adapter import Seam
@@ -104,7 +105,8 @@ class Runtime:
         former: MACSConfig | None = getattr(self, "config", None)
         if former is None or policy != self.policy or profile is not self.profile:
             return False
-        if former == config or None in (former.least_target(profile), config.least_target(profile)):
+        tuning = None if profile is None else profile.tuning
+        if former == config or None in (target_of(former, tuning), target_of(config, tuning)):
             return False
         same = {"target_load": 1.0, "split": "uniform"}
         return former.updated(**same) == config.updated(**same)
@@ -112,7 +114,8 @@ class Runtime:
     def bound_of(self, router_weight: Tensor, top_k: int, ranks: int) -> float:
         """``target_load`` of the layer with this router [E, D], as the profile's tuning splits it."""
         assert self.profile is not None and self.profile.tuning is not None
-        tuning, target = self.profile.tuning, self.config.least_target(self.profile)
+        tuning = self.profile.tuning
+        target = target_of(self.config, tuning)
         assert target is not None
         if tuning.ranks != ranks:
             self.say_once(

@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
 from macs import MACSConfig, Profile, Runtime
+from macs.records.tuning import target_of
 from macs_tools.tune import search
 
 NATURAL = np.array([1.2, 1.4, 1.3])
@@ -80,7 +81,7 @@ def test_a_tuning_is_measured_kept_and_served(tmp_path):
     profile = Profile.load(tmp_path / "tuned.safetensors")
     assert torch.equal(profile.tuning.bounds, found.bounds)
     runtime = Runtime(MACSConfig(max_kl=float(found.damage[:, 0].max())), profile=profile)
-    assert runtime.config.least_target(profile) == 0.6
+    assert target_of(runtime.config, profile.tuning) == 0.6
 
 
 @pytest.mark.parametrize(

@@ -28,21 +28,18 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..common.command import Parser
+from ..common.launches import CASES
 
 HERE = Path(__file__).resolve().parents[2]
 SHAPES = ((2400, 128, 16, 2, 2), (4096, 1024, 64, 4, 8), (8192, 2048, 128, 8, 8))
 """T tokens, D features, E experts, k of a token, R ranks."""
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "defaults": ("macs", {}),
-    "paper": ("macs", {"preset": "paper"}),
-    "paper at 1.05": ("macs", {"preset": "paper", "target_load": 1.05}),
+    **CASES,
     "fast": ("macs", {"preset": "fast"}),
-    "safe": ("macs", {"preset": "safe"}),
     "safe, hard": ("macs", {"preset": "safe", "max_load_factor": 1.1, "max_drop": 0.005}),
-    "padded": ("macs", {"preset": "padded"}),
     "by picture": ("macs", {"weighting": "entropy", "normalization": "image"}),
-    **{name: (name, {}) for name in ("vanilla", "token-drop", "expanded-drop", "rank-balanced")},
+    "vanilla": ("vanilla", {}),
 }
 
 

@@ -18,20 +18,15 @@ from macs import has_triton
 
 from ..common.workloads import VANILLA
 
+HEADINGS = [
+    *("workload", "policy", "ms", "time / vanilla", "ideal", "share of ideal", "busiest rank"),
+    *("busiest expert", "sent", "dropped", "rerouted", "kept mass"),
+]
+
 
 def table_of(rows: Sequence[dict[str, Any]], caption: str) -> Table:
     table = Table(caption=caption, caption_justify="left")
-    titles: tuple[str, ...] = (
-        "workload",
-        "policy",
-        "ms",
-        "time / vanilla",
-        "ideal",
-        "share of ideal",
-        "busiest rank",
-    )
-    titles += ("busiest expert", "sent", "dropped", "rerouted", "kept mass")
-    for title in titles:
+    for title in HEADINGS:
         table.add_column(title, justify="left" if title in ("workload", "policy") else "right")
     last = None
     for row in rows:
