@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from macs.config import RENAMED
+
 from ..common.command import Parser
 from ..common.launches import CASES
 
@@ -74,11 +76,20 @@ def drawn(shape: Sequence[int]) -> tuple[torch.Tensor, ...]:
     return hidden, chosen, weights, scores, mask
 
 
+def config_of(macs: ModuleType, settings: dict[str, Any]) -> Any:
+    """Settings by the names that they have in that checkout."""
+    known = {"preset", *(one.name for one in dataclasses.fields(macs.MACSConfig))}
+    former = {new: old for old, new in RENAMED.items()}
+    return macs.MACSConfig.from_dict(
+        {name if name in known else former[name]: value for name, value in settings.items()}
+    )
+
+
 def planned(macs: ModuleType, name: str, shape: Sequence[int], inputs: Sequence[Any]) -> Callable[[], Any]:
     """A call of a planner."""
     policy, settings = SETTINGS[name]
     topology = macs.Topology(shape[2], shape[4])
-    planner = macs.build_policy(policy, macs.MACSConfig.from_dict(settings), topology, shape[3])
+    planner = macs.build_policy(policy, config_of(macs, settings), topology, shape[3])
     tokens = macs.Modality.of(inputs[4]).batch_major(1)
     tokens = dataclasses.replace(tokens, segment=torch.arange(len(inputs[0])) // 64)
     return functools.partial(planner.plan, *inputs[:4], tokens)
@@ -197,7 +208,7 @@ def same_plans(packages: dict[str, ModuleType], cases: Sequence[dict[str, Any]])
                 for macs in packages.values():
                     topology = macs.Topology(experts, 4, sources=sources)
                     planner = macs.build_policy(
-                        policy, macs.MACSConfig.from_dict(settings), topology, case["top_k"],
+                        policy, config_of(macs, settings), topology, case["top_k"],
                         modality_bias=case["bias"], similarity=case["similarity"],
                     )  # fmt: skip
                     fields = {
