@@ -16,6 +16,7 @@ TOOLS = ["matplotlib>=3.8", "rich>=13", "rich-argparse>=1.5"]
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26"]
 EXAMPLES = [
     *TOOLS,
+    "easy-vqa>=1.0,<2",
     "pillow>=10",
     "scikit-image>=0.24,<1",
     "scikit-learn>=1.5,<2",

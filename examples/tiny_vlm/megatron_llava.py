@@ -31,10 +31,11 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 from macs import Runtime
 from megatron_macs import with_macs
 
-from .data import ANSWER_TOKENS, IMAGE_TOKENS, PICTURE_SIZE, PROMPT_TOKENS, Sample
+from .data import ANSWER_TOKENS, PROMPT_TOKENS, Sample
 from .megatron import copy_weights, transformer_config
 from .megatron_engine import WordTokenizer, greedy, wrapper_arguments
 from .model import picture_inputs
+from .pictures import IMAGE_TOKENS, PICTURE_SIZE
 from .vocabulary import up_to_end, words_of
 
 PATCH = PICTURE_SIZE // round(IMAGE_TOKENS**0.5)  # pixels a side of what one token stands for

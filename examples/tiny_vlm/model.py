@@ -12,7 +12,8 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from . import CHECKPOINT
-from .data import PICTURE_SIZE, Sample
+from .data import Sample
+from .pictures import PICTURE_SIZE
 from .vocabulary import (
     BEGIN,
     END,

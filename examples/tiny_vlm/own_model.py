@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from . import data
+from . import pictures
 from .experiment import Experiment
 
 PICTURE_QUESTIONS = (
@@ -88,14 +88,14 @@ class OwnExperiment(Experiment):
     """Photographs and texts for a model of one's own."""
 
     def questions(self, seed: int, split: str, count: int) -> list[Any]:
-        pictures = [Image.fromarray(pixels) for pixels in data.photographs(split)]
+        shown = [Image.fromarray(pixels) for pixels in pictures.photographs(split)]
         found = []
         for number in range(count):
             if number % 4 == 3:
                 found.append(Request(TEXT_QUESTIONS[number // 4 % len(TEXT_QUESTIONS)], None))
             else:
                 question = PICTURE_QUESTIONS[number % len(PICTURE_QUESTIONS)]
-                found.append(Request(question, pictures[(seed + number) % len(pictures)]))
+                found.append(Request(question, shown[(seed + number) % len(shown)]))
         return found
 
     caution = ""

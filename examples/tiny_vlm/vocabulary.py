@@ -15,11 +15,14 @@ _SPECIAL = [FILLER, BEGIN, END, UNKNOWN, VISION_START, IMAGE, VIDEO, VISION_END]
 _WORDS = (
     "0 1 2 3 4 5 6 7 8 9 + = ? a b c d e f g h i j k l m n o p "
     "what is at top bottom left right how many digits are there the largest digit sum tell me "
-    "yes no none"
+    "yes no none "
+    "first second read all in order "
+    "does image contain present shape color of circle triangle rectangle not "
+    "black blue brown gray green red teal yellow"
 ).split()
 
 VOCABULARY = {word: index for index, word in enumerate(_SPECIAL + _WORDS)}
-VOCABULARY_SIZE = 80  # room to spare, and divisible by small tensor-parallel sizes
+VOCABULARY_SIZE = 96  # room to spare, and divisible by small tensor-parallel sizes
 
 
 def encode(text: str) -> list[int]:
