@@ -87,7 +87,7 @@ def test_a_tuning_is_measured_kept_and_served(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--requests", "10"), "--requests: found 10, expected two batches (56) or more"),
+        (("--requests", "10"), "--requests: found 10, expected two batches (112) or more"),
         (("--model", "x"), "--model and --data go together"),
         (("--targets", "0"), "expected loads above 0"),
         (("--polcy", "macs"), "did you mean --policy?"),

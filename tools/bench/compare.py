@@ -190,7 +190,7 @@ def chosen_by_the_tiny_model(batches: int) -> list[dict[str, Any]]:
 
         Planner.plan = kept  # type: ignore[method-assign, assignment]
         try:
-            for batch in bench.batches("image-flood", arguments.split, 0)[:batches]:
+            for batch in bench.batches("image-flood")[:batches]:
                 importance.first_tokens(bench, batch)
         finally:
             Planner.plan = plan  # type: ignore[method-assign]

@@ -24,6 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import spearmanr
 from tiny_vlm import CHECKPOINT, data
+from tiny_vlm import model as tiny
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,10 +32,10 @@ from macs import MACSConfig, Plan
 from macs.files import output_file
 from macs.steps.weighting import feature_entropy
 
+from ..common.answers import read
 from ..common.command import Parser
 from .intervals import bootstrap
 from .model import Bench, measuring, planning
-from .statistics import Answers
 
 EVERYTHING = MACSConfig(capacity_factor=1e6)
 """Room for all: the plan is the router's choice."""
@@ -54,10 +55,7 @@ class Seen:
 
 def first_tokens(bench: Bench, batch: list[data.Sample]) -> Tensor:
     """Log-probabilities of every answer's first token, [B, V]."""
-    found = Answers()
-    with bench.first_answers(found):
-        bench.engine.generate(batch, tokens=1)
-    return torch.stack(found.first)
+    return read(bench.model, bench.runtime, tiny.sample_inputs(batch)).logits.double().log_softmax(-1)
 
 
 def observe(bench: Bench, batch: list[data.Sample]) -> tuple[Tensor, list[Seen]]:
@@ -151,7 +149,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> Correlations:
     # Of every layer, an array [trials, batch] for each batch.
     values: list[list[np.ndarray]] = [[] for _ in layers]
     predicted: list[dict[str, list[np.ndarray]]] = [{} for _ in layers]
-    batches = bench.batches("image-flood", arguments.split, arguments.seed)[: arguments.batches]
+    batches = bench.batches("image-flood")
     with Progress(console=console) as progress:
         bar = progress.add_task("leaving one out", total=len(batches) * len(layers) * arguments.trials)
         for batch in batches:
@@ -194,13 +192,14 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("macs importance", __doc__)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batches", dest="count", type=int, default=4, help="of questions")
     parser.add_argument("--batch", type=int, default=56, help="questions asked at once")
     parser.add_argument("--trials", type=int, default=12, help="passes for each batch and layer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=output_file, help="where to write the correlations")
     arguments = parser.parse_args(given)
-    arguments.questions = arguments.batches * arguments.batch
+    arguments.questions = arguments.count * arguments.batch
+    arguments.batches, arguments.tuning = ["image-flood"], []
     return arguments
 
 

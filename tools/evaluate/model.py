@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from tiny_vlm import data
 from tiny_vlm import model as tiny
-from tiny_vlm.plain import Engine
+from tiny_vlm.vocabulary import up_to_end
 
 from macs import Profile, Runtime, attach_modality, attach_plain
 
+from ..common.answers import read
 from ..common.command import quiet
-from .points import MIXES, Point
+from .kinds import answer_tokens, draw_batches
+from .points import Point, tunings_of
 from .statistics import Answers
 
 
@@ -31,28 +32,28 @@ class Bench:
         self.model = tiny.load_model(arguments.checkpoint)
         attach_plain(self.model, self.runtime)
         attach_modality(self.model)
-        self.engine = Engine(self.model)
         self.profile = self._calibrated()
+        self.tunings = tunings_of(arguments.tuning)
 
-    def batches(self, kind: str, split: str, seed: int) -> list[list[data.Sample]]:
+    def batches(self, kind: str) -> list[list[data.Sample]]:
         """Whole batches of the questions of a kind."""
-        size = self.arguments.batch
-        samples = data.draw_samples(seed, split, MIXES[kind], self.arguments.questions // size * size)
-        if kind == "multi-image":
-            rng = np.random.default_rng(seed)
-            samples = [data.after_another(sample, data.draw_picture(rng, split)) for sample in samples]
-        return [samples[start : start + size] for start in range(0, len(samples), size)]
+        arguments = self.arguments
+        count = arguments.questions // arguments.batch
+        return draw_batches(kind, arguments.split, arguments.seed, count, arguments.batch)
 
     def _calibrated(self) -> Profile:
         """A profile from the training split, which nothing is measured on."""
+        kind = self.arguments.batches[0]
         with self.runtime.calibration():
-            for batch in self.batches("mixed", "train", 1)[:4]:
-                self.engine.generate(batch, tokens=1)
+            for batch in draw_batches(kind, "train", 1, 4, self.arguments.batch):
+                read(self.model, self.runtime, tiny.sample_inputs(batch))
         return self.runtime.measured_profile()
 
-    def ask(self, point: Point) -> tuple[Answers, list[Any]]:
-        """Answers under a point's policy, and what its layers recorded while they read the prompts."""
-        self.runtime.use(point.policy, point.config, self.profile)
+    def ask(self, point: Point, expected: Answers | None) -> tuple[Answers, list[Any]]:
+        """Answers under a point's policy, and what its layers recorded while they read the prompts; what the
+        model makes of the ``expected`` answers, or of its own."""
+        tuning = self.tunings.get((point.policy, point.ranks)) if point.config.split == "tuned" else None
+        self.runtime.use(point.policy, point.config, replace(self.profile, tuning=tuning))
         found = Answers()
         with contextlib.ExitStack() as stack:
             if point.random_weights:
@@ -61,24 +62,15 @@ class Bench:
                 stack.enter_context(self._sparing())
             if point.rerouted_weight != "score":
                 stack.enter_context(self._reweighed(point.rerouted_weight))
-            stack.enter_context(self.first_answers(found))
-            for batch in self.batches(point.batches, self.arguments.split, self.arguments.seed):
-                found.ids += self.engine.generate(batch)
+            for batch in self.batches(point.batches):
+                prompt = read(self.model, self.runtime, tiny.sample_inputs(batch))
+                ids = prompt.greedy(answer_tokens(point.batches)).tolist()
+                prompt.rewind()
+                start = len(found.ids)
+                found.ids += map(up_to_end, ids)
+                given = (found if expected is None else expected).ids[start : start + len(batch)]
+                found.said += prompt.said_of(given)
         return found, [report.prefill for report in self.runtime.reports()]
-
-    @contextlib.contextmanager
-    def first_answers(self, found: Answers) -> Iterator[None]:
-        """Keeps what the model says after every prompt."""
-
-        def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            if kwargs["input_ids"].shape[1] > 1:
-                found.first += output.logits[:, -1].double().log_softmax(-1).unbind()
-
-        handle = self.model.register_forward_hook(keep, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _noise(self) -> contextlib.AbstractContextManager[None]:
         """Layers plan on noise for features; their real features go on as they are."""

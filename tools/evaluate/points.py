@@ -5,23 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from tiny_vlm import data
-
-from macs import POLICIES, MACSConfig
-
-MIXES: dict[str, tuple[str, ...]] = {
-    "mixed": data.TASKS,
-    "image-flood": data.PICTURE_TASKS,
-    "multi-image": data.PICTURE_TASKS,
-    "text-heavy": (*data.TEXT_TASKS * 3, "count"),
-    "texts": data.TEXT_TASKS,
-    **{task: (task,) for task in data.TASKS},
-}
-"""What a batch is made of: tasks in turn. In multi-image batches another picture comes first."""
-
+from macs import POLICIES, MACSConfig, Profile, Tuning
 
 COUNTED = (1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 2.0)
 
@@ -71,6 +59,9 @@ class Point:
         told = {**asdict(self), "split": arguments.split, "questions": arguments.questions}
         if not self.spared_text:
             del told["spared_text"]  # as points were kept before there was such a one
+        if self.config.split == "tuned":
+            told["tuning"] = sorted(map(str, arguments.tuning))
+        told["damage"] = "answer"  # once it was the first token's alone
         told |= {"seed": arguments.seed, "batch": arguments.batch, "model": str(arguments.checkpoint)}
         return json.dumps(told, sort_keys=True)
 
@@ -94,6 +85,28 @@ def by_target(
 ) -> list[Point]:
     """The same policy under several bounds that it has to meet by itself."""
     return [Point(title, policy, config.updated(target_load=target), **more) for target in targets]
+
+
+def tunings_of(files: Sequence[Path]) -> dict[tuple[str, int], Tuning]:
+    """By policy and ranks, the tunings that profiles carry."""
+    found = {}
+    for file in files:
+        tuning = Profile.load(file).tuning
+        if tuning is None:
+            raise ValueError(
+                f"--tuning {file}: found a profile without a tuning; expected one of `macs tune`"
+            )
+        found[tuning.policy, tuning.ranks] = tuning
+    return found
+
+
+def split_points(points: Sequence[Point], tuned: Sequence[tuple[str, int]]) -> list[Point]:
+    """The same points with their bounds split among the layers, of the policies and ranks that were tuned."""
+    return [
+        replace(one, title=f"{one.title}, split", config=one.config.updated(split="tuned"))
+        for one in points
+        if (one.policy, one.ranks) in tuned and one.config.capacity_factor is None
+    ]
 
 
 def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
@@ -188,6 +201,7 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
             *by_target("macs, no rerouting", "macs", DEFAULT.updated(reroute="none"), bounds),
             *by_target("macs, text spared", "macs", DEFAULT, bounds, spared_text=True),
         ],
+        # Every policy at every bound: the frontier of answers against load.
         "bounded": [point for policy in baselines for point in by_target(policy, policy, BASELINE, bounds)]
         + by_target("macs", "macs", DEFAULT, bounds)
         + by_target("macs paper", "macs", PAPER, bounds),

@@ -4,9 +4,9 @@
     macs evaluate --chosen runs/quality.jsonl --split test --questions 3584
 
 Every point is a run of the Hugging Face model with ``macs.attach_plain``, in one process whose layers plan
-as several expert-parallel ranks would. For each: accuracy by task, agreement with vanilla and KL to it at the
-first token of an answer, kept, rerouted and dropped, and loads of ranks and experts, with bootstrap
-intervals of 95 %. Points go to a file of JSON lines as they are done, and are not done twice.
+as several expert-parallel ranks would. For each: accuracy by task, agreement with vanilla and KL to it at all
+tokens of the answer that vanilla gives, kept, rerouted and dropped, and loads of ranks and experts, with
+bootstrap intervals of 95 %. Points go to a file of JSON lines as they are done, and are not done twice.
 
 An equal capacity factor is not an equal load. The table compares policies at a bound on the *realised*
 straggler: the largest rank's rows over vanilla's mean, after planning, mean over layers and batches.
@@ -31,7 +31,8 @@ from macs import MACSConfig
 from macs.files import output_file
 
 from ..common.command import Parser
-from .points import MIXES, PRESET_TITLES, Point, grids
+from .kinds import MIXES
+from .points import PRESET_TITLES, Point, grids, split_points, tunings_of
 from .report import plot, plot_layers, table_of
 from .statistics import best_within, measured
 
@@ -48,14 +49,15 @@ def asked_points(arguments: argparse.Namespace) -> list[Point]:
     """The points that the command line asks for."""
     if arguments.chosen is None:
         named = grids(arguments.bounds)
-        return [
+        points = [
             replace(one, batches=batches, ranks=ranks)
             for ranks in arguments.ranks
             for batches in arguments.batches
             for name in arguments.grid
             for one in named[name]
-            if arguments.title is None or arguments.title in one.title
         ]
+        points += split_points(points, list(tunings_of(arguments.tuning)))
+        return [one for one in points if arguments.title is None or arguments.title in one.title]
     return [
         replace(point_of(one), batches=batches)
         for ranks in arguments.ranks
@@ -120,10 +122,9 @@ def run(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]
             bench, kind = benches[point.ranks], (point.ranks, point.batches)
             if kind not in vanilla:
                 stock = Point("vanilla", "vanilla", MACSConfig(), point.batches, point.ranks)
-                vanilla[kind] = bench.ask(stock)
-            batches = bench.batches(point.batches, arguments.split, arguments.seed)
-            asked = [sample for batch in batches for sample in batch]
-            answers, reports = bench.ask(point)
+                vanilla[kind] = bench.ask(stock, None)
+            asked = [sample for batch in bench.batches(point.batches) for sample in batch]
+            answers, reports = bench.ask(point, vanilla[kind][0])
             found = measured(point, asked, (answers, reports), vanilla[kind])
             done[point.key(arguments)] = found
             out.write(json.dumps({"key": point.key(arguments), "found": found}) + "\n")
@@ -145,6 +146,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=896)
     parser.add_argument("--batch", type=int, default=56, help="questions asked at once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tuning", nargs="+", type=Path, default=[], help="profiles of `macs tune`: their splits as well"
+    )
     parser.add_argument("--bounds", nargs="+", type=float, default=[1.05, 1.1])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--out", type=output_file, default=Path("runs") / "quality.jsonl")

@@ -11,6 +11,7 @@ import torch
 from tiny_vlm import data
 from torch import Tensor
 
+from ..common.answers import divergence
 from .intervals import bootstrap, bootstrap_ratio
 from .points import Point
 
@@ -20,7 +21,8 @@ class Answers:
     """What a policy made of the questions, in their order."""
 
     ids: list[list[int]] = field(default_factory=list)
-    first: list[Tensor] = field(default_factory=list)  # log-probabilities of the first token, [V] each
+    said: list[Tensor] = field(default_factory=list)
+    """Log-probabilities [A, V] that predict the tokens of the answers vanilla gives."""
 
 
 def measured(
@@ -35,10 +37,9 @@ def measured(
     right = np.array([ids == sample.answer for ids, sample in zip(found.ids, asked, strict=True)])
     expected_right = np.array([ids == one.answer for ids, one in zip(vanilla.ids, asked, strict=True)])
     same = np.array([ids == other for ids, other in zip(found.ids, vanilla.ids, strict=True)])
-    expected, given = torch.stack(vanilla.first), torch.stack(found.first)
-    divergence = (expected.exp() * (expected - given)).sum(-1).clamp(min=0).numpy()
+    damage = np.array([divergence(*pair) for pair in zip(vanilla.said, found.said, strict=True)])
     tasks = np.array([sample.task for sample in asked])
-    pictures = np.isin(tasks, data.PICTURE_TASKS)
+    pictures = np.array([sample.pixels is not None for sample in asked])
 
     def where(chosen: np.ndarray, values: np.ndarray) -> Any:
         return bootstrap(values[chosen].astype(float)) if chosen.any() else None
@@ -72,11 +73,11 @@ def measured(
         "vanilla_accuracy": {
             task: float(expected_right[tasks == task].mean()) for task in dict.fromkeys(tasks)
         },
-        "picture_kl_each": [float(f"{value:.3g}") for value in divergence[pictures]],
+        "picture_kl_each": [float(f"{value:.3g}") for value in damage[pictures]],
         "agreement": bootstrap(same.astype(float)),
-        "kl": bootstrap(divergence),
-        "picture_kl": where(pictures, divergence),
-        "text_kl": where(~pictures, divergence),
+        "kl": bootstrap(damage),
+        "picture_kl": where(pictures, damage),
+        "text_kl": where(~pictures, damage),
         "straggler_before": float(before.mean()),
         "straggler": float(after.mean()),
         "straggler_p95": float(after.flatten().quantile(0.95)),

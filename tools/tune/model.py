@@ -1,6 +1,6 @@
 """What a split does to a model's answers: the plain adapter, virtual ranks, the answers it gave without.
 
-Shapes: B requests in a batch, S tokens, A answer tokens, V vocabulary.
+Shapes: A tokens of an answer, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_vlm import data
 from tiny_vlm import model as tiny
 from tiny_vlm.plain import Engine
 from torch import Tensor
 
 import macs
-from macs import IMAGE, MACSConfig, Modality, Profile, Runtime
+from macs import MACSConfig, Profile, Runtime
 
+from ..common.answers import divergence, read
+from ..evaluate.kinds import answer_tokens, draw_batches
 from .search import UNBOUNDED, Measured
 
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: the model's arguments for prompts and answers, input_ids [B, S]; answers bool [B, S]: the
-    tokens of the answers; expected: log-probabilities of the model without a bound that predict them, one
-    tensor [A, V] a request."""
+    """inputs: the model's arguments for the prompts; answers: token ids that it says without a bound;
+    expected: log-probabilities [A, V] that predict them there, of each request."""
 
     inputs: dict[str, Tensor]
-    modality: Modality
-    answers: Tensor
+    answers: list[list[int]]
     expected: list[Tensor]
 
 
@@ -43,46 +42,18 @@ class Tuned:
         self.config = MACSConfig.from_dict(arguments.settings).updated(min_tokens=0)
         self.runtime = Runtime(virtual_ranks=arguments.ranks)
         macs.attach_plain(model, self.runtime)
-        self.hook = macs.attach_modality(model)
+        macs.attach_modality(model)
         self.passes = 0
         self.runtime.enabled = False
         whole = [self._batch(one) for one in prompts]
         self.halves = {"tune": whole[::2], "verify": whole[1::2]}
         self.runtime.enabled = True
-        self.tokens = whole[0].answers.numel() // arguments.ranks
+        self.tokens = whole[0].inputs["input_ids"].numel() // arguments.ranks
 
     def _batch(self, prompt: tuple[dict[str, Tensor], list[list[int]]]) -> Batch:
-        """Inputs of a prompt, with the answers behind it, and what the model makes of them."""
+        """A prompt and its answers, with what the model makes of them."""
         inputs, answers = prompt
-        longest = max(map(len, answers))
-        ids, start = inputs["input_ids"], inputs["input_ids"].shape[1]
-        device = ids.device
-        behind = torch.tensor([one + [0] * (longest - len(one)) for one in answers], device=device)
-        given = dict(inputs, input_ids=torch.cat([ids, behind], 1))
-        whole = given["input_ids"].shape
-        for name in ("attention_mask", "mm_token_type_ids"):
-            if name in inputs:
-                more = torch.full_like(behind, int(name == "attention_mask"))
-                given[name] = torch.cat([inputs[name], more.to(inputs[name].dtype)], 1)
-        if "position_ids" in inputs:
-            given["position_ids"] = torch.arange(whole[1], device=device).expand(3, *whole)
-        length = torch.tensor([len(one) for one in answers], device=device)
-        at = torch.arange(whole[1], device=device)
-        marked = (at >= start) & (at < start + length[:, None])
-        valid = (at < start) | marked
-        if "attention_mask" in inputs:
-            valid = valid & (given["attention_mask"] > 0)
-        image = given["input_ids"] == self.model.config.image_token_id
-        # Answers are decoded later, in steps too small to be planned: here they are spared.
-        modality = Modality.of(image.long() * IMAGE, valid=valid, exempt=marked)
-        logits = self.model(**given).logits
-        return Batch(given, modality, marked, self._predicted(logits, marked))
-
-    @staticmethod
-    def _predicted(logits: Tensor, answers: Tensor) -> list[Tensor]:
-        """The log-probabilities that predict each request's answer tokens."""
-        said = logits[:, :-1].float().log_softmax(-1)
-        return [one[mark] for one, mark in zip(said, answers[:, 1:], strict=True)]
+        return Batch(inputs, answers, read(self.model, self.runtime, inputs).said_of(answers))
 
     def measure(self, half: str, bounds: Sequence[float]) -> Measured:
         """What the layers' bounds do to the requests of a half."""
@@ -92,17 +63,10 @@ class Tuned:
         damage: list[float] = []
         same: list[bool] = []
         for batch in self.halves[half]:
-            with macs.modality(batch.modality):
-                logits = self.model(**batch.inputs).logits
-            for given, expected, mark, ids in zip(
-                self._predicted(logits, batch.answers),
-                batch.expected,
-                batch.answers,
-                batch.inputs["input_ids"],
-                strict=True,
-            ):
-                damage.append(float((expected.exp() * (expected - given)).sum(-1).mean().clamp(min=0)))
-                same.append(bool((given.argmax(-1) == ids[mark]).all()))
+            given = read(self.model, self.runtime, batch.inputs).said_of(batch.answers)
+            for expected, found, ids in zip(batch.expected, given, batch.answers, strict=True):
+                damage.append(divergence(expected, found))
+                same.append(found.argmax(-1).tolist() == ids)
             self.passes += 1
         loads = [float(one.straggler("after").mean()) for one in self.runtime.reports()]
         return Measured(np.array(loads), np.array(damage), np.array(same))
@@ -116,20 +80,24 @@ class Tuned:
         """Which expert serves which modality, on the tuning half."""
         with self.runtime.calibration():
             for batch in self.halves["tune"]:
-                with macs.modality(batch.modality):
-                    self.model(**batch.inputs)
+                read(self.model, self.runtime, batch.inputs)
         return self.runtime.measured_profile()
 
 
 def tiny_prompts(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """The tiny model, and its answers to questions of the training split, in batches."""
+    """The tiny model, and its answers to questions of the training split, batches of the kinds in turn."""
     model = tiny.load_model(arguments.checkpoint)
     engine = Engine(model)
-    samples = data.draw_samples(arguments.seed, "train", data.TASKS, arguments.requests)
-    prompts = []
-    for start in range(0, len(samples) - arguments.batch + 1, arguments.batch):
-        batch = samples[start : start + arguments.batch]
-        prompts.append((tiny.sample_inputs(batch), engine.generate(batch)))
+    count = arguments.requests // arguments.batch // len(arguments.batches)
+    by_kind = [
+        [
+            (tiny.sample_inputs(batch), engine.generate(batch, tokens=answer_tokens(kind)))
+            for batch in draw_batches(kind, "train", arguments.seed, count, arguments.batch)
+        ]
+        for kind in arguments.batches
+    ]
+    # Halves take turns: every second batch of a kind is for either.
+    prompts = [batch for pair in range(0, count, 2) for kind in by_kind for batch in kind[pair : pair + 2]]
     return model, prompts
 
 

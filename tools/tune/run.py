@@ -35,6 +35,7 @@ from macs.files import output_file, read_mapping
 
 from ..common.command import Parser, quiet
 from ..evaluate.intervals import bootstrap, bootstrap_ratio
+from ..evaluate.kinds import MIXES
 from .search import CAP, GRID, Measured, objective, refined, singles, split_by
 
 TARGETS = (1.05, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -47,6 +48,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="of --model: auto, float32, bfloat16, ...")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer of --model")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="of the tiny model")
+    parser.add_argument(
+        "--batches", nargs="+", choices=tuple(MIXES), default=["mixed"], help="what the tiny model is asked"
+    )
     parser.add_argument("--ranks", type=int, default=4, help="expert-parallel ranks to tune for")
     parser.add_argument(
         "--policy", choices=[name for name, one in POLICIES.items() if one.plans], default="macs"
@@ -65,10 +69,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         path = getattr(arguments, name)
         if path is not None and not path.exists():
             parser.error(f"--{name}: found nothing at {path}")
-    if arguments.requests < 2 * arguments.batch:
-        parser.error(
-            f"--requests: found {arguments.requests}, expected two batches ({arguments.batch}) or more"
-        )
+    least = 2 * arguments.batch * (len(arguments.batches) if arguments.model is None else 1)
+    if arguments.requests < least:
+        parser.error(f"--requests: found {arguments.requests}, expected two batches ({least}) or more")
     if min(arguments.targets) <= 0:
         parser.error(f"--targets: found {min(arguments.targets)}, expected loads above 0")
     arguments.targets = sorted(set(arguments.targets), reverse=True)

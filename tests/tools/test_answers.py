@@ -1,0 +1,96 @@
+"""Answers of a prompt that was read once: as without a cache, and as the model's own ``generate``."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("skimage", reason="scikit-image is not installed")
+
+from tiny_vlm import data
+from tiny_vlm import model as tiny
+from tiny_vlm.plain import Engine
+from tiny_vlm.vocabulary import up_to_end
+
+import macs
+from macs import MACSConfig, Runtime
+from macs_tools.common.answers import divergence, read
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.load_model()
+
+
+@pytest.fixture
+def attached(model):
+    runtime = Runtime(virtual_ranks=4)
+    detach, hook = macs.attach_plain(model, runtime), macs.attach_modality(model)
+    yield model, runtime
+    detach()
+    hook.remove()
+
+
+@torch.inference_mode()
+def test_given_answers_are_scored_as_without_a_cache_and_greedy_ones_are_the_engines(model):
+    batch = data.draw_samples(3, "validation", data.TASKS, 14)
+    answers = [sample.answer for sample in batch]
+    prompt = read(model, Runtime(), tiny.sample_inputs(batch))
+    greedy = prompt.greedy(data.ANSWER_TOKENS).tolist()
+    assert [up_to_end(one) for one in greedy] == Engine(model).generate(batch)
+    prompt.rewind()
+    said = prompt.said_of(answers)
+    longest = max(map(len, answers))
+    rows = [sample.prompt + sample.answer + [0] * (longest - len(sample.answer)) for sample in batch]
+    inputs = tiny.sample_inputs(batch)
+    inputs["input_ids"] = torch.tensor(rows)
+    inputs["position_ids"] = torch.arange(len(rows[0])).expand(3, *inputs["input_ids"].shape)
+    whole = model(**inputs).logits[:, data.PROMPT_TOKENS - 1 : -1].log_softmax(-1)
+    for one, expected, answer in zip(said, whole, answers, strict=True):
+        torch.testing.assert_close(one, expected[: len(answer)], atol=1e-4, rtol=1e-4)
+        assert divergence(expected[: len(answer)], one) < 1e-6
+
+
+@torch.inference_mode()
+def test_padded_prompts_follow_the_models_own_positions(model):
+    """As requests of one's own come from a processor: left padding, a mask, no positions."""
+    batch = data.draw_samples(4, "validation", ("where", "count"), 4)
+    ids = torch.tensor([sample.prompt for sample in batch])
+    padding = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 0], [0, 0, 1]])
+    ids = torch.cat([torch.full((4, 3), 3) * padding, ids], 1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.cat([padding, torch.ones(4, data.PROMPT_TOKENS, dtype=torch.long)], 1),
+        "mm_token_type_ids": (ids == model.config.image_token_id).long(),
+        **tiny.picture_inputs([sample.pixels for sample in batch]),
+    }
+    done = model.generate(
+        **inputs,
+        do_sample=False,
+        min_new_tokens=4,
+        max_new_tokens=4,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    answers = done.sequences[:, ids.shape[1] :]
+    # Its scores rule the end token out.
+    scores = torch.stack(done.scores, 1)
+    prompt = read(model, Runtime(), inputs)
+    for one, expected in zip(prompt.said_of(answers.tolist()), scores, strict=True):
+        finite = expected.isfinite()
+        masked = one.masked_fill(~finite, -torch.inf).log_softmax(-1)
+        torch.testing.assert_close(masked, expected.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_prompts_are_planned_and_answers_are_not(attached):
+    model, runtime = attached
+    runtime.use("macs", MACSConfig(target_load=0.6, min_tokens=0))
+    batch = data.draw_samples(3, "validation", ("read",), 8)
+    prompt = read(model, runtime, tiny.sample_inputs(batch))
+    stragglers = [report.straggler("after") for report in runtime.reports()]
+    assert all(len(one) == 1 and float(one) <= 0.6 + 1e-6 for one in stragglers)
+    prompt.said_of([sample.answer for sample in batch])
+    assert runtime.enabled
+    assert [len(report.straggler("after")) for report in runtime.reports()] == [1] * len(stragglers)
+    assert np.isfinite(prompt.logits.numpy()).all()
