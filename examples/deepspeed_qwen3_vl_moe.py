@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.model is not None:
         if not (arguments.model / "config.json").is_file():
             parser.error(f"--model: found no config.json in {arguments.model}")
-        if arguments.profile == PROFILE:
+        if arguments.profile is None:
             arguments.profile = PROFILE.with_name(f"{arguments.model.resolve().name}.profile.safetensors")
     return arguments
 

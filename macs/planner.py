@@ -132,8 +132,9 @@ class Planner:
         if self.config.target_load is None:
             raise ValueError("update_target: found a planner without target_load, expected one with it")
         self.config = self.config.updated(target_load=target)
-        for device, constants in self._on_device.items():
-            constants.bounds.copy_(bounds_of(self.config).to(device))
+        with torch.inference_mode():  # as above
+            for device, constants in self._on_device.items():
+                constants.bounds.copy_(bounds_of(self.config).to(device))
 
     def bypasses(self, count: int, device: torch.device) -> bool:
         """Whether so many tokens on this device are too few to plan, as in decoding; no look at them."""

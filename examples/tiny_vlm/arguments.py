@@ -40,7 +40,9 @@ def example_parser(script: str, description: str | None) -> Parser:
     parser.add_argument("--batch", type=int, default=64, help="questions asked at once, over all ranks")
     parser.add_argument("--repeats", type=int, default=9, help="prompts timed for each policy")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--profile", type=Path, default=PROFILE, help="made if it is not there")
+    parser.add_argument(
+        "--profile", type=Path, help=f"made if it is not there (default: a shipped tuning, or {PROFILE})"
+    )
     parser.add_argument("--json", type=output_file, help="write all figures to this file")
     parser.add_argument("--picture", type=Path, help="ask about this picture instead")
     parser.add_argument("--question", help="what to ask about --picture")

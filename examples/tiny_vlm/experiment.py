@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -23,15 +24,29 @@ from torch import nn
 from macs import METRICS, MACSConfig, Profile, Runtime, summarized
 from macs.serving.launch import first_process
 
-from . import data
+from . import CHECKPOINT, data
 from . import model as tiny
-from .arguments import question_tokens
+from .arguments import PROFILE, question_tokens
 
 VANILLA = "vanilla"
 PAPER = MACSConfig.preset("paper").updated(target_load=MACSConfig().target_load)
 """The paper's settings under the bound that the others keep to."""
 
 PRESETS_SHOWN = {"paper": PAPER, "default": MACSConfig()}
+
+MAX_KL = 0.002
+"""Nats that the tuned column may cost in the answers, by what its tuning verified."""
+
+
+def presets_shown(arguments: argparse.Namespace) -> dict[str, MACSConfig]:
+    """The settings of MACS to show; with the tuning of the shipped model, where there is one for so many
+    ranks, whose file is the profile then."""
+    tuning = Path(__file__).parent / f"tuning-{dist.get_world_size()}-ranks.safetensors"
+    own = arguments.profile is not None or arguments.checkpoint != CHECKPOINT
+    if own or arguments.capacity_factor is not None or not tuning.exists():
+        return PRESETS_SHOWN
+    arguments.profile = tuning
+    return {**PRESETS_SHOWN, "tuned": MACSConfig(split="tuned", max_kl=MAX_KL)}
 
 
 class Engine(Protocol):
@@ -53,17 +68,22 @@ def settings_by_name(
     arguments: argparse.Namespace, presets: dict[str, MACSConfig]
 ) -> dict[str, tuple[str, MACSConfig]]:
     """Column title -> policy and settings, vanilla first; ``presets`` where no file gives settings. The last
-    of them says how much the baselines may take."""
+    of them without a split says how much the baselines may take."""
     flags = {name: getattr(arguments, name) for name in ("target_load", "capacity_factor")}
-    changes = {name: value for name, value in flags.items() if value is not None}
-    last = list(presets.values())[-1]
-    base = last if arguments.config is None else MACSConfig.from_file(arguments.config)
+    changes: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if changes:
+        changes["max_kl"] = None
+    uniform = [config for config in presets.values() if config.split == "uniform"]
+    base = uniform[-1] if arguments.config is None else MACSConfig.from_file(arguments.config)
     if arguments.config is not None:
         macs_settings = {"macs": base}
     else:
         macs_settings = {f"macs {name}": config for name, config in presets.items()}
     chosen: dict[str, tuple[str, MACSConfig]] = {VANILLA: (VANILLA, base)}
-    for policy in arguments.policy or ("token-drop", "expanded-drop", "macs"):
+    shown: tuple[str, ...] = ("token-drop", "expanded-drop", "rank-balanced", "macs")
+    if base.level == "expert":  # an engine whose step costs what its fullest expert does
+        shown: tuple[str, ...] = ("token-drop", "expanded-drop", "macs")
+    for policy in arguments.policy or shown:
         entries = macs_settings if policy == "macs" else {policy: base}
         chosen |= {title: (policy, config.updated(**changes)) for title, config in entries.items()}
     return chosen
@@ -164,7 +184,7 @@ class Experiment:
 
     def profile(self) -> Profile:
         """The profile on disk, or, where there is none, one measured on validation samples."""
-        path = self.arguments.profile
+        path = self.arguments.profile or PROFILE
         there = [path.exists()]
         dist.broadcast_object_list(there, src=0)
         if not there[0]:
@@ -241,6 +261,19 @@ class Experiment:
             for title in chosen
         }
 
+    def about_tuned(self) -> str:
+        """What the tuned column is, if there is one."""
+        if "tuned" not in self.presets or self.arguments.config is not None:
+            return ""
+        config, tuning = self.presets["tuned"], self.profile().tuning
+        if self.arguments.target_load is not None or config.max_kl is None or tuning is None:
+            return ""
+        target = tuning.target_within(config.max_kl)
+        return (
+            f"\nTuned: {target:g} of the mean, split among the layers, whose KL was verified to be at most "
+            f"{config.max_kl:g}\n(macs tune, --moe-macs-max-kl {config.max_kl:g})."
+        )
+
     def questions(self, seed: int, split: str, count: int) -> list[data.Sample]:
         """What is asked, the same on every rank."""
         return data.draw_samples(seed, split, data.TASKS, count)
@@ -298,10 +331,11 @@ def results_table(
     results: dict[str, Results], caption: str, further: dict[str, list[str]] | None = None
 ) -> Table:
     """One column a policy, one row a figure."""
-    table = Table(caption=caption, caption_justify="left")
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
     for title in results:
-        table.add_column(title.replace("-", " "), justify="right")
+        short = title.replace("expanded", "exp.").replace("balanced", "bal.")
+        table.add_column(short.replace("-", " "), justify="right")
 
     def row(name: str, cells: list[str], end: bool = False) -> None:
         table.add_row(name, *cells, end_section=end)
@@ -348,7 +382,7 @@ def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> 
         console.print(experiment.caution)
         return
     results = experiment.run()
-    caption = describe_run(arguments, engine, experiment.share)
+    caption = describe_run(arguments, engine, experiment.share) + experiment.about_tuned()
     console.print(results_table(results, caption, experiment.further_rows(list(results))))
     if arguments.json is not None and dist.get_rank() == 0:
         found = {title: one.as_dict() for title, one in results.items()}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.cases import AnySeam
 
-from macs import MACSConfig, Modality, Profile, Runtime, Topology, Tuning, router_fingerprint
+from macs import MACSConfig, Modality, Profile, Runtime, Topology, Tuning, build_policy, router_fingerprint
+from macs.steps.capacity import bounds_of
 
 ROUTERS = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -92,6 +93,15 @@ def test_a_damage_finds_the_smallest_target():
     with pytest.raises(ValueError, match=r"config.max_kl: found 0.001, expected 0.01 or more"):
         runtime.use("macs", MACSConfig(max_kl=0.001), runtime.profile)
     assert runtime.config.max_kl == 0.01
+
+
+def test_another_target_reaches_a_planner_that_ran_in_inference_mode():
+    planner = build_policy("macs", MACSConfig(), Topology(4, 2), 2)
+    with torch.inference_mode():
+        planner.prepare(torch.device("cpu"))
+    planner.update_target(0.5)
+    (constants,) = planner._on_device.values()
+    assert torch.equal(constants.bounds, bounds_of(MACSConfig(target_load=0.5)))
 
 
 def test_another_target_alone_is_put_where_the_planner_reads_it():
