@@ -82,7 +82,7 @@ def settings_by_name(
     chosen: dict[str, tuple[str, MACSConfig]] = {VANILLA: (VANILLA, base)}
     shown: tuple[str, ...] = ("token-drop", "expanded-drop", "rank-balanced", "macs")
     if base.level == "expert":  # an engine whose step costs what its fullest expert does
-        shown: tuple[str, ...] = ("token-drop", "expanded-drop", "macs")
+        shown = ("token-drop", "expanded-drop", "macs")
     for policy in arguments.policy or shown:
         entries = macs_settings if policy == "macs" else {policy: base}
         chosen |= {title: (policy, config.updated(**changes)) for title, config in entries.items()}

@@ -1,17 +1,19 @@
-"""What a split does to a model's answers: the plain adapter, virtual ranks, the answers it gave without.
+"""What bounds do to a model's answers: a runtime, a way to score answers, and requests in two halves.
 
-Shapes: A tokens of an answer, V vocabulary.
+Shapes: L layers, G groups of them that share a bound, Q requests, A tokens of an answer, V vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tiny_vlm import model as tiny
 from tiny_vlm.plain import Engine
 from torch import Tensor
@@ -23,99 +25,179 @@ from ..common.answers import divergence, read
 from ..evaluate.kinds import answer_tokens, draw_batches
 from .search import UNBOUNDED, Measured
 
+Said = Callable[[Any, list[list[int]]], list[Tensor]]
+"""Prompts of a batch, whatever they are to the engine, and answers, token ids -> the log-probabilities [A, V]
+that predict the tokens of each."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: the model's arguments for the prompts; answers: token ids that it says without a bound;
-    expected: log-probabilities [A, V] that predict them there, of each request."""
+    """prompts: what the engine is asked; answers: token ids that it says without a bound; expected: what
+    predicts them there."""
 
-    inputs: dict[str, Tensor]
+    prompts: Any
     answers: list[list[int]]
     expected: list[Tensor]
 
 
 class Tuned:
-    """A model whose layers are bounded one by one, and the requests of two halves: tune, verify."""
+    """A model whose layers are bounded one by one, or in groups, and the requests that tell what it costs.
 
-    def __init__(self, model: Any, prompts: Sequence[Any], arguments: argparse.Namespace) -> None:
-        self.model, self.policy, self.ranks = model, arguments.policy, arguments.ranks
-        self.config = MACSConfig.from_dict(arguments.settings).updated(min_tokens=0)
-        self.runtime = Runtime(virtual_ranks=arguments.ranks)
-        macs.attach_plain(model, self.runtime)
-        macs.attach_modality(model)
+    runtime: the model's. said: scores answers. asked: batches of prompts, with the model's answers; every
+    second one is to verify. tokens: of this rank in a batch. groups: of consecutive layers that share a
+    bound, all of one size; none is every layer by itself. group: the expert-parallel ranks, each of which
+    makes the same calls, with batches of its own; none where one process plans as all of them.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        said: Said,
+        asked: Sequence[tuple[Any, list[list[int]]]],
+        *,
+        tokens: int,
+        policy: str = "macs",
+        config: MACSConfig | None = None,
+        groups: int | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        layers = len(runtime.layers)
+        self.groups = groups or layers
+        if layers % self.groups:
+            raise ValueError(f"groups: found {groups}, expected a divisor of the model's {layers} layers")
+        self.runtime, self.said, self.group = runtime, said, group
+        self.policy, self.config = policy, (config or MACSConfig()).updated(min_tokens=0)
+        self.tokens = tokens
+        self.ranks = runtime.virtual_ranks if group is None else dist.get_world_size(group)
         self.passes = 0
-        self.runtime.enabled = False
-        whole = [self._batch(one) for one in prompts]
+        runtime.enabled = False
+        whole = [Batch(prompts, answers, said(prompts, answers)) for prompts, answers in asked]
+        runtime.enabled = True
         self.halves = {"tune": whole[::2], "verify": whole[1::2]}
-        self.runtime.enabled = True
-        self.tokens = whole[0].inputs["input_ids"].numel() // arguments.ranks
 
-    def _batch(self, prompt: tuple[dict[str, Tensor], list[list[int]]]) -> Batch:
-        """A prompt and its answers, with what the model makes of them."""
-        inputs, answers = prompt
-        return Batch(inputs, answers, read(self.model, self.runtime, inputs).said_of(answers))
+    @property
+    def share(self) -> int:
+        """Layers in a group."""
+        return len(self.runtime.layers) // self.groups
 
     def measure(self, half: str, bounds: Sequence[float]) -> Measured:
-        """What the layers' bounds do to the requests of a half."""
+        """What bounds [G] do to the requests of a half, of all ranks."""
         self.runtime.use(self.policy, self.config.updated(target_load=UNBOUNDED))
-        for layer, bound in zip(self.runtime.layers, bounds, strict=True):
+        for layer, bound in zip(self.runtime.layers, np.repeat(bounds, self.share), strict=True):
             layer.planner.update_target(float(bound))
         damage: list[float] = []
         same: list[bool] = []
         for batch in self.halves[half]:
-            given = read(self.model, self.runtime, batch.inputs).said_of(batch.answers)
-            for expected, found, ids in zip(batch.expected, given, batch.answers, strict=True):
+            said = self.said(batch.prompts, batch.answers)
+            for expected, found, ids in zip(batch.expected, said, batch.answers, strict=True):
                 damage.append(divergence(expected, found))
                 same.append(found.argmax(-1).tolist() == ids)
             self.passes += 1
-        loads = [float(one.straggler("after").mean()) for one in self.runtime.reports()]
-        return Measured(np.array(loads), np.array(damage), np.array(same))
+        return Measured(
+            self._loads("after"), np.array(self._gathered(damage)), np.array(self._gathered(same))
+        )
 
     def natural(self) -> np.ndarray:
-        """Loads [L] without a bound, on the tuning half."""
-        self.measure("tune", [UNBOUNDED] * len(self.runtime.layers))
-        return np.array([float(one.straggler("before").mean()) for one in self.runtime.reports()])
+        """Loads [G] without a bound, on the tuning half."""
+        self.measure("tune", [UNBOUNDED] * self.groups)
+        return self._loads("before")
 
     def profile(self) -> Profile:
         """Which expert serves which modality, on the tuning half."""
         with self.runtime.calibration():
             for batch in self.halves["tune"]:
-                read(self.model, self.runtime, batch.inputs)
-        return self.runtime.measured_profile()
+                self.said(batch.prompts, batch.answers)
+        return self.runtime.measured_profile(self.group)
+
+    def requests(self, half: str) -> int:
+        """Of a half, over all ranks."""
+        return len(self._gathered([None for batch in self.halves[half] for _ in batch.answers]))
+
+    def _loads(self, stage: str) -> np.ndarray:
+        by_layer = [float(one.straggler(stage).mean()) for one in self.runtime.reports(self.group)]
+        return np.array(by_layer).reshape(self.groups, -1).mean(1)
+
+    def _gathered(self, mine: list[Any]) -> list[Any]:
+        if self.group is None:
+            return mine
+        parts: list[list[Any]] = [[] for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather_object(parts, mine, self.group)
+        return [one for part in parts for one in part]
 
 
-def tiny_prompts(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """The tiny model, and its answers to questions of the training split, batches of the kinds in turn."""
-    model = tiny.load_model(arguments.checkpoint)
-    engine = Engine(model)
+def tiny_asked(arguments: argparse.Namespace, engine: Engine) -> list[tuple[Any, list[list[int]]]]:
+    """Questions of the training split with the tiny model's answers, batches of the kinds in turn; of every
+    batch this rank's share."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    size = arguments.batch // ranks
     count = arguments.requests // arguments.batch // len(arguments.batches)
-    by_kind = [
-        [
-            (tiny.sample_inputs(batch), engine.generate(batch, tokens=answer_tokens(kind)))
-            for batch in draw_batches(kind, "train", arguments.seed, count, arguments.batch)
-        ]
-        for kind in arguments.batches
-    ]
+    by_kind = []
+    for kind in arguments.batches:
+        drawn = draw_batches(kind, "train", arguments.seed, count, arguments.batch)
+        mine = [batch[rank * size :][:size] for batch in drawn]
+        tokens = answer_tokens(kind)
+        by_kind.append([(tiny.sample_inputs(one), engine.generate(one, tokens=tokens)) for one in mine])
     # Halves take turns: every second batch of a kind is for either.
-    prompts = [batch for pair in range(0, count, 2) for kind in by_kind for batch in kind[pair : pair + 2]]
-    return model, prompts
+    return [one for pair in range(0, count, 2) for kind in by_kind for one in kind[pair : pair + 2]]
 
 
-def own_prompts(arguments: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """A checkpoint in Hugging Face format with its processor, and its answers to one's own requests."""
-    from tiny_vlm.own_model import ProcessorEngine
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+def own_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[Any, list[list[int]]]]:
+    """One's own requests with the answers of one's own checkpoint; of every batch this rank's share."""
     from ..calibrate.engines import processor_request
     from ..calibrate.requests import read_requests
 
-    model: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()
-    engine = ProcessorEngine(model, AutoProcessor.from_pretrained(arguments.model), arguments.tokens)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    size = arguments.batch // ranks
     asked = [processor_request(one) for one in read_requests(arguments.data)[: arguments.requests]]
-    prompts = []
+    found = []
     for start in range(0, len(asked) - arguments.batch + 1, arguments.batch):
-        batch = asked[start : start + arguments.batch]
-        prompts.append((engine.inputs_of(batch), engine.generate(batch)))
-    return model, prompts
+        batch = asked[start + rank * size :][:size]
+        found.append((engine.inputs_of(batch), engine.generate(batch)))
+    if len(found) < 2:
+        raise ValueError(
+            f"--data: found {len(asked)} requests, expected two batches ({2 * arguments.batch}) or more"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def plain(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
+    """The tiny model, or a checkpoint of one's own, on one device with the plain adapter."""
+    runtime = Runtime(virtual_ranks=arguments.ranks)
+    if arguments.model is None:
+        engine: Any = Engine(tiny.load_model(arguments.checkpoint))
+    else:
+        from tiny_vlm.own_model import ProcessorEngine
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        model: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
+        model = model.eval().cuda() if torch.cuda.is_available() else model.eval()
+        engine = ProcessorEngine(model, AutoProcessor.from_pretrained(arguments.model), arguments.tokens)
+    macs.attach_plain(engine.model, runtime)
+    macs.attach_modality(engine.model)
+    yield runtime, engine
+
+
+@contextlib.contextmanager
+def opened(arguments: argparse.Namespace) -> Iterator[Tuned]:
+    """The model in the engine that is asked for, with what it is asked."""
+    from ..calibrate.engines import ENGINES
+
+    context = plain if arguments.engine == "plain" else ENGINES[arguments.engine]
+    with context(arguments) as (runtime, engine):
+
+        def said(inputs: dict[str, Tensor], answers: list[list[int]]) -> list[Tensor]:
+            return read(engine.model, runtime, inputs).said_of(answers)
+
+        runtime.enabled = False
+        asked = (tiny_asked if arguments.model is None else own_asked)(arguments, engine)
+        yield Tuned(
+            runtime,
+            said,
+            asked,
+            tokens=asked[0][0]["input_ids"].numel() // runtime.virtual_ranks,
+            policy=arguments.policy,
+            config=MACSConfig.from_dict(arguments.settings),
+            groups=arguments.groups,
+            group=None if arguments.engine == "plain" else dist.group.WORLD,
+        )

@@ -2,13 +2,15 @@
 
     macs tune                                       # the tiny model, on questions of its training split
     macs tune --model DIR --data requests.jsonl --ranks 8 --out model.safetensors
+    torchrun --nproc-per-node 8 -m macs tune --engine deepspeed --model DIR --data requests.jsonl
 
-One device, the plain adapter, ``--ranks`` virtual expert-parallel ranks. Damage is the KL in nats, at the
-tokens of the answers that the model gives without a bound, to the model under it. Every layer is bounded by
-itself first; a split of each target follows from that, is refined by moving load between layers, as measured
-on one half of the requests, and verified on the other: where it is not better than one bound for all layers
-there, beyond the 95 % interval, the profile gets that. What was measured is kept beside ``--out``, so that a
-run that was stopped goes on.
+One device, the plain adapter, ``--ranks`` virtual expert-parallel ranks; or DeepSpeed's AutoEP on as many as
+there are processes (Megatron: docs/tuning.md). Damage is the KL in nats, at the tokens of the answers that
+the model gives without a bound, to the model under it. Every layer is bounded by itself first (``--groups``:
+layers in groups, for a model of many); a split of each target follows from that, is refined by moving load
+between layers, as measured on one half of the requests, and verified on the other: where it is not better
+than one bound for all layers there, beyond the 95 % interval, the profile gets that. What was measured is
+kept beside ``--out``, so that a run that was stopped goes on.
 
 Serve with it: --moe-macs-profile FILE --moe-macs-split tuned --moe-macs-target-load 0.7, or
 --moe-macs-max-kl 0.01; in DeepSpeed's block "profile", "split", "target_load", "max_kl".
@@ -18,13 +20,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,17 +36,22 @@ from tiny_vlm import CHECKPOINT
 
 from macs import POLICIES, MACSConfig, Tuning
 from macs.files import output_file, read_mapping
+from macs.serving.launch import first_process
 
 from ..common.command import Parser, quiet
 from ..evaluate.intervals import bootstrap, bootstrap_ratio
 from ..evaluate.kinds import MIXES
 from .search import CAP, GRID, Measured, objective, refined, singles, split_by
 
+if TYPE_CHECKING:
+    from .model import Tuned
+
 TARGETS = (1.05, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("macs tune", __doc__)
+    parser.add_argument("--engine", choices=("plain", "deepspeed"), default="plain")
     parser.add_argument("--model", type=Path, help="a checkpoint directory in Hugging Face format")
     parser.add_argument("--data", type=Path, help="of --model: a folder, or a file of JSON lines")
     parser.add_argument("--dtype", default="auto", help="of --model: auto, float32, bfloat16, ...")
@@ -51,7 +60,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batches", nargs="+", choices=tuple(MIXES), default=["mixed"], help="what the tiny model is asked"
     )
-    parser.add_argument("--ranks", type=int, default=4, help="expert-parallel ranks to tune for")
+    parser.add_argument("--ranks", type=int, help="expert-parallel ranks to tune for, of plain (default: 4)")
+    parser.add_argument("--groups", type=int, help="of consecutive layers that share a bound")
     parser.add_argument(
         "--policy", choices=[name for name, one in POLICIES.items() if one.plans], default="macs"
     )
@@ -74,6 +84,14 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--requests: found {arguments.requests}, expected two batches ({least}) or more")
     if min(arguments.targets) <= 0:
         parser.error(f"--targets: found {min(arguments.targets)}, expected loads above 0")
+    if arguments.engine != "plain":
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if arguments.ranks not in (None, processes):
+            parser.error(f"--ranks: found {arguments.ranks} with {processes} processes of {arguments.engine}")
+        if arguments.batch % processes:
+            parser.error(f"--batch: found {arguments.batch}, expected a multiple of {processes} processes")
+        arguments.ranks = processes
+    arguments.ranks = arguments.ranks or 4
     arguments.targets = sorted(set(arguments.targets), reverse=True)
     try:
         arguments.settings = {} if arguments.config is None else read_mapping(arguments.config)
@@ -86,7 +104,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 class Kept:
     """Measurements by what was measured, in a file of JSON lines; a repeated one costs nothing."""
 
-    def __init__(self, model: Any, path: Path, arguments: argparse.Namespace, tell: Any) -> None:
+    def __init__(self, model: Tuned, path: Path, arguments: argparse.Namespace, tell: Any) -> None:
         self.model, self.path, self.tell = model, path, tell
         told = {
             name: str(value)
@@ -94,9 +112,14 @@ class Kept:
             if name not in ("out", "targets")
         }
         self.told, self.found = json.dumps(told), {}
-        if path.exists():
+        self.writes = first_process()
+        if self.writes and path.exists():
             lines = (json.loads(line) for line in path.read_text().splitlines() if line)
             self.found = {one["key"]: one for one in lines}
+        if model.group is not None:  # every rank measures, or none
+            kept = [self.found]
+            dist.broadcast_object_list(kept, group=model.group, group_src=0)
+            self.found = kept[0]
 
     def measure(self, half: str, bounds: Sequence[float]) -> Measured:
         """Of a half under the layers' bounds."""
@@ -109,8 +132,9 @@ class Kept:
                 "damage": one.damage.tolist(),
                 "same": one.same.tolist(),
             }
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.found[key]) + "\n")
+            if self.writes:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(self.found[key]) + "\n")
         self.tell()
         one = self.found[key]
         return Measured(*(np.array(one[name]) for name in ("loads", "damage", "same")))
@@ -142,14 +166,15 @@ def split_for(target: float, curves: Any, kept: Kept, tries: int) -> dict[str, A
     }
 
 
-def tuned(model: Any, arguments: argparse.Namespace, console: Console) -> tuple[list[dict[str, Any]], Any]:
-    """Every target's split, and the loads without a bound."""
+def tuned(model: Tuned, arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Every target's split."""
     targets = arguments.targets
     natural = model.natural()
     most = len(natural) * len(GRID) + len(targets) * (arguments.tries + 4)
     passes = len(model.halves["tune"])
     console.print(
-        f"{len(natural)} layers; at most {most} measurements of {passes} forward passes each; "
+        f"{len(natural)} {'layers' if model.share == 1 else 'groups of layers'}; "
+        f"at most {most} measurements of {passes} forward passes each; "
         f"busiest rank by layer {', '.join(f'{one:.2f}' for one in natural)}"
     )
     columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn(), TimeRemainingColumn())
@@ -160,11 +185,29 @@ def tuned(model: Any, arguments: argparse.Namespace, console: Console) -> tuple[
         curves = singles(lambda bounds: kept.measure("tune", bounds), natural)
         found = [split_for(target, curves, kept, arguments.tries) for target in targets]
         progress.update(bar, completed=most)
-    return found, natural
+    return found
 
 
-def table_of(found: Sequence[dict[str, Any]], caption: str) -> Table:
+def tuning_of(found: Sequence[dict[str, Any]], model: Tuned) -> Tuning:
+    """What a profile keeps of the splits."""
+    bounds = np.repeat(np.array([one["bounds"] for one in found]), model.share, axis=1)
+    return Tuning(
+        targets=torch.tensor([one["target"] for one in found], dtype=torch.float64),
+        bounds=torch.tensor(bounds, dtype=torch.float64),
+        damage=torch.tensor([one["damage"] for one in found], dtype=torch.float64),
+        policy=model.policy,
+        ranks=model.ranks,
+        tokens=model.tokens,
+        requests=model.requests("verify"),
+    )
+
+
+def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
     """What every target costs, with one bound and split; of many layers the least and the largest bound."""
+    caption = (
+        f"{tuning.requests} requests that verify, {tuning.ranks} ranks; KL x 1000 at the answers' tokens, "
+        "one bound for all layers and split; 95 % of their ratio"
+    )
     table = Table(caption=caption, caption_justify="left")
     for name in ("target", "load", "one bound", "split", "ratio, 95 %", "same answer", "bounds by layer"):
         table.add_column(name, justify="right")
@@ -190,25 +233,13 @@ def main(given: Sequence[str] | None = None) -> None:
     quiet()
     from . import model as models
 
-    console = Console()
+    console = Console(quiet=not first_process())
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode():
-        prompts = models.tiny_prompts if arguments.model is None else models.own_prompts
-        model = models.Tuned(*prompts(arguments), arguments)
-        found, _ = tuned(model, arguments, console)
-        profile = model.profile()
-    tuning = Tuning(
-        targets=torch.tensor([one["target"] for one in found], dtype=torch.float64),
-        bounds=torch.tensor([one["bounds"] for one in found], dtype=torch.float64),
-        damage=torch.tensor([one["damage"] for one in found], dtype=torch.float64),
-        policy=arguments.policy,
-        ranks=arguments.ranks,
-        tokens=model.tokens,
-        requests=sum(len(one.expected) for one in model.halves["verify"]),
-    )
-    replace(profile, tuning=tuning).save(arguments.out)
-    caption = (
-        f"{tuning.requests} requests that verify, {arguments.ranks} ranks; KL x 1000 at the answers' tokens, "
-    )
-    console.print(table_of(found, caption + "one bound for all layers and split; 95 % of their ratio"))
+    with models.opened(arguments) as model, torch.inference_mode():
+        found = tuned(model, arguments, console)
+        profile = replace(model.profile(), tuning=tuning_of(found, model))
+    if not first_process():
+        return
+    profile.save(arguments.out)
+    console.print(table_of(found, profile.tuning))
     console.print(f"profile with the tuning in {arguments.out}; {model.passes} forward passes")
