@@ -48,7 +48,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", help="titles to run beside vanilla (default: all)")
     parser.add_argument("--straggler", type=float, default=1.05, help="bound on the busiest rank")
     parser.add_argument(
-        "--ladder", nargs="*", type=float, default=[], help="further bounds for token drop and expanded drop"
+        "--ladder", nargs="*", type=float, default=[], help="further bounds for the drops and for macs"
     )
     parser.add_argument("--ranks", type=int, default=2, help="processes, or ranks played in turn")
     parser.add_argument("--threads", type=int, help="of each process (default: all cores, divided)")
@@ -102,7 +102,7 @@ def running(arguments: argparse.Namespace) -> dict[str, Contender]:
     chosen = contenders(arguments.straggler)
     titles = [VANILLA, *(arguments.policies or list(chosen)[1:])]
     found = {title: chosen[title] for title in dict.fromkeys(titles)}
-    for title in ("token drop", "expanded drop"):
+    for title in ("token drop", "expanded drop", "macs"):
         if title in found:
             found.update(loosened(title, chosen[title], bound) for bound in arguments.ladder)
     return found

@@ -200,6 +200,8 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
             *by_target("macs", "macs", DEFAULT, bounds),
             *by_target("macs, no rerouting", "macs", DEFAULT.updated(reroute="none"), bounds),
             *by_target("macs, text spared", "macs", DEFAULT, bounds, spared_text=True),
+            *by_target("macs, by picture", "macs", DEFAULT.updated(normalization="image"), bounds),
+            *by_target("macs, score alone", "macs", DEFAULT.updated(priority="score"), bounds),
         ],
         # Every policy at every bound: the frontier of answers against load.
         "bounded": [point for policy in baselines for point in by_target(policy, policy, BASELINE, bounds)]

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from tiny_vlm import model as tiny
 from tiny_vlm.plain import Engine
+from tiny_vlm.sample import Sample
 from torch import Tensor
 
 import macs
-from macs import MACSConfig, Profile, Runtime
+from macs import IMAGE, MACSConfig, Modality, Profile, Runtime
 
 from ..common.answers import divergence, read
 from ..evaluate.kinds import answer_tokens, draw_batches
@@ -44,7 +45,7 @@ class Tuned:
     """A model whose layers are bounded one by one, or in groups, and the requests that tell what it costs.
 
     runtime: the model's. said: scores answers. asked: batches of prompts, with the model's answers; every
-    second one is to verify. tokens: of this rank in a batch. groups: of consecutive layers that share a
+    second one is to verify. groups: of consecutive layers that share a
     bound, all of one size; none is every layer by itself. group: the expert-parallel ranks, each of which
     makes the same calls, with batches of its own; none where one process plans as all of them.
     """
@@ -55,7 +56,6 @@ class Tuned:
         said: Said,
         asked: Sequence[tuple[Any, list[list[int]]]],
         *,
-        tokens: int,
         policy: str = "macs",
         config: MACSConfig | None = None,
         groups: int | None = None,
@@ -67,13 +67,18 @@ class Tuned:
             raise ValueError(f"groups: found {groups}, expected a divisor of the model's {layers} layers")
         self.runtime, self.said, self.group = runtime, said, group
         self.policy, self.config = policy, (config or MACSConfig()).updated(min_tokens=0)
-        self.tokens = tokens
         self.ranks = runtime.virtual_ranks if group is None else dist.get_world_size(group)
         self.passes = 0
         runtime.enabled = False
         whole = [Batch(prompts, answers, said(prompts, answers)) for prompts, answers in asked]
         runtime.enabled = True
         self.halves = {"tune": whole[::2], "verify": whole[1::2]}
+
+    @property
+    def tokens(self) -> int:
+        """Of a rank in a prompt step."""
+        steps = torch.stack([report.prefill.tokens for report in self.runtime.reports(self.group)])
+        return int(steps.double().mean()) // self.ranks
 
     @property
     def share(self) -> int:
@@ -125,7 +130,7 @@ class Tuned:
         return [one for part in parts for one in part]
 
 
-def tiny_asked(arguments: argparse.Namespace, engine: Engine) -> list[tuple[Any, list[list[int]]]]:
+def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Sample], list[list[int]]]]:
     """Questions of the training split with the tiny model's answers, batches of the kinds in turn; of every
     batch this rank's share."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -136,12 +141,12 @@ def tiny_asked(arguments: argparse.Namespace, engine: Engine) -> list[tuple[Any,
         drawn = draw_batches(kind, "train", arguments.seed, count, arguments.batch)
         mine = [batch[rank * size :][:size] for batch in drawn]
         tokens = answer_tokens(kind)
-        by_kind.append([(tiny.sample_inputs(one), engine.generate(one, tokens=tokens)) for one in mine])
+        by_kind.append([(one, engine.generate(one, tokens=tokens)) for one in mine])
     # Halves take turns: every second batch of a kind is for either.
     return [one for pair in range(0, count, 2) for kind in by_kind for one in kind[pair : pair + 2]]
 
 
-def own_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[Any, list[list[int]]]]:
+def own_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Any], list[list[int]]]]:
     """One's own requests with the answers of one's own checkpoint; of every batch this rank's share."""
     from ..calibrate.engines import processor_request
     from ..calibrate.requests import read_requests
@@ -152,7 +157,7 @@ def own_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[Any, lis
     found = []
     for start in range(0, len(asked) - arguments.batch + 1, arguments.batch):
         batch = asked[start + rank * size :][:size]
-        found.append((engine.inputs_of(batch), engine.generate(batch)))
+        found.append((batch, engine.generate(batch)))
     if len(found) < 2:
         raise ValueError(
             f"--data: found {len(asked)} requests, expected two batches ({2 * arguments.batch}) or more"
@@ -178,6 +183,36 @@ def plain(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
     yield runtime, engine
 
 
+def from_cache(runtime: Runtime, engine: Any, inputs_of: Callable[[Any], dict[str, Tensor]]) -> Said:
+    """How a Hugging Face model scores answers: prompts are read under MACS, answers follow from the cache."""
+    return lambda prompts, answers: read(engine.model, runtime, inputs_of(prompts)).said_of(answers)
+
+
+def in_one_pass(engine: Any) -> Said:
+    """How the tiny model in Megatron scores answers: prompts and answers in one pass, in which answers are
+    exempt, for they are decoded later, in steps too small to be planned."""
+    from megatron.core.inference.utils import get_attention_mask
+
+    def said(samples: list[Sample], answers: list[list[int]]) -> list[Tensor]:
+        device = next(engine.model.parameters()).device
+        longest, start = max(map(len, answers)), len(samples[0].prompt)
+        padded = [
+            [*one.prompt, *answer, *[0] * (longest - len(answer))]
+            for one, answer in zip(samples, answers, strict=True)
+        ]
+        ids = torch.tensor(padded, device=device)
+        at = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        end = start + torch.tensor([[len(one)] for one in answers], device=device)
+        image = ids == engine.model.image_token_id
+        modality = Modality.of(image.long() * IMAGE, valid=at < end, exempt=at >= start)
+        with macs.modality(modality), engine.model.pictures(engine.pictures(samples)):
+            logits = engine.model(ids, at, get_attention_mask(ids.shape[1]).to(device))
+        said = logits[:, start - 1 : -1].float().log_softmax(-1)
+        return [one[: len(answer)] for one, answer in zip(said, answers, strict=True)]
+
+    return said
+
+
 @contextlib.contextmanager
 def opened(arguments: argparse.Namespace) -> Iterator[Tuned]:
     """The model in the engine that is asked for, with what it is asked."""
@@ -185,17 +220,17 @@ def opened(arguments: argparse.Namespace) -> Iterator[Tuned]:
 
     context = plain if arguments.engine == "plain" else ENGINES[arguments.engine]
     with context(arguments) as (runtime, engine):
-
-        def said(inputs: dict[str, Tensor], answers: list[list[int]]) -> list[Tensor]:
-            return read(engine.model, runtime, inputs).said_of(answers)
-
         runtime.enabled = False
         asked = (tiny_asked if arguments.model is None else own_asked)(arguments, engine)
+        if arguments.engine == "megatron":
+            said = in_one_pass(engine)
+        else:
+            inputs_of = tiny.sample_inputs if arguments.model is None else engine.inputs_of
+            said = from_cache(runtime, engine, inputs_of)
         yield Tuned(
             runtime,
             said,
             asked,
-            tokens=asked[0][0]["input_ids"].numel() // runtime.virtual_ranks,
             policy=arguments.policy,
             config=MACSConfig.from_dict(arguments.settings),
             groups=arguments.groups,

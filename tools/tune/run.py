@@ -5,12 +5,12 @@
     torchrun --nproc-per-node 8 -m macs tune --engine deepspeed --model DIR --data requests.jsonl
 
 One device, the plain adapter, ``--ranks`` virtual expert-parallel ranks; or DeepSpeed's AutoEP on as many as
-there are processes (Megatron: docs/tuning.md). Damage is the KL in nats, at the tokens of the answers that
-the model gives without a bound, to the model under it. Every layer is bounded by itself first (``--groups``:
-layers in groups, for a model of many); a split of each target follows from that, is refined by moving load
-between layers, as measured on one half of the requests, and verified on the other: where it is not better
-than one bound for all layers there, beyond the 95 % interval, the profile gets that. What was measured is
-kept beside ``--out``, so that a run that was stopped goes on.
+there are processes; or the tiny model in Megatron (your own: docs/tuning.md). Damage is the KL in nats, at
+the tokens of the answers that the model gives without a bound, to the model under it. Every layer is bounded
+by itself first (``--groups``: layers in groups, for a model of many); a split of each target follows from
+that, is refined by moving load between layers, as measured on one half of the requests, and verified on the
+other: where it is not better than one bound for all layers there, beyond the 95 % interval, the profile gets
+that. What was measured is kept beside ``--out``, so that a run that was stopped goes on.
 
 Serve with it: --moe-macs-profile FILE --moe-macs-split tuned --moe-macs-target-load 0.7, or
 --moe-macs-max-kl 0.01; in DeepSpeed's block "profile", "split", "target_load", "max_kl".
@@ -46,12 +46,15 @@ from .search import CAP, GRID, Measured, objective, refined, singles, split_by
 if TYPE_CHECKING:
     from .model import Tuned
 
+SHORT = set(MIXES) - {"multi-image", "pair", "read", "easy-vqa"}
+"""Kinds of batches whose prompts and answers are as long as the tiny model's engine in Megatron expects."""
+
 TARGETS = (1.05, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("macs tune", __doc__)
-    parser.add_argument("--engine", choices=("plain", "deepspeed"), default="plain")
+    parser.add_argument("--engine", choices=("plain", "deepspeed", "megatron"), default="plain")
     parser.add_argument("--model", type=Path, help="a checkpoint directory in Hugging Face format")
     parser.add_argument("--data", type=Path, help="of --model: a folder, or a file of JSON lines")
     parser.add_argument("--dtype", default="auto", help="of --model: auto, float32, bfloat16, ...")
@@ -80,6 +83,11 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         if path is not None and not path.exists():
             parser.error(f"--{name}: found nothing at {path}")
     least = 2 * arguments.batch * (len(arguments.batches) if arguments.model is None else 1)
+    if arguments.engine == "megatron" and (arguments.model is not None or set(arguments.batches) - SHORT):
+        parser.error(
+            "--engine megatron: found --model or --batches of other lengths, expected the tiny model's "
+            f"{', '.join(sorted(SHORT))}; for a model of your own see docs/tuning.md"
+        )
     if arguments.requests < least:
         parser.error(f"--requests: found {arguments.requests}, expected two batches ({least}) or more")
     if min(arguments.targets) <= 0:
