@@ -1,5 +1,6 @@
-"""``macs tune``: how a bound on the step is best split among the layers of a model."""
+"""``macs tune``, and the same for any engine: ``Tuned`` says what is measured, ``tune`` measures it."""
 
-from ..common import clone
+from .model import Tuned
+from .tuning import tune
 
-clone.examples("tiny_vlm")
+__all__ = ["Tuned", "tune"]

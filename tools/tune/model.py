@@ -5,25 +5,18 @@ Shapes: L layers, G groups of them that share a bound, Q requests, A tokens of a
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tiny_vlm import model as tiny
-from tiny_vlm.plain import Engine
-from tiny_vlm.sample import Sample
 from torch import Tensor
 
-import macs
-from macs import IMAGE, MACSConfig, Modality, Profile, Runtime
+from macs import MACSConfig, Profile, Runtime
 
-from ..common.answers import divergence, read
-from ..evaluate.kinds import answer_tokens, draw_batches
+from ..common.answers import divergence
 from .search import UNBOUNDED, Measured
 
 Said = Callable[[Any, list[list[int]]], list[Tensor]]
@@ -128,111 +121,3 @@ class Tuned:
         parts: list[list[Any]] = [[] for _ in range(dist.get_world_size(self.group))]
         dist.all_gather_object(parts, mine, self.group)
         return [one for part in parts for one in part]
-
-
-def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Sample], list[list[int]]]]:
-    """Questions of the training split with the tiny model's answers, batches of the kinds in turn; of every
-    batch this rank's share."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    size = arguments.batch // ranks
-    count = arguments.requests // arguments.batch // len(arguments.batches)
-    by_kind = []
-    for kind in arguments.batches:
-        drawn = draw_batches(kind, "train", arguments.seed, count, arguments.batch)
-        mine = [batch[rank * size :][:size] for batch in drawn]
-        tokens = answer_tokens(kind)
-        by_kind.append([(one, engine.generate(one, tokens=tokens)) for one in mine])
-    # Halves take turns: every second batch of a kind is for either.
-    return [one for pair in range(0, count, 2) for kind in by_kind for one in kind[pair : pair + 2]]
-
-
-def own_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Any], list[list[int]]]]:
-    """One's own requests with the answers of one's own checkpoint; of every batch this rank's share."""
-    from ..calibrate.engines import processor_request
-    from ..calibrate.requests import read_requests
-
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    size = arguments.batch // ranks
-    asked = [processor_request(one) for one in read_requests(arguments.data)[: arguments.requests]]
-    found = []
-    for start in range(0, len(asked) - arguments.batch + 1, arguments.batch):
-        batch = asked[start + rank * size :][:size]
-        found.append((batch, engine.generate(batch)))
-    if len(found) < 2:
-        raise ValueError(
-            f"--data: found {len(asked)} requests, expected two batches ({2 * arguments.batch}) or more"
-        )
-    return found
-
-
-@contextlib.contextmanager
-def plain(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
-    """The tiny model, or a checkpoint of one's own, on one device with the plain adapter."""
-    runtime = Runtime(virtual_ranks=arguments.ranks)
-    if arguments.model is None:
-        engine: Any = Engine(tiny.load_model(arguments.checkpoint))
-    else:
-        from tiny_vlm.own_model import ProcessorEngine
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        model: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
-        model = model.eval().cuda() if torch.cuda.is_available() else model.eval()
-        engine = ProcessorEngine(model, AutoProcessor.from_pretrained(arguments.model), arguments.tokens)
-    macs.attach_plain(engine.model, runtime)
-    macs.attach_modality(engine.model)
-    yield runtime, engine
-
-
-def from_cache(runtime: Runtime, engine: Any, inputs_of: Callable[[Any], dict[str, Tensor]]) -> Said:
-    """How a Hugging Face model scores answers: prompts are read under MACS, answers follow from the cache."""
-    return lambda prompts, answers: read(engine.model, runtime, inputs_of(prompts)).said_of(answers)
-
-
-def in_one_pass(engine: Any) -> Said:
-    """How the tiny model in Megatron scores answers: prompts and answers in one pass, in which answers are
-    exempt, for they are decoded later, in steps too small to be planned."""
-    from megatron.core.inference.utils import get_attention_mask
-
-    def said(samples: list[Sample], answers: list[list[int]]) -> list[Tensor]:
-        device = next(engine.model.parameters()).device
-        longest, start = max(map(len, answers)), len(samples[0].prompt)
-        padded = [
-            [*one.prompt, *answer, *[0] * (longest - len(answer))]
-            for one, answer in zip(samples, answers, strict=True)
-        ]
-        ids = torch.tensor(padded, device=device)
-        at = torch.arange(ids.shape[1], device=device).expand_as(ids)
-        end = start + torch.tensor([[len(one)] for one in answers], device=device)
-        image = ids == engine.model.image_token_id
-        modality = Modality.of(image.long() * IMAGE, valid=at < end, exempt=at >= start)
-        with macs.modality(modality), engine.model.pictures(engine.pictures(samples)):
-            logits = engine.model(ids, at, get_attention_mask(ids.shape[1]).to(device))
-        said = logits[:, start - 1 : -1].float().log_softmax(-1)
-        return [one[: len(answer)] for one, answer in zip(said, answers, strict=True)]
-
-    return said
-
-
-@contextlib.contextmanager
-def opened(arguments: argparse.Namespace) -> Iterator[Tuned]:
-    """The model in the engine that is asked for, with what it is asked."""
-    from ..calibrate.engines import ENGINES
-
-    context = plain if arguments.engine == "plain" else ENGINES[arguments.engine]
-    with context(arguments) as (runtime, engine):
-        runtime.enabled = False
-        asked = (tiny_asked if arguments.model is None else own_asked)(arguments, engine)
-        if arguments.engine == "megatron":
-            said = in_one_pass(engine)
-        else:
-            inputs_of = tiny.sample_inputs if arguments.model is None else engine.inputs_of
-            said = from_cache(runtime, engine, inputs_of)
-        yield Tuned(
-            runtime,
-            said,
-            asked,
-            policy=arguments.policy,
-            config=MACSConfig.from_dict(arguments.settings),
-            groups=arguments.groups,
-            group=None if arguments.engine == "plain" else dist.group.WORLD,
-        )

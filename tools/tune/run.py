@@ -22,15 +22,11 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from tiny_vlm import CHECKPOINT
 
@@ -39,17 +35,11 @@ from macs.files import output_file, read_mapping
 from macs.serving.launch import first_process
 
 from ..common.command import Parser, quiet
-from ..evaluate.intervals import bootstrap, bootstrap_ratio
 from ..evaluate.kinds import MIXES
-from .search import CAP, GRID, Measured, objective, refined, singles, split_by
-
-if TYPE_CHECKING:
-    from .model import Tuned
+from .tuning import TARGETS
 
 SHORT = set(MIXES) - {"multi-image", "pair", "read", "easy-vqa"}
 """Kinds of batches whose prompts and answers are as long as the tiny model's engine in Megatron expects."""
-
-TARGETS = (1.05, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -109,107 +99,6 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-class Kept:
-    """Measurements by what was measured, in a file of JSON lines; a repeated one costs nothing."""
-
-    def __init__(self, model: Tuned, path: Path, arguments: argparse.Namespace, tell: Any) -> None:
-        self.model, self.path, self.tell = model, path, tell
-        told = {
-            name: str(value)
-            for name, value in sorted(vars(arguments).items())
-            if name not in ("out", "targets")
-        }
-        self.told, self.found = json.dumps(told), {}
-        self.writes = first_process()
-        if self.writes and path.exists():
-            lines = (json.loads(line) for line in path.read_text().splitlines() if line)
-            self.found = {one["key"]: one for one in lines}
-        if model.group is not None:  # every rank measures, or none
-            kept = [self.found]
-            dist.broadcast_object_list(kept, group=model.group, group_src=0)
-            self.found = kept[0]
-
-    def measure(self, half: str, bounds: Sequence[float]) -> Measured:
-        """Of a half under the layers' bounds."""
-        key = json.dumps([self.told, half, [round(float(one), 6) for one in bounds]])
-        if key not in self.found:
-            one = self.model.measure(half, bounds)
-            self.found[key] = {
-                "key": key,
-                "loads": one.loads.tolist(),
-                "damage": one.damage.tolist(),
-                "same": one.same.tolist(),
-            }
-            if self.writes:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(self.found[key]) + "\n")
-        self.tell()
-        one = self.found[key]
-        return Measured(*(np.array(one[name]) for name in ("loads", "damage", "same")))
-
-
-def split_for(target: float, curves: Any, kept: Kept, tries: int) -> dict[str, Any]:
-    """The best split for a target, and what it does on the half that verifies, beside one bound for all."""
-    layers = len(curves)
-
-    def on_tuning(bounds: Sequence[float]) -> Measured:
-        return kept.measure("tune", bounds)
-
-    uniform = on_tuning([target] * layers)
-    cap = max(float(np.percentile(uniform.damage, CAP)), 1e-9)
-    best, held = refined(on_tuning, split_by(curves, float(uniform.loads.mean())), cap, tries)
-    if objective(uniform, cap) <= objective(held, cap):
-        best = [target] * layers
-    plain, split = kept.measure("verify", [target] * layers), kept.measure("verify", best)
-    ratio = bootstrap_ratio(split.damage, plain.damage)
-    better = ratio[2] < 1 and float(split.loads.mean()) <= float(plain.loads.mean()) + 0.01
-    return {
-        "target": target,
-        "uniform": plain,
-        "split": split,
-        "ratio": ratio,
-        "used": better,
-        "bounds": best if better else [target] * layers,
-        "damage": bootstrap((split if better else plain).damage),
-    }
-
-
-def tuned(model: Tuned, arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Every target's split."""
-    targets = arguments.targets
-    natural = model.natural()
-    most = len(natural) * len(GRID) + len(targets) * (arguments.tries + 4)
-    passes = len(model.halves["tune"])
-    console.print(
-        f"{len(natural)} {'layers' if model.share == 1 else 'groups of layers'}; "
-        f"at most {most} measurements of {passes} forward passes each; "
-        f"busiest rank by layer {', '.join(f'{one:.2f}' for one in natural)}"
-    )
-    columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("measuring", total=most)
-        path = arguments.out.with_suffix(".measured.jsonl")
-        kept = Kept(model, path, arguments, lambda: progress.advance(bar))
-        curves = singles(lambda bounds: kept.measure("tune", bounds), natural)
-        found = [split_for(target, curves, kept, arguments.tries) for target in targets]
-        progress.update(bar, completed=most)
-    return found
-
-
-def tuning_of(found: Sequence[dict[str, Any]], model: Tuned) -> Tuning:
-    """What a profile keeps of the splits."""
-    bounds = np.repeat(np.array([one["bounds"] for one in found]), model.share, axis=1)
-    return Tuning(
-        targets=torch.tensor([one["target"] for one in found], dtype=torch.float64),
-        bounds=torch.tensor(bounds, dtype=torch.float64),
-        damage=torch.tensor([one["damage"] for one in found], dtype=torch.float64),
-        policy=model.policy,
-        ranks=model.ranks,
-        tokens=model.tokens,
-        requests=model.requests("verify"),
-    )
-
-
 def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
     """What every target costs, with one bound and split; of many layers the least and the largest bound."""
     caption = (
@@ -239,13 +128,22 @@ def main(given: Sequence[str] | None = None) -> None:
     """Measure, show, write."""
     arguments = parse_arguments(given)
     quiet()
-    from . import model as models
+    from .sources import opened
+    from .tuning import tune
 
     console = Console(quiet=not first_process())
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with models.opened(arguments) as model, torch.inference_mode():
-        found = tuned(model, arguments, console)
-        profile = replace(model.profile(), tuning=tuning_of(found, model))
+    settings = {name: str(value) for name, value in sorted(vars(arguments).items())}
+    about = json.dumps({name: value for name, value in settings.items() if name not in ("out", "targets")})
+    with opened(arguments) as model, torch.inference_mode():
+        profile, found = tune(
+            model,
+            arguments.out,
+            targets=arguments.targets,
+            tries=arguments.tries,
+            about=about,
+            console=console,
+        )
     if not first_process():
         return
     profile.save(arguments.out)

@@ -1,0 +1,141 @@
+"""A tuning: every target's split, as measured, on any model that can score answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from macs import Profile, Tuning
+from macs.serving.launch import first_process
+
+from ..evaluate.intervals import bootstrap, bootstrap_ratio
+from .model import Tuned
+from .search import CAP, GRID, Measured, objective, refined, singles, split_by
+
+TARGETS = (1.05, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+
+class Kept:
+    """Measurements by what was measured, in a file of JSON lines; a repeated one costs nothing."""
+
+    def __init__(self, model: Tuned, path: Path, about: str, tell: Callable[[], None]) -> None:
+        self.model, self.path, self.about, self.tell = model, path, about, tell
+        self.found: dict[str, Any] = {}
+        self.writes = first_process()
+        if self.writes and path.exists():
+            lines = (json.loads(line) for line in path.read_text().splitlines() if line)
+            self.found = {one["key"]: one for one in lines}
+        if model.group is not None:  # every rank measures, or none
+            kept = [self.found]
+            dist.broadcast_object_list(kept, group=model.group, group_src=0)
+            self.found = kept[0]
+
+    def measure(self, half: str, bounds: Sequence[float]) -> Measured:
+        """Of a half under the layers' bounds."""
+        key = json.dumps([self.about, half, [round(float(one), 6) for one in bounds]])
+        if key not in self.found:
+            one = self.model.measure(half, bounds)
+            self.found[key] = {
+                "key": key,
+                "loads": one.loads.tolist(),
+                "damage": one.damage.tolist(),
+                "same": one.same.tolist(),
+            }
+            if self.writes:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(self.found[key]) + "\n")
+        self.tell()
+        one = self.found[key]
+        return Measured(*(np.array(one[name]) for name in ("loads", "damage", "same")))
+
+
+def split_for(target: float, curves: Any, kept: Kept, tries: int) -> dict[str, Any]:
+    """The best split for a target, and what it does on the half that verifies, beside one bound for all."""
+    layers = len(curves)
+
+    def on_tuning(bounds: Sequence[float]) -> Measured:
+        return kept.measure("tune", bounds)
+
+    uniform = on_tuning([target] * layers)
+    cap = max(float(np.percentile(uniform.damage, CAP)), 1e-9)
+    best, held = refined(on_tuning, split_by(curves, float(uniform.loads.mean())), cap, tries)
+    if objective(uniform, cap) <= objective(held, cap):
+        best = [target] * layers
+    plain, split = kept.measure("verify", [target] * layers), kept.measure("verify", best)
+    ratio = bootstrap_ratio(split.damage, plain.damage)
+    better = ratio[2] < 1 and float(split.loads.mean()) <= float(plain.loads.mean()) + 0.01
+    return {
+        "target": target,
+        "uniform": plain,
+        "split": split,
+        "ratio": ratio,
+        "used": better,
+        "bounds": best if better else [target] * layers,
+        "damage": bootstrap((split if better else plain).damage),
+    }
+
+
+def tune(
+    model: Tuned,
+    out: Path,
+    *,
+    targets: Sequence[float] = TARGETS,
+    tries: int = 24,
+    about: str = "",
+    console: Console | None = None,
+) -> tuple[Profile, list[dict[str, Any]]]:
+    """Measure the model and split every target's load among its layers.
+
+    Every rank of the model's group makes the same call. Needs inference mode.
+
+    Args:
+        model: what is tuned, with its requests.
+        out: the file that the profile is to go to; what was measured is kept beside it, by the first process.
+        targets: mean over layers of the busiest rank's rows over the even share of the router's choice.
+        tries: moves of load between two layers that are measured for each target.
+        about: what tells this run from others that are kept in the same place.
+        console: where to say how far it is; none says nothing.
+
+    Returns:
+        The profile with its tuning, which the caller saves, and of every target what was measured.
+    """
+    console = console or Console(quiet=True)
+    natural = model.natural()
+    most = len(natural) * len(GRID) + len(targets) * (tries + 4)
+    passes = len(model.halves["tune"])
+    console.print(
+        f"{len(natural)} {'layers' if model.share == 1 else 'groups of layers'}; "
+        f"at most {most} measurements of {passes} forward passes each; "
+        f"busiest rank by layer {', '.join(f'{one:.2f}' for one in natural)}"
+    )
+    columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("measuring", total=most)
+        kept = Kept(model, out.with_suffix(".measured.jsonl"), about, lambda: progress.advance(bar))
+        curves = singles(lambda bounds: kept.measure("tune", bounds), natural)
+        found = [split_for(target, curves, kept, tries) for target in sorted(targets, reverse=True)]
+        progress.update(bar, completed=most)
+    return replace(model.profile(), tuning=tuning_of(found, model)), found
+
+
+def tuning_of(found: Sequence[dict[str, Any]], model: Tuned) -> Tuning:
+    """What a profile keeps of the splits."""
+    bounds = np.repeat(np.array([one["bounds"] for one in found]), model.share, axis=1)
+    return Tuning(
+        targets=torch.tensor([one["target"] for one in found], dtype=torch.float64),
+        bounds=torch.tensor(bounds, dtype=torch.float64),
+        damage=torch.tensor([one["damage"] for one in found], dtype=torch.float64),
+        policy=model.policy,
+        ranks=model.ranks,
+        tokens=model.tokens,
+        requests=model.requests("verify"),
+    )
