@@ -34,7 +34,7 @@ from torch.nn import functional
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 RECIPES: dict[str, dict[str, int]] = {
-    "digits": {"pictures": 8, "small": 2, "read": 3, "pairs": 2, "texts": 6},
+    "digits": {"pictures": 8, "small": 2, "read": 3, "pairs": 2, "texts": 9},
     "easy-vqa": {"easy-vqa": 16},
 }
 """Rows of a batch, by kind."""
@@ -154,15 +154,17 @@ def main() -> None:
         model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
     first_step = 0
+    settings = {name: value for name, value in vars(arguments).items() if name != "out"}
+    settings["rows"] = RECIPES[arguments.recipe]
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first_step = state["step"]
         print(f"going on from step {first_step}")
+        with log_file.open("a") as log:
+            log.write(json.dumps({"from step": first_step, "settings": settings}) + "\n")
     else:
-        settings = {name: value for name, value in vars(arguments).items() if name != "out"}
-        settings["rows"] = RECIPES[arguments.recipe]
         log_file.write_text(json.dumps({"settings": settings, "torch": torch.__version__}) + "\n")
     validation = samples_of(arguments, "validation", 70)
 

@@ -87,10 +87,12 @@ def _addition(rng: np.random.Generator, split: str) -> tuple[str, str]:
             return f"{two_digits(first)} + {two_digits(second)} =", two_digits(first + second)
 
 
-def draw_text(rng: np.random.Generator, split: str, task: str, tokens: int) -> tuple[list[int], list[int]]:
+def draw_text(
+    rng: np.random.Generator, split: str, task: str, tokens: int, keys: int = 12
+) -> tuple[list[int], list[int]]:
     """A text of exactly ``tokens`` ids (filler in front), and labels for the answers in it.
 
-    Arithmetic is a run of additions, recall a list of letters with digits and then queries for
+    Arithmetic is a run of additions, recall a list of ``keys`` letters with digits and then queries for
     them. Outside training only the last answer is held out; what comes before is context.
     """
     if task == "arithmetic":
@@ -98,12 +100,12 @@ def draw_text(rng: np.random.Generator, split: str, task: str, tokens: int) -> t
         turns = (tokens - 1) // unit
         pairs = [_addition(rng, "train") for _ in range(turns - 1)] + [_addition(rng, split)]
     elif task == "recall":
-        keys = rng.permutation(len(LETTERS))[:12]
-        values = rng.integers(0, 10, size=12)
-        head = encode(" ".join(f"{LETTERS[key]} {value}" for key, value in zip(keys, values, strict=True)))
+        letters = rng.permutation(len(LETTERS))[:keys]
+        values = rng.integers(0, 10, size=keys)
+        head = encode(" ".join(f"{LETTERS[one]} {value}" for one, value in zip(letters, values, strict=True)))
         turns = (tokens - 1 - len(head)) // 4
-        asked = rng.integers(0, 12, size=turns)
-        pairs = [(f"? {LETTERS[keys[i]]}", str(values[i])) for i in asked]
+        asked = rng.integers(0, keys, size=turns)
+        pairs = [(f"? {LETTERS[letters[i]]}", str(values[i])) for i in asked]
     else:
         raise ValueError(f"task: expected one of {', '.join(TEXT_TASKS)}; found {task!r}")
 

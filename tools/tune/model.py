@@ -43,6 +43,7 @@ class Tuned:
     makes the same calls, with batches of its own; none where one process plans as all of them.
     """
 
+    @torch.inference_mode()
     def __init__(
         self,
         runtime: Runtime,
@@ -78,6 +79,7 @@ class Tuned:
         """Layers in a group."""
         return len(self.runtime.layers) // self.groups
 
+    @torch.inference_mode()
     def measure(self, half: str, bounds: Sequence[float]) -> Measured:
         """What bounds [G] do to the requests of a half, of all ranks."""
         self.runtime.use(self.policy, self.config.updated(target_load=UNBOUNDED))
@@ -100,6 +102,7 @@ class Tuned:
         self.measure("tune", [UNBOUNDED] * self.groups)
         return self._loads("before")
 
+    @torch.inference_mode()
     def profile(self) -> Profile:
         """Which expert serves which modality, on the tuning half."""
         with self.runtime.calibration():

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from tiny_vlm import CHECKPOINT
@@ -103,7 +102,7 @@ def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
     """What every target costs, with one bound and split; of many layers the least and the largest bound."""
     caption = (
         f"{tuning.requests} requests that verify, {tuning.ranks} ranks; KL x 1000 at the answers' tokens, "
-        "one bound for all layers and split; 95 % of their ratio"
+        "one bound for all layers and split; 95 % of their ratio. * not better beyond it, and not used"
     )
     table = Table(caption=caption, caption_justify="left")
     for name in ("target", "load", "one bound", "split", "ratio, 95 %", "same answer", "bounds by layer"):
@@ -116,7 +115,7 @@ def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
             f"{one['target']:g}",
             f"{told.loads.mean():.3f}",
             f"{1e3 * plain.damage.mean():.3g}",
-            f"{1e3 * split.damage.mean():.3g}" + ("" if one["used"] else " (not used)"),
+            f"{1e3 * split.damage.mean():.3g}" + ("" if one["used"] else " *"),
             f"{one['ratio'][1]:.2f}-{one['ratio'][2]:.2f}",
             f"{told.same.mean():.4f}",
             " ".join(bounds) if len(bounds) <= 4 else f"{min(bounds)} to {max(bounds)}",
@@ -135,7 +134,7 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in sorted(vars(arguments).items())}
     about = json.dumps({name: value for name, value in settings.items() if name not in ("out", "targets")})
-    with opened(arguments) as model, torch.inference_mode():
+    with opened(arguments) as model:
         profile, found = tune(
             model,
             arguments.out,

@@ -95,7 +95,7 @@ def tune(
 ) -> tuple[Profile, list[dict[str, Any]]]:
     """Measure the model and split every target's load among its layers.
 
-    Every rank of the model's group makes the same call. Needs inference mode.
+    Every rank of the model's group makes the same call.
 
     Args:
         model: what is tuned, with its requests.
