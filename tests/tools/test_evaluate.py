@@ -61,6 +61,7 @@ def test_points_are_measured_once_shown_and_chosen_from(tmp_path):
         # Whatever the policy: what it was told to keep to, it keeps to.
         target = found["settings"]["target_load"]
         assert 1.0 < found["straggler"] <= target and found["straggler_p95"] <= target
+    assert "KL x 1000 to vanilla by target" in first.stdout and "load at equal KL" in first.stdout
     assert "busiest rank at most 1.05 times the mean" in first.stdout and "rank-balanced" in first.stdout
     again = evaluate(tmp_path, *shown)
     assert "10 points, 10 of them in" in again.stdout and len(points_in(tmp_path / "points.jsonl")) == 10
@@ -108,3 +109,29 @@ def test_the_best_of_a_policy_keeps_to_the_bound():
     found = [point("a", 1.2, 0.1), point("a", 1.0, 0.3), point("a", 0.9, 0.4), point("b", 1.1, 0.0)]
     best = best_within(found, 1.05)
     assert list(best) == ["a"] and best["a"]["kl"][0] == 0.3
+
+
+def test_the_load_at_equal_damage_is_the_least_before_damage_exceeds_it():
+    from macs_tools.evaluate.statistics import best_baseline, least_load
+
+    def point(title, straggler, kl, policy="macs", split="uniform"):
+        settings = {"split": split, "target_load": straggler, "capacity_factor": None}
+        return {
+            "title": title,
+            "policy": policy,
+            "straggler": straggler,
+            "kl": [kl, kl, kl],
+            "settings": settings,
+        }
+
+    baselines = [
+        point("a", 1.05, 0.3, "token-drop"),
+        point("b", 1.0, 0.2, "rank-balanced"),
+        point("c", 1.2, 0.1, "token-drop"),
+        point("d", 1.0, 0.0, "token-drop", split="tuned"),
+    ]
+    ours = [point("macs", load, kl) for load, kl in ((1.0, 0.1), (0.8, 0.15), (0.6, 0.5), (0.4, 0.2))]
+    found = baselines + ours
+    assert best_baseline(found, 1.05) == baselines[1] and best_baseline(ours, 1.05) is None
+    # 0.4 is luck: more load cost more.
+    assert least_load(found, "macs", 0.2) == 0.8 and least_load(found, "macs", 0.05) is None

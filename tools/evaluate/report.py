@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from .intervals import bootstrap_ratio
-from .statistics import measure_of
+from .statistics import best_baseline, least_load, measure_of
 
 
 def table_of(best: dict[str, dict[str, Any]], bound: float, caption: str) -> Table:
@@ -40,6 +40,28 @@ def table_of(best: dict[str, dict[str, Any]], bound: float, caption: str) -> Tab
             *("" if value is None else f"{value[0]:.4f}" for value in kept),
             f"{one['rerouted']:.1%}",
             f"{one['dropped']:.1%}",
+        )
+    return table
+
+
+def frontier_of(found: list[dict[str, Any]], bound: float, caption: str) -> Table:
+    """KL over all questions by policy and target, and the least load at which each policy costs no more than
+    the best baseline does at ``bound``."""
+    by_target = [one for one in found if one["settings"]["capacity_factor"] is None]
+    targets = sorted({one["settings"]["target_load"] for one in by_target}, reverse=True)
+    known = best_baseline(found, bound)
+    table = Table(title="KL x 1000 to vanilla by target, over all questions", caption=caption)
+    for name in ("", *(f"{target:g}" for target in targets), "load at equal KL"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for title in dict.fromkeys(one["title"] for one in by_target):
+        mine = {one["settings"]["target_load"]: one for one in by_target if one["title"] == title}
+        cells = [f"{1e3 * mine[one]['kl'][0]:.3g}" if one in mine else "" for one in targets]
+        load = None if known is None else least_load(found, title, known["kl"][0])
+        table.add_row(title, *cells, "" if load is None else f"{load:.2f}")
+    if known is not None:
+        table.caption = (
+            f"{caption}; load at equal KL: the least measured with at most {1e3 * known['kl'][0]:.3g}, that of "
+            f"the best baseline within {bound:g} ({known['title']}, {known['setting']})"
         )
     return table
 

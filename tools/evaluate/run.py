@@ -33,7 +33,7 @@ from macs.files import output_file
 from ..common.command import Parser
 from .kinds import MIXES
 from .points import PRESET_TITLES, Point, grids, split_points, tunings_of
-from .report import plot, plot_layers, table_of
+from .report import frontier_of, plot, plot_layers, table_of
 from .statistics import best_within, measured
 
 
@@ -189,6 +189,8 @@ def main(given: Sequence[str] | None = None) -> None:
             chosen = [one for one in found if (one["ranks"], one["batches"]) == (ranks, batches)]
             caption = f"{batches} batches of {arguments.batch}, {ranks} ranks, {arguments.split} split, "
             caption += f"{arguments.questions} questions; 95 % intervals"
+            if "bounded" in arguments.grid and arguments.chosen is None:
+                console.print(frontier_of(chosen, 1.05, caption))
             for bound in arguments.bounds:
                 best = shown(arguments, chosen, ranks, bound)
                 console.print(table_of(best, bound, caption))

@@ -11,6 +11,8 @@ import torch
 from tiny_vlm import data
 from torch import Tensor
 
+from macs import POLICIES
+
 from ..common.answers import divergence
 from .intervals import bootstrap, bootstrap_ratio
 from .points import Point
@@ -94,6 +96,30 @@ def measured(
 def measure_of(found: dict[str, Any]) -> list[float]:
     """What policies are compared by: KL over picture questions, or over all where there are none."""
     return found["picture_kl"] or found["kl"]
+
+
+def best_baseline(found: list[dict[str, Any]], bound: float) -> dict[str, Any] | None:
+    """The point of least KL over all questions among baselines, uniform, whose load keeps to the bound."""
+    within = [
+        one
+        for one in found
+        if POLICIES[one["policy"]].is_baseline
+        and one["settings"]["split"] == "uniform"
+        and one["straggler"] <= bound
+    ]
+    return min(within, key=lambda one: one["kl"][0], default=None)
+
+
+def least_load(found: list[dict[str, Any]], title: str, kl: float) -> float | None:
+    """The least realised load at which a policy costs at most ``kl`` over all questions; no lower one that
+    was measured costs more at a higher load, or it would be luck."""
+    mine = sorted((one for one in found if one["title"] == title), key=lambda one: -one["straggler"])
+    least = None
+    for one in mine:
+        if one["kl"][0] > kl:
+            break
+        least = one["straggler"]
+    return least
 
 
 def best_within(found: list[dict[str, Any]], bound: float) -> dict[str, dict[str, Any]]:
