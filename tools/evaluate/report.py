@@ -60,8 +60,8 @@ def frontier_of(found: list[dict[str, Any]], bound: float, caption: str) -> Tabl
         table.add_row(title, *cells, "" if load is None else f"{load:.2f}")
     if known is not None:
         table.caption = (
-            f"{caption}; load at equal KL: the least measured with at most {1e3 * known['kl'][0]:.3g}, that of "
-            f"the best baseline within {bound:g} ({known['title']}, {known['setting']})"
+            f"{caption}; load at equal KL: the least measured with at most {1e3 * known['kl'][0]:.3g}, that "
+            f"of the best baseline within {bound:g} ({known['title']}, {known['setting']})"
         )
     return table
 
