@@ -52,16 +52,16 @@ RETIRED: dict[str, str] = {
     "basis": "no measurement or paper asked for capacities as shares of the weighted load",
     "bias": "biases are by threshold, as in the paper; nothing asked for the calibrated value itself",
     "conserve": "no measurement or paper asked for rescaled capacities",
-    "renormalize": "scaling the surviving weights back made no difference (docs/quality.md)",
-    "scope": "one capacity for the whole group's tokens gained nothing (docs/quality.md); every source "
-    "rank plans its own",
+    "renormalize": "scaling the surviving weights back made no difference (docs/quality-defaults.md)",
+    "scope": "one capacity for the whole group's tokens gained nothing (docs/quality-defaults.md); every "
+    "source rank plans its own",
 }
 """Settings that are gone, and why."""
 
 RETIRED_CHOICES: dict[tuple[str, str], str] = {
     ("priority", "weight"): "the weight alone was never better than its product with the score",
     ("similarity", "profile"): "no measured matrix has anything to win, for none at all is as good as the "
-    "router's rows (docs/quality.md)",
+    "router's rows (docs/quality-defaults.md)",
 }
 """Choices of settings that are gone, and why."""
 
@@ -304,7 +304,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "padded": {"capacity_factor": 1.2, "level": "expert", "reroute_rounds": 4},
 }
 """Named sets of settings, laid over the defaults. The defaults pool capacity per rank and count it in
-rows, text first: that bounds the step itself and touches the fewest assignments (docs/quality.md)."""
+rows, text first: that bounds the step itself and touches the fewest assignments
+(docs/quality-defaults.md)."""
 
 
 def check_name(kind: str, name: Any, valid: tuple[str, ...]) -> None:

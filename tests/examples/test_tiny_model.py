@@ -11,7 +11,7 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
 from support.workers import free_port
-from tiny_vlm import data
+from tiny_vlm import data, easy_vqa
 from tiny_vlm import model as tiny
 from tiny_vlm.evaluate import accuracy_by_task, rank_imbalance
 
@@ -19,16 +19,28 @@ ROOT = Path(__file__).parents[2]
 JOBS = "support.tiny_jobs"
 
 
-def test_the_checkpoint_is_small_and_the_logs_figures_are_its_own():
-    assert (tiny.CHECKPOINT / "model.safetensors").stat().st_size <= 16 * 2**20
-    log = [json.loads(line) for line in (tiny.CHECKPOINT / "training_log.jsonl").read_text().splitlines()]
-    model = tiny.load_model()
-    samples = data.draw_samples(log[0]["settings"]["seed"], "test", data.TASKS, 300 * len(data.TASKS))
-    found = accuracy_by_task(model, samples[: 70 * len(data.TASKS)])
-    for task, accuracy in log[-1]["test_accuracy"].items():
-        assert found[task] == pytest.approx(accuracy, abs=0.15), task
-    logged = log[-1]["imbalance"]
-    assert rank_imbalance(model, samples[:140], 4) == pytest.approx(logged, abs=0.2)
+MODELS = {
+    path.name: path for path in (tiny.CHECKPOINT, *sorted((tiny.CHECKPOINT.parent / "others").iterdir()))
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_is_small_and_its_logs_figures_are_its_own(name):
+    folder = MODELS[name]
+    assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    settings = [line["settings"] for line in log if "settings" in line][-1]
+    logged = log[-1].get("test") or {"accuracy": log[-1]["test_accuracy"], "imbalance": log[-1]["imbalance"]}
+    model = tiny.load_model(folder)
+    tasks = easy_vqa.TASKS if settings.get("recipe") == "easy-vqa" else data.TASKS
+    samples = data.draw_samples(settings["seed"], "test", tasks, 70 * len(tasks))
+    found = accuracy_by_task(model, samples)
+    for task in tasks:
+        assert found[task] == pytest.approx(logged["accuracy"][task], abs=0.15), task
+    assert rank_imbalance(model, samples[:140], 4) == pytest.approx(logged["imbalance"], abs=0.2)
+    for task in set(logged["accuracy"]) - set(tasks):
+        hard = accuracy_by_task(model, data.draw_samples(settings["seed"], "test", (task,), 50))
+        assert hard[task] == pytest.approx(logged["accuracy"][task], abs=0.2), task
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
