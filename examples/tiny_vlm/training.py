@@ -90,7 +90,7 @@ def _text_row(rng: np.random.Generator, task: str, tokens: int) -> _Row:
     # A random amount of filler, as the fixed prompt length of the test split asks for.
     spare = int(rng.integers(0, 5))
     # Recall is learned sooner where some lists are short.
-    keys = int(rng.choice((3, 6, 12, 12)))
+    keys = int(rng.choice((2, 3, 4, 6, 12, 12)))
     ids, labels = data.draw_text(rng, "train", task, tokens - spare, keys)
     return _Row([], [(encode(FILLER) * spare + ids, [IGNORE] * spare + labels)])
 

@@ -105,7 +105,9 @@ def split_points(points: Sequence[Point], tuned: Sequence[tuple[str, int]]) -> l
     return [
         replace(one, title=f"{one.title}, split", config=one.config.updated(split="tuned"))
         for one in points
-        if (one.policy, one.ranks) in tuned and one.config.capacity_factor is None
+        if (one.policy, one.ranks) in tuned
+        and one.title == one.policy  # with the settings it was tuned with
+        and one.config.capacity_factor is None
     ]
 
 

@@ -1,6 +1,6 @@
 """Measure how a bound on the step is best split among layers, and keep it in a profile.
 
-    macs tune                                       # the tiny model, on questions of its training split
+    macs tune                                       # the tiny model, on questions of its validation split
     macs tune --model DIR --data requests.jsonl --ranks 8 --out model.safetensors
     torchrun --nproc-per-node 8 -m macs tune --engine deepspeed --model DIR --data requests.jsonl
 

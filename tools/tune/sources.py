@@ -23,14 +23,14 @@ from .model import Said, Tuned
 
 
 def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Sample], list[list[int]]]]:
-    """Questions of the training split with the tiny model's answers, batches of the kinds in turn; of every
+    """Questions of the validation split with the tiny model's answers, batches of the kinds in turn; of every
     batch this rank's share."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     size = arguments.batch // ranks
     count = arguments.requests // arguments.batch // len(arguments.batches)
     by_kind = []
     for kind in arguments.batches:
-        drawn = draw_batches(kind, "train", arguments.seed, count, arguments.batch)
+        drawn = draw_batches(kind, "validation", arguments.seed, count, arguments.batch)
         mine = [batch[rank * size :][:size] for batch in drawn]
         tokens = answer_tokens(kind)
         by_kind.append([(one, engine.generate(one, tokens=tokens)) for one in mine])
