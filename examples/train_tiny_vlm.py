@@ -51,8 +51,9 @@ def parse_arguments() -> argparse.Namespace:
         "--flood",
         type=float,
         default=1.0,
-        help="visual tokens are balanced no further than this (E x sum of share x probability; 1 is even)",
+        help="visual tokens are held this uneven (E x sum of share x probability; 1 is even)",
     )
+    parser.add_argument("--start", type=Path, help="a checkpoint to start from, of no more words")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-every", type=int, default=500, help="steps")
     parser.add_argument("--threads", type=int, default=1)
@@ -82,8 +83,8 @@ def training_loss(model: torch.nn.Module, batch: TrainingBatch, device: str, flo
 
     An image token should say what it shows twice: where it enters the language model, in the words'
     own embeddings, and where it leaves it. That is what teaches so small a model to read in minutes.
-    Text is balanced; visual tokens are balanced as far as ``flood`` and no further, so that they crowd
-    on some experts as they do in models whose router was balanced on text.
+    Text is balanced; visual tokens are held as uneven as ``flood``, so that they crowd on some experts as
+    they do in models whose router was balanced on text.
     """
     ids, labels, positions, attends, patches = (
         torch.from_numpy(array).to(device)
@@ -111,7 +112,7 @@ def training_loss(model: torch.nn.Module, batch: TrainingBatch, device: str, flo
     config = model.config.text_config
     text = ~image & (ids != VOCABULARY[FILLER])
     balance = sum(
-        unevenness(layer, text, config) + (unevenness(layer, image, config) - flood).relu()
+        unevenness(layer, text, config) + (unevenness(layer, image, config) - flood).abs()
         for layer in outputs.router_logits
     )
     scale = config.router_aux_loss_coef * config.num_experts_per_tok / config.num_hidden_layers
@@ -142,6 +143,14 @@ def measure(model: torch.nn.Module, samples: dict[str, list[data.Sample]]) -> di
     }
 
 
+@torch.no_grad()
+def start_from(model: torch.nn.Module, folder: Path) -> None:
+    """A trained model's weights; words that it has not are left as they are."""
+    weights = tiny.load_model(folder).state_dict()
+    for name, own in model.state_dict().items():
+        own[: len(weights[name])].copy_(weights[name])
+
+
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
@@ -154,8 +163,9 @@ def main() -> None:
         model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
     first_step = 0
-    settings = {name: value for name, value in vars(arguments).items() if name != "out"}
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "start")}
     settings["rows"] = RECIPES[arguments.recipe]
+    settings["start"] = str(arguments.start)
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
@@ -165,6 +175,8 @@ def main() -> None:
         with log_file.open("a") as log:
             log.write(json.dumps({"from step": first_step, "settings": settings}) + "\n")
     else:
+        if arguments.start is not None:
+            start_from(model, arguments.start)
         log_file.write_text(json.dumps({"settings": settings, "torch": torch.__version__}) + "\n")
     validation = samples_of(arguments, "validation", 70)
 

@@ -141,7 +141,7 @@ def draw_picture(rng: np.random.Generator, split: str, sizes: tuple[int, int] = 
 def draw_dense_picture(rng: np.random.Generator, split: str) -> Picture:
     """Two to four lines of four small digits each, from the top: most of the picture matters."""
     canvas = _Canvas(rng, split)
-    digits = [int(digit) for digit in rng.integers(10, size=COLUMNS * rng.integers(2, 5))]
+    digits = [int(digit) for digit in rng.integers(10, size=COLUMNS * int(rng.integers(2, 5)))]
     cell = PICTURE_SIZE // COLUMNS
     for place, digit in enumerate(digits):
         canvas.paste(digit, (place // COLUMNS * cell, place % COLUMNS * cell), cell, SMALL)

@@ -67,7 +67,7 @@ def test_no_policy_sends_a_token_to_an_expert_that_is_out(policy):
     scores = torch.sigmoid(logits)
     experts = (scores + bias).topk(2).indices
     topology = Topology(8, 4, sources=(3,))
-    planner = build_policy(policy, MACSConfig(min_tokens=0, target_load=1.0), topology, 2)
+    planner = build_policy(policy, MACSConfig(min_tokens=0, target_load=1.0, reroute="group"), topology, 2)
     hidden, weights = torch.randn(256, 4, generator=random), scores.gather(1, experts)
     plan = planner.plan(hidden, experts, weights, without_outcasts(scores, bias, 2))
     before = planner.plan(hidden, experts, weights, scores)

@@ -161,7 +161,8 @@ def count(policy: str, settings: dict[str, Any], shape: Sequence[int], statistic
 MASK, ADAPTER, RECORD = "mask and layout, once a pass", "Megatron's adapter", "record"
 
 PLANS = {
-    "defaults": 12,
+    "defaults": 8,
+    "with rerouting": 12,
     "paper": 11,
     "paper at 1.05": 14,
     "safe": 16,
@@ -178,6 +179,7 @@ AROUND = 6
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("macs", {}),
+    "with rerouting": ("macs", {"reroute": "group"}),
     "paper": ("macs", {"preset": "paper"}),
     "paper at 1.05": ("macs", {"preset": "paper", "target_load": 1.05}),
     "safe": ("macs", {"preset": "safe"}),

@@ -128,10 +128,10 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
     variants: dict[str, dict[str, Any]] = {
         "capacity per expert": {"level": "expert"},
         "per expert, in the rank": {"level": "expert", "reroute": "rank"},
-        "no rerouting": {"reroute": "none"},
-        "1 round": {"reroute_rounds": 1},
-        "4 rounds": {"reroute_rounds": 4},
-        "any expert is as good": {"similarity": "none"},
+        "rerouting": {"reroute": "group"},
+        "rerouting, 1 round": {"reroute": "group", "reroute_rounds": 1},
+        "rerouting, 4 rounds": {"reroute": "group", "reroute_rounds": 4},
+        "rerouting to any expert": {"reroute": "group", "similarity": "none"},
         "visual weight 1": {"visual_weight": 1.0},
         "visual weight 0.5": {"visual_weight": 0.5},
         "visual weight 0.1": {"visual_weight": 0.1},
@@ -141,7 +141,7 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
         "twice as steep": {"entropy_sharpness": 2.0},
         "flipped": {"entropy_sharpness": -1.0},
         "constant": {"weighting": "constant"},
-        "constant, no rerouting": {"weighting": "constant", "reroute": "none"},
+        "constant, rerouting": {"weighting": "constant", "reroute": "group"},
         "entropy": {"weighting": "entropy"},
         "entropy, flipped": {"weighting": "entropy", "entropy_sharpness": -1.0},
         "score as priority": {"priority": "score"},
@@ -194,13 +194,17 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
                 point
                 for rule in ("half", "former")
                 for point in by_target(
-                    f"default, rerouted at {rule} weight", "macs", DEFAULT, bounds, rerouted_weight=rule
+                    f"default, rerouted at {rule} weight",
+                    "macs",
+                    DEFAULT.updated(reroute="group"),
+                    bounds,
+                    rerouted_weight=rule,
                 )
             ),
         ],
         "rules": [
             *by_target("macs", "macs", DEFAULT, bounds),
-            *by_target("macs, no rerouting", "macs", DEFAULT.updated(reroute="none"), bounds),
+            *by_target("macs, rerouting", "macs", DEFAULT.updated(reroute="group"), bounds),
             *by_target("macs, text spared", "macs", DEFAULT, bounds, spared_text=True),
             *by_target("macs, by picture", "macs", DEFAULT.updated(normalization="image"), bounds),
             *by_target("macs, score alone", "macs", DEFAULT.updated(priority="score"), bounds),

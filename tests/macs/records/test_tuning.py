@@ -114,7 +114,7 @@ def test_another_target_alone_is_put_where_the_planner_reads_it():
     assert [layer.planner for layer in layers] == planners and not layers[0].recorder.started
     assert planned(layers[0]) == pytest.approx(0.3, abs=0.01)
     with pytest.raises(RuntimeError, match="captured"):
-        runtime.use("macs", MACSConfig(target_load=0.6, reroute="none", min_tokens=0), runtime.profile)
+        runtime.use("macs", MACSConfig(target_load=0.6, reroute="group", min_tokens=0), runtime.profile)
 
 
 @pytest.mark.parametrize(

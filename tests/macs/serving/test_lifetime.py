@@ -17,7 +17,7 @@ from macs.serving.installed import Installed
 from macs.serving.layer import REFRESH_EVERY
 
 EXPERTS, TOP_K, HIDDEN, TOKENS = 8, 2, 16, 64
-CONFIG = MACSConfig(target_load=1.0, min_tokens=0)
+CONFIG = MACSConfig(target_load=1.0, min_tokens=0, reroute="group")
 
 
 class Layer(nn.Module):
