@@ -508,7 +508,9 @@ def padding_found(name: str, block: dict[str, Any], given: str, way: str = "call
 def outcast_experts(policy: str) -> list[int]:
     """Assignments of each layer to the experts that a correction bias takes out: of the router, of the
     plan."""
-    engine = autoep_engine("glm4_moe", {"policy": policy, "capacity_factor": 1.0, "preset": "fast"})
+    engine = autoep_engine(
+        "glm4_moe", {"policy": policy, "capacity_factor": 1.0, "preset": "fast", "reroute": "group"}
+    )
     found = []
     for module in engine.modules():
         if isinstance(module, AutoEPMoELayer):
