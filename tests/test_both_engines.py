@@ -26,8 +26,8 @@ def test_the_same_inputs_give_the_same_plan(pool, world, policy, settings):
         for found in layers:
             assert found["same"] and found["weights"] < 1e-5 and found["profile"]
             assert len(set(found["moved"])) == 1
-            if world == 2:
-                assert (found["moved"][0] > 0) == (policy != "vanilla")
+        if world == 2:  # a layer may be even by itself
+            assert any(found["moved"][0] > 0 for found in layers) == (policy != "vanilla")
 
 
 def test_the_same_questions_get_the_same_answers(pool):
