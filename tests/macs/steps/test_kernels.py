@@ -126,7 +126,9 @@ def test_rerouting_by_a_similarity_of_any_layout_and_no_symmetry():
     scores = (torch.randn(60, 8, generator=generator(1)) - torch.arange(8) / 3).softmax(1)
     weights, experts = scores.topk(2, 1)
     likeness = torch.rand(8, 8, generator=generator(2)).T
-    planner = Planner(MACSConfig(target_load=1.0, min_tokens=0), Topology(8, 4), 2, similarity=likeness)
+    planner = Planner(
+        MACSConfig(target_load=1.0, min_tokens=0, reroute="group"), Topology(8, 4), 2, similarity=likeness
+    )
     inputs = [one.to(DEVICE) for one in (torch.randn(60, 8), experts, weights, scores)]
     found, expected, *_ = both(planner.plan, *inputs)
     assert torch.equal(found.experts, expected.experts) and bool(found.rerouted.any())
