@@ -49,13 +49,13 @@ def test_layers_side_by_side(tmp_path):
     files = ["--save-cost-model", "costs.json", "--plots", "plots"]
     found, shown = benchmark(tmp_path, *flags, *policies, *files)
     rows = {row["policy"]: row for row in found["rows"]}
-    assert list(rows) == ["vanilla", *policies[1:], "token drop 1.3", "expanded drop 1.3"]
+    assert list(rows) == ["vanilla", *policies[1:], "token drop 1.3", "expanded drop 1.3", "macs 1.3"]
     assert all(row["ms"] > 0 and row["share"] > 0 for row in rows.values())
     assert rows["vanilla"]["ratio"] == rows["vanilla"]["ideal"] == 1
     assert rows["macs"]["straggler"] <= 1.06 < rows["vanilla"]["straggler"]
     assert rows["macs"]["ideal"] == pytest.approx(rows["macs"]["straggler"] / rows["vanilla"]["straggler"])
     assert rows["token drop"]["straggler"] < rows["token drop 1.3"]["straggler"] <= 1.31
-    assert rows["token drop"]["rerouted"] == 0 < rows["macs"]["rerouted"]
+    assert rows["token drop"]["rerouted"] == rows["macs"]["rerouted"] == 0 < rows["macs"]["dropped"]
     for name in ("ideal", "straggler", "sent", "dropped", "kept_mass"):
         assert rows["macs, nothing over"][name] == rows["vanilla"][name]
     same = found["under_capacity"]

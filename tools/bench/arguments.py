@@ -26,6 +26,7 @@ from macs.files import output_file, output_folder
 
 from ..common.command import Parser
 from ..common.workloads import (
+    LADDER,
     SHAPES,
     VANILLA,
     WORKLOADS,
@@ -102,7 +103,7 @@ def running(arguments: argparse.Namespace) -> dict[str, Contender]:
     chosen = contenders(arguments.straggler)
     titles = [VANILLA, *(arguments.policies or list(chosen)[1:])]
     found = {title: chosen[title] for title in dict.fromkeys(titles)}
-    for title in ("token drop", "expanded drop", "macs"):
+    for title in LADDER:
         if title in found:
             found.update(loosened(title, chosen[title], bound) for bound in arguments.ladder)
     return found

@@ -263,6 +263,8 @@ def load_recordings(paths: Sequence[Path]) -> list[Recording]:
 
 VANILLA = "vanilla"
 NOTHING_OVER = "macs, nothing over"
+LADDER = ("token drop", "expanded drop", "macs")
+"""Titles that are run under further bounds as well, where some are asked for."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ..common.cost_model import CostModel
-from ..common.workloads import WORKLOADS, Shape, contenders, loosened
+from ..common.workloads import LADDER, WORKLOADS, Shape, contenders, loosened
 from .layers import simulate, synthetic
 
 
@@ -30,9 +30,7 @@ def check(path: Path, console: Console) -> list[dict[str, Any]]:
         measured = [row for row in result["rows"] if "failed" not in row and row["workload"] in WORKLOADS]
         titles = list(dict.fromkeys(row["policy"] for row in measured))
         known |= dict(
-            loosened(title, known[title], bound)
-            for title in ("token drop", "expanded drop")
-            for bound in arguments["ladder"]
+            loosened(title, known[title], bound) for title in LADDER for bound in arguments["ladder"]
         )
         chosen = {title: known[title] for title in titles}
         for workload in track(
