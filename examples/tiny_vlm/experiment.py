@@ -262,9 +262,7 @@ class Experiment:
         }
 
     def about_tuned(self) -> str:
-        """What the tuned column is, if there is one."""
-        if "tuned" not in self.presets or self.arguments.config is not None:
-            return ""
+        """What the tuned column is; nothing where a flag gives its target."""
         config, tuning = self.presets["tuned"], self.profile().tuning
         if self.arguments.target_load is not None or config.max_kl is None or tuning is None:
             return ""
@@ -382,7 +380,9 @@ def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> 
         console.print(experiment.caution)
         return
     results = experiment.run()
-    caption = describe_run(arguments, engine, experiment.share) + experiment.about_tuned()
+    caption = describe_run(arguments, engine, experiment.share)
+    if "macs tuned" in results:
+        caption += experiment.about_tuned()
     console.print(results_table(results, caption, experiment.further_rows(list(results))))
     if arguments.json is not None and dist.get_rank() == 0:
         found = {title: one.as_dict() for title, one in results.items()}

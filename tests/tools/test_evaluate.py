@@ -77,6 +77,9 @@ def test_points_are_measured_once_shown_and_chosen_from(tmp_path):
 
     again = evaluate(tmp_path, *small, "--chosen", "points.jsonl")
     assert again.returncode == 2 and "--chosen: found --split validation" in again.stderr
+    tuning = ROOT / "examples" / "tiny_vlm" / "tuning-2-ranks.safetensors"
+    refused = evaluate(tmp_path, *small, "--tuning", str(tuning))
+    assert refused.returncode == 2 and "for 2 ranks, expected --ranks 2" in refused.stderr
     refused = evaluate(tmp_path, "--questions", "10", "--batch", "28")
     assert refused.returncode == 2 and "--questions: found 10, expected a batch (28)" in refused.stderr
 

@@ -119,6 +119,7 @@ def test_megatron_measures_what_the_plain_adapter_does(tmp_path):
         (("--targets", "0"), "expected loads above 0"),
         (("--engine", "megatron", "--batches", "read"), "--engine megatron: found --model or --batches"),
         (("--engine", "deepspeed", "--ranks", "4"), "--ranks: found 4 with 1 processes of deepspeed"),
+        (("--model", ".", "--data", ".", "--batches", "read"), "--batches: found with --model"),
         (("--groups", "3"), "groups: found 3, expected a divisor of the model's 4 layers"),
         (("--polcy", "macs"), "did you mean --policy?"),
     ],

@@ -159,6 +159,16 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--chosen: found no file {arguments.chosen}")
         if arguments.split == "validation":
             parser.error("--chosen: found --split validation, where they were chosen; expected test")
+    if arguments.tuning:
+        if arguments.chosen is not None:
+            parser.error("--tuning: found --chosen, expected --grid")
+        try:
+            tuned = tunings_of(arguments.tuning)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        for policy, ranks in tuned:
+            if ranks not in arguments.ranks:
+                parser.error(f"--tuning: found one of {policy} for {ranks} ranks, expected --ranks {ranks}")
     if arguments.questions < arguments.batch:
         parser.error(
             f"--questions: found {arguments.questions}, expected a batch ({arguments.batch}) or more"

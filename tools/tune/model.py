@@ -38,9 +38,9 @@ class Tuned:
     """A model whose layers are bounded one by one, or in groups, and the requests that tell what it costs.
 
     runtime: the model's. said: scores answers. asked: batches of prompts, with the model's answers; every
-    second one is to verify. groups: of consecutive layers that share a
-    bound, all of one size; none is every layer by itself. group: the expert-parallel ranks, each of which
-    makes the same calls, with batches of its own; none where one process plans as all of them.
+    second one is to verify. groups: of consecutive layers that share a bound, all of one size; none is every
+    layer by itself. group: the expert-parallel ranks, each of which makes the same calls, with batches of its
+    own; none where one process plans as all of them.
     """
 
     @torch.inference_mode()

@@ -71,6 +71,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         path = getattr(arguments, name)
         if path is not None and not path.exists():
             parser.error(f"--{name}: found nothing at {path}")
+    if arguments.model is not None and arguments.batches != ["mixed"]:
+        parser.error("--batches: found with --model, expected the tiny model")
     least = 2 * arguments.batch * (len(arguments.batches) if arguments.model is None else 1)
     if arguments.engine == "megatron" and (arguments.model is not None or set(arguments.batches) - SHORT):
         parser.error(
