@@ -80,7 +80,10 @@ class Prompt:
 def read(model: Any, runtime: Runtime, inputs: dict[str, Tensor]) -> Prompt:
     """The prompts of a batch, read under what the runtime uses."""
     outputs = model(**inputs, use_cache=True, logits_to_keep=1)
-    shift = getattr(outputs, "rope_deltas", None)
+    shift = None
+    if not inputs.keys().isdisjoint(("image_grid_thw", "video_grid_thw")):
+        # Kept on the model alone since transformers 5.20; stale from an earlier batch where this has no picture.
+        shift = getattr(model.base_model, "rope_deltas", None)
     if "position_ids" in inputs and inputs["position_ids"].dim() == 3:
         ahead = inputs["position_ids"][0, :, -1:] + 1
         shift = ahead - inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum(

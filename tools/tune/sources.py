@@ -98,7 +98,8 @@ def in_one_pass(engine: Any) -> Said:
         image = ids == engine.model.image_token_id
         modality = Modality.of(image.long() * IMAGE, valid=at < end, exempt=at >= start)
         with macs.modality(modality), engine.model.pictures(engine.pictures(samples)):
-            logits = engine.model(ids, at, get_attention_mask(ids.shape[1]).to(device))
+            mask = get_attention_mask(ids.shape[1]).to(device)
+            logits = engine.model(ids, at, mask, runtime_gather_output=True)
         said = logits[:, start - 1 : -1].float().log_softmax(-1)
         return [one[: len(answer)] for one, answer in zip(said, answers, strict=True)]
 
