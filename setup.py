@@ -13,6 +13,7 @@ MEGATRON = ["megatron-core>=0.16.1,<0.20"]
 DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
 TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
 TOOLS = ["matplotlib>=3.8", "rich>=13", "rich-argparse>=1.5"]
+METRICS = ["prometheus-client>=0.20"]
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26"]
 EXAMPLES = [
     *TOOLS,
@@ -55,10 +56,11 @@ setup(
         "megatron": MEGATRON,
         "deepspeed": DEEPSPEED,
         "te": TRANSFORMER_ENGINE,
+        "metrics": METRICS,
         "tools": TOOLS,
         "examples": EXAMPLES,
         "docs": DOCS,
-        "test": TEST + EXAMPLES,
-        "all": MEGATRON + DEEPSPEED + EXAMPLES + TEST + DOCS,
+        "test": TEST + METRICS + EXAMPLES,
+        "all": MEGATRON + DEEPSPEED + METRICS + EXAMPLES + TEST + DOCS,
     },
 )

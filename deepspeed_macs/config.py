@@ -34,6 +34,8 @@ class MACSBlock:
                         expert with; otherwise the choice is deterministic
     record              path of a file for what the routers chose, written when the process ends; see
                         ``macs.Recording``
+    metrics_port        serve Prometheus metrics on this port and, in other processes, on it + LOCAL_RANK
+    metrics_address     where to listen; this machine alone, if it is not given
     virtual_ranks       plan, in one process, as so many expert-parallel ranks would
     given               the fields of ``MACSConfig`` and ``preset``, as they are written
     """
@@ -49,6 +51,8 @@ class MACSBlock:
     sequence_major: bool = False
     second_expert_sampling: bool = False
     record: str | os.PathLike[str] | None = None
+    metrics_port: int | None = None
+    metrics_address: str | None = None
     virtual_ranks: int = 1
     given: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,6 +88,13 @@ class MACSBlock:
         count = self.virtual_ranks
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             refuse("virtual_ranks", "a number of ranks, 1 or more")
+        port = self.metrics_port
+        if port is not None and (
+            isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536
+        ):
+            refuse("metrics_port", "a number from 0 to 65535")
+        if self.metrics_address is not None and (port is None or not isinstance(self.metrics_address, str)):
+            refuse("metrics_address", "an address, beside a metrics_port")
         for name in ("profile", "record"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (str, os.PathLike)):

@@ -39,10 +39,12 @@ from macs import (
     attach_modality,
     place_among,
     policy_of,
+    serve_metrics,
     token_ids_in,
 )
 from macs.files import read_mapping
 from macs.serving.calls import CallReader
+from macs.serving.exporter import LOCALHOST
 from macs.serving.installed import Installed
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
@@ -179,6 +181,8 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
             )
         else:
             MACSAutoEPMoELayer.adopt(layer, mine)
+    if block.metrics_port is not None:
+        serve_metrics(runtime, block.metrics_port, address=block.metrics_address or LOCALHOST)
     if block.record is not None:
         runtime.start_routing()
         atexit.register(runtime.save_routing, Path(block.record).resolve())

@@ -19,6 +19,7 @@ from .records.traffic import Recording, RoutingRecorder
 from .records.tuning import Tuning
 from .serving.adapter import Limits, Seam, Share, place_among
 from .serving.context import current_modality, modality
+from .serving.exporter import MetricsServer, serve_metrics
 from .serving.hooks import TOKEN_IDS, ModalityHook, attach_modality, token_ids_in
 from .serving.launch import CommandParser, run_script
 from .serving.layer import LayerRuntime
@@ -52,6 +53,7 @@ __all__ = [
     "Limits",
     "MACSConfig",
     "Metric",
+    "MetricsServer",
     "Modality",
     "ModalityHook",
     "Plan",
@@ -85,6 +87,7 @@ __all__ = [
     "router_fingerprint",
     "router_similarity",
     "run_script",
+    "serve_metrics",
     "summarized",
     "token_ids_in",
     "watching_steps",

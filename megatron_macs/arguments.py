@@ -6,9 +6,10 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from macs import POLICIES, PRESETS, TOKEN_IDS, MACSConfig, Profile, Runtime, token_ids_in
+from macs import POLICIES, PRESETS, TOKEN_IDS, MACSConfig, Profile, Runtime, serve_metrics, token_ids_in
 from macs.config import RENAMED
 from macs.files import read_mapping
+from macs.serving.exporter import LOCALHOST
 
 
 def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -23,6 +24,15 @@ def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--moe-macs-preset", choices=tuple(PRESETS), help="a named set of settings")
     group.add_argument("--moe-macs-policy", choices=POLICIES, help="macs (default) or a baseline")
     group.add_argument("--moe-macs-profile", metavar="FILE", help="a calibration profile")
+    group.add_argument(
+        "--moe-macs-metrics-port",
+        type=int,
+        metavar="PORT",
+        help="serve Prometheus metrics on this port and, in other processes, on it + LOCAL_RANK",
+    )
+    group.add_argument(
+        "--moe-macs-metrics-address", metavar="ADDRESS", help="where to listen (default: this machine alone)"
+    )
     for name in TOKEN_IDS:
         kind = name.removesuffix("_token_id")
         group.add_argument(_flag(name), type=int, metavar="ID", help=f"input id of {kind} tokens")
@@ -61,12 +71,17 @@ def runtime_from_args(args: argparse.Namespace) -> Runtime | None:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
             raise ValueError(f"found {flags} without --moe-macs, which is what turns MACS on")
         return None
-    path = args.moe_macs_profile
-    return Runtime(
+    path, port, address = args.moe_macs_profile, args.moe_macs_metrics_port, args.moe_macs_metrics_address
+    if port is None and address is not None:
+        raise ValueError("found --moe-macs-metrics-address without --moe-macs-metrics-port")
+    runtime = Runtime(
         config_from_args(args),
         policy=args.moe_macs_policy or "macs",
         profile=None if path is None else Profile.load(path),
     )
+    if port is not None:
+        serve_metrics(runtime, port, address=LOCALHOST if address is None else address)
+    return runtime
 
 
 def tokens_from_args(args: argparse.Namespace) -> dict[str, int]:

@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         )
         runtime = runtime_from_args(own)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     if calibrate is not None:
         if own.moe_macs_policy is not None or own.moe_macs_profile is not None:

@@ -17,6 +17,7 @@ from ..plan import PlanStatistics, scalar_of
 from ..steps.contracts import LOADS, SCALARS
 from ..steps.kernels.dispatch import fused
 from ..topology import Topology
+from .totals import OWN
 
 
 class LayerRecorder:
@@ -33,6 +34,7 @@ class LayerRecorder:
         self._width = len(SCALARS) + len(LOADS) * topology.num_experts
         self._ring: Tensor | None = None
         self._next: Tensor | None = None
+        self._experts_of_rank: Tensor | None = None
 
     @property
     def started(self) -> bool:
@@ -46,11 +48,13 @@ class LayerRecorder:
             with torch.inference_mode(False):
                 self._ring = torch.zeros(self.steps, self._width, dtype=torch.int64, device=device)
                 self._next = torch.zeros(1, dtype=torch.int64, device=device)
+                self._experts_of_rank = torch.tensor(self.topology.experts_of_rank(), device=device)
         return self._ring, self._next
 
-    def record(self, statistics: PlanStatistics) -> None:
-        """Add one step."""
-        append(statistics.record, *self.prepare(statistics.record.device))
+    def record(self, statistics: PlanStatistics, totals: Tensor | None = None) -> None:
+        """Add one step; also to a row of ``Counters``, in the same launch."""
+        ring, following = self.prepare(statistics.record.device)
+        append(statistics.record, ring, following, totals, self._experts_of_rank)
 
     def clear(self) -> None:
         """Forget every step."""
@@ -77,10 +81,27 @@ class LayerRecorder:
 
 
 @fused
-def append(record: Tensor, ring: Tensor, following: Tensor) -> None:
-    """Put a record int64 [N] into the row of ring [steps, N] that follows, and count it: int64 [1]."""
+def append(
+    record: Tensor,
+    ring: Tensor,
+    following: Tensor,
+    totals: Tensor | None = None,
+    experts_of_rank: Tensor | None = None,
+) -> None:
+    """Put a record int64 [N] into the row of ring [steps, N] that follows, and count it: int64 [1].
+
+    With totals int64 [len(OWN) + N] and experts_of_rank int64 [R, G], add it to them, too.
+    """
     ring.index_copy_(0, following % len(ring), record[None])
     following += 1
+    if totals is not None:
+        assert experts_of_rank is not None
+        loads = record[len(SCALARS) :].view(len(LOADS), -1)[1:]  # before and after
+        by_rank = loads[:, experts_of_rank].sum(2).amax(1)
+        planned = (record[list(SCALARS).index("planned")] > 0).long()
+        own = torch.stack([torch.ones_like(planned), planned, *by_rank, *loads.amax(1)])
+        totals[: len(OWN)] += own
+        totals[len(OWN) :] += record
 
 
 NOTHING_RECORDED = "metrics: no step was recorded; was the model run, in eval() mode, on min_tokens or more?"

@@ -89,6 +89,7 @@ class LayerRuntime:
     def reset(self) -> None:
         """Forget the planner and the records."""
         self._planner: Planner | None = None
+        self.profile_row: int | None = None  # of the runtime's profile, as the planner has it
         self._weights_seen: tuple[int, int] | None = None
         self._steps_since = 0
         self.recorder = LayerRecorder(self.topology, self.top_k)
@@ -119,6 +120,7 @@ class LayerRuntime:
         within leaves the others alone in the pass, and every later pass of this process is refused.
         """
         agreement = self.agreement
+        self._count_bypassed(count, device, training)
         if agreement is None or capturing(device):
             yield
             return
@@ -131,6 +133,19 @@ class LayerRuntime:
         except BaseException as error:
             agreement.break_off(error)
             raise
+
+    def _count_bypassed(self, count: int, device: torch.device, training: bool) -> None:
+        """Tell the counters, if there are any, of a step too small to plan; in a captured graph, too."""
+        counters = self.runtime.counters
+        planning = self.runtime.enabled and not self.runtime.calibrating and not training
+        if counters is not None and planning and self.planner.bypasses(count, device):
+            self._prepare_counters(device)
+            counters.bypassed(self)
+
+    def _prepare_counters(self, device: torch.device) -> None:
+        if self.runtime.counters is not None and self not in self.runtime.counters:
+            layers = {layer: (layer.topology, layer.top_k) for layer in self.runtime.layers}
+            self.runtime.counters.prepare(layers, device)
 
     def left(self) -> None:
         """The layer has made its last collective."""
@@ -183,6 +198,7 @@ class LayerRuntime:
         """
         self.planner.prepare(device)
         self.recorder.prepare(device)
+        self._prepare_counters(device)
 
     @property
     def planner(self) -> Planner:
@@ -192,8 +208,8 @@ class LayerRuntime:
             bias, similarity = None, None
             reads = policy_of(runtime.policy).reads_modality
             if runtime.profile is not None:
-                row = runtime.profile.row_of(self.seam.router_weight(), self.top_k)
-                bias = runtime.profile.bias(config)[row]
+                self.profile_row = runtime.profile.row_of(self.seam.router_weight(), self.top_k)
+                bias = runtime.profile.bias(config)[self.profile_row]
             elif reads and self._biased(config):
                 runtime.say_once("MACS: no profile; no expert has a modality bias")
             if config.similarity == "router":
@@ -313,10 +329,17 @@ class LayerRuntime:
             self.captured = True
         else:
             self._follow_weights()
-        recorded = self.runtime.recording
+        counters = self.runtime.counters
+        recorded = self.runtime.recording or counters is not None
         plan = self.planner.plan(hidden, experts, weights, scores, tokens, statistics=recorded)
-        if plan.statistics is not None:
+        if plan.statistics is None:
+            return plan
+        if counters is None:
             self.recorder.record(plan.statistics)
+        else:
+            self._prepare_counters(hidden.device)
+            self.recorder.record(plan.statistics, counters.row(self))
+            counters.publish(self)
         return plan
 
 

@@ -122,12 +122,19 @@ class _PlainBlock:
         self, module: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The gate's logits, and the planned weights and experts in the place of its own."""
+        assert self.shape is not None
+        count, device = self.shape[0] * self.shape[1], output[0].device
+        with self.layer.forward_pass(count, device, module.training):
+            if module.training or not self.layer.acts_on(count, device):
+                return None
+            return self._planned(module, args[0].reshape(count, -1), output)
+
+    def _planned(
+        self, module: Any, hidden: Tensor, output: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """``choose`` for hidden [T, D]; none while calibrating."""
         logits, weights, experts = output
         assert self.shape is not None
-        batch, length = self.shape
-        device = logits.device
-        if module.training or not self.layer.acts_on(batch * length, device):
-            return None
         scores = full_scores(logits, self.gate.score_function)
         groups = (None, None)
         if self.gate.groups is not None:
@@ -135,8 +142,7 @@ class _PlainBlock:
         if self.gate.bias is not None:
             scores = without_outcasts(scores, getattr(module, self.gate.bias), self.layer.top_k, *groups)
         scores = within_groups(scores, experts, groups[0])
-        hidden = args[0].reshape(batch * length, -1)
-        tokens = self.layer.tokens(batch, length, False, device)
+        tokens = self.layer.tokens(*self.shape, False, logits.device)
         plan = self.layer.plan(hidden, experts, weights, scores, tokens)
         if plan is None:
             return None

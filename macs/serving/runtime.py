@@ -19,6 +19,7 @@ from ..files import check_output
 from ..policies import build_policy
 from ..records.metrics import LayerReport
 from ..records.profile import Calibration, Profile, router_fingerprint
+from ..records.totals import Counters
 from ..records.traffic import RoutingRecorder
 from ..records.tuning import target_of
 from ..topology import Topology
@@ -55,6 +56,7 @@ class Runtime:
             )
         self.enabled = True
         self.recording = True
+        self.counters: Counters | None = None
         self.virtual_ranks = virtual_ranks
         self._layers: list[weakref.ref[LayerRuntime]] = []
         self._agreements: list[tuple[Any, Agreement]] = []
@@ -216,7 +218,7 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         # Layers come back with the modules that keep them, and register themselves.
-        return {**vars(self), "_layers": [], "_agreements": [], "_told": None}
+        return {**vars(self), "_layers": [], "_agreements": [], "_told": None, "counters": None}
 
     @contextmanager
     def calibration(self) -> Iterator[None]:
@@ -315,8 +317,19 @@ class Runtime:
             )
         return found
 
+    def start_counting(self) -> Counters:
+        """From now on count every step of every layer, whatever is switched or cleared, for ``serve_metrics``.
+
+        Raises:
+            RuntimeError: a CUDA graph has captured MACS layers, which would replay without counting.
+        """
+        if self.counters is None:
+            self._refuse_captured("counting")
+            self.counters = Counters()
+        return self.counters
+
     def clear(self) -> None:
-        """Forget what was recorded."""
+        """Forget what was recorded; counters go on."""
         for layer in self.layers:
             layer.recorder.clear()
 

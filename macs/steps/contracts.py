@@ -33,6 +33,8 @@ SCALARS: dict[str, int] = {
     "kept_mass": MASS_UNIT,
     "rerouted_mass": MASS_UNIT,
     "dropped_mass": MASS_UNIT,
+    "visual_kept": 1,
+    "visual_rerouted": 1,
 }
 """What a plan did, in numbers, and the unit each is counted in, in the order of a record."""
 
@@ -73,7 +75,7 @@ class Sums:
     weight [S], visual_weight [S]  the sums of their weights, and of those of visual ones
     rows [S, E]         assignments that are asked of each expert
     cost [S, E]         the same by the tokens' weights, where that is what an assignment costs
-    record [14 + 3 E]   ``SCALARS`` and ``LOADS``
+    record [16 + 3 E]   ``SCALARS`` and ``LOADS``
     """
 
     directions: Tensor

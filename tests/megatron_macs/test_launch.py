@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -63,7 +64,7 @@ def test_policies_and_tokens():
 
 
 SCRIPT = """
-import argparse, logging, sys, warnings
+import argparse, logging, os, sys, urllib.request, warnings
 warnings.filterwarnings("ignore"); logging.disable(logging.WARNING)
 import torch, torch.distributed as dist
 from contextlib import nullcontext
@@ -109,6 +110,10 @@ with cpu_engine(), torch.inference_mode():
         report = layer.macs.runtime.reports()[0]
         found["dropped"] = float(report.dropped.sum())
         found["visual"] = float(report.visual.sum())
+    if "METRICS_PORT" in os.environ:
+        port = int(os.environ["METRICS_PORT"]) + dist.get_rank()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            found["metrics"] = answer.read().decode()
     found["images"] = float((ids == 3).sum())
     torch.save(found, f"{arguments.out}.{dist.get_rank()}")
     dist.destroy_process_group()
@@ -116,7 +121,7 @@ with cpu_engine(), torch.inference_mode():
 """
 
 
-def launched(folder, name, *flags, module=True, by_name=False):
+def launched(folder, name, *flags, module=True, by_name=False, **environment):
     import torch
 
     script = folder / "script.py"
@@ -129,7 +134,7 @@ def launched(folder, name, *flags, module=True, by_name=False):
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -147,8 +152,18 @@ def test_a_script_that_does_not_change_runs_with_macs(tmp_path):
     _, unbounded = launched(tmp_path, "unbounded", *roomy)
     tight = (*roomy[:3], "--moe-macs-capacity-factor", "0.3", "--moe-macs-reroute", "none")
     recorded = tmp_path / "routing.safetensors"
-    done, bounded = launched(tmp_path, "bounded", *tight, "--moe-macs-record", str(recorded))
+    port = str(free_port(2))
+    served = ("--moe-macs-metrics-port", port)
+    done, bounded = launched(
+        tmp_path, "bounded", *tight, "--moe-macs-record", str(recorded), *served, METRICS_PORT=port
+    )
     assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        dropped = re.findall(
+            r'macs_assignments_total{action="dropped",layer="0",modality="\w+"} (\S+)',
+            bounded[rank]["metrics"],
+        )
+        assert len(dropped) == 2 and sum(map(float, dropped)) == bounded[rank]["dropped"]
     for rank in (0, 1):
         recording = Recording.load(tmp_path / f"routing.rank{rank}.safetensors")
         assert [(one.layer, one.step, len(one.kinds)) for one in recording.records] == [
@@ -196,6 +211,11 @@ def test_a_script_that_does_not_change_calibrates(tmp_path):
         ),
         (["nothing.py"], "found no script 'nothing.py'"),
         ([__file__, "--moe-macs", "--moe-macs-level", "rnk"], "invalid choice: 'rnk'"),
+        (
+            [__file__, "--moe-macs", "--moe-macs-metrics-address", "0.0.0.0"],
+            "found --moe-macs-metrics-address without --moe-macs-metrics-port",
+        ),
+        ([__file__, "--moe-macs", "--moe-macs-metrics-port", "70000"], "metrics port: found 70000"),
         ([__file__, "--moe-macs-level", "rank"], "found --moe-macs-level without --moe-macs"),
     ],
 )

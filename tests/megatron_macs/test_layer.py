@@ -18,6 +18,24 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, dispat
         assert same == dict.fromkeys(same, True)
 
 
+def test_the_endpoint_of_each_rank_counts_what_it_planned(pool):
+    """A thousand steps on two ranks, every fourth of them too small to plan, scraped meanwhile."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
+    results = pool.run(f"{JOBS}:scraped", 2, 1000)
+    for result in results:
+        found = {
+            (one.name, *one.labels.values()): one.value
+            for family in parser.text_string_to_metric_families(result["answer"])
+            for one in family.samples
+        }
+        for name, count in result["expected"].items():
+            kind, action = name.split()
+            assert found["macs_assignments_total", action, "0", kind] == count > 0, name
+        assert found["macs_steps_total", "planned"] == 750 and found["macs_steps_total", "bypassed"] == 250
+        assert result["scrapes"] == 11
+    assert results[0]["expected"] != results[1]["expected"]
+
+
 def test_sigmoid_scores_are_stock_bit_for_bit(pool):
     changes = {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5}
     for same in pool.run(f"{JOBS}:unbounded_is_stock", 2, "alltoall", 4, 2, changes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import urllib.request
 import warnings
 from typing import Any
 
@@ -218,6 +219,44 @@ def planned_output(
         "statistics": statistics,
         "world": world,
     }
+
+
+@on_megatron
+def scraped(steps: int) -> dict[str, Any]:
+    """What the endpoint says after so many steps, and what was counted independently of it."""
+    rank = dist.get_rank()
+    runtime = Runtime(paper(capacity_factor=0.7, min_tokens=20, reroute="group"))
+    layer = build_layer(runtime, layer_config("alltoall", 4, 2))
+    server = macs.serve_metrics(runtime, 0)
+    expected: dict[str, int] = {}
+    inner, mine = runtime.layers[0].plan, runtime.layers[0]
+
+    def counting(*given: Any) -> Any:
+        plan, chosen, tokens = inner(*given), given[1], given[-1]
+        for kind in ("text", "visual"):
+            own = tokens.visual if kind == "visual" else ~tokens.visual
+            for action, which in (
+                ("dropped", plan.experts[own] < 0),
+                ("rerouted", plan.rerouted[own]),
+                ("kept", plan.experts[own] == chosen[own]),
+            ):
+                name = f"{kind} {action}"
+                expected[name] = expected.get(name, 0) + int(which.sum())
+        return plan
+
+    mine.plan = counting
+    answers = []
+    try:
+        for step in range(steps):
+            hidden, mask = batch_of(rank + 2 * step, 1, 8 if step % 4 == 3 else 32)
+            with macs.modality(mask):
+                layer(hidden)
+            if step % 100 == 50:  # while it runs
+                answers.append(urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics").read())
+        answers.append(urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics").read())
+    finally:
+        server.close()
+    return {"expected": expected, "answer": answers[-1].decode(), "scrapes": len(answers)}
 
 
 @on_megatron

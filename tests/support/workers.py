@@ -6,6 +6,7 @@ function; ``Pool.run`` calls it on every rank of a fresh gloo process group.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import multiprocessing
@@ -129,8 +130,14 @@ class Pool:
         self._workers.clear()
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(count: int = 1) -> int:
+    """A TCP port of this machine that nobody uses now, as nobody does the next ones of ``count``."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+            probes[0].bind(("127.0.0.1", 0))
+            first = probes[0].getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                for number, probe in enumerate(probes[1:], 1):
+                    probe.bind(("127.0.0.1", first + number))
+                return first

@@ -19,7 +19,7 @@ from .shared import assignments, power_of_2, rint, visual_of
 
 (
     AT_SOURCES, AT_PLANNED, AT_TOKENS, AT_VISUAL, AT_WEIGHT, AT_VISUAL_WEIGHT, AT_NONFINITE, AT_UNMET,
-    AT_KEPT, _, _, AT_KEPT_MASS, _, _,
+    AT_KEPT, _, _, AT_KEPT_MASS, _, _, AT_VISUAL_KEPT, _,
 ) = (tl.constexpr(place) for place in range(len(SCALARS)))  # fmt: skip
 """Where in a record each of ``SCALARS`` is; the loads come behind them."""
 
@@ -150,6 +150,8 @@ def _combine(
                 some = mine & ~moved & (now < 0)
             _add(record, AT_KEPT + state, tl.sum(some.to(tl.int64), 1))
             _add(record, AT_KEPT_MASS + state, tl.sum(tl.where(some, mass, 0), 1))
+            if state < 2:
+                _add(record, AT_VISUAL_KEPT + state, tl.sum((some & seen[:, None]).to(tl.int64), 1))
         loads = record + LOADS_AT
         one = tl.full([TOKENS, K], 1, tl.int64)
         held = here & counts[:, None] & (now >= 0)

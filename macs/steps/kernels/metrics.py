@@ -1,4 +1,4 @@
-"""The kernel of a layer's records; reference implementation: ``macs.metrics``, equal."""
+"""The kernel of a layer's records; reference implementation: ``macs.records.metrics``, equal."""
 
 from __future__ import annotations
 
@@ -6,22 +6,63 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...records.totals import OWN
+from ..contracts import LOADS, SCALARS
+from .shared import power_of_2
+
 BLOCK = 1024
 """Numbers that the program copies together."""
 
 
-def append(record: Tensor, ring: Tensor, following: Tensor) -> None:
+def append(
+    record: Tensor,
+    ring: Tensor,
+    following: Tensor,
+    totals: Tensor | None = None,
+    experts_of_rank: Tensor | None = None,
+) -> None:
     """One launch."""
-    _append[(1,)](record, ring, following, len(ring), ring.shape[1], BLOCK=BLOCK)
+    counted = totals is not None and experts_of_rank is not None
+    ranks, local = experts_of_rank.shape if experts_of_rank is not None else (1, 1)
+    _append[(1,)](
+        record, ring, following, totals if counted else record, experts_of_rank if counted else following,
+        len(ring), ring.shape[1], ranks, local, COUNTED=counted, OWN=len(OWN), LOADS_AT=len(SCALARS),
+        KINDS=len(LOADS), PLANNED_AT=list(SCALARS).index("planned"), RANKS=power_of_2(ranks),
+        LOCAL=power_of_2(local), BLOCK=BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
-def _append(record, ring, following, steps, width, BLOCK: tl.constexpr):
+def _append(
+    record, ring, following, totals, experts_of_rank, steps, width, ranks, local,
+    COUNTED: tl.constexpr, OWN: tl.constexpr, LOADS_AT: tl.constexpr, KINDS: tl.constexpr,
+    PLANNED_AT: tl.constexpr, RANKS: tl.constexpr, LOCAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     count = tl.load(following)
     row = ring + (count % steps) * width
+    sums = totals + OWN
     for start in range(0, width, BLOCK):
         place = start + tl.arange(0, BLOCK)
         here = place < width
-        tl.store(row + place, tl.load(record + place, mask=here, other=0), mask=here)
+        found = tl.load(record + place, mask=here, other=0)
+        tl.store(row + place, found, mask=here)
+        if COUNTED:
+            tl.store(sums + place, tl.load(sums + place, mask=here, other=0) + found, mask=here)
+    if COUNTED:
+        rank, slot = tl.arange(0, RANKS), tl.arange(0, LOCAL)
+        inside = (rank < ranks)[:, None] & (slot < local)[None, :]
+        expert = tl.load(experts_of_rank + rank[:, None] * local + slot[None, :], mask=inside, other=0)
+        for when in tl.static_range(1, KINDS):  # before and after
+            load = tl.load(record + LOADS_AT + when * ranks * local + expert, mask=inside, other=0)
+            _add(totals + 1 + when, tl.max(tl.sum(load, 1), 0))
+            _add(totals + 3 + when, tl.max(tl.max(load, 1), 0))
+        _add(totals, 1)
+        _add(totals + 1, (tl.load(record + PLANNED_AT) > 0).to(tl.int64))
     tl.debug_barrier()  # nobody counts it before all have read where it goes
     tl.store(following, count + 1)
+
+
+@triton.jit
+def _add(place, amount):
+    """To one number, by the only program there is."""
+    tl.store(place, tl.load(place) + amount)

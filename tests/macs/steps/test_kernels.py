@@ -23,6 +23,7 @@ from support.kernels import (
 
 from macs import MACSConfig, Modality, Planner, Tokens, Topology, build_policy, has_triton, kernels
 from macs.records.metrics import append
+from macs.records.totals import OWN
 from macs.steps import admission, combine, demand, drops, extension, rerouting
 from macs.steps.contracts import LOADS, SCALARS, Choice, Room, Sums, Terms
 from macs.steps.fixed_point import UNIT
@@ -239,6 +240,33 @@ def test_records_in_a_ring():
             with kernels(choice):
                 append(torch.arange(20, device=DEVICE) + 100 * step, *one)
         assert same(*rings.values()) and int(rings["triton"][1]) == step + 1
+
+
+@kernel_test
+@pytest.mark.parametrize(("experts", "ranks"), [(6, 2), (6, 6), (512, 1), (512, 64)])
+def test_counters_beside_a_ring(experts, ranks):
+    """Sums of records, and of each one's busiest rank and expert, wherever experts live."""
+    width = len(SCALARS) + len(LOADS) * experts
+    places = torch.randperm(experts, generator=generator(3)).view(ranks, -1).sort(1).values.to(DEVICE)
+    kept = {}
+    for choice in ("triton", "torch"):
+        ring = torch.zeros(3, width, dtype=torch.int64, device=DEVICE)
+        kept[choice] = ring, ring[0, :1].clone(), ring.new_zeros(len(OWN) + width), places
+    total = torch.zeros(len(OWN), dtype=torch.int64)
+    for step in range(5):
+        record = torch.randint(0, 2**40, (width,), generator=generator(step))
+        record[list(SCALARS).index("planned")] = step % 3
+        for choice, one in kept.items():
+            with kernels(choice):
+                append(record.to(DEVICE), *one)
+        assert same(*kept.values())
+        before, after = (record[len(SCALARS) + part * experts :][:experts] for part in (1, 2))
+        total[0] += 1
+        total[1] += step % 3 > 0
+        for number, loads in enumerate((before, after)):
+            total[2 + number] += max(int(loads[one].sum()) for one in places.cpu())
+            total[4 + number] += int(loads.max())
+    assert torch.equal(kept["triton"][2][: len(OWN)].cpu(), total)
 
 
 def on_device(case):
