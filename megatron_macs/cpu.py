@@ -128,6 +128,7 @@ def cpu_engine() -> Iterator[None]:
         (torch.cuda, "Stream", _Inert),
         (torch.cuda, "Event", _Inert),
         (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
         (Tensor, "cuda", _return_self),
         (torch.nn.Module, "cuda", _return_self),
         (communication_utils, "_is_cuda", lambda tensor: None),  # an assertion

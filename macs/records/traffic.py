@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,7 @@ class RoutingRecorder:
         }
         tensors |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         assert self._form is not None
-        header = {"format": FORMAT, "num_experts": self._form[1], "num_ranks": num_ranks}
-        save_tensors(tensors, path, {"macs": json.dumps(header)})
+        Recording(self._form[1], num_ranks, tensors).save(path)
         return path
 
 
@@ -132,15 +132,41 @@ class RoutingRecord:
 
 @dataclass(frozen=True)
 class Recording:
-    """What ``RoutingRecorder.save`` wrote on one rank."""
+    """What ``RoutingRecorder.save`` wrote on one rank, one record behind the other.
+
+    tensors, on the CPU: layers int32 [M], steps int64 [M], counts int64 [M], the records' tokens; of all
+    tokens, experts int16 [N, k] (-1: none), weights float16 [N, k], kinds int8 [N], and scores float16 [N, E]
+    where they were recorded. What does not fit together is a ``ValueError`` or ``TypeError``.
+    """
 
     num_experts: int
     num_ranks: int
-    records: tuple[RoutingRecord, ...]
+    tensors: Mapping[str, Tensor]
+    name: str = "recording"
+
+    def __post_init__(self) -> None:
+        _check(self.name, self.num_experts, self.num_ranks, self.tensors)
 
     @property
     def top_k(self) -> int:
-        return self.records[0].experts.shape[1]
+        return self.tensors["experts"].shape[1]
+
+    @cached_property
+    def records(self) -> tuple[RoutingRecord, ...]:
+        """One by one; whoever counts over all of them takes ``tensors``."""
+        tensors = self.tensors
+        sizes = tensors["counts"].tolist()
+        scores = tensors["scores"].float().split(sizes) if "scores" in tensors else [None] * len(sizes)
+        rows = zip(
+            tensors["layers"].tolist(),
+            tensors["steps"].tolist(),
+            tensors["experts"].long().split(sizes),
+            tensors["weights"].float().split(sizes),
+            tensors["kinds"].split(sizes),
+            scores,
+            strict=True,
+        )
+        return tuple(RoutingRecord(*row) for row in rows)
 
     def of_layer(self, layer: int) -> Iterator[RoutingRecord]:
         """The records of a layer, in the order of their steps."""
@@ -162,55 +188,48 @@ class Recording:
                 f"recording {path}: found header {str(header)[:200]}, expected format {FORMAT!r}"
             )
         num_experts, num_ranks = (_whole(path, header, name) for name in ("num_experts", "num_ranks"))
-        if num_experts % num_ranks:
-            raise ValueError(
-                f"recording {path}: found {num_experts} experts on {num_ranks} ranks, expected "
-                "ranks that divide them"
-            )
-        missing = {"layers", "steps", "counts", "experts", "weights", "kinds"} - set(tensors)
-        if missing:
-            raise ValueError(f"recording {path}: found no tensor {', '.join(sorted(missing))}")
-        count, experts = len(tensors["kinds"]), tensors["experts"]
-        expect("recording.experts", experts, (count, None), (torch.int16,))
-        expect("recording.weights", tensors["weights"], tuple(experts.shape), (torch.float16,))
-        expect("recording.kinds", tensors["kinds"], (None,), (torch.int8,))
-        if "scores" in tensors:
-            expect("recording.scores", tensors["scores"], (count, num_experts), (torch.float16,))
-        counts = tensors["counts"]
-        records = len(counts) if counts.dim() == 1 else 0
-        expect("recording.counts", counts, (None,), (torch.int64,))
-        expect("recording.layers", tensors["layers"], (records,), (torch.int32,))
-        expect("recording.steps", tensors["steps"], (records,), (torch.int64,))
-        # Each by itself first: a sum of large counts may wrap to the right one.
-        good = records > 0 and int(counts.min()) > 0 and int(counts.max()) <= count
-        if not good or int(counts.sum()) != count:
-            raise ValueError(f"recording {path}: its records do not add up to its {count} tokens")
-        if not 1 <= experts.shape[1] <= num_experts:
-            raise ValueError(
-                f"recording {path}: found {experts.shape[1]} assignments a token, expected 1 to {num_experts}"
-            )
-        for name, values, low, high in (
-            ("experts", experts, -1, num_experts - 1),
-            ("modalities", tensors["kinds"], 0, KINDS - 1),
-            ("layers", tensors["layers"], 0, None),
-            ("steps", tensors["steps"], 0, None),
-        ):
-            if int(values.min()) < low or (high is not None and int(values.max()) > high):
-                raise ValueError(
-                    f"recording {path}: found {name} outside {low}..{'' if high is None else high}"
-                )
-        sizes = counts.tolist()
-        scores = tensors["scores"].float().split(sizes) if "scores" in tensors else [None] * len(sizes)
-        rows = zip(
-            tensors["layers"].tolist(),
-            tensors["steps"].tolist(),
-            experts.long().split(sizes),
-            tensors["weights"].float().split(sizes),
-            tensors["kinds"].split(sizes),
-            scores,
-            strict=True,
+        return cls(num_experts, num_ranks, tensors, f"recording {path}")
+
+    def save(self, path: str | Path) -> None:
+        """Write what ``load`` reads."""
+        header = {"format": FORMAT, "num_experts": self.num_experts, "num_ranks": self.num_ranks}
+        save_tensors(dict(self.tensors), path, {"macs": json.dumps(header)})
+
+
+def _check(name: str, num_experts: int, num_ranks: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raise an error that names what is not as ``Recording`` says."""
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"{name}: found {num_experts} experts on {num_ranks} ranks, expected ranks that divide them"
         )
-        return cls(num_experts, num_ranks, tuple(RoutingRecord(*row) for row in rows))
+    missing = {"layers", "steps", "counts", "experts", "weights", "kinds"} - set(tensors)
+    if missing:
+        raise ValueError(f"{name}: found no tensor {', '.join(sorted(missing))}")
+    count, experts = len(tensors["kinds"]), tensors["experts"]
+    expect("recording.experts", experts, (count, None), (torch.int16,))
+    expect("recording.weights", tensors["weights"], tuple(experts.shape), (torch.float16,))
+    expect("recording.kinds", tensors["kinds"], (None,), (torch.int8,))
+    if "scores" in tensors:
+        expect("recording.scores", tensors["scores"], (count, num_experts), (torch.float16,))
+    counts = tensors["counts"]
+    records = len(counts) if counts.dim() == 1 else 0
+    expect("recording.counts", counts, (None,), (torch.int64,))
+    expect("recording.layers", tensors["layers"], (records,), (torch.int32,))
+    expect("recording.steps", tensors["steps"], (records,), (torch.int64,))
+    # Each by itself first: a sum of large counts may wrap to the right one.
+    good = records > 0 and int(counts.min()) > 0 and int(counts.max()) <= count
+    if not good or int(counts.sum()) != count:
+        raise ValueError(f"{name}: its records do not add up to its {count} tokens")
+    if not 1 <= experts.shape[1] <= num_experts:
+        raise ValueError(f"{name}: found {experts.shape[1]} assignments a token, expected 1 to {num_experts}")
+    for what, values, low, high in (
+        ("experts", experts, -1, num_experts - 1),
+        ("modalities", tensors["kinds"], 0, KINDS - 1),
+        ("layers", tensors["layers"], 0, None),
+        ("steps", tensors["steps"], 0, None),
+    ):
+        if int(values.min()) < low or (high is not None and int(values.max()) > high):
+            raise ValueError(f"{name}: found {what} outside {low}..{'' if high is None else high}")
 
 
 def _whole(path: str | Path, header: dict[str, Any], name: str) -> int:

@@ -318,7 +318,9 @@ class Runtime:
         return found
 
     def start_counting(self) -> Counters:
-        """From now on count every step of every layer, whatever is switched or cleared, for ``serve_metrics``.
+        """Count every step of every layer from now on, whatever is switched or cleared.
+
+        ``serve_metrics`` reads the counters. Nothing is spent on them where nobody called this.
 
         Raises:
             RuntimeError: a CUDA graph has captured MACS layers, which would replay without counting.

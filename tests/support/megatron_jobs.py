@@ -222,6 +222,30 @@ def planned_output(
 
 
 @on_megatron
+def traced(folder: str, logits: bool) -> list[Any]:
+    """Stock Megatron's router tracer over two layers and some steps; what the routers chose."""
+    from megatron.core.transformer.moe.router_trace import RouterTracer
+
+    rank = dist.get_rank()
+    layers = [build_layer(None, layer_config("alltoall", 4, 2)) for _ in range(2)]
+    with torch.no_grad():
+        layers[1].router.weight.copy_(drawn(5, layers[1].router.weight.shape) / 2)
+    model = torch.nn.ModuleDict({"decoder": torch.nn.ModuleDict({"layers": torch.nn.ModuleList()})})
+    for layer in layers:
+        model["decoder"]["layers"].append(torch.nn.ModuleDict({"mlp": layer}))
+    tracer = RouterTracer(folder, 100, rank, capture_logits=logits)
+    tracer.register_hooks(model)
+    chosen = []
+    for step in range(4):
+        hidden, _ = batch_of(rank + 2 * step, 1, 4 if step == 3 else 80)
+        for number, layer in enumerate(layers):
+            _, chosen_map = layer.router(hidden)
+            chosen.append((number, step, chosen_map.nonzero()[:, 1].view(-1, 2).tolist()))
+    tracer.flush()
+    return chosen
+
+
+@on_megatron
 def scraped(steps: int) -> dict[str, Any]:
     """What the endpoint says after so many steps, and what was counted independently of it."""
     rank = dist.get_rank()

@@ -30,6 +30,11 @@ def test_without_records_statistics_cost_nothing():
     assert found.by_step[RECORD] == 0
 
 
+def test_counters_cost_no_launch_of_a_layer():
+    found = launches.count("macs", {}, SHAPE, counted=True)
+    assert found.by_step[RECORD] == 1
+
+
 def test_the_command_shows_them(capsys):
     launches.main(["--shape", "512", "256", "16", "2", "2", "--operators"])
     shown = capsys.readouterr().out

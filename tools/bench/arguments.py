@@ -25,6 +25,7 @@ from pathlib import Path
 from macs.files import output_file, output_folder
 
 from ..common.command import Parser
+from ..common.traces import load_recordings
 from ..common.workloads import (
     LADDER,
     SHAPES,
@@ -34,7 +35,6 @@ from ..common.workloads import (
     Contender,
     contenders,
     draw,
-    load_recordings,
     loosened,
     replay,
 )
@@ -58,6 +58,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recordings", nargs="+", type=Path, help="one file for each source rank, instead")
     parser.add_argument("--layer", type=int, default=0, help="layer of the recordings")
+    parser.add_argument("--experts", type=int, help="of a layer, where a trace does not say")
     parser.add_argument("--json", type=output_file, help="append the result, one line")
     parser.add_argument("--cost-model", type=Path, help="figures for what virtual-ep cannot measure")
     parser.add_argument("--save-cost-model", type=Path, help="write this machine's, for simulate.py")
@@ -71,7 +72,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if arguments.recordings:
         if arguments.mode not in ("layer", "virtual-ep"):
             parser.error(f"--recordings: found mode {arguments.mode}, expected layer or virtual-ep")
-        recordings = load_recordings(arguments.recordings)
+        recordings = load_recordings(arguments.recordings, arguments.experts)
         arguments.played = replay(recordings, arguments.layer, arguments.shape.tokens)
         arguments.ranks, arguments.workloads = len(recordings), ["recording"]
         arguments.shape = replace(

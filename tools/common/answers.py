@@ -82,7 +82,7 @@ def read(model: Any, runtime: Runtime, inputs: dict[str, Tensor]) -> Prompt:
     outputs = model(**inputs, use_cache=True, logits_to_keep=1)
     shift = None
     if not inputs.keys().isdisjoint(("image_grid_thw", "video_grid_thw")):
-        # Kept on the model alone since transformers 5.20, where a batch without a picture leaves it as it was.
+        # Kept on the model since transformers 5.20, where a batch without a picture leaves it as it was.
         shift = getattr(model.base_model, "rope_deltas", None)
     if "position_ids" in inputs and inputs["position_ids"].dim() == 3:
         ahead = inputs["position_ids"][0, :, -1:] + 1

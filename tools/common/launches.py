@@ -34,6 +34,7 @@ from macs import (
     kernels,
     watching_steps,
 )
+from macs.records.totals import OWN
 
 from .command import Parser
 
@@ -125,8 +126,15 @@ def counting() -> Iterator[Launches]:
         yield launches
 
 
-def count(policy: str, settings: dict[str, Any], shape: Sequence[int], statistics: bool = True) -> Launches:
-    """The launches of one plan, for T tokens of size D, E experts, k each, R ranks: shape (T, D, E, k, R)."""
+def count(
+    policy: str,
+    settings: dict[str, Any],
+    shape: Sequence[int],
+    statistics: bool = True,
+    counted: bool = False,
+) -> Launches:
+    """The launches of one plan, for T tokens of size D, E experts, k each, R ranks: shape (T, D, E, k, R);
+    counted: with a row of ``Counters`` beside the record."""
     tokens, size, experts, top_k, ranks = shape
     topology = Topology(experts, ranks)
     config = MACSConfig.from_dict(settings).updated(min_tokens=0)  # small shapes too
@@ -153,8 +161,9 @@ def count(policy: str, settings: dict[str, Any], shape: Sequence[int], statistic
             routing_map, _ = planned.as_map(experts)
             routing_map.sum()
         if planned.statistics is not None:
+            row = torch.empty(len(OWN) + len(planned.statistics.record), dtype=torch.int64, device=device)
             with launches.step(RECORD):
-                recorder.record(planned.statistics)
+                recorder.record(planned.statistics, row if counted else None)
     return launches
 
 

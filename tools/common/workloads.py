@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -248,17 +247,6 @@ def replay(recordings: Sequence[Recording], layer: int, tokens: int | None = Non
         return batches
     least = min(tokens, min(len(one.kinds) for row in batches for one in row))
     return [[one.first(least) for one in row] for row in batches]
-
-
-def load_recordings(paths: Sequence[Path]) -> list[Recording]:
-    """Recordings of the ranks of one run, in the order given."""
-    found = [Recording.load(path) for path in paths]
-    kinds = {(one.num_experts, one.top_k) for one in found}
-    if len(kinds) != 1:
-        raise ValueError(
-            f"recordings: found (experts, k) of {sorted(kinds)}, expected the same in every file"
-        )
-    return found
 
 
 VANILLA = "vanilla"

@@ -16,6 +16,7 @@ import torch
 from macs import Topology, build_policy
 
 from ..common.cost_model import Breakdown, CostModel, captured
+from ..common.traces import load_recordings
 from ..common.workloads import (
     VANILLA,
     Batch,
@@ -23,7 +24,6 @@ from ..common.workloads import (
     Shape,
     draw,
     features,
-    load_recordings,
     replay,
     stream,
 )
@@ -152,11 +152,19 @@ def synthetic(workload: str, shape: Shape, ranks: int, seed: int) -> BatchOf:
     return lambda step, rank: draw(workload, shape, step, rank, ranks, seed)
 
 
-def resampled(paths: Sequence[Path], layer: int, shape: Shape, seed: int) -> tuple[Shape, BatchOf]:
+LEAST_TOKENS = 64
+"""Of a rank, in a recorded step that tokens are drawn from, where there is one."""
+
+
+def resampled(
+    paths: Sequence[Path], layer: int, shape: Shape, seed: int, experts: int | None = None
+) -> tuple[Shape, BatchOf]:
     """Recorded traffic for any number of ranks: each source draws its tokens, with replacement, from those
     of one recorded rank and step."""
-    recordings = load_recordings(paths)
+    recordings = load_recordings(paths, experts)
     steps = replay(recordings, layer)
+    # A trace has decoding steps, too, which nobody plans.
+    steps = [row for row in steps if min(len(one.kinds) for one in row) >= LEAST_TOKENS] or steps
     shape = replace(shape, experts=recordings[0].num_experts, top_k=recordings[0].top_k)
 
     def batch_of(step: int, rank: int) -> Batch:

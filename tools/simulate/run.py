@@ -31,13 +31,13 @@ from macs.files import output_file, output_folder
 
 from ..common.command import Parser, quiet
 from ..common.cost_model import CostModel, on_network, stated_h100
+from ..common.traces import load_recordings
 from ..common.workloads import (
     SHAPES,
     VANILLA,
     WORKLOADS,
     Batch,
     contenders,
-    load_recordings,
     stream,
     with_visual_share,
 )
@@ -52,8 +52,11 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1024, help="of a source rank")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 32, 64])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["image-flood"])
-    parser.add_argument("--recordings", nargs="+", type=Path)
+    parser.add_argument(
+        "--recordings", nargs="+", type=Path, help="one's own, or Megatron's routing traces (.jsonl)"
+    )
     parser.add_argument("--layer", type=int, default=0, help="layer of the recordings")
+    parser.add_argument("--experts", type=int, help="of a layer, where a trace does not say")
     parser.add_argument("--policies", nargs="+", help="titles beside vanilla (default: all with a bound)")
     parser.add_argument("--straggler", type=float, default=1.05)
     parser.add_argument("--steps", type=int, default=4)
@@ -83,8 +86,10 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if arguments.steps < 1 or arguments.interval < 1:
         parser.error("--steps, --interval: expected 1 or more")
     experts = SHAPES[arguments.shape].experts
+    if arguments.experts is not None and not arguments.recordings:
+        parser.error("--experts: found without --recordings, whose traces it is of")
     if arguments.recordings:
-        experts = load_recordings(arguments.recordings)[0].num_experts
+        experts = load_recordings(arguments.recordings, arguments.experts)[0].num_experts
     for count in arguments.ranks:
         if count < 1 or experts % count:
             parser.error(f"--ranks: found {count}, expected divisors of the {experts} experts")
@@ -129,7 +134,9 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         for ranks in track(arguments.ranks, name, console=console):
             if arguments.recordings:
-                shape, batch_of = resampled(arguments.recordings, arguments.layer, shape, arguments.seed)
+                shape, batch_of = resampled(
+                    arguments.recordings, arguments.layer, shape, arguments.seed, arguments.experts
+                )
             else:
                 batch_of = synthetic(name, shape, ranks, arguments.seed)
             rows += simulate(shape, ranks, batch_of, chosen, model, **options)

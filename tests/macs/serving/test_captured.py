@@ -91,6 +91,33 @@ def test_a_replayed_layer_plans_as_an_eager_one(settings):
 
 
 @pytest.mark.usefixtures("static")
+def test_a_replayed_layer_is_counted_planned_or_bypassed():
+    layer, buffers = layer_of({}), ModalityBuffers()
+    counters = layer.runtime.start_counting()
+    layer.prepare(torch.device("cpu"))
+    inputs, modality = step(0)
+
+    def decoding(hidden):
+        with layer.forward_pass(2, torch.device("cpu"), False):
+            return hidden + 1
+
+    with macs.modality(buffers.hold(modality)):
+        graph = make_fx(lambda *given: planned(layer, given, "cpu"))(*inputs)
+    decode = make_fx(decoding)(inputs[0])
+    before, expected = counters.read(), 0
+    for seed in (1, 2, 1):
+        inputs, modality = step(seed)
+        buffers.hold(modality)
+        graph(*inputs)
+        decode(inputs[0])
+        decode(inputs[0])
+        expected += int(eager({}, seed)[1].dropped[0])
+    found = counters.read().since(before)
+    assert found.layers[0].scalar("dropped") == expected > 0
+    assert (found.planned_steps, found.bypassed_steps) == (3, 6)
+
+
+@pytest.mark.usefixtures("static")
 def test_without_buffers_a_replay_would_read_an_old_mask():
     layer = layer_of({})
     inputs, modality = step(0)

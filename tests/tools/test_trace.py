@@ -1,0 +1,111 @@
+"""Megatron's routing trace as a recording, and back."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from macs import Recording
+from macs_tools import trace
+from macs_tools.common.traces import load_recordings, read_trace, write_trace
+from macs_tools.simulate import run as simulate
+
+
+def line(**changes):
+    record = {"step": 0, "stage": "pre_dispatch", "block": "decoder", "layer": 3, "rank": 0, "num_tokens": 2}
+    return json.dumps(record | {"topk": 2, "top_indices": [[0, 5], [4, 1]]} | changes) + "\n"
+
+
+def test_layers_are_numbered_in_order_and_those_that_guess_ahead_left_out(tmp_path):
+    path = tmp_path / "router_trace_rank0.jsonl"
+    path.write_text(line() + line(layer=1, top_indices=[[1, 2], [2, 3]]) + line(block="mtp", mtp_idx=0))
+    found = read_trace(path)
+    assert [(one.layer, one.step) for one in found.records] == [(1, 0), (0, 0)]
+    assert found.records[0].experts.tolist() == [[0, 5], [4, 1]] and found.num_experts == 8
+    assert read_trace(path, experts=6).num_experts == 6
+    assert found.records[0].weights.tolist() == [[0.5, 0.5]] * 2 and not found.records[0].kinds.any()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "found no record of block 'decoder'"),
+        ("{", "line 1 is no JSON"),
+        (line() + line(topk=3), "found 2 tokens of 3 experts in step 0, layer 3, expected 2 of 2"),
+        (line(num_tokens=3), "found 2 tokens of 2 experts in step 0, layer 3, expected 3 of 2"),
+        (line() + '{"step": 1}\n', "line 2 has no layer"),
+        (line(top_indices=[[0, 9], [1, 2]]), "found experts outside -1..5"),
+        (line(logit_offset=0, logit_bytes=24), "no file"),
+    ],
+)
+def test_what_is_no_trace_is_named(tmp_path, text, message):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_trace(path, experts=6)
+
+
+def recorded():
+    generator = torch.Generator().manual_seed(0)
+    count, counts = 90, [40, 30, 20]
+    return Recording(
+        16,
+        4,
+        {
+            "layers": torch.tensor([0, 1, 0], dtype=torch.int32),
+            "steps": torch.tensor([0, 0, 1]),
+            "counts": torch.tensor(counts),
+            "experts": torch.rand(count, 16, generator=generator).topk(3).indices.short(),
+            "weights": torch.rand(count, 3, generator=generator).half(),
+            "kinds": torch.randint(0, 2, (count,), generator=generator).to(torch.int8),
+        },
+    )
+
+
+def test_a_recording_goes_there_and_back(tmp_path, capsys):
+    first, there, back = (tmp_path / name for name in ("a.rank2.safetensors", "b.jsonl", "c.safetensors"))
+    recorded().save(first)
+    trace.main([str(first), "--to", str(there)])
+    record = json.loads(there.read_text().splitlines()[1])
+    assert record["rank"] == 2 and record["layer"] == 1 and record["num_tokens"] == 30
+    trace.main([str(there), "--to", str(back), "--ranks", "4", "--experts", "16"])
+    expected, found = recorded(), Recording.load(back)
+    assert (found.num_experts, found.num_ranks) == (16, 4)
+    assert all(torch.equal(found.tensors[name], one) for name, one in expected.tensors.items())
+    assert "3 records of 2 layers, 90 tokens, 51% of them visual" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_trace(recorded(), path)
+    for arguments, message in (
+        ([path, "--to", tmp_path / "b.jsonl"], "found two files of one kind"),
+        ([tmp_path / "x.jsonl", "--to", tmp_path / "b.safetensors"], "found no file"),
+    ):
+        command = [sys.executable, "-m", "macs", "trace", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_what_stock_megatron_wrote_is_read_and_simulated(pool, tmp_path, logits, capsys):
+    pytest.importorskip(
+        "megatron.core.transformer.moe.router_trace", reason="this Megatron has no routing trace"
+    )
+    chosen = pool.run("support.megatron_jobs:traced", 2, str(tmp_path), logits)
+    paths = [tmp_path / f"router_trace_rank{rank}.jsonl" for rank in range(2)]
+    for mine, recording in zip(chosen, load_recordings(paths), strict=True):
+        found = [(one.layer, one.step, one.experts.tolist()) for one in recording.records]
+        assert found == [tuple(one) for one in mine] and len(found) == 8
+        assert (recording.num_experts, recording.top_k, recording.num_ranks) == (4, 2, 2)
+        first = recording.records[0]
+        if logits:
+            best = first.scores.topk(2).indices.sort(1).values
+            assert torch.equal(best, first.experts.sort(1).values)
+            assert not torch.allclose(first.weights[:, 0], torch.tensor(0.5))
+    given = ["--recordings", *map(str, paths), "--layer", "1", "--ranks", "2", "4", "--steps", "2"]
+    simulate.main([*given, "--tokens", "128", "--policies", "macs", "--replicas"])
+    shown = capsys.readouterr().out
+    assert "recording, 4 ranks" in shown and "least-loaded EP" in shown

@@ -1,0 +1,160 @@
+"""Megatron's routing trace (``--moe-routing-trace-path``) beside recordings of MACS's own.
+
+A trace is JSON lines, one file a rank, one line for each call of a router: step, stage, block, layer, rank,
+num_tokens, topk, top_indices. It knows neither modality nor weights nor how many experts there are; with
+``--moe-routing-trace-capture-logits`` the logits lie in a file beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from macs import TEXT, Recording
+from macs.files import check_output
+
+DECODER = "decoder"
+"""The block whose layers MACS plans; those that guess tokens ahead (``mtp``) are left out."""
+
+FIELDS = {"step": int, "layer": int, "num_tokens": int, "topk": int, "top_indices": list}
+KINDS, WEIGHTS = "macs_kinds", "macs_weights"
+"""What a trace that ``write_trace`` wrote has besides."""
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a file is read as a trace: by its name."""
+    return path.suffix in (".jsonl", ".json")
+
+
+def read_trace(path: Path, experts: int | None = None, ranks: int = 1) -> Recording:
+    """A rank's trace as a recording.
+
+    Tokens are text where the trace does not say; weights are even where it has no logits, else the logits'
+    softmax over the chosen, as scores are its over all. Layers are numbered from 0, in their order.
+
+    Args:
+        path: the ``.jsonl`` file.
+        experts: how many each layer has; none: as many as the logits have, or the next power of 2 that is
+            enough for the largest index.
+        ranks: expert-parallel ranks of the run; 1 is said where they do not divide the experts.
+
+    Raises:
+        ValueError: a line is no record of a trace; it is named.
+    """
+    found = [record for record in _lines(path) if record.get("block", DECODER) == DECODER]
+    if not found:
+        raise ValueError(f"trace {path}: found no record of block {DECODER!r}")
+    top_k = found[0]["topk"]
+    chosen = []
+    for record in found:
+        block = np.asarray(record["top_indices"], dtype=np.int16).reshape(-1, top_k)
+        if record["topk"] != top_k or len(block) != record["num_tokens"]:
+            raise ValueError(
+                f"trace {path}: found {len(block)} tokens of {record['topk']} experts in step "
+                f"{record['step']}, layer {record['layer']}, expected {record['num_tokens']} of {top_k}"
+            )
+        chosen.append(block)
+    keep = [number for number, block in enumerate(chosen) if len(block)]
+    if not keep:
+        raise ValueError(f"trace {path}: found no token in any record")
+    numbers = sorted({record["layer"] for record in found})
+    flat = torch.from_numpy(np.concatenate([chosen[number] for number in keep]))
+    tensors = {
+        "layers": torch.tensor([numbers.index(found[number]["layer"]) for number in keep], dtype=torch.int32),
+        "steps": torch.tensor([found[number]["step"] for number in keep], dtype=torch.int64),
+        "counts": torch.tensor([len(chosen[number]) for number in keep], dtype=torch.int64),
+        "experts": flat,
+        "weights": torch.full(flat.shape, 1 / top_k, dtype=torch.float16),
+        "kinds": torch.full((len(flat),), TEXT, dtype=torch.int8),
+    }
+    if all(WEIGHTS in found[number] for number in keep):
+        values = [value for number in keep for row in found[number][WEIGHTS] for value in row]
+        tensors["weights"] = torch.tensor(values, dtype=torch.float16).view_as(flat)
+    if all(KINDS in found[number] for number in keep):
+        kinds = [kind for number in keep for kind in found[number][KINDS]]
+        tensors["kinds"] = torch.tensor(kinds, dtype=torch.int8)
+    if all("logit_offset" in found[number] for number in keep):
+        scores = _logits(path, [found[number] for number in keep]).float().softmax(1)
+        experts = experts or scores.shape[1]
+        tensors["scores"] = scores.half()
+        if not all(WEIGHTS in found[number] for number in keep):
+            own = scores.gather(1, flat.long().clamp(min=0))
+            tensors["weights"] = (own / own.sum(1, keepdim=True)).half()
+    experts = experts or 1 << int(flat.max()).bit_length()
+    return Recording(experts, 1 if experts % ranks else ranks, tensors, f"trace {path}")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"trace {path}: line {number} is no JSON: {error}") from error
+            for name, kind in FIELDS.items():
+                if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+                    raise ValueError(
+                        f"trace {path}: line {number} has no {name} ({kind.__name__}), which every record of "
+                        "Megatron's routing trace has"
+                    )
+            yield record
+
+
+def _logits(path: Path, records: Sequence[dict[str, Any]]) -> Tensor:
+    """Of all tokens of these records, bfloat16 [N, E]."""
+    beside = path.with_name(f"logits_rank{records[0]['rank']}.bin")
+    if not beside.is_file():
+        raise ValueError(f"trace {path}: found logits in its records, but no file {beside}")
+    data, parts = np.memmap(beside, dtype=np.uint8, mode="r"), []
+    for record in records:
+        part = data[record["logit_offset"] :][: record["logit_bytes"]]
+        if len(part) != record["logit_bytes"]:
+            raise ValueError(f"trace {path}: {beside} ends before step {record['step']}")
+        parts.append(torch.from_numpy(part.copy()).view(torch.bfloat16).view(record["num_tokens"], -1))
+    return torch.cat(parts)
+
+
+def write_trace(recording: Recording, path: Path, rank: int = 0) -> None:
+    """A recording as a trace, for tools that read Megatron's; with modality and weights in fields of its own,
+    which ``read_trace`` reads. Scores are left out."""
+    check_output(path, "trace")
+    with path.open("w") as file:
+        for one in recording.records:
+            record = {
+                "step": one.step,
+                "stage": "pre_dispatch",
+                "block": DECODER,
+                "layer": one.layer,
+                "rank": rank,
+                "num_tokens": len(one.kinds),
+                "topk": recording.top_k,
+                "top_indices": one.experts.tolist(),
+                KINDS: one.kinds.tolist(),
+                WEIGHTS: one.weights.tolist(),
+            }
+            file.write(json.dumps(record) + "\n")
+
+
+def load_recordings(paths: Sequence[Path], experts: int | None = None) -> list[Recording]:
+    """What the ranks of one run recorded, in the order given: files of MACS's own, or Megatron's traces.
+
+    experts: of a layer, where traces do not say.
+    """
+    found = [
+        read_trace(path, experts, len(paths)) if is_trace(path) else Recording.load(path) for path in paths
+    ]
+    kinds = {(one.num_experts, one.top_k) for one in found}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"recordings: found (experts, k) of {sorted(kinds)}, expected the same in every file; --experts "
+            "says how many a trace's layers have"
+        )
+    return found
