@@ -81,7 +81,8 @@ def main(given: Sequence[str] | None = None) -> None:
                 with layer.forward_pass(count, device, False):
                     if layer.acts_on(count, device):
                         tokens = layer.tokens(1, count, False, device)
-                        layer.plan(*(one[:count] for one in inputs), tokens)
+                        hidden, experts, weights, scores = (one[:count] for one in inputs)
+                        layer.plan(hidden, experts, weights, scores, tokens)
 
     def scrape() -> bytes:
         with urllib.request.urlopen(f"http://{server.address}:{server.port}/metrics") as answer:
