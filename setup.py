@@ -12,7 +12,7 @@ VERSION = (HERE / "macs" / "version.py").read_text().split('"')[-2]
 MEGATRON = ["megatron-core>=0.16.1,<0.20"]
 DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
 TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
-TOOLS = ["matplotlib>=3.8", "rich>=13", "rich-argparse>=1.5"]
+TOOLS = ["jinja2>=3.1", "matplotlib>=3.8", "plotly>=6", "rich>=13", "rich-argparse>=1.5"]
 METRICS = ["prometheus-client>=0.20"]
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26"]
 EXAMPLES = [
@@ -48,7 +48,10 @@ setup(
         *("macs_tools" + name.removeprefix("tools") for name in find_packages(include=["tools", "tools.*"])),
     ],
     package_dir={"macs_tools": "tools"},
-    package_data={name: ["py.typed"] for name in ("macs", "megatron_macs", "deepspeed_macs", "macs_tools")},
+    package_data={
+        **{name: ["py.typed"] for name in ("macs", "megatron_macs", "deepspeed_macs", "macs_tools")},
+        "macs_tools.report": ["page.html"],
+    },
     entry_points={"console_scripts": ["macs = macs_tools.cli:main"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6,<2.14", "numpy", "safetensors>=0.4", "pyyaml>=6"],

@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": Command("doctor", "what is installed here, and whether MACS can work with it"),
     "calibrate": Command("calibrate.run", "measure which experts serve which modality, into a profile"),
     "tune": Command("tune.run", "measure how a bound on the step is best split among layers"),
+    "report": Command("report.run", "recorded traffic, and what would be won on it, as one page"),
     "trace": Command("trace", "Megatron's routing traces into recordings, and back"),
     "simulate": Command("simulate.run", "what policies and balancers would win on clusters of any size"),
     "evaluate": Command("evaluate.run", "what policies and settings cost in answers, on the tiny model"),

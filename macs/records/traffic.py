@@ -172,6 +172,13 @@ class Recording:
         """The records of a layer, in the order of their steps."""
         return (record for record in self.records if record.layer == layer)
 
+    def part(self, chosen: Tensor) -> Recording:
+        """Some of the records, bool [M], in their order; at least one."""
+        tokens = chosen.repeat_interleave(self.tensors["counts"])
+        of_records = ("layers", "steps", "counts")
+        kept = {name: one[chosen if name in of_records else tokens] for name, one in self.tensors.items()}
+        return Recording(self.num_experts, self.num_ranks, kept, self.name)
+
     @classmethod
     def load(cls, path: str | Path) -> Recording:
         """From a file; one that is damaged or of another kind is a ``ValueError`` or ``TypeError``."""

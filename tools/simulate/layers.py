@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from macs import Topology, build_policy
+from macs import Recording, Topology, build_policy
 
 from ..common.cost_model import Breakdown, CostModel, captured
 from ..common.traces import load_recordings
@@ -45,12 +45,19 @@ class Asked:
 
 
 def asked_by(
-    shape: Shape, chosen: dict[str, Contender], batch_of: BatchOf, step: int, ranks: int, seed: int
+    shape: Shape,
+    chosen: dict[str, Contender],
+    batch_of: BatchOf,
+    step: int,
+    ranks: int,
+    seed: int,
+    sources: int | None = None,
 ) -> dict[str, Asked]:
-    """What they ask for under every policy."""
+    """What they ask for under every policy; of so many sources, which stand for the others, too."""
     rows: dict[str, list[np.ndarray]] = {title: [] for title in chosen}
     mass = {title: np.zeros(3) for title in chosen}
-    for rank in range(ranks):
+    planned = ranks if sources is None else min(ranks, sources)
+    for rank in (number * ranks // planned for number in range(planned)):
         batch = batch_of(step, rank)
         # Features only tell visual tokens apart, and do so with fewer.
         hidden = features(batch, min(shape.hidden, 256), step, rank, seed)
@@ -62,7 +69,8 @@ def asked_by(
             rows[title].append(found.load_after.numpy())
             parts = (found.kept_mass, found.rerouted_mass, found.dropped_mass)
             mass[title] += [float(part) for part in parts]
-    return {title: Asked(np.stack(rows[title]), mass[title] / mass[title].sum()) for title in chosen}
+    stands = np.arange(ranks) * planned // ranks
+    return {title: Asked(np.stack(rows[title])[stands], mass[title] / mass[title].sum()) for title in chosen}
 
 
 def simulate(
@@ -76,8 +84,12 @@ def simulate(
     interval: int = 100,
     bounds: bool = True,
     seed: int = 0,
+    sources: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Mean layer time of every policy and bound over the steps, in ms, and the parts of it."""
+    """Mean layer time of every policy and bound over the steps, in ms, and the parts of it.
+
+    sources: draw and plan no more ranks' tokens than these; the other ranks have the same again.
+    """
     times: dict[str, list[Breakdown]] = {}
     stragglers: dict[str, list[float]] = {}
     masses: dict[str, list[np.ndarray]] = {}
@@ -87,7 +99,7 @@ def simulate(
     before = np.zeros(shape.experts)
     placed: dict[str, Placement] = {}
     for step in range(steps):
-        asked = asked_by(shape, chosen, batch_of, step, ranks, seed)
+        asked = asked_by(shape, chosen, batch_of, step, ranks, seed, sources)
         for title, one in asked.items():
             planning = model.planning_ms(title, shape.tokens)
             replayed[title] = captured(model).planning_ms(title, shape.tokens) - planning
@@ -101,7 +113,9 @@ def simulate(
         if step % interval == 0:
             if step == 0:
                 # By what the experts have in another step of the same traffic.
-                other = asked_by(shape, {VANILLA: chosen[VANILLA]}, batch_of, steps, ranks, seed)[VANILLA]
+                other = asked_by(shape, {VANILLA: chosen[VANILLA]}, batch_of, steps, ranks, seed, sources)[
+                    VANILLA
+                ]
                 before = other.rows.sum(0).astype(float)
             for count in replicas:
                 title = f"EPLB, {count} replica{'s' * (count > 1)} a rank"
@@ -159,9 +173,15 @@ LEAST_TOKENS = 64
 def resampled(
     paths: Sequence[Path], layer: int, shape: Shape, seed: int, experts: int | None = None
 ) -> tuple[Shape, BatchOf]:
+    """Traffic of these files, see ``resampled_from``."""
+    return resampled_from(load_recordings(paths, experts), layer, shape, seed)
+
+
+def resampled_from(
+    recordings: Sequence[Recording], layer: int, shape: Shape, seed: int
+) -> tuple[Shape, BatchOf]:
     """Recorded traffic for any number of ranks: each source draws its tokens, with replacement, from those
     of one recorded rank and step."""
-    recordings = load_recordings(paths, experts)
     steps = replay(recordings, layer)
     # A trace has decoding steps, too, which nobody plans.
     steps = [row for row in steps if min(len(one.kinds) for one in row) >= LEAST_TOKENS] or steps

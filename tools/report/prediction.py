@@ -1,0 +1,124 @@
+"""What policies and balancers would do to recorded traffic, on clusters of several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from macs import Profile, Recording
+
+from ..common.cost_model import CostModel, break_even
+from ..common.workloads import VANILLA, Contender, Shape, contenders, loosened
+from ..simulate.layers import resampled_from, simulate
+from .traffic import LEAST_TOKENS, Traffic
+
+BALANCED = 1.05
+TARGETS = BALANCED, 0.8, 0.6
+SAMPLED_LAYERS, STEPS, SOURCES = 2, 8, 8
+"""So many layers are predicted for, from so many recorded steps, with so many ranks' tokens planned."""
+
+BASELINES = "token drop", "rank-balanced"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """rows: one for each EP size and policy, as ``simulate`` has them, means over the sampled layers. layers:
+    which they are. pays_from: tokens of a rank from which a plan pays by balance alone, at each EP size, if
+    any. targets: KL that the profile's tuning verified, by target."""
+
+    rows: list[dict[str, Any]]
+    sizes: list[int]
+    layers: list[int]
+    pays_from: dict[int, int | None]
+    targets: dict[float, float]
+    model: CostModel
+    shape: Shape
+
+    def of(self, size: int, policy: str) -> dict[str, Any]:
+        return next(row for row in self.rows if (row["ranks"], row["policy"]) == (size, policy))
+
+    @property
+    def policies(self) -> list[str]:
+        return list(dict.fromkeys(row["policy"] for row in self.rows))
+
+
+def sizes_for(experts: int, wanted: Sequence[int] = (8, 32, 128)) -> list[int]:
+    """Cluster sizes that divide the experts; of few experts, what there is."""
+    found = [size for size in wanted if experts % size == 0]
+    return found or [max(size for size in range(1, experts + 1) if experts % size == 0 and size <= 8)]
+
+
+def sampled_layers(traffic: Traffic) -> list[int]:
+    """The layer in the middle by its median straggler, and the worst one."""
+    order = np.argsort(traffic.percentiles()[0])
+    return sorted({int(order[len(order) // 2]), int(order[-1])})[:SAMPLED_LAYERS]
+
+
+def drawn_from(recording: Recording, layer: int) -> Recording:
+    """Some large steps of a layer, over all of the recording."""
+    tensors = recording.tensors
+    mine = tensors["layers"] == layer
+    least = min(LEAST_TOKENS, int(tensors["counts"][mine].max()))
+    steps = tensors["steps"][mine & (tensors["counts"] >= least)].unique()
+    chosen = steps[torch.linspace(0, len(steps) - 1, min(STEPS, len(steps))).long()]
+    return recording.part(mine & torch.isin(tensors["steps"], chosen))
+
+
+def predict(
+    recordings: Sequence[Recording],
+    traffic: Traffic,
+    profile: Profile | None,
+    model: CostModel,
+    shape: Shape,
+    sizes: Sequence[int],
+    seed: int = 0,
+) -> Prediction:
+    """Plan tokens drawn from the recording, by every policy, for clusters of these sizes."""
+    tuning = None if profile is None else profile.tuning
+    targets = (
+        {}
+        if tuning is None
+        else {
+            float(target): float(damage[0])
+            for target, damage in zip(tuning.targets, tuning.damage, strict=True)
+        }
+    )
+    if tuning is not None and tuning.bounds.shape[1] != traffic.layers:
+        raise ValueError(
+            f"--profile: found a tuning of {tuning.bounds.shape[1]} layers, the recording has "
+            f"{traffic.layers}"
+        )
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    layers = sampled_layers(traffic)
+    for layer in layers:
+        own, batch_of = resampled_from([drawn_from(one, layer) for one in recordings], layer, shape, seed)
+        known = contenders(BALANCED)
+        chosen: dict[str, Contender] = {title: known[title] for title in (VANILLA, *BASELINES)}
+        for target in TARGETS:
+            title, one = loosened("macs", known["macs"], target)
+            chosen[title] = one
+            if tuning is not None:
+                at = tuning.bounds_at(target)
+                if at is not None:
+                    split = one.config.updated(target_load=float(at[0][layer]))
+                    chosen[f"{title} tuned"] = replace(one, config=split)
+        for size in sizes:
+            for row in simulate(own, size, batch_of, chosen, model, 1, (1,), seed=seed, sources=SOURCES):
+                found.setdefault((size, row["policy"]), []).append(row)
+    rows = []
+    for (size, policy), each in found.items():
+        numbers = {name for row in each for name, value in row.items() if name not in ("ranks", "policy")}
+        rows.append(
+            {"ranks": size, "policy": policy}
+            | {name: float(np.mean([row[name] for row in each if name in row])) for name in numbers}
+        )
+    pays = {
+        size: break_even(replace(shape, experts=traffic.experts, top_k=traffic.top_k), size, traffic.typical)
+        for size in sizes
+        if traffic.typical > BALANCED
+    }
+    return Prediction(rows, list(sizes), layers, pays, targets, model, shape)
