@@ -10,6 +10,7 @@ import torch
 from macs import Recording
 from macs_tools import trace
 from macs_tools.common.traces import load_recordings, read_trace, write_trace
+from macs_tools.report import run as report
 from macs_tools.simulate import run as simulate
 
 
@@ -111,3 +112,6 @@ def test_what_stock_megatron_wrote_is_read_and_simulated(pool, tmp_path, logits)
     rows = json.loads(out.read_text())["sizes"]["recording"]
     assert [row["ranks"] for row in rows if row["policy"] == "macs"] == [2, 4]
     assert all(row["straggler"] <= 1.06 for row in rows if row["policy"] == "macs")
+    page = tmp_path / "page.html"
+    report.main([*map(str, paths), "--sizes", "2", "4", "--shape", "tiny", "--out", str(page)])
+    assert "do not say which they are" in page.read_text() and "2 of 8 steps" not in page.read_text()

@@ -18,8 +18,9 @@ from .traffic import LEAST_TOKENS, Traffic
 
 BALANCED = 1.05
 TARGETS = BALANCED, 0.8, 0.6
-SAMPLED_LAYERS, STEPS, SOURCES = 2, 8, 8
-"""So many layers are predicted for, from so many recorded steps, with so many ranks' tokens planned."""
+SAMPLED_LAYERS, STEPS, PLANNED, SOURCES = 2, 4, 3, 4
+"""So many layers are predicted for, from so many recorded steps, of which so many are planned, for so many
+ranks; by the one that is left EPLB places its copies."""
 
 BASELINES = "token drop", "rank-balanced"
 
@@ -107,7 +108,9 @@ def predict(
                     split = one.config.updated(target_load=float(at[0][layer]))
                     chosen[f"{title} tuned"] = replace(one, config=split)
         for size in sizes:
-            for row in simulate(own, size, batch_of, chosen, model, 1, (1,), seed=seed, sources=SOURCES):
+            for row in simulate(
+                own, size, batch_of, chosen, model, PLANNED, (1,), seed=seed, sources=SOURCES
+            ):
                 found.setdefault((size, row["policy"]), []).append(row)
     rows = []
     for (size, policy), each in found.items():

@@ -3,6 +3,7 @@
     macs report runs/routing.rank*.safetensors --out report.html
     macs report router_trace_rank*.jsonl --experts 128 --out report.html     # Megatron's routing traces
     macs report routing.safetensors --profile model.safetensors --out report.html
+    macs report --workload W6 --shape cpu --out report.html                  # one that is drawn, to see
 
 Is the traffic skewed, by layer, expert, modality and over time; what would each policy and target make of it
 on clusters of several sizes, beside balancers that move weights; what to put on the command line, and when
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from macs import Profile, Recording
@@ -26,7 +28,7 @@ from macs.version import __version__
 from ..common.command import Parser, quiet
 from ..common.cost_model import CostModel, stated_h100
 from ..common.traces import load_recordings
-from ..common.workloads import SHAPES, Shape
+from ..common.workloads import SHAPES, WORKLOADS, Shape, draw
 from .advice import Advice, advise
 from .figures import THEMES, Figure, figures
 from .prediction import Prediction, predict, sizes_for
@@ -60,6 +62,32 @@ def render(
     )
 
 
+def drawn(workload: str, shape: Shape, ranks: int = 8, layers: int = 4, steps: int = 16) -> list[Recording]:
+    """Traffic of a workload as every rank would have recorded it, each layer's of another seed."""
+    found = []
+    for rank in range(ranks):
+        batches = [
+            draw(workload, shape, step, rank, ranks, layer)
+            for step in range(steps)
+            for layer in range(layers)
+        ]
+        found.append(
+            Recording(
+                shape.experts,
+                ranks,
+                {
+                    "layers": torch.arange(layers, dtype=torch.int32).repeat(steps),
+                    "steps": torch.arange(steps).repeat_interleave(layers),
+                    "counts": torch.tensor([len(one.kinds) for one in batches]),
+                    "experts": torch.cat([one.experts for one in batches]).short(),
+                    "weights": torch.cat([one.weights for one in batches]).half(),
+                    "kinds": torch.cat([one.kinds for one in batches]),
+                },
+            )
+        )
+    return found
+
+
 def report(
     recordings: Sequence[Recording],
     out: Path,
@@ -89,7 +117,8 @@ def report(
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = Parser("macs report", __doc__)
-    parser.add_argument("recordings", nargs="+", type=Path, help="of each rank of one run")
+    parser.add_argument("recordings", nargs="*", type=Path, help="of each rank of one run")
+    parser.add_argument("--workload", choices=WORKLOADS, help="instead: drawn traffic, of --shape, 8 ranks")
     parser.add_argument("--out", type=output_file, required=True, help="the page, .html")
     parser.add_argument("--profile", type=Path, help="perhaps tuned: its verified damage is shown")
     parser.add_argument("--experts", type=int, help="of a layer, where a trace does not say")
@@ -103,6 +132,8 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--cost-model", type=Path, help="of macs bench layer (default: an H100 as stated)")
     arguments = parser.parse_args(given)
+    if bool(arguments.recordings) == bool(arguments.workload):
+        parser.error("expected recordings, or a --workload")
     for path in (*arguments.recordings, *filter(None, (arguments.profile, arguments.cost_model))):
         if not path.is_file():
             parser.error(f"found no file {str(path)!r}")
@@ -110,7 +141,10 @@ def main(given: Sequence[str] | None = None) -> None:
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name}: found {getattr(arguments, name)}, expected 1 or more")
     quiet()
-    recordings = load_recordings(arguments.recordings, arguments.experts)
+    if arguments.workload:
+        recordings = drawn(arguments.workload, SHAPES[arguments.shape])
+    else:
+        recordings = load_recordings(arguments.recordings, arguments.experts)
     experts = recordings[0].num_experts
     for size in arguments.sizes or ():
         if size < 1 or experts % size:
@@ -124,7 +158,7 @@ def main(given: Sequence[str] | None = None) -> None:
         tokens=arguments.tokens,
         shape=SHAPES[arguments.shape],
         model=CostModel.load(arguments.cost_model) if arguments.cost_model else None,
-        sources=", ".join(path.name for path in arguments.recordings),
+        sources=", ".join(path.name for path in arguments.recordings) or f"workload {arguments.workload}",
     )
     console = Console(soft_wrap=True)
     console.print(advice.verdict)

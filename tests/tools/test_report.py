@@ -1,0 +1,255 @@
+"""``macs report``: what it counts, what it advises, and its page in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("plotly", reason="plotly is not installed")
+
+from macs import Profile, Recording, Tuning
+from macs_tools.common.cost_model import stated_h100
+from macs_tools.common.workloads import SHAPES
+from macs_tools.report.advice import advise
+from macs_tools.report.figures import THEMES
+from macs_tools.report.prediction import Prediction
+from macs_tools.report.run import drawn, report
+from macs_tools.report.traffic import default_ranks, measured
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+LAYERS, EXPERTS, TOP_K, RANKS = 3, 8, 2, 4
+
+
+def recording(seed, steps=6, tokens=96, skew=3.0, visual=0.6, ranks=RANKS, small=2):
+    """Of one rank; the last steps are of 5 tokens, as in decoding."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [tokens] * steps + [5] * small
+    number, total = len(counts), sum(counts) * LAYERS
+    logits = torch.randn(total, EXPERTS, generator=generator)
+    logits[:, 0] += skew
+    kinds = (torch.rand(total, generator=generator) < visual).to(torch.int8)
+    return Recording(
+        EXPERTS,
+        ranks,
+        {
+            "layers": torch.arange(LAYERS, dtype=torch.int32).repeat(number),
+            "steps": torch.arange(number).repeat_interleave(LAYERS),
+            "counts": torch.tensor(counts).repeat_interleave(LAYERS),
+            "experts": logits.topk(TOP_K).indices.short(),
+            "weights": torch.full((total, TOP_K), 0.5, dtype=torch.float16),
+            "kinds": kinds,
+        },
+    )
+
+
+def test_traffic_is_what_one_counts_by_hand():
+    both = [recording(0), recording(1)]
+    traffic = measured(both, RANKS)
+    loads = np.zeros((2, LAYERS, EXPERTS))
+    rows = {}
+    for one in both:
+        for record in one.records:
+            for kind, chosen in zip(record.kinds.tolist(), record.experts.tolist(), strict=True):
+                for expert in chosen:
+                    loads[int(kind > 0), record.layer, expert] += 1
+                    here = rows.setdefault((record.step, record.layer), [0] * RANKS)
+                    here[expert // (EXPERTS // RANKS)] += 1
+    assert (traffic.loads == loads).all() and traffic.small == 2 and traffic.sources == 2
+    for (step, layer), each in rows.items():
+        if step < 6:
+            assert traffic.straggler[step, layer] == pytest.approx(max(each) / (sum(each) / RANKS))
+    assert traffic.tokens.tolist() == [96.0] * 6
+    assert traffic.typical > 1.3 and 0.55 < traffic.visual_share < 0.65
+    first, mean, most = traffic.over_time(4)
+    assert first.tolist() == [0, 1, 3, 4] and (mean <= most).all()
+
+
+def test_steps_that_are_all_small_are_kept():
+    traffic = measured([recording(0, steps=0, small=3)], RANKS)
+    assert traffic.steps == 3 and traffic.small == 0
+
+
+def test_counting_goes_by_blocks(monkeypatch):
+    whole = measured([recording(0)], RANKS)
+    monkeypatch.setattr("macs_tools.report.traffic.BLOCK", 40)  # less than a record
+    parts = measured([recording(0)], RANKS)
+    assert (whole.loads == parts.loads).all() and (whole.by_rank == parts.by_rank).all()
+    assert np.array_equal(whole.straggler, parts.straggler)
+
+
+def test_ranks_are_the_runs_or_as_many_as_divide():
+    assert default_ranks([recording(0)]) == RANKS and default_ranks([recording(0, ranks=1)]) == 8
+    with pytest.raises(ValueError, match="--ranks: found 3, expected a divisor of the 8 experts"):
+        measured([recording(0)], 3)
+
+
+def predicted(balance, low, replicas=1.0, pays=None):
+    """A prediction for four ranks, of these times over vanilla's."""
+    ratios = {"vanilla": 1.0, "macs 1.05": balance, "macs 0.6": low, "EPLB, 1 replica a rank": replicas}
+    rows = [
+        {"ranks": 4, "policy": name, "ratio": ratio, "extra_bytes": 2e6} for name, ratio in ratios.items()
+    ]
+    shape = SHAPES["tiny"]
+    return Prediction(rows, [4], [0], {4: pays}, {}, stated_h100(shape), shape)
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "flags"),
+    [
+        ((0.8, 0.6), "Worth it: on 4 ranks balance alone wins 20%", "--moe-macs-target-load 1.05"),
+        ((0.99, 0.7), "Only below the mean: on 4 ranks balance alone wins 1%", ""),
+        ((1.1, 0.99), "Not here: on 4 ranks no target wins more than 1%", ""),
+    ],
+)
+def test_the_verdict_follows_what_is_predicted(given, said, flags):
+    found = advise(measured([recording(0)], RANKS), predicted(*given), None, None)
+    assert found.verdict.startswith(said) and ("macs tune" in found.commands[-1][1])
+    assert found.commands[0][1].endswith(flags or "--moe-macs-image-token-id ID")
+
+
+def test_when_not_to_is_said():
+    traffic = measured([recording(0, visual=0.0, skew=0.0)], RANKS)
+    found = " ".join(advise(traffic, predicted(0.9, 0.6, replicas=0.85, pays=4000), None, None).against)
+    assert "no visual token" in found and "from 4000 tokens a rank on" in found
+    assert "EPLB, 1 replica a rank comes as far as a bound of 1.05" in found and "2 MB" in found
+    even = replace(traffic, straggler=np.ones_like(traffic.straggler))
+    found = " ".join(advise(even, predicted(1.0, 0.6), None, None).against)
+    assert "balanced already" in found
+
+
+def tuned(path, layers=LAYERS):
+    torch.manual_seed(0)
+    tuning = Tuning(
+        torch.tensor([1.05, 0.6], dtype=torch.float64),
+        torch.tensor([[1.05] * layers, [0.5] * layers], dtype=torch.float64),
+        torch.tensor([[1e-5, 0, 1e-4], [1e-3, 0, 1e-2]], dtype=torch.float64),
+        "macs",
+        RANKS,
+        96,
+        100,
+    )
+    counts = torch.ones(layers, EXPERTS, dtype=torch.int64)
+    names = tuple(f"{number:064x}" for number in range(layers))
+    Profile(counts, counts.clone(), names, TOP_K, tuning=tuning).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    out = folder / "report.html"
+    report(
+        [recording(0), recording(1)],
+        out,
+        profile=tuned(folder / "profile.safetensors"),
+        sizes=[2, 4],
+        shape=SHAPES["tiny"],
+        sources="<b>.safetensors",
+    )
+    return out
+
+
+class _Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.seen, self.ids = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, given):
+        given = dict(given)
+        self.seen.append((tag, given))
+        if "id" in given:
+            assert given["id"] not in self.ids
+            self.ids.add(given["id"])
+
+
+def test_the_page_needs_no_network_and_reads_without_scripts(page):
+    text = page.read_text()
+    found = _Page(text)
+    assert page.stat().st_size < 8e6 and "<b>.safetensors" not in text
+    for tag, given in found.seen:
+        for name in ("src", "href", "srcset"):
+            value = given.get(name, "#")
+            assert value.startswith(("data:", "#")), (tag, value[:80])
+        if tag == "img":
+            assert len(given["alt"]) > 20
+    images = [given for tag, given in found.seen if tag == "img"]
+    assert len(images) == 5 and ("html", {"lang": "en"}) in found.seen
+    assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
+    for data in re.findall(r'<script type="application/json" id="data-\w+">(.*?)</script>', text, re.S):
+        assert json.loads(data)["data"]
+    for word in ("macs 0.6 tuned", "0.001 nats at 0.6", "--moe-macs-split tuned", "least-loaded EP"):
+        assert word in text
+
+
+def light_of(colour):
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    parts = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_colours_stand_out(theme):
+    paper = light_of(THEMES[theme]["paper"])
+    for colour in (THEMES[theme]["ink"], *THEMES[theme]["lines"]):
+        high, low = sorted((light_of(colour), paper), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 4.5, colour
+
+
+@in_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_draws_it_without_a_complaint(page, tmp_path, dark):
+    picture = tmp_path / "page.png"
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += ["--window-size=1100,3000", "--virtual-time-budget=8000", f"--user-data-dir={tmp_path}/user"]
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    done = subprocess.run(
+        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert done.stdout.count('class="main-svg"') >= 5 and 'class="scripted"' in done.stdout
+    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120)
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    paper = THEMES["dark" if dark else "light"]["paper"]
+    assert tuple(pixels[2, 2]) == tuple(int(paper[at : at + 2], 16) for at in (1, 3, 5))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+
+
+def test_a_workload_is_drawn_as_ranks_would_record_it(capsys):
+    recordings = drawn("W1", SHAPES["tiny"], ranks=2, layers=2, steps=3)
+    found = measured(recordings, 2)
+    assert (found.layers, found.steps, found.sources) == (2, 3, 2) and found.visual_share == 0
+    assert found.typical > 1.5 and found.tokens.tolist() == [256.0] * 3
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="found a tuning of 5 layers, the recording has 3"):
+        report([recording(0)], tmp_path / "x.html", profile=tuned(tmp_path / "p.safetensors", 5), sizes=[4])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "expected recordings, or a --workload"),
+        (("nothing.safetensors",), "found no file 'nothing.safetensors'"),
+        (("r.safetensors", "--sizes", "3"), "--sizes: found 3, expected divisors of the 8 experts"),
+        (("r.safetensors", "--ranks", "0"), "--ranks: found 0, expected 1 or more"),
+        (("r.safetensors", "--ranks", "3"), "--ranks: found 3, expected a divisor of the 8 experts"),
+        (("r.safetensors", "--size", "3"), "did you mean --sizes?"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, flags, message):
+    recording(0).save(tmp_path / "r.safetensors")
+    command = [sys.executable, "-m", "macs", "report", *flags, "--out", "page.html"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
