@@ -115,7 +115,7 @@ class Collector:
             while len(self._readings) > 1 and self._readings[1][0] <= at - WINDOW:
                 self._readings.popleft()
             then = self._readings[0][1] if self._readings and self._readings[0][0] <= at - WINDOW else None
-            if not self._readings or self._readings[-1][0] <= at - 1:
+            if not self._readings or self._readings[-1][0] <= at - WINDOW / 12:
                 self._readings.append((at, now))
         return now if then is None else now.since(then)
 

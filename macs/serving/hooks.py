@@ -62,7 +62,7 @@ class ModalityHook:
         _out_of_graphs()
         self.reader = reader
         self._name = type(innermost(model)).__name__
-        self._warned = False
+        self._warned = self._outgrown = False
         self._handles = []
         modules = entrances(model)
         # A wrapper that takes any arguments hands them on as the model inside takes them.
@@ -87,8 +87,10 @@ class ModalityHook:
     def of_call(self, given: dict[str, Any]) -> Modality | Unreadable | None:
         """The modality of the tokens of a call with these arguments, see ``calls``; none if nothing
         tells."""
-        kinds = self.engine_kinds(given)
-        found = self.reader.read(given, current_modality(), kinds)
+        kinds, outer = self.engine_kinds(given), current_modality()
+        found = self.reader.read(given, outer, kinds)
+        if isinstance(found, Modality) and outer is not None and found.kinds.numel() > outer.kinds.numel():
+            self._say_block_is_shorter(tuple(outer.kinds.shape), tuple(found.kinds.shape))
         untold = isinstance(found, Modality) and kinds is None and self.reader.tells_nothing(given)
         if untold and current_modality() is None and not self._warned:
             self._warned = True
@@ -97,6 +99,19 @@ class ModalityHook:
                 self._name,
             )
         return found
+
+    def _say_block_is_shorter(self, block: tuple[int, ...], call: tuple[int, ...]) -> None:
+        """Once: a block of fewer tokens than a call has cannot be meant for it, nor a mistake be told from
+        ``generate`` without a cache, whose calls grow."""
+        if not self._outgrown:
+            self._outgrown = True
+            logger.warning(
+                "MACS: a macs.modality block of shape %s is around a call of %s of shape %s: what the call "
+                "itself tells is taken, and nothing of the block",
+                block,
+                self._name,
+                call,
+            )
 
     def engine_kinds(self, given: dict[str, Any]) -> Tensor | None:
         """Modality ids int8 [B, S] as the engine itself has them, where it does."""

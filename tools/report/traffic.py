@@ -114,12 +114,11 @@ def measured(recordings: Sequence[Recording], ranks: int) -> Traffic:
             cell = ((place[of] - low) * ranks)[:, None] + expert // (experts // ranks)
             rows[low * ranks : high * ranks] += np.bincount(cell[real], minlength=(high - low) * ranks)
             begin = after
-    rows, tokens = rows.reshape(len(steps), layers, ranks), tokens.reshape(len(steps), layers)
-    of_step = tokens.max(1) / len(recordings)
+    of_step = tokens.reshape(len(steps), layers).max(1) / len(recordings)
     large = of_step >= LEAST_TOKENS
     if not large.any():
         large = np.ones_like(large)
-    kept = rows[large]
+    kept = rows.reshape(len(steps), layers, ranks)[large]
     mean = kept.sum(2) / ranks
     with np.errstate(invalid="ignore"):
         straggler = np.where(mean > 0, kept.max(2) / mean, np.nan)
