@@ -11,6 +11,7 @@ from typing import Any
 from macs import POLICIES, TOKEN_IDS, MACSConfig, Profile
 from macs.config import RENAMED, check_name
 from macs.files import check_output
+from macs.serving.logs import FORMATS
 
 EXPERT_PARALLEL = "expert_parallel"
 MACS = "macs"
@@ -36,6 +37,7 @@ class MACSBlock:
                         ``macs.Recording``
     metrics_port        serve Prometheus metrics on this port and, in other processes, on it + LOCAL_RANK
     metrics_address     where to listen; this machine alone, if it is not given
+    log_format          write MACS's log to stderr, as "text" or as lines of "json"
     virtual_ranks       plan, in one process, as so many expert-parallel ranks would
     given               the fields of ``MACSConfig`` and ``preset``, as they are written
     """
@@ -53,6 +55,7 @@ class MACSBlock:
     record: str | os.PathLike[str] | None = None
     metrics_port: int | None = None
     metrics_address: str | None = None
+    log_format: str | None = None
     virtual_ranks: int = 1
     given: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,6 +98,8 @@ class MACSBlock:
             refuse("metrics_port", "a number from 0 to 65535")
         if self.metrics_address is not None and (port is None or not isinstance(self.metrics_address, str)):
             refuse("metrics_address", "an address, beside a metrics_port")
+        if self.log_format is not None:
+            check_name("macs log_format", self.log_format, FORMATS)
         for name in ("profile", "record"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (str, os.PathLike)):

@@ -46,6 +46,7 @@ from macs.files import read_mapping
 from macs.serving.calls import CallReader
 from macs.serving.exporter import LOCALHOST
 from macs.serving.installed import Installed
+from macs.serving.logs import log_as
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
 from .compat import record_router_logits, support_transformers
@@ -181,6 +182,8 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
             )
         else:
             MACSAutoEPMoELayer.adopt(layer, mine)
+    if block.log_format is not None:
+        log_as(block.log_format)
     if block.metrics_port is not None:
         serve_metrics(runtime, block.metrics_port, address=block.metrics_address or LOCALHOST)
     if block.record is not None:

@@ -23,6 +23,7 @@ from .serving.exporter import MetricsServer, serve_metrics
 from .serving.hooks import TOKEN_IDS, ModalityHook, attach_modality, token_ids_in
 from .serving.launch import CommandParser, run_script
 from .serving.layer import LayerRuntime
+from .serving.logs import log_as
 from .serving.plain import attach_plain
 from .serving.runtime import Runtime
 from .steps.capacity import loads_of
@@ -81,6 +82,7 @@ __all__ = [
     "in_service",
     "kernels",
     "loads_of",
+    "log_as",
     "modality",
     "place_among",
     "policy_of",

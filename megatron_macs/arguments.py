@@ -10,6 +10,7 @@ from macs import POLICIES, PRESETS, TOKEN_IDS, MACSConfig, Profile, Runtime, ser
 from macs.config import RENAMED
 from macs.files import read_mapping
 from macs.serving.exporter import LOCALHOST
+from macs.serving.logs import FORMATS, log_as
 
 
 def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -32,6 +33,9 @@ def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--moe-macs-metrics-address", metavar="ADDRESS", help="where to listen (default: this machine alone)"
+    )
+    group.add_argument(
+        "--moe-macs-log-format", choices=FORMATS, help="write MACS's log to stderr, as text or JSON lines"
     )
     for name in TOKEN_IDS:
         kind = name.removesuffix("_token_id")
@@ -74,6 +78,8 @@ def runtime_from_args(args: argparse.Namespace) -> Runtime | None:
     path, port, address = args.moe_macs_profile, args.moe_macs_metrics_port, args.moe_macs_metrics_address
     if port is None and address is not None:
         raise ValueError("found --moe-macs-metrics-address without --moe-macs-metrics-port")
+    if args.moe_macs_log_format is not None:
+        log_as(args.moe_macs_log_format)
     runtime = Runtime(
         config_from_args(args),
         policy=args.moe_macs_policy or "macs",

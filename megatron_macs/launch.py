@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from macs import CommandParser, Profile, Runtime, run_script
+from macs import CommandParser, Profile, Runtime, run_script, summarized
 from macs.files import check_output
 from macs.records.traffic import rank_path
+from macs.serving.logs import log_as
 
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
 
@@ -45,6 +46,12 @@ def summary(runtime: Runtime) -> str:
         f"MACS planned {steps} steps of {len(reports)} layers: kept {kept / count:.1%} of the assignments, "
         f"rerouted {rerouted / count:.1%}, dropped {dropped / count:.1%}"
     )
+
+
+def summarized_as_fields(runtime: Runtime) -> dict[str, float]:
+    """``METRICS``, means over the layers, for who reads the log by machine."""
+    reports = [layer.recorder.read() for layer in runtime.layers if layer.recorder.started]
+    return summarized(reports) if reports else {}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -148,9 +155,13 @@ def save_profile(runtime: Runtime, path: Path) -> None:
 
 def conclude(runtime: Runtime) -> None:
     """Say what was planned; end with an error if a script alone on its machine built nothing to plan."""
+    logging.disable(logging.NOTSET)  # the script has ended, and what it wanted silent with it
     if runtime.layers:
+        own = logging.getLogger("megatron_macs")
+        if not own.handlers:
+            log_as("text")
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"rank 0: {summary(runtime)}", file=sys.stderr)
+            own.info("%s", summary(runtime), extra=summarized_as_fields(runtime))
         return
     nothing = "megatron_macs.launch: --moe-macs was given, but the script built no MoE layer"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

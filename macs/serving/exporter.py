@@ -11,7 +11,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ..records.totals import LayerTotals, Totals
@@ -26,6 +27,28 @@ WINDOW = 60.0
 QUANTILES = 0.5, 0.95, 0.99
 STAGES = "before", "after"
 MODALITIES = "text", "visual"
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """A figure of a layer, over the recent steps: what it says, where it comes from (by the stage, "before"
+    or "after" planning), and of which stages it is; none: of the state after, without a label."""
+
+    said: str
+    of: Callable[[LayerTotals, str], float]
+    stages: tuple[str, ...] = STAGES
+
+
+GAUGES = {
+    "macs_rank_straggler": Gauge(
+        "Busiest rank's rows over the mean of the router's choice", LayerTotals.straggler
+    ),
+    "macs_expert_imbalance": Gauge("Busiest expert's rows over the mean expert's", LayerTotals.imbalance),
+    "macs_balancedness": Gauge(
+        "Mean rank's rows over the busiest one's, after planning", lambda layer, _: layer.balancedness, ()
+    ),
+}
+"""Another one is a row here, and its figure in ``LayerTotals``."""
 
 
 def serve_metrics(
@@ -162,31 +185,21 @@ class Collector:
         import numpy as np
         from prometheus_client.core import GaugeMetricFamily
 
-        straggler = GaugeMetricFamily(
-            "macs_rank_straggler",
-            "Busiest rank's rows over the mean of the router's choice",
-            labels=("layer", "stage"),
-        )
-        imbalance = GaugeMetricFamily(
-            "macs_expert_imbalance", "Busiest expert's rows over the mean expert's", labels=("layer", "stage")
-        )
-        balancedness = GaugeMetricFamily(
-            "macs_balancedness",
-            "Mean rank's rows over the busiest one's, after planning",
-            labels=("layer",),
-        )
+        seen = [(number, one) for number, one in enumerate(recent.layers) if one.scalar("tokens") > 0]
+        for name, gauge in GAUGES.items():
+            labels = ("layer", "stage") if gauge.stages else ("layer",)
+            family = GaugeMetricFamily(name, gauge.said, labels=labels)
+            for number, layer in seen:
+                for stage in gauge.stages or ("after",):
+                    own = (str(number), stage) if gauge.stages else (str(number),)
+                    family.add_metric(own, gauge.of(layer, stage))
+            yield family
         spread = GaugeMetricFamily(
             "macs_rank_straggler_of_layers",
             "Quantile over layers of macs_rank_straggler",
             labels=("stage", "quantile"),
         )
         ratio = GaugeMetricFamily("macs_visual_ratio", "Visual share of the semantic weight, R_v")
-        seen = [(number, one) for number, one in enumerate(recent.layers) if one.scalar("tokens") > 0]
-        for number, layer in seen:
-            balancedness.add_metric((str(number),), layer.balancedness)
-            for stage in STAGES:
-                straggler.add_metric((str(number), stage), layer.straggler(stage))
-                imbalance.add_metric((str(number), stage), layer.imbalance(stage))
         if seen:
             for stage in STAGES:
                 found = np.quantile([layer.straggler(stage) for _, layer in seen], QUANTILES)
@@ -195,7 +208,7 @@ class Collector:
             weight = sum(layer.scalar("weight") for _, layer in seen)
             if weight > 0:
                 ratio.add_metric((), sum(layer.scalar("visual_weight") for _, layer in seen) / weight)
-        yield from (straggler, imbalance, balancedness, spread, ratio)
+        yield from (spread, ratio)
         yield from self._drift(recent)
 
     def _drift(self, recent: Totals) -> Iterator[Any]:

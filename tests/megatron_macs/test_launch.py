@@ -1,6 +1,7 @@
 """Flags and the launcher: a script that knows nothing of MACS."""
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -184,9 +185,12 @@ def test_a_script_that_does_not_change_runs_with_macs(tmp_path):
 
 def test_a_module_by_its_name_and_a_run_too_small_to_plan(tmp_path):
     flags = ("--moe-macs", "--moe-macs-min-tokens", "1000")
-    done, found = launched(tmp_path, "small", *flags, by_name=True)
+    done, found = launched(tmp_path, "small", *flags, "--moe-macs-log-format", "json", by_name=True)
     assert done.returncode == 0 and found[0]["layer"] == "MACSMoELayer"
-    assert "MACS planned nothing: no forward pass in eval() mode had min_tokens = 1000" in done.stderr
+    said = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    (last,) = [one for one in said if one["logger"] == "megatron_macs"]
+    nothing = "MACS planned nothing: no forward pass in eval() mode had min_tokens = 1000"
+    assert last["message"].startswith(nothing) and last["rank"] == 0
 
 
 def test_a_script_that_does_not_change_calibrates(tmp_path):
