@@ -1,6 +1,6 @@
 # What one does here, by name. In a virtual environment: make setup, then the others.
 
-.PHONY: setup fast check test docs bench launches history ci
+.PHONY: setup fast check test docs bench launches history soak ci
 
 setup:       ## everything, editable
 	pip install -e '.[all]'
@@ -28,6 +28,9 @@ launches:    ## what a plan launches on a GPU, counted without one
 
 history:     ## this commit's figures, a row of docs/benchmarks.csv
 	macs bench history
+
+soak:        ## half an hour of two engines under traffic; needs Megatron-Core 0.19
+	python tests/soak.py --minutes 30
 
 ci:          ## both supported Megatron versions, in fresh environments
 	.ci/run
