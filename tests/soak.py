@@ -26,6 +26,7 @@ import time
 import traceback
 import urllib.request
 from collections.abc import Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +378,7 @@ def soaked(name: str, minutes: float, switch: float) -> dict[str, Any]:
                 given = (name, rank, port, store, length, switch, theirs)
                 worker = context.Process(target=serve, args=given, daemon=True)
                 worker.start()
+                theirs.close()  # so that its end is heard
                 ends.append(mine)
                 workers.append(worker)
             return ends, workers
@@ -384,7 +386,6 @@ def soaked(name: str, minutes: float, switch: float) -> dict[str, Any]:
         port = free_port(world)
         ends, workers = start(minutes, port)
         samples: list[list[tuple[float, float, int, int]]] = [[] for _ in ends]
-        results: list[dict[str, Any]] = []
         scrapers: list[Scraper] = []
         for rank, end in enumerate(ends):
             first = _heard(end, 900.0)
@@ -393,14 +394,7 @@ def soaked(name: str, minutes: float, switch: float) -> dict[str, Any]:
             scrapers.append(Scraper(port + rank))
         for scraper in scrapers:
             scraper.start()
-        for rank, end in enumerate(ends):
-            while True:
-                said = _heard(end, 60 * minutes + PATIENCE)
-                if "sample" in said:
-                    samples[rank].append(said["sample"])
-                    continue
-                break
-            results.append(said)
+        results = _results(ends, samples, 60 * minutes + PATIENCE)
         for scraper in scrapers:
             scraper.stop()
         faults = [one["error"] for one in results if "error" in one]
@@ -448,9 +442,28 @@ def soaked(name: str, minutes: float, switch: float) -> dict[str, Any]:
     return found
 
 
+def _results(
+    ends: Sequence[Any], samples: Sequence[list[tuple[float, float, int, int]]], seconds: float
+) -> list[dict[str, Any]]:
+    """What every worker says at its end; whoever speaks meanwhile is heard, or it would wait."""
+    found: dict[int, dict[str, Any]] = {}
+    until = time.monotonic() + seconds
+    while len(found) < len(ends):
+        waiting = [end for rank, end in enumerate(ends) if rank not in found]
+        spoke = connection.wait(waiting, max(0.0, until - time.monotonic()))
+        for rank, end in enumerate(ends):
+            if rank not in found and (end in spoke or not spoke):
+                said = _heard(end, 0.0)
+                if "sample" in said:
+                    samples[rank].append(said["sample"])
+                else:
+                    found[rank] = said
+    return [found[rank] for rank in range(len(ends))]
+
+
 def _heard(end: Any, seconds: float) -> dict[str, Any]:
     if not end.poll(seconds):
-        return {"error": f"a worker said nothing for {seconds:.0f} s"}
+        return {"error": "a worker said nothing in time"}
     try:
         return end.recv()
     except EOFError:
