@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
     if autoep:
         record_router_logits(model)
     _join_groups(model)
+    if block.log_format is not None:
+        log_as(block.log_format)
     # DeepSpeed's own MoE layer pads every expert to the fullest one: it wants each expert bounded.
     runtime = Runtime(
         block.settings("padded" if gates else None),
@@ -162,6 +165,24 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
         profile=block.load_profile(),
         virtual_ranks=block.virtual_ranks,
     )
+    with ExitStack() as stack:
+        if block.metrics_port is not None:
+            address = block.metrics_address or LOCALHOST
+            stack.callback(serve_metrics(runtime, block.metrics_port, address=address).close)
+        _put_in(model, block, runtime, gates, autoep, tensor_parallel_size)
+        stack.pop_all()  # it serves as long as the process lives
+    return runtime
+
+
+def _put_in(
+    model: nn.Module,
+    block: MACSBlock,
+    runtime: Runtime,
+    gates: list[Any],
+    autoep: list[Any],
+    tensor_parallel_size: int,
+) -> None:
+    """Add the layers to the runtime, and change them, all or none."""
     blind = _why_blind(model) if block.modality == "auto" and not _kinds_named(block) else None
     same_tokens = max(tensor_parallel_size, bwc_tensor_model_parallel_world_size(groups.mpu))
     own = [_add_gate(runtime, layer, same_tokens, blind) for layer in gates]
@@ -182,14 +203,9 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
             )
         else:
             MACSAutoEPMoELayer.adopt(layer, mine)
-    if block.log_format is not None:
-        log_as(block.log_format)
-    if block.metrics_port is not None:
-        serve_metrics(runtime, block.metrics_port, address=block.metrics_address or LOCALHOST)
     if block.record is not None:
         runtime.start_routing()
         atexit.register(runtime.save_routing, Path(block.record).resolve())
-    return runtime
 
 
 def _init_inference_with(

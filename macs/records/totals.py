@@ -1,7 +1,7 @@
 """Counters that last as long as the process: for whoever watches a model while it serves.
 
-Every layer adds its steps to a row of its own on the device, in the launch that records the step. The last
-layer then has all rows copied to the host, on the stream of the step and without waiting for it, so that
+Every layer adds its steps to a row of its own on the device, in the launch that records the step. Where a
+forward pass ends, all rows are copied to the host, on the stream of the step and without waiting for it. So
 they can be read at any time, from any thread, without a call to the device; also where a CUDA graph replays
 the step.
 
@@ -35,8 +35,9 @@ OWN: tuple[str, ...] = (
 """Of a row, before the record's sums: steps that were recorded, and those in which a source planned; the rows
 of each step's busiest rank and of its busiest expert, before and after planning."""
 
-PAUSE = 1e-3
-"""Seconds between two looks at what a GPU may be writing just now: a copy takes a hundredth of that."""
+TRIES, PAUSE = 20, 1e-3
+"""How often to look at what a GPU may be writing just now, and seconds between: a copy takes a hundredth of
+that."""
 
 
 @dataclass(frozen=True)
@@ -84,41 +85,68 @@ class LayerTotals:
 
 @dataclass(frozen=True)
 class Totals:
-    """One reading of all layers' counters. bypassed: steps that the last layer was given and that were left
-    to the router because they were small, known without a look at them."""
+    """One reading of all layers' counters.
 
-    layers: tuple[LayerTotals, ...]
-    bypassed: int
+    leading: of each block of layers that began to run together, the one with the most steps, which speaks
+    for the block where forward passes and tokens are counted. bypassed: steps that were left to the router
+    because they were small, known without a look at them. blocks: which blocks these are.
+    """
+
+    layers: tuple[LayerTotals, ...] = ()
+    leading: tuple[int, ...] = ()
+    bypassed: int = 0
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def leaders(self) -> list[LayerTotals]:
+        return [self.layers[place] for place in self.leading]
 
     @property
     def planned_steps(self) -> int:
-        return int(self.layers[-1].own("planned_steps")) if self.layers else 0
+        return sum(int(one.own("planned_steps")) for one in self.leaders)
 
     @property
     def bypassed_steps(self) -> int:
         """Steps in which nothing was planned: those of ``bypassed``, those that turned out, on the device, to
         have fewer valid tokens than ``min_tokens``, and those of a policy without plans (vanilla)."""
-        if not self.layers:
-            return self.bypassed
-        last = self.layers[-1]
-        return self.bypassed + int(last.own("steps") - last.own("planned_steps"))
+        return self.bypassed + sum(int(one.own("steps") - one.own("planned_steps")) for one in self.leaders)
 
     def since(self, before: Totals) -> Totals:
-        """What was added since an earlier reading, of the same layers."""
+        """What was added since an earlier reading of the same blocks."""
         layers = tuple(now.since(then) for now, then in zip(self.layers, before.layers, strict=True))
-        return Totals(layers, self.bypassed - before.bypassed)
+        return Totals(layers, self.leading, self.bypassed - before.bypassed, self.blocks)
 
 
 @dataclass
 class _Block:
-    """Rows of the layers that were there when the first of them ran, behind one number, ``bypassed``."""
+    """Rows of the layers that were there when the first of them ran, behind one number, ``bypassed``.
+
+    final: the place of the layer that ends a forward pass, the last one until passes turn out to end before;
+    ran: of the layer that ran last.
+    """
 
     rows: Tensor
     host: Tensor
+    layers: Sequence[weakref.ref[Any]]
     forms: Sequence[tuple[Topology, int]]
     parts: Sequence[Tensor]
-    last: weakref.ref[Any]
+    final: int
+    ran: int = -1
     lock: Any = field(default_factory=threading.Lock)
+    seen: Tensor | None = None
+
+    @property
+    def alive(self) -> bool:
+        return any(layer() is not None for layer in self.layers)
+
+    def ends(self, place: int) -> bool:
+        """Whether the layer that ran now ends the forward pass, as far as one knows."""
+        if place <= self.ran:  # another pass has begun: the one before ended there
+            if self.ran < self.final:
+                self.publish()
+            self.final = self.ran
+        self.ran = place
+        return place >= self.final
 
     def publish(self) -> None:
         """Have the host's copy brought up to date, behind the work that the device was given."""
@@ -128,32 +156,28 @@ class _Block:
         else:
             self.host.copy_(self.rows, non_blocking=True)
 
-    def read(self) -> Totals:
+    def read(self) -> Tensor:
+        """The host's copy, [numbers]; where a GPU does not stop writing, the one that was read before."""
         with self.lock:
-            found = self.host.clone()
-            # A GPU writes without asking.
-            while self.rows.device.type != "cpu":
-                time.sleep(PAUSE)
-                again = self.host.clone()
-                if torch.equal(found, again):
+            for _ in range(1 if self.rows.device.type == "cpu" else TRIES):
+                found = self.host.clone()
+                if self.rows.device.type == "cpu" or torch.equal(found, self.host):
+                    self.seen = found
                     break
-                found = again
-        sizes = [1, *(part.numel() for part in self.parts)]
-        bypassed, *rows = found.split(sizes)
-        layers = tuple(LayerTotals(row, *form) for row, form in zip(rows, self.forms, strict=True))
-        return Totals(layers, int(bypassed))
+                time.sleep(PAUSE)
+            return torch.zeros_like(self.host) if self.seen is None else self.seen
 
 
 class Counters:
     """The counters of a runtime's layers.
 
-    ``prepare`` makes room for all layers there are, the first time one of them runs; ``row`` is what a layer
-    adds its steps to; ``bypassed`` and ``publish`` are called by every layer, and heard from the last one.
+    ``prepare`` makes room for layers, the first time one of them runs; ``row`` is what a layer adds its steps
+    to; ``publish`` and ``bypassed`` are called by every layer, and do something where a forward pass ends.
+    What layers counted goes when none of those that began with them is left, as a process's counters do.
     """
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
-        # A layer lives as long as the engine keeps it; what it counted stays.
         self._places: weakref.WeakKeyDictionary[Any, tuple[_Block, int]] = weakref.WeakKeyDictionary()
 
     def __contains__(self, layer: Any) -> bool:
@@ -168,10 +192,11 @@ class Counters:
         with torch.inference_mode(False):  # as in ``LayerRecorder``
             rows = torch.zeros(1 + sum(widths), dtype=torch.int64, device=device)
             host = torch.zeros_like(rows, device="cpu", pin_memory=device.type == "cuda")
-        block = _Block(rows, host, tuple(new.values()), rows[1:].split(widths), weakref.ref(list(new)[-1]))
+        references = [weakref.ref(layer) for layer in new]
+        block = _Block(rows, host, references, tuple(new.values()), rows[1:].split(widths), len(new) - 1)
         for place, layer in enumerate(new):
             self._places[layer] = block, place
-        self._blocks.append(block)
+        self._blocks = [*(one for one in self._blocks if one.alive), block]
 
     def row(self, layer: Any) -> Tensor:
         """What ``layer`` adds its steps to, on the device: see ``LayerTotals``."""
@@ -180,20 +205,32 @@ class Counters:
 
     def publish(self, layer: Any) -> None:
         """A layer has added its step."""
-        block, _ = self._places[layer]
-        if layer is block.last():
+        block, place = self._places[layer]
+        if block.ends(place):
             block.publish()
 
     def bypassed(self, layer: Any) -> None:
         """A layer was given a step that is too small to plan; two launches, of the last layer alone."""
-        block, _ = self._places[layer]
-        if layer is block.last():
+        block, place = self._places[layer]
+        if block.ends(place):
             block.rows[:1] += 1
             block.publish()
 
+    def layers(self) -> list[Any]:
+        """The layers of a reading, in its order; none where one is gone."""
+        return [layer() for block in self._blocks if block.alive for layer in block.layers]
+
     def read(self) -> Totals:
-        """All counters as they were when the last layer had its latest step; waits for nobody."""
-        found = [block.read() for block in self._blocks]
-        return Totals(
-            tuple(layer for one in found for layer in one.layers), sum(one.bypassed for one in found[-1:])
-        )
+        """All counters as they were when a forward pass last ended; waits for nobody."""
+        layers: list[LayerTotals] = []
+        leading, blocks, bypassed = [], [], 0
+        for block in [one for one in self._blocks if one.alive]:
+            own, *rows = block.read().split([1, *(part.numel() for part in block.parts)])
+            found = [LayerTotals(row, *form) for row, form in zip(rows, block.forms, strict=True)]
+            steps = [one.own("steps") for one in found]
+            # The last of those with the most: no other has ended more passes.
+            leading.append(len(layers) + max(range(len(found)), key=lambda place: (steps[place], place)))
+            layers += found
+            bypassed += int(own)
+            blocks.append(id(block))
+        return Totals(tuple(layers), tuple(leading), bypassed, tuple(blocks))

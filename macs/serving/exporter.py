@@ -79,13 +79,17 @@ def serve_metrics(
             "serve_metrics: needs prometheus-client: pip install 'macs-moe[metrics]'"
         ) from error
     own = port + int(os.environ.get("LOCAL_RANK", "0")) if port else 0
-    collector = Collector(runtime, per_expert)
+    before = runtime.counters
     registry = CollectorRegistry()
-    registry.register(collector)
+    registry.register(Collector(runtime, per_expert))
     try:
         server, thread = start_http_server(own, addr=address, registry=registry)
     except (OSError, OverflowError) as error:
-        raise ValueError(f"metrics port: cannot listen on {address}, port {own}: {error}") from error
+        runtime.counters = before
+        raise ValueError(
+            f"metrics port: cannot listen on {address}, port {own} ({port} + LOCAL_RANK): {error}; give "
+            "another port, with those after it free for the other processes, or an address of this machine"
+        ) from error
     return MetricsServer(server, thread, address)
 
 
@@ -133,8 +137,8 @@ class Collector:
         """What was added within the window."""
         at = time.monotonic()
         with self._lock:
-            if self._readings and len(self._readings[-1][1].layers) != len(now.layers):
-                self._readings.clear()  # layers joined
+            if self._readings and self._readings[-1][1].blocks != now.blocks:
+                self._readings.clear()  # layers joined, or are gone
             while len(self._readings) > 1 and self._readings[1][0] <= at - WINDOW:
                 self._readings.popleft()
             then = self._readings[0][1] if self._readings and self._readings[0][0] <= at - WINDOW else None
@@ -150,7 +154,9 @@ class Collector:
             "Token-expert pairs, by what became of them",
             labels=("layer", "modality", "action"),
         )
-        unmet = CounterMetricFamily("macs_guard_unmet", "Steps of a layer in which a guard could not be met")
+        unmet = CounterMetricFamily(
+            "macs_guard_unmet", "Plans of a layer, by source, in which a guard could not be met"
+        )
         experts = CounterMetricFamily(
             "macs_expert_assignments", "Token-expert pairs of an expert", labels=("layer", "expert", "stage")
         )
@@ -167,13 +173,17 @@ class Collector:
             yield experts
         unmet.add_metric((), sum(layer.scalar("unmet") for layer in now.layers))
         yield unmet
-        tokens = CounterMetricFamily("macs_tokens", "Valid tokens of the steps", labels=("modality",))
-        nonfinite = CounterMetricFamily(
-            "macs_nonfinite_tokens", "Tokens that reached a layer with inf or NaN among their features"
+        tokens = CounterMetricFamily(
+            "macs_tokens",
+            "Valid tokens of the steps that were not bypassed by their size",
+            labels=("modality",),
         )
-        last = now.layers[-1:]
-        visual = sum(layer.scalar("visual") for layer in last)
-        tokens.add_metric(("text",), sum(layer.scalar("tokens") for layer in last) - visual)
+        nonfinite = CounterMetricFamily(
+            "macs_nonfinite_tokens",
+            "Tokens with inf or NaN among their features, in planned steps, once for each layer",
+        )
+        visual = sum(layer.scalar("visual") for layer in now.leaders)
+        tokens.add_metric(("text",), sum(layer.scalar("tokens") for layer in now.leaders) - visual)
         tokens.add_metric(("visual",), visual)
         nonfinite.add_metric((), sum(layer.scalar("nonfinite") for layer in now.layers))
         steps = CounterMetricFamily("macs_steps", "Forward passes, by what was decided", labels=("decision",))
@@ -214,8 +224,8 @@ class Collector:
     def _drift(self, recent: Totals) -> Iterator[Any]:
         from prometheus_client.core import GaugeMetricFamily
 
-        profile, layers = self.runtime.profile, self.runtime.layers
-        if profile is None or len(layers) != len(recent.layers):
+        profile, layers = self.runtime.profile, self._counters.layers()
+        if profile is None or len(layers) != len(recent.layers):  # one joined just now
             return
         drift = GaugeMetricFamily(
             "macs_drift",
@@ -224,7 +234,7 @@ class Collector:
         )
         for number, (layer, total) in enumerate(zip(layers, recent.layers, strict=True)):
             visual = total.loads("visual")
-            row = layer.profile_row
+            row = None if layer is None else layer.profile_row
             if row is not None and total.scalar("tokens") > 0:
                 found = profile.drift(row, visual, total.loads("before") - visual)
                 for modality, value in zip(("visual", "text"), found, strict=True):
@@ -245,8 +255,10 @@ class Collector:
             "split": config.split,
             "verified_kl": "",
         }
-        if tuning is not None and config.split == "tuned" and target is not None:
-            same = ((tuning.targets - target).abs() < 1e-9).nonzero()
+        ranks = {layer.topology.num_ranks for layer in runtime.layers}
+        measured = tuning is not None and runtime.policy == tuning.policy and ranks == {tuning.ranks}
+        if tuning is not None and measured and config.split == "tuned" and runtime.enabled:
+            same = ((tuning.targets - (target or 0.0)).abs() < 1e-9).nonzero()
             if len(same):
                 said["verified_kl"] = f"{float(tuning.damage[same[0, 0], 0]):.3g}"
         return InfoMetricFamily("macs", "What is in force", value=said)

@@ -48,7 +48,7 @@ class LayerRuntime:
         self.agreement: Agreement | None = None
         self._shared = seam.share()
         self._settle_place()
-        self.captured = False
+        self.captured = self.graphed = False  # its plans by a CUDA graph; anything of it
         self.calibration = Calibration(topology.num_experts)
         self._scores: Tensor | None = None
         self.reset()
@@ -73,7 +73,7 @@ class LayerRuntime:
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = {"agreement": None, "_planner": None, "recorder": None, "_scores": None}
-        return {**vars(self), **dropped, "calibration": None, "captured": False}
+        return {**vars(self), **dropped, "calibration": None, "captured": False, "graphed": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -120,8 +120,9 @@ class LayerRuntime:
         within leaves the others alone in the pass, and every later pass of this process is refused.
         """
         agreement = self.agreement
-        self._count_bypassed(count, device, training)
+        self.graphed = self.graphed or capturing(device)
         if agreement is None or capturing(device):
+            self._count_bypassed(count, device, training)
             yield
             return
         try:
@@ -129,6 +130,7 @@ class LayerRuntime:
             if self.index == agreement.first_layer():
                 enough = count >= self.runtime.config.least_tokens(device.type)
                 agreement.begin(self.runtime.settings(training), enough)
+            self._count_bypassed(count, device, training)
             yield
         except BaseException as error:
             agreement.break_off(error)
@@ -136,15 +138,21 @@ class LayerRuntime:
 
     def _count_bypassed(self, count: int, device: torch.device, training: bool) -> None:
         """Tell the counters, if there are any, of a step too small to plan; in a captured graph, too."""
-        counters = self.runtime.counters
-        planning = self.runtime.enabled and not self.runtime.calibrating and not training
-        if counters is not None and planning and self.planner.bypasses(count, device):
+        runtime, counters = self.runtime, self.runtime.counters
+        if counters is None or training or runtime.calibrating or not runtime.enabled:
+            return
+        if self.planner.bypasses(count, device):
             self._prepare_counters(device)
             counters.bypassed(self)
 
     def _prepare_counters(self, device: torch.device) -> None:
         if self.runtime.counters is not None and self not in self.runtime.counters:
-            layers = {layer: (layer.topology, layer.top_k) for layer in self.runtime.layers}
+            layers = {
+                layer: (layer.topology, layer.top_k)
+                for layer in self.runtime.layers
+                # A model may lie on several GPUs: each has memory of its own.
+                if layer is self or device.type == "cpu" or layer.seam.router_weight().device == device
+            }
             self.runtime.counters.prepare(layers, device)
 
     def left(self) -> None:

@@ -326,7 +326,11 @@ class Runtime:
             RuntimeError: a CUDA graph has captured MACS layers, which would replay without counting.
         """
         if self.counters is None:
-            self._refuse_captured("counting")
+            if any(layer.graphed for layer in self.layers):
+                raise RuntimeError(
+                    "counting: a CUDA graph has captured MACS layers, and would replay them without; "
+                    "expected it before the engine captures"
+                )
             self.counters = Counters()
         return self.counters
 

@@ -1,5 +1,6 @@
 """Counters of a process and the endpoint that serves them."""
 
+import gc
 import json
 import re
 import socket
@@ -221,11 +222,14 @@ def test_drift_is_what_the_runtime_finds():
         assert found[str(number), "text"] == pytest.approx(text)
 
 
-def test_nothing_is_counted_where_nobody_asked():
+def test_nothing_is_counted_where_nobody_asked(monkeypatch):
     runtime, layers = started()
     step(layers, 64, 0)
     assert runtime.counters is None
-    layers[0].captured = True
+    # A graph of a step that is too small to plan would not count either.
+    monkeypatch.setattr("macs.serving.layer.capturing", lambda device: True)
+    runtime.use("macs", MACSConfig(min_tokens=1000))
+    step(layers, 64, 0)
     with pytest.raises(RuntimeError, match="counting: a CUDA graph has captured"):
         serve_metrics(runtime, 0)
 
@@ -238,6 +242,49 @@ def test_layers_that_join_later_are_counted():
     more = runtime.add_layer(AnySeam(lambda: router, Topology(EXPERTS, RANKS), TOP_K))
     step([*layers, more], 64, 1)
     assert [one.own("steps") for one in counters.read().layers] == [2, 2, 2, 1]
+
+
+def test_passes_that_end_before_the_last_layer_are_counted():
+    """As of a copy of a model, whose layers are in the same runtime, and do not run."""
+    runtime, layers = started()
+    counters = runtime.start_counting()
+    for number in range(4):
+        step(layers[:2], 64, number)
+    found = counters.read()
+    # The first pass is told when the second begins.
+    assert [one.own("steps") for one in found.layers] == [4, 4, 0] and found.planned_steps == 4
+    step(layers, 64, 9)
+    assert counters.read().planned_steps == 5 and counters.read().layers[2].own("steps") == 1
+
+
+def test_a_model_that_is_gone_is_no_longer_told():
+    runtime, layers = started()
+    collector = Collector(runtime)
+    step(layers, 64, 0)
+    list(collector.collect())
+    del layers
+    gc.collect()
+    router = torch.randn(EXPERTS, 16)
+    seam = AnySeam(lambda: router, Topology(EXPERTS, RANKS), TOP_K)
+    new = [runtime.add_layer(seam) for _ in range(2)]
+    step(new, 64, 1)
+    families = {family.name: family for family in collector.collect()}
+    assert {one.labels["layer"] for one in families["macs_assignments"].samples} == {"0", "1"}
+    assert [one.value for one in families["macs_steps"].samples] == [1, 0]
+    assert len(families["macs_balancedness"].samples) == 2
+
+
+def test_what_a_gpu_does_not_stop_writing_is_told_as_it_was(monkeypatch):
+    runtime, layers = started()
+    counters = runtime.start_counting()
+    step(layers, 64, 0)
+    before = counters.read()
+    (block,) = counters._blocks
+    monkeypatch.setattr(block, "rows", torch.empty(0, device="meta"))
+    monkeypatch.setattr(torch, "equal", lambda one, other: False)
+    monkeypatch.setattr("macs.records.totals.PAUSE", 0)
+    block.host += 1
+    assert counters.read().planned_steps == before.planned_steps == 1
 
 
 def test_without_the_library_it_says_what_to_install():
