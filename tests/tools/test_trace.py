@@ -22,7 +22,7 @@ def line(**changes):
 def test_layers_are_numbered_in_order_and_those_that_guess_ahead_left_out(tmp_path):
     path = tmp_path / "router_trace_rank0.jsonl"
     path.write_text(line() + line(layer=1, top_indices=[[1, 2], [2, 3]]) + line(block="mtp", mtp_idx=0))
-    found = read_trace(path)
+    found = read_trace(path, experts=8)
     assert [(one.layer, one.step) for one in found.records] == [(1, 0), (0, 0)]
     assert found.records[0].experts.tolist() == [[0, 5], [4, 1]] and found.num_experts == 8
     assert read_trace(path, experts=6).num_experts == 6
@@ -34,8 +34,16 @@ def test_layers_are_numbered_in_order_and_those_that_guess_ahead_left_out(tmp_pa
     [
         ("", "found no record of block 'decoder'"),
         ("{", "line 1 is no JSON"),
-        (line() + line(topk=3), "found 2 tokens of 3 experts in step 0, layer 3, expected 2 of 2"),
-        (line(num_tokens=3), "found 2 tokens of 2 experts in step 0, layer 3, expected 3 of 2"),
+        (line() + line(topk=3), "step 0, layer 3: found 3 experts a token, expected 2"),
+        (line(topk=0, top_indices=[[], []]), "found 0 experts a token, expected 1"),
+        (line(num_tokens=3), "step 0, layer 3: found 2 tokens, expected 3"),
+        (line(top_indices=[[0, 1], [2]]), "step 0, layer 3: found rows that are not of 2 numbers each"),
+        (line(top_indices=[[0, 1], [2, "x"]]), "found something that is no number"),
+        (line(top_indices=[[0, 1], [2, 0.7]]), "found an index that is no expert's"),
+        (line(top_indices=[[0, 1], [2, 40000]]), "found an index that is no expert's"),
+        (line(macs_weights=[[1.0, 0.0]]), "step 0, layer 3: found macs_weights of other tokens"),
+        (line(macs_kinds=[0, "image"]), "found something else than int in macs_kinds"),
+        (line(rank=None, logit_offset=0, logit_bytes=24), "no rank that says in which file"),
         (line() + '{"step": 1}\n', "line 2 has no layer"),
         (line(top_indices=[[0, 9], [1, 2]]), "found experts outside -1..5"),
         (line(logit_offset=0, logit_bytes=24), "no file"),
@@ -46,6 +54,21 @@ def test_what_is_no_trace_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_trace(path, experts=6)
+
+
+def test_how_many_experts_there_are_is_not_guessed(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(line())
+    with pytest.raises(ValueError, match="and 5 as the largest index; expected --experts"):
+        read_trace(path)
+
+
+def test_a_second_call_in_a_step_is_a_step_of_its_own(tmp_path):
+    """As of another microbatch: added up, two that are skewed each their own way would look even."""
+    path = tmp_path / "trace.jsonl"
+    calls = [line(top_indices=[[0, 1]] * 2), line(top_indices=[[4, 5]] * 2), line(step=1), line(step=1)]
+    path.write_text("".join(calls))
+    assert [one.step for one in read_trace(path, experts=6).records] == [0, 1, 2, 3]
 
 
 def recorded():
@@ -71,7 +94,7 @@ def test_a_recording_goes_there_and_back(tmp_path, capsys):
     trace.main([str(first), "--to", str(there)])
     record = json.loads(there.read_text().splitlines()[1])
     assert record["rank"] == 2 and record["layer"] == 1 and record["num_tokens"] == 30
-    trace.main([str(there), "--to", str(back), "--ranks", "4", "--experts", "16"])
+    trace.main([str(there), "--to", str(back), "--ranks", "4"])
     expected, found = recorded(), Recording.load(back)
     assert (found.num_experts, found.num_ranks) == (16, 4)
     assert all(torch.equal(found.tensors[name], one) for name, one in expected.tensors.items())
@@ -97,7 +120,9 @@ def test_what_stock_megatron_wrote_is_read_and_simulated(pool, tmp_path, logits)
     )
     chosen = pool.run("support.megatron_jobs:traced", 2, str(tmp_path), logits)
     paths = [tmp_path / f"router_trace_rank{rank}.jsonl" for rank in range(2)]
-    for mine, recording in zip(chosen, load_recordings(paths), strict=True):
+    experts = [] if logits else ["--experts", "4"]
+    found = load_recordings(paths, None if logits else 4)
+    for mine, recording in zip(chosen, found, strict=True):
         found = [(one.layer, one.step, one.experts.tolist()) for one in recording.records]
         assert found == [tuple(one) for one in mine] and len(found) == 8
         assert (recording.num_experts, recording.top_k, recording.num_ranks) == (4, 2, 2)
@@ -106,12 +131,12 @@ def test_what_stock_megatron_wrote_is_read_and_simulated(pool, tmp_path, logits)
             best = first.scores.topk(2).indices.sort(1).values
             assert torch.equal(best, first.experts.sort(1).values)
             assert not torch.allclose(first.weights[:, 0], torch.tensor(0.5))
-    given = ["--recordings", *map(str, paths), "--layer", "1", "--ranks", "2", "4", "--steps", "2"]
+    given = ["--recordings", *map(str, paths), *experts, "--layer", "1", "--ranks", "2", "4", "--steps", "2"]
     out = tmp_path / "found.json"
     simulate.main([*given, "--tokens", "128", "--policies", "macs", "--replicas", "--json", str(out)])
     rows = json.loads(out.read_text())["sizes"]["recording"]
     assert [row["ranks"] for row in rows if row["policy"] == "macs"] == [2, 4]
     assert all(row["straggler"] <= 1.06 for row in rows if row["policy"] == "macs")
     page = tmp_path / "page.html"
-    report.main([*map(str, paths), "--sizes", "2", "4", "--shape", "tiny", "--out", str(page)])
+    report.main([*map(str, paths), *experts, "--sizes", "2", "4", "--shape", "tiny", "--out", str(page)])
     assert "do not say which they are" in page.read_text() and "2 of 8 steps" not in page.read_text()

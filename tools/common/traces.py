@@ -8,6 +8,7 @@ num_tokens, topk, top_indices. It knows neither modality nor weights nor how man
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ DECODER = "decoder"
 """The block whose layers MACS plans; those that guess tokens ahead (``mtp``) are left out."""
 
 FIELDS = {"step": int, "layer": int, "num_tokens": int, "topk": int, "top_indices": list}
-KINDS, WEIGHTS = "macs_kinds", "macs_weights"
+KINDS, WEIGHTS, EXPERTS = "macs_kinds", "macs_weights", "macs_experts"
 """What a trace that ``write_trace`` wrote has besides."""
 
 
@@ -40,8 +41,8 @@ def read_trace(path: Path, experts: int | None = None, ranks: int = 1) -> Record
 
     Args:
         path: the ``.jsonl`` file.
-        experts: how many each layer has; none: as many as the logits have, or the next power of 2 that is
-            enough for the largest index.
+        experts: how many each layer has; none: as many as the logits have, or as the trace says that
+            ``write_trace`` wrote.
         ranks: expert-parallel ranks of the run; 1 is said where they do not divide the experts.
 
     Raises:
@@ -51,15 +52,16 @@ def read_trace(path: Path, experts: int | None = None, ranks: int = 1) -> Record
     if not found:
         raise ValueError(f"trace {path}: found no record of block {DECODER!r}")
     top_k = found[0]["topk"]
-    chosen = []
+    chosen: list[np.ndarray] = []
+    often: Counter[tuple[int, int]] = Counter()
     for record in found:
-        block = np.asarray(record["top_indices"], dtype=np.int16).reshape(-1, top_k)
-        if record["topk"] != top_k or len(block) != record["num_tokens"]:
-            raise ValueError(
-                f"trace {path}: found {len(block)} tokens of {record['topk']} experts in step "
-                f"{record['step']}, layer {record['layer']}, expected {record['num_tokens']} of {top_k}"
-            )
-        chosen.append(block)
+        chosen.append(
+            _indices(f"trace {path}: step {record['step']}, layer {record['layer']}", record, top_k)
+        )
+        # A layer's second call in a step, as of another microbatch, is a step of its own.
+        record["again"] = often[record["step"], record["layer"]]
+        often[record["step"], record["layer"]] += 1
+    calls = max(often.values())
     keep = [number for number, block in enumerate(chosen) if len(block)]
     if not keep:
         raise ValueError(f"trace {path}: found no token in any record")
@@ -67,15 +69,17 @@ def read_trace(path: Path, experts: int | None = None, ranks: int = 1) -> Record
     flat = torch.from_numpy(np.concatenate([chosen[number] for number in keep]))
     tensors = {
         "layers": torch.tensor([numbers.index(found[number]["layer"]) for number in keep], dtype=torch.int32),
-        "steps": torch.tensor([found[number]["step"] for number in keep], dtype=torch.int64),
+        "steps": torch.tensor(
+            [found[number]["step"] * calls + found[number]["again"] for number in keep], dtype=torch.int64
+        ),
         "counts": torch.tensor([len(chosen[number]) for number in keep], dtype=torch.int64),
         "experts": flat,
         "weights": torch.full(flat.shape, 1 / top_k, dtype=torch.float16),
         "kinds": torch.full((len(flat),), TEXT, dtype=torch.int8),
     }
     if all(WEIGHTS in found[number] for number in keep):
-        values = [value for number in keep for row in found[number][WEIGHTS] for value in row]
-        tensors["weights"] = torch.tensor(values, dtype=torch.float16).view_as(flat)
+        values = [row for number in keep for row in found[number][WEIGHTS]]
+        tensors["weights"] = torch.from_numpy(_rows(f"trace {path}: {WEIGHTS}", values, top_k)).half()
     if all(KINDS in found[number] for number in keep):
         kinds = [kind for number in keep for kind in found[number][KINDS]]
         tensors["kinds"] = torch.tensor(kinds, dtype=torch.int8)
@@ -84,10 +88,44 @@ def read_trace(path: Path, experts: int | None = None, ranks: int = 1) -> Record
         experts = experts or scores.shape[1]
         tensors["scores"] = scores.half()
         if not all(WEIGHTS in found[number] for number in keep):
-            own = scores.gather(1, flat.long().clamp(min=0))
-            tensors["weights"] = (own / own.sum(1, keepdim=True)).half()
-    experts = experts or 1 << int(flat.max()).bit_length()
+            gates = scores.gather(1, flat.long().clamp(min=0))
+            tensors["weights"] = (gates / gates.sum(1, keepdim=True)).half()
+    told = {found[number][EXPERTS] for number in keep if isinstance(found[number].get(EXPERTS), int)}
+    experts = experts or max(told, default=None)
+    if experts is None:
+        raise ValueError(
+            f"trace {path}: found nothing that says how many experts a layer has, and {int(flat.max())} as "
+            "the largest index; expected --experts"
+        )
     return Recording(experts, 1 if experts % ranks else ranks, tensors, f"trace {path}")
+
+
+def _rows(name: str, rows: list[Any], width: int) -> np.ndarray:
+    """Numbers [N, width] of a list of lists."""
+    if not all(isinstance(row, list) and len(row) == width for row in rows):
+        raise ValueError(f"{name}: found rows that are not of {width} numbers each")
+    found = np.array(rows, dtype=object).reshape(-1, width)
+    if not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in found.flat):
+        raise ValueError(f"{name}: found something that is no number")
+    return found.astype(np.float64)
+
+
+def _indices(name: str, record: dict[str, Any], top_k: int) -> np.ndarray:
+    """A record's experts, int16 [tokens, k]; what else it has of tokens is of as many."""
+    if record["topk"] != top_k or top_k < 1:
+        raise ValueError(f"{name}: found {record['topk']} experts a token, expected {max(1, top_k)}")
+    found = _rows(name, record["top_indices"], top_k)
+    if len(found) != record["num_tokens"]:
+        raise ValueError(f"{name}: found {len(found)} tokens, expected {record['num_tokens']}")
+    if not ((found == found.round()) & (found >= -1) & (found < 2**15)).all():
+        raise ValueError(f"{name}: found an index that is no expert's")
+    for own, kind in ((KINDS, int), (WEIGHTS, list)):
+        values = record.get(own, [])
+        if own in record and not (isinstance(values, list) and len(values) == len(found)):
+            raise ValueError(f"{name}: found {own} of other tokens than it has")
+        if not all(isinstance(one, kind) for one in values):
+            raise ValueError(f"{name}: found something else than {kind.__name__} in {own}")
+    return found.astype(np.int16)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -110,6 +148,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _logits(path: Path, records: Sequence[dict[str, Any]]) -> Tensor:
     """Of all tokens of these records, bfloat16 [N, E]."""
+    if not isinstance(records[0].get("rank"), int):
+        raise ValueError(f"trace {path}: found logits in its records, and no rank that says in which file")
     beside = path.with_name(f"logits_rank{records[0]['rank']}.bin")
     if not beside.is_file():
         raise ValueError(f"trace {path}: found logits in its records, but no file {beside}")
@@ -118,6 +158,8 @@ def _logits(path: Path, records: Sequence[dict[str, Any]]) -> Tensor:
         part = data[record["logit_offset"] :][: record["logit_bytes"]]
         if len(part) != record["logit_bytes"]:
             raise ValueError(f"trace {path}: {beside} ends before step {record['step']}")
+        if record["num_tokens"] < 1 or len(part) % (2 * record["num_tokens"]):
+            raise ValueError(f"trace {path}: step {record['step']}: found logits of no whole tokens")
         parts.append(torch.from_numpy(part.copy()).view(torch.bfloat16).view(record["num_tokens"], -1))
     return torch.cat(parts)
 
@@ -139,6 +181,7 @@ def write_trace(recording: Recording, path: Path, rank: int = 0) -> None:
                 "top_indices": one.experts.tolist(),
                 KINDS: one.kinds.tolist(),
                 WEIGHTS: one.weights.tolist(),
+                EXPERTS: recording.num_experts,
             }
             file.write(json.dumps(record) + "\n")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from macs import Profile
 
-from .prediction import BALANCED, Prediction
+from .prediction import BALANCED, TARGETS, Prediction
 from .traffic import Traffic
 
 WORTH = 0.02
@@ -61,12 +61,8 @@ def advise(traffic: Traffic, prediction: Prediction, profile: Profile | None, na
             f"Only below the mean: on {size} ranks balance alone wins {max(won, 0):.0%}, a target of "
             f"{target} {won_low:.0%} of a MoE layer's time. macs tune measures what that costs in answers."
         )
-    return Advice(
-        verdict,
-        _reasons(traffic, prediction),
-        _against(traffic, prediction, size),
-        _commands(profile, named, won),
-    )
+    commands = [] if won_low < WORTH else _commands(profile, named, won, float(target))
+    return Advice(verdict, _reasons(traffic, prediction), _against(traffic, prediction, size), commands)
 
 
 def _reasons(traffic: Traffic, prediction: Prediction) -> list[str]:
@@ -84,7 +80,8 @@ def _reasons(traffic: Traffic, prediction: Prediction) -> list[str]:
             f"{traffic.small} of {traffic.small + traffic.steps} steps were small, as in decoding: left out."
         )
     if prediction.targets:
-        kept = {target: kl for target, kl in prediction.targets.items() if target in (1.05, 0.8, 0.6)}
+        wanted = [target for target in prediction.targets if target in TARGETS] or list(prediction.targets)
+        kept = {target: prediction.targets[target] for target in wanted}
         said = ", ".join(f"{kl:.2g} nats at {target:g}" for target, kl in kept.items())
         found.append(f"The profile's tuning verified a KL of {said}.")
     return found
@@ -94,7 +91,7 @@ def _against(traffic: Traffic, prediction: Prediction, size: int) -> list[str]:
     found = []
     if traffic.visual_share == 0:
         found.append(
-            "The recording has no visual token: Megatron's traces do not say which they are. All tokens "
+            "The recording has no visual token (Megatron's traces do not say which they are). All tokens "
             "count as text, whose load MACS bounds by score alone."
         )
     elif traffic.visual_share < FEW_VISUAL:
@@ -126,14 +123,16 @@ def _against(traffic: Traffic, prediction: Prediction, size: int) -> list[str]:
     return found
 
 
-def _commands(profile: Profile | None, named: Path | None, won: float) -> list[tuple[str, str]]:
+def _commands(
+    profile: Profile | None, named: Path | None, won: float, target: float
+) -> list[tuple[str, str]]:
     settings: dict[str, object] = {}
     if profile is not None and profile.tuning is not None:
         within = profile.tuning.damage[:, 0]
         kl = MAX_KL if bool((within <= MAX_KL).any()) else float(within.min())
         settings = {"split": "tuned", "max_kl": kl}
-    elif won >= WORTH:
-        settings = {"target_load": BALANCED}
+    else:
+        settings = {"target_load": BALANCED if won >= WORTH else target}
     flags = "".join(f" --moe-macs-{name.replace('_', '-')} {value}" for name, value in settings.items())
     if named is not None:
         flags += f" --moe-macs-profile {named}"
@@ -143,5 +142,6 @@ def _commands(profile: Profile | None, named: Path | None, won: float) -> list[t
         ("DeepSpeed", json.dumps(block)),
     ]
     if profile is None or profile.tuning is None:
-        found.append(("What a lower target costs in answers", "macs tune --model MODEL --data REQUESTS"))
+        cost = ("What a lower target costs in answers", "macs tune --model MODEL --data REQUESTS")
+        found.insert(len(found) if won >= WORTH else 0, cost)  # first, where nothing else wins
     return found

@@ -39,7 +39,8 @@ SCALE = "cividis"
 @dataclass(frozen=True)
 class Figure:
     """name: in links; title; what it shows, in words; plot: what plotly draws, with ``line`` the number of a
-    theme's colour in each trace; pictures: PNG by theme, base64; table: headings and rows of the same."""
+    theme's colour in each trace; pictures: PNG by theme, base64; table: headings and rows, and what is in
+    it."""
 
     name: str
     title: str
@@ -47,6 +48,7 @@ class Figure:
     plot: dict[str, Any]
     pictures: dict[str, str]
     table: tuple[list[str], list[list[str]]]
+    in_table: str = "The table below has the figures."
 
     @property
     def data(self) -> str:
@@ -214,7 +216,8 @@ def _maps(
     for label in maps:
         headings += [f"most ({label})", f"{across} ({label})"]
     plot = {"data": traces, "layout": layout}
-    return Figure(name, title, said, plot, pictures(draw), (headings, rows))
+    in_table = "The table below has the most of each layer, and where it is."
+    return Figure(name, title, said, plot, pictures(draw), (headings, rows), in_table)
 
 
 def figures(traffic: Traffic, prediction: Prediction) -> list[Figure]:

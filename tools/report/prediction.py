@@ -18,9 +18,9 @@ from .traffic import LEAST_TOKENS, Traffic
 
 BALANCED = 1.05
 TARGETS = BALANCED, 0.8, 0.6
-SAMPLED_LAYERS, STEPS, PLANNED, SOURCES = 2, 4, 3, 4
-"""So many layers are predicted for, from so many recorded steps, of which so many are planned, for so many
-ranks; by the one that is left EPLB places its copies."""
+SAMPLED_LAYERS, STEPS, SOURCES = 2, 2, 32
+"""So many layers are predicted for, from so many recorded steps: the first is planned, for at most so many
+ranks, which stand for the others, too; by the second EPLB places its copies."""
 
 BASELINES = "token drop", "rank-balanced"
 
@@ -47,7 +47,7 @@ class Prediction:
         return list(dict.fromkeys(row["policy"] for row in self.rows))
 
 
-def sizes_for(experts: int, wanted: Sequence[int] = (8, 32, 128)) -> list[int]:
+def sizes_for(experts: int, wanted: Sequence[int] = (8, 32, 128, 512)) -> list[int]:
     """Cluster sizes that divide the experts; of few experts, what there is."""
     found = [size for size in wanted if experts % size == 0]
     return found or [max(size for size in range(1, experts + 1) if experts % size == 0 and size <= 8)]
@@ -59,14 +59,28 @@ def sampled_layers(traffic: Traffic) -> list[int]:
     return sorted({int(order[len(order) // 2]), int(order[-1])})[:SAMPLED_LAYERS]
 
 
-def drawn_from(recording: Recording, layer: int) -> Recording:
-    """Some large steps of a layer, over all of the recording."""
-    tensors = recording.tensors
-    mine = tensors["layers"] == layer
-    least = min(LEAST_TOKENS, int(tensors["counts"][mine].max()))
-    steps = tensors["steps"][mine & (tensors["counts"] >= least)].unique()
+def drawn_from(recordings: Sequence[Recording], layer: int) -> list[Recording]:
+    """Some steps of a layer that all ranks recorded, large ones where there are, from all over the run."""
+
+    def common(least: int) -> torch.Tensor:
+        """The steps in which every rank has so many tokens."""
+        found = None
+        for one in recordings:
+            tensors = one.tensors
+            steps = tensors["steps"][(tensors["layers"] == layer) & (tensors["counts"] >= least)].unique()
+            found = steps if found is None else found[torch.isin(found, steps)]
+        assert found is not None
+        return found
+
+    steps = common(LEAST_TOKENS)
+    steps = steps if len(steps) else common(1)
+    if not len(steps):
+        raise ValueError(f"recordings: layer {layer} has no step that all {len(recordings)} files have")
     chosen = steps[torch.linspace(0, len(steps) - 1, min(STEPS, len(steps))).long()]
-    return recording.part(mine & torch.isin(tensors["steps"], chosen))
+    return [
+        one.part((one.tensors["layers"] == layer) & torch.isin(one.tensors["steps"], chosen))
+        for one in recordings
+    ]
 
 
 def predict(
@@ -96,7 +110,7 @@ def predict(
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     layers = sampled_layers(traffic)
     for layer in layers:
-        own, batch_of = resampled_from([drawn_from(one, layer) for one in recordings], layer, shape, seed)
+        own, batch_of = resampled_from(drawn_from(recordings, layer), layer, shape, seed)
         known = contenders(BALANCED)
         chosen: dict[str, Contender] = {title: known[title] for title in (VANILLA, *BASELINES)}
         for target in TARGETS:
@@ -108,9 +122,7 @@ def predict(
                     split = one.config.updated(target_load=float(at[0][layer]))
                     chosen[f"{title} tuned"] = replace(one, config=split)
         for size in sizes:
-            for row in simulate(
-                own, size, batch_of, chosen, model, PLANNED, (1,), seed=seed, sources=SOURCES
-            ):
+            for row in simulate(own, size, batch_of, chosen, model, 1, (1,), seed=seed, sources=SOURCES):
                 found.setdefault((size, row["policy"]), []).append(row)
     rows = []
     for (size, policy), each in found.items():
@@ -122,6 +134,6 @@ def predict(
     pays = {
         size: break_even(replace(shape, experts=traffic.experts, top_k=traffic.top_k), size, traffic.typical)
         for size in sizes
-        if traffic.typical > BALANCED
+        if traffic.typical > BALANCED and size > 1
     }
     return Prediction(rows, list(sizes), layers, pays, targets, model, shape)

@@ -123,7 +123,12 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", type=Path, help="perhaps tuned: its verified damage is shown")
     parser.add_argument("--experts", type=int, help="of a layer, where a trace does not say")
     parser.add_argument("--ranks", type=int, help="whose load is shown (default: the run's)")
-    parser.add_argument("--sizes", nargs="+", type=int, help="ranks to predict for (default: 8, 32, 128)")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=int,
+        help="ranks to predict for (default: of 8, 32, 128, 512 those that divide the experts)",
+    )
     parser.add_argument(
         "--tokens", type=int, help=f"of a rank (default: the median step's, to {MOST_TOKENS})"
     )
@@ -147,8 +152,8 @@ def main(given: Sequence[str] | None = None) -> None:
         recordings = load_recordings(arguments.recordings, arguments.experts)
     experts = recordings[0].num_experts
     for size in arguments.sizes or ():
-        if size < 1 or experts % size:
-            parser.error(f"--sizes: found {size}, expected divisors of the {experts} experts")
+        if size < 2 or experts % size:
+            parser.error(f"--sizes: found {size}, expected divisors of the {experts} experts, 2 or more")
     advice = report(
         recordings,
         arguments.out,

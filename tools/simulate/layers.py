@@ -57,8 +57,9 @@ def asked_by(
     rows: dict[str, list[np.ndarray]] = {title: [] for title in chosen}
     mass = {title: np.zeros(3) for title in chosen}
     planned = ranks if sources is None else min(ranks, sources)
-    for rank in (number * ranks // planned for number in range(planned)):
-        batch = batch_of(step, rank)
+    for number in range(planned):
+        rank = number * ranks // planned
+        batch = batch_of(step, number)
         # Features only tell visual tokens apart, and do so with fewer.
         hidden = features(batch, min(shape.hidden, 256), step, rank, seed)
         tokens = batch.tokens
