@@ -225,7 +225,15 @@ def memory() -> tuple[float, int]:
     """Resident megabytes of this process, and its tensors."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     gc.collect()
-    tensors = sum(1 for one in gc.get_objects() if type(one) is torch.Tensor)
+    # No other thread meanwhile: CPython fails to finish a tuple that somebody refers to before it is whole, as
+    # a list of all objects does.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e3)
+    time.sleep(0)  # who waits by the former interval has its turn
+    try:
+        tensors = sum(1 for one in gc.get_objects() if type(one) is torch.Tensor)
+    finally:
+        sys.setswitchinterval(interval)
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, tensors
 
 
