@@ -225,8 +225,8 @@ def memory() -> tuple[float, int]:
     """Resident megabytes of this process, and its tensors."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     gc.collect()
-    # No other thread meanwhile: CPython fails to finish a tuple that somebody refers to before it is whole, as
-    # a list of all objects does.
+    # No other thread meanwhile: CPython fails to finish a tuple that somebody refers to before it is whole,
+    # as a list of all objects does.
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e3)
     time.sleep(0)  # who waits by the former interval has its turn
