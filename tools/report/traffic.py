@@ -106,13 +106,15 @@ def measured(recordings: Sequence[Recording], ranks: int) -> Traffic:
             of = np.repeat(np.arange(begin, after), counts[begin:after])
             expert = chosen[part].astype(np.int64)
             visual = (kinds[part] != TEXT).astype(np.int64)
-            real = expert >= 0
+            real = slice(None) if (expert >= 0).all() else expert >= 0  # a copy less
             cell = ((visual * layers + layer[of]) * experts)[:, None] + expert
-            loads += np.bincount(cell[real], minlength=len(loads))
+            loads += np.bincount(cell[real].ravel(), minlength=len(loads))
             # Only the steps of this block: most of a long run's are elsewhere.
             low, high = place[begin:after].min(), place[begin:after].max() + 1
             cell = ((place[of] - low) * ranks)[:, None] + expert // (experts // ranks)
-            rows[low * ranks : high * ranks] += np.bincount(cell[real], minlength=(high - low) * ranks)
+            rows[low * ranks : high * ranks] += np.bincount(
+                cell[real].ravel(), minlength=(high - low) * ranks
+            )
             begin = after
     of_step = tokens.reshape(len(steps), layers).max(1) / len(recordings)
     large = of_step >= LEAST_TOKENS
