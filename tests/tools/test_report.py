@@ -80,7 +80,7 @@ def test_steps_that_are_all_small_are_kept():
 
 def test_counting_goes_by_blocks(monkeypatch):
     whole = measured([recording(0)], RANKS)
-    monkeypatch.setattr("macs_tools.report.traffic.BLOCK", 40)  # less than a record
+    monkeypatch.setattr("macs_tools.report.traffic.BLOCK", 40)  # less than a record, two records' experts
     parts = measured([recording(0)], RANKS)
     assert (whole.loads == parts.loads).all() and (whole.by_rank == parts.by_rank).all()
     assert np.array_equal(whole.straggler, parts.straggler)

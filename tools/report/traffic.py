@@ -89,8 +89,8 @@ def measured(recordings: Sequence[Recording], ranks: int) -> Traffic:
         raise ValueError(f"--ranks: found {ranks}, expected a divisor of the {experts} experts")
     layers = 1 + max(int(one.tensors["layers"].max()) for one in recordings)
     steps = np.unique(np.concatenate([one.tensors["steps"].numpy() for one in recordings]))
-    loads = np.zeros(2 * layers * experts, dtype=np.int64)
-    rows = np.zeros(len(steps) * layers * ranks, dtype=np.int64)
+    loads = np.zeros((layers, 2, experts), dtype=np.int64)
+    rows = np.zeros((len(steps) * layers, ranks), dtype=np.int64)
     tokens = np.zeros(len(steps) * layers, dtype=np.int64)
     for one in recordings:
         counts, layer = one.tensors["counts"].numpy(), one.tensors["layers"].numpy().astype(np.int64)
@@ -101,20 +101,21 @@ def measured(recordings: Sequence[Recording], ranks: int) -> Traffic:
         begin = 0
         while begin < len(counts):  # whole records, about BLOCK assignments of them
             first = ends[begin] - counts[begin]
-            after = max(begin + 1, int(np.searchsorted(ends, first + BLOCK // top_k, "right")))
+            after = int(np.searchsorted(ends, first + BLOCK // top_k, "right"))
+            after = min(max(begin + 1, after), begin + BLOCK // (2 * experts))
             part = slice(first, ends[after - 1])
-            of = np.repeat(np.arange(begin, after), counts[begin:after])
-            expert = chosen[part].astype(np.int64)
-            visual = (kinds[part] != TEXT).astype(np.int64)
-            real = slice(None) if (expert >= 0).all() else expert >= 0  # a copy less
-            cell = ((visual * layers + layer[of]) * experts)[:, None] + expert
-            loads += np.bincount(cell[real].ravel(), minlength=len(loads))
-            # Only the steps of this block: most of a long run's are elsewhere.
-            low, high = place[begin:after].min(), place[begin:after].max() + 1
-            cell = ((place[of] - low) * ranks)[:, None] + expert // (experts // ranks)
-            rows[low * ranks : high * ranks] += np.bincount(
-                cell[real].ravel(), minlength=(high - low) * ranks
-            )
+            of = np.repeat(np.arange(after - begin) * 2 * experts, counts[begin:after])
+            of[kinds[part] != TEXT] += experts
+            expert = chosen[part]
+            cell = of[:, None] + expert
+            if (expert < 0).any():
+                cell = cell[expert >= 0]
+            # Of every record, by modality and expert: all else is sums of it.
+            found = np.bincount(cell.ravel(), minlength=2 * experts * (after - begin))
+            found = found.reshape(after - begin, 2, experts)
+            np.add.at(loads, layer[begin:after], found)
+            by_rank = found.sum(1).reshape(after - begin, ranks, -1).sum(2)
+            np.add.at(rows, place[begin:after], by_rank)
             begin = after
     of_step = tokens.reshape(len(steps), layers).max(1) / len(recordings)
     large = of_step >= LEAST_TOKENS
@@ -129,7 +130,7 @@ def measured(recordings: Sequence[Recording], ranks: int) -> Traffic:
         top_k,
         ranks,
         len(recordings),
-        loads.reshape(2, layers, experts),
+        loads.transpose(1, 0, 2),
         kept.sum(0),
         straggler,
         of_step[large],
