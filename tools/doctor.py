@@ -111,6 +111,13 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "deep-ep": lambda: optional(
         "deep_ep", "deep_ep", "exchanges of Megatron's flex dispatcher and of AutoEP"
     ),
+    "prometheus-client": lambda: optional(
+        "prometheus_client", "prometheus-client", "live metrics (the extra metrics)"
+    ),
+    "python-json-logger": lambda: optional(
+        "pythonjsonlogger", "python-json-logger", "logs as JSON (the extra metrics)"
+    ),
+    "plotly": lambda: optional("plotly", "plotly", "macs report (the extra tools)"),
     "flashinfer": lambda: optional("flashinfer", "flashinfer-python", "Megatron's inference layer"),
 }
 """What is looked at, by the names that the command takes."""

@@ -76,7 +76,8 @@ def serve_metrics(
         from prometheus_client import CollectorRegistry, start_http_server
     except ImportError as error:
         raise ImportError(
-            "serve_metrics: needs prometheus-client: pip install 'macs-moe[metrics]'"
+            "serve_metrics: needs prometheus-client: pip install 'macs-moe[metrics]', or from a "
+            "clone pip install -e '.[metrics]'"
         ) from error
     own = port + int(os.environ.get("LOCAL_RANK", "0")) if port else 0
     before = runtime.counters

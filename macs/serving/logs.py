@@ -33,7 +33,8 @@ def log_as(form: str) -> None:
             from pythonjsonlogger.json import JsonFormatter
         except ImportError as error:
             raise ImportError(
-                "log format json: needs python-json-logger: pip install 'macs-moe[metrics]'"
+                "log format json: needs python-json-logger: pip install 'macs-moe[metrics]', or from a "
+                "clone pip install -e '.[metrics]'"
             ) from error
         names = {"asctime": "time", "levelname": "level", "name": "logger"}
         handler.setFormatter(

@@ -12,7 +12,10 @@ from macs.serving.logs import LOGGERS
 @pytest.fixture(autouse=True)
 def as_they_were():
     before = [(one, one.handlers, one.propagate, one.level) for one in map(logging.getLogger, LOGGERS)]
+    disabled = logging.root.manager.disable
+    logging.disable(logging.NOTSET)  # a command may have run in this process
     yield
+    logging.disable(disabled)
     for logger, handlers, propagate, level in before:
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
