@@ -11,6 +11,7 @@ from typing import Any
 from macs import POLICIES, TOKEN_IDS, MACSConfig, Profile
 from macs.config import RENAMED, check_name
 from macs.files import check_output
+from macs.serving.exporter import check_port
 from macs.serving.logs import FORMATS
 
 EXPERT_PARALLEL = "expert_parallel"
@@ -91,12 +92,11 @@ class MACSBlock:
         count = self.virtual_ranks
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             refuse("virtual_ranks", "a number of ranks, 1 or more")
-        port = self.metrics_port
-        if port is not None and (
-            isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536
+        if self.metrics_port is not None:
+            check_port("config.macs.metrics_port", self.metrics_port)
+        if self.metrics_address is not None and (
+            self.metrics_port is None or not isinstance(self.metrics_address, str)
         ):
-            refuse("metrics_port", "a number from 0 to 65535")
-        if self.metrics_address is not None and (port is None or not isinstance(self.metrics_address, str)):
             refuse("metrics_address", "an address, beside a metrics_port")
         if self.log_format is not None:
             check_name("macs log_format", self.log_format, FORMATS)

@@ -38,6 +38,7 @@ from macs import (
     Share,
     Topology,
     attach_modality,
+    log_as,
     place_among,
     policy_of,
     serve_metrics,
@@ -45,9 +46,7 @@ from macs import (
 )
 from macs.files import read_mapping
 from macs.serving.calls import CallReader
-from macs.serving.exporter import LOCALHOST
 from macs.serving.installed import Installed
-from macs.serving.logs import log_as
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
 from .compat import record_router_logits, support_transformers
@@ -167,8 +166,8 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
     )
     with ExitStack() as stack:
         if block.metrics_port is not None:
-            address = block.metrics_address or LOCALHOST
-            stack.callback(serve_metrics(runtime, block.metrics_port, address=address).close)
+            server = serve_metrics(runtime, block.metrics_port, address=block.metrics_address)
+            stack.callback(server.close)
         _put_in(model, block, runtime, gates, autoep, tensor_parallel_size)
         stack.pop_all()  # it serves as long as the process lives
     return runtime

@@ -15,6 +15,12 @@ def scalar_of(records: Tensor, name: str) -> Tensor:
     return records[..., list(SCALARS).index(name)].double() / SCALARS[name]
 
 
+def load_of(records: Tensor, name: str) -> Tensor:
+    """Loads of ``LOADS`` out of records int64 [..., scalars + 3 E]: int64 [..., E]."""
+    loads = records[..., len(SCALARS) :].unflatten(-1, (len(LOADS), -1))
+    return loads[..., LOADS.index(name), :]
+
+
 @dataclass(frozen=True)
 class PlanStatistics:
     """What a plan did, on the plan's device; every field adds up over sources and ranks.
@@ -35,7 +41,7 @@ class PlanStatistics:
         if name in SCALARS:
             return scalar_of(self.record, name)
         if name in LOADS:
-            return self.record[len(SCALARS) :].view(len(LOADS), -1)[LOADS.index(name)]
+            return load_of(self.record, name)
         raise AttributeError(f"PlanStatistics has no {name!r}; it has {', '.join((*SCALARS, *LOADS))}")
 
 

@@ -6,11 +6,20 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from macs import POLICIES, PRESETS, TOKEN_IDS, MACSConfig, Profile, Runtime, serve_metrics, token_ids_in
+from macs import (
+    POLICIES,
+    PRESETS,
+    TOKEN_IDS,
+    MACSConfig,
+    Profile,
+    Runtime,
+    log_as,
+    serve_metrics,
+    token_ids_in,
+)
 from macs.config import RENAMED
 from macs.files import read_mapping
-from macs.serving.exporter import LOCALHOST
-from macs.serving.logs import FORMATS, log_as
+from macs.serving.logs import FORMATS
 
 
 def add_macs_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -86,7 +95,7 @@ def runtime_from_args(args: argparse.Namespace) -> Runtime | None:
         profile=None if path is None else Profile.load(path),
     )
     if port is not None:
-        serve_metrics(runtime, port, address=LOCALHOST if address is None else address)
+        serve_metrics(runtime, port, address=address)
     return runtime
 
 

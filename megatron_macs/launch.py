@@ -12,24 +12,23 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from macs import CommandParser, Profile, Runtime, run_script, summarized
+from macs import CommandParser, LayerReport, Profile, Runtime, log_as, run_script, summarized
 from macs.files import check_output
 from macs.records.traffic import rank_path
-from macs.serving.logs import log_as
 
 from .arguments import add_macs_args, runtime_from_args, tokens_from_args
 
 logger = logging.getLogger(__name__)
 
 
-def summary(runtime: Runtime) -> str:
+def summary(runtime: Runtime, reports: Sequence[LayerReport]) -> str:
     """What MACS did on this rank, in a line."""
-    reports = [layer.recorder.read() for layer in runtime.layers if layer.recorder.started]
     steps = sum(int((report.planned > 0).sum()) for report in reports)
     if not steps:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,12 +45,6 @@ def summary(runtime: Runtime) -> str:
         f"MACS planned {steps} steps of {len(reports)} layers: kept {kept / count:.1%} of the assignments, "
         f"rerouted {rerouted / count:.1%}, dropped {dropped / count:.1%}"
     )
-
-
-def summarized_as_fields(runtime: Runtime) -> dict[str, float]:
-    """``METRICS``, means over the layers, for who reads the log by machine."""
-    reports = [layer.recorder.read() for layer in runtime.layers if layer.recorder.started]
-    return summarized(reports) if reports else {}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -161,7 +154,9 @@ def conclude(runtime: Runtime) -> None:
         if not own.handlers:
             log_as("text")
         if int(os.environ.get("RANK", 0)) == 0:
-            own.info("%s", summary(runtime), extra=summarized_as_fields(runtime))
+            reports = [layer.recorder.read() for layer in runtime.layers if layer.recorder.started]
+            # For who reads the log by machine: ``METRICS``, means over the layers.
+            own.info("%s", summary(runtime, reports), extra=summarized(reports) if reports else {})
         return
     nothing = "megatron_macs.launch: --moe-macs was given, but the script built no MoE layer"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

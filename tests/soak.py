@@ -69,6 +69,13 @@ SUMS = (
 )
 
 
+def config_of(settings: dict[str, Any]) -> Any:
+    """One of the ``POLICIES``' settings."""
+    from macs import MACSConfig
+
+    return MACSConfig.from_dict({"min_tokens": MIN_TOKENS, **settings})
+
+
 class Megatron:
     """Megatron's dynamic engine around a small model: packed prompts, a paged cache."""
 
@@ -78,7 +85,7 @@ class Megatron:
         import macs
 
         self.dynamic, self.macs = dynamic, macs
-        self.runtime = macs.Runtime(self.config({"target_load": 0.8}), virtual_ranks=2)
+        self.runtime = macs.Runtime(config_of(POLICIES[0][1]), virtual_ranks=2)
         macs.serve_metrics(self.runtime, port)
         self.model = dynamic.build_model(self.runtime, True)
         with torch.no_grad():  # a token whose features are NaN
@@ -97,9 +104,6 @@ class Megatron:
         controller = dynamic.TextGenerationController(wrapper, dynamic.Tokenizer())
         self.engine = dynamic.DynamicInferenceEngine(controller, context)
         self.count = 0
-
-    def config(self, settings: dict[str, Any]) -> Any:
-        return self.macs.MACSConfig.from_dict({"min_tokens": MIN_TOKENS, **settings})
 
     def requests(self, seed: int, bad: str | None = None) -> list[list[int]]:
         """Prompts with a run of image tokens in the middle, or none; the last may be of the bad client."""
@@ -150,15 +154,10 @@ class DeepSpeed:
     def __init__(self, rank: int, port: int) -> None:
         from support import deepspeed_tiny_jobs as tiny_jobs
 
-        import macs
-
-        self.jobs, self.macs, self.rank = tiny_jobs, macs, rank
+        self.jobs, self.rank = tiny_jobs, rank
         block = {"target_load": 0.8, "min_tokens": MIN_TOKENS, "metrics_port": port}
         self.engine = tiny_jobs.tiny_engine(block)
         self.runtime = self.engine.macs
-
-    def config(self, settings: dict[str, Any]) -> Any:
-        return self.macs.MACSConfig.from_dict({"min_tokens": MIN_TOKENS, **settings})
 
     def requests(self, seed: int, bad: str | None = None) -> dict[str, Any]:
         """A batch as a processor makes it: padded on the left, each rank's own."""
@@ -296,7 +295,7 @@ def _answer(service: Any, name: str, rank: int, minutes: float, switch: float, t
             ledger.take()
             switches, switched = switches + 1, now
             policy, settings = POLICIES[switches % len(POLICIES)]
-            runtime.use(policy, service.config(settings))
+            runtime.use(policy, config_of(settings))
         kind = kinds[rounds // MISBEHAVES % 3] if rounds % MISBEHAVES == MISBEHAVES - 1 else None
         if kind == "mask":
             service.send_wrong_mask()
@@ -316,7 +315,7 @@ def _answer(service: Any, name: str, rank: int, minutes: float, switch: float, t
     totals = runtime.counters.read()
     counted = [{one: int(layer.scalar(one)) for one in SUMS} for layer in totals.layers]
     kept = totals.planned_steps + totals.bypassed_steps - totals.bypassed
-    runtime.use(POLICIES[0][0], service.config(POLICIES[0][1]))
+    runtime.use(POLICIES[0][0], config_of(POLICIES[0][1]))
     answers = [service.answer(service.requests(10_000 + number)) for number in range(4)]
     tell.send(
         {

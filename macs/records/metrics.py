@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..plan import PlanStatistics, scalar_of
+from ..plan import PlanStatistics, load_of, scalar_of
 from ..steps.contracts import LOADS, SCALARS
 from ..steps.kernels.dispatch import fused
 from ..topology import Topology
-from .totals import OWN
+from .totals import OWN, Row
 
 
 class LayerRecorder:
@@ -34,7 +34,6 @@ class LayerRecorder:
         self._width = len(SCALARS) + len(LOADS) * topology.num_experts
         self._ring: Tensor | None = None
         self._next: Tensor | None = None
-        self._experts_of_rank: Tensor | None = None
 
     @property
     def started(self) -> bool:
@@ -48,13 +47,11 @@ class LayerRecorder:
             with torch.inference_mode(False):
                 self._ring = torch.zeros(self.steps, self._width, dtype=torch.int64, device=device)
                 self._next = torch.zeros(1, dtype=torch.int64, device=device)
-                self._experts_of_rank = torch.tensor(self.topology.experts_of_rank(), device=device)
         return self._ring, self._next
 
-    def record(self, statistics: PlanStatistics, totals: Tensor | None = None) -> None:
-        """Add one step; also to a row of ``Counters``, in the same launch."""
-        ring, following = self.prepare(statistics.record.device)
-        append(statistics.record, ring, following, totals, self._experts_of_rank)
+    def record(self, statistics: PlanStatistics, totals: Row | None = None) -> None:
+        """Add one step; also to a layer's ``totals``, in the same launch."""
+        append(statistics.record, *self.prepare(statistics.record.device), totals)
 
     def clear(self) -> None:
         """Forget every step."""
@@ -81,27 +78,20 @@ class LayerRecorder:
 
 
 @fused
-def append(
-    record: Tensor,
-    ring: Tensor,
-    following: Tensor,
-    totals: Tensor | None = None,
-    experts_of_rank: Tensor | None = None,
-) -> None:
+def append(record: Tensor, ring: Tensor, following: Tensor, totals: Row | None = None) -> None:
     """Put a record int64 [N] into the row of ring [steps, N] that follows, and count it: int64 [1].
 
-    With totals int64 [len(OWN) + N] and experts_of_rank int64 [R, G], add it to them, too.
+    Adds it to the layer's totals, too, if they are given.
     """
     ring.index_copy_(0, following % len(ring), record[None])
     following += 1
     if totals is not None:
-        assert experts_of_rank is not None
-        loads = record[len(SCALARS) :].view(len(LOADS), -1)[1:]  # before and after
-        by_rank = loads[:, experts_of_rank].sum(2).amax(1)
+        loads = torch.stack([load_of(record, "load_before"), load_of(record, "load_after")])
+        by_rank = loads[:, totals.experts_of_rank].sum(2).amax(1)
         planned = (record[list(SCALARS).index("planned")] > 0).long()
         own = torch.stack([torch.ones_like(planned), planned, *by_rank, *loads.amax(1)])
-        totals[: len(OWN)] += own
-        totals[len(OWN) :] += record
+        totals.sums[: len(OWN)] += own
+        totals.sums[len(OWN) :] += record
 
 
 NOTHING_RECORDED = "metrics: no step was recorded; was the model run, in eval() mode, on min_tokens or more?"
@@ -149,9 +139,7 @@ class LayerReport:
 
     def loads(self, when: str) -> Tensor:
         """Assignments by expert "before" or "after" planning, [N, E]; "visual": of visual tokens, before."""
-        experts = self.topology.num_experts
-        loads = self.rows[:, len(SCALARS) :].view(-1, len(LOADS), experts)
-        return loads[:, LOADS.index(f"load_{when}")].double()
+        return load_of(self.rows, f"load_{when}").double()
 
     def rank_loads(self, when: str) -> Tensor:
         """Assignments by rank, [N, R]."""

@@ -15,12 +15,12 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..plan import scalar_of
+from ..plan import load_of, scalar_of
 from ..steps.contracts import LOADS, SCALARS
 from ..topology import Topology
 
@@ -34,6 +34,15 @@ OWN: tuple[str, ...] = (
 )
 """Of a row, before the record's sums: steps that were recorded, and those in which a source planned; the rows
 of each step's busiest rank and of its busiest expert, before and after planning."""
+
+
+class Row(NamedTuple):
+    """Where a layer's steps are added up, on the device: sums int64 [22 + 3 E], see ``LayerTotals``; the
+    experts of every rank int64 [R, G]."""
+
+    sums: Tensor
+    experts_of_rank: Tensor
+
 
 TRIES, PAUSE = 20, 1e-3
 """How often to look at what a GPU may be writing just now, and seconds between: a copy takes a hundredth of
@@ -58,8 +67,7 @@ class LayerTotals:
 
     def loads(self, when: str) -> Tensor:
         """Assignments by expert "before" or "after" planning, or "visual", before: float64 [E]."""
-        loads = self.row[len(OWN) + len(SCALARS) :].view(len(LOADS), -1)
-        return loads[LOADS.index(f"load_{when}")].double()
+        return load_of(self.row[len(OWN) :], f"load_{when}").double()
 
     def since(self, before: LayerTotals) -> LayerTotals:
         """What was added since an earlier reading."""
@@ -129,7 +137,7 @@ class _Block:
     host: Tensor
     layers: Sequence[weakref.ref[Any]]
     forms: Sequence[tuple[Topology, int]]
-    parts: Sequence[Tensor]
+    parts: Sequence[Row]
     final: int
     ran: int = -1
     lock: Any = field(default_factory=threading.Lock)
@@ -192,14 +200,16 @@ class Counters:
         with torch.inference_mode(False):  # as in ``LayerRecorder``
             rows = torch.zeros(1 + sum(widths), dtype=torch.int64, device=device)
             host = torch.zeros_like(rows, device="cpu", pin_memory=device.type == "cuda")
+            maps = [torch.tensor(topology.experts_of_rank(), device=device) for topology, _ in new.values()]
         references = [weakref.ref(layer) for layer in new]
-        block = _Block(rows, host, references, tuple(new.values()), rows[1:].split(widths), len(new) - 1)
+        parts = [Row(*one) for one in zip(rows[1:].split(widths), maps, strict=True)]
+        block = _Block(rows, host, references, tuple(new.values()), parts, len(new) - 1)
         for place, layer in enumerate(new):
             self._places[layer] = block, place
         self._blocks = [*(one for one in self._blocks if one.alive), block]
 
-    def row(self, layer: Any) -> Tensor:
-        """What ``layer`` adds its steps to, on the device: see ``LayerTotals``."""
+    def row(self, layer: Any) -> Row:
+        """What ``layer`` adds its steps to."""
         block, place = self._places[layer]
         return block.parts[place]
 
@@ -225,7 +235,7 @@ class Counters:
         layers: list[LayerTotals] = []
         leading, blocks, bypassed = [], [], 0
         for block in [one for one in self._blocks if one.alive]:
-            own, *rows = block.read().split([1, *(part.numel() for part in block.parts)])
+            own, *rows = block.read().split([1, *(len(part.sums) for part in block.parts)])
             found = [LayerTotals(row, *form) for row, form in zip(rows, block.forms, strict=True)]
             steps = [one.own("steps") for one in found]
             # The last of those with the most: no other has ended more passes.

@@ -52,15 +52,25 @@ class Tuning:
     def bounds_at(self, target: float) -> tuple[Tensor, bool] | None:
         """Every layer's bound for a target, float64 [L], and whether it was verified: between two verified
         targets it is interpolated and was not; beyond all there is none."""
-        same = (self.targets - target).abs() < 1e-9
-        if bool(same.any()):
-            return self.bounds[same.nonzero()[0, 0]], True
+        place = self._place(target)
+        if place is not None:
+            return self.bounds[place], True
         below = int((self.targets > target).sum())
         if below in (0, len(self.targets)):
             return None
         high, low = self.targets[below - 1], self.targets[below]
         part = float((target - low) / (high - low))
         return self.bounds[below] + part * (self.bounds[below - 1] - self.bounds[below]), False
+
+    def damage_at(self, target: float) -> float | None:
+        """The mean KL that was verified for a target; none where the target was not."""
+        place = self._place(target)
+        return None if place is None else float(self.damage[place, 0])
+
+    def _place(self, target: float) -> int | None:
+        """Where a target is among the verified ones, if it is."""
+        same = ((self.targets - target).abs() < 1e-9).nonzero()
+        return int(same[0, 0]) if len(same) else None
 
     def target_within(self, max_kl: float) -> float:
         """The smallest verified target whose damage is at most ``max_kl``.

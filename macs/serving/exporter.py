@@ -51,8 +51,14 @@ GAUGES = {
 """Another one is a row here, and its figure in ``LayerTotals``."""
 
 
+def check_port(name: str, port: Any) -> None:
+    """Raise a ``ValueError`` that names what is no port."""
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
+        raise ValueError(f"{name}: found {port!r}, expected a number from 0 to 65535")
+
+
 def serve_metrics(
-    runtime: Runtime, port: int, *, address: str = LOCALHOST, per_expert: bool = False
+    runtime: Runtime, port: int, *, address: str | None = None, per_expert: bool = False
 ) -> MetricsServer:
     """Count every step of the runtime from now on, and serve the counters to Prometheus over HTTP.
 
@@ -70,8 +76,8 @@ def serve_metrics(
         ValueError: the port is none, or cannot be had.
         RuntimeError: CUDA graphs have captured layers that do not count.
     """
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
-        raise ValueError(f"metrics port: found {port!r}, expected a number from 0 to 65535")
+    check_port("metrics port", port)
+    address = LOCALHOST if address is None else address
     try:
         from prometheus_client import CollectorRegistry, start_http_server
     except ImportError as error:
@@ -249,19 +255,18 @@ class Collector:
         config, profile = runtime.config, runtime.profile
         tuning = None if profile is None else profile.tuning
         target = target_of(config, tuning)
+        kl = None
+        if tuning is not None and target is not None and config.split == "tuned" and runtime.enabled:
+            measured_for = tuning.policy, {tuning.ranks}
+            if measured_for == (runtime.policy, {layer.topology.num_ranks for layer in runtime.layers}):
+                kl = tuning.damage_at(target)
         said = {
             "version": __version__,
             "policy": runtime.policy if runtime.enabled else "off",
             "target_load": "" if target is None else f"{target:g}",
             "split": config.split,
-            "verified_kl": "",
+            "verified_kl": "" if kl is None else f"{kl:.3g}",
         }
-        ranks = {layer.topology.num_ranks for layer in runtime.layers}
-        measured = tuning is not None and runtime.policy == tuning.policy and ranks == {tuning.ranks}
-        if tuning is not None and measured and config.split == "tuned" and runtime.enabled:
-            same = ((tuning.targets - (target or 0.0)).abs() < 1e-9).nonzero()
-            if len(same):
-                said["verified_kl"] = f"{float(tuning.damage[same[0, 0], 0]):.3g}"
         return InfoMetricFamily("macs", "What is in force", value=said)
 
 

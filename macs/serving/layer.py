@@ -120,8 +120,9 @@ class LayerRuntime:
         within leaves the others alone in the pass, and every later pass of this process is refused.
         """
         agreement = self.agreement
-        self.graphed = self.graphed or capturing(device)
-        if agreement is None or capturing(device):
+        captured = capturing(device)
+        self.graphed |= captured
+        if agreement is None or captured:
             self._count_bypassed(count, device, training)
             yield
             return

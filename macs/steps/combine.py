@@ -109,11 +109,10 @@ def describe(demand: Demand, combined: Combined, room: Room, unmet: Tensor, find
     state = torch.where(combined.rerouted[:, :top_k], REROUTED, (combined.experts[:, :top_k] < 0) * DROPPED)
     state = state.masked_fill_(~asked, UNCOUNTED).flatten()
     mass = to_fixed(choice.weights[:, :top_k], MASS_UNIT).flatten()
-    counts = mass.new_zeros(3, 4)
-    counts[0].scatter_add_(0, state, torch.ones_like(mass))
-    counts[1].scatter_add_(0, state, mass)
-    counts[2].scatter_add_(0, state, visual.long().repeat_interleave(top_k))
-    # Of text and of visual tokens, side by side.
+    # Of text and of visual tokens, side by side, here and below.
+    kind = state.view(-1, top_k) + 4 * visual[:, None]
+    counts = mass.new_zeros(8).scatter_add_(0, kind.flatten(), torch.ones_like(mass)).view(2, 4)
+    masses = mass.new_zeros(4).scatter_add_(0, state, mass)
     before = loads_of((own + num_experts * visual[:, None]).masked_fill_(~asked, -1), 2 * num_experts)
     before = before.view(2, num_experts)
     after = combined.experts.masked_fill(~tokens.valid[:, None], -1)
@@ -129,8 +128,9 @@ def describe(demand: Demand, combined: Combined, room: Room, unmet: Tensor, find
     )
     parts = [
         torch.stack([one.sum() for one in scalars]),
-        counts[:2, :UNCOUNTED].flatten(),
-        counts[2, :DROPPED],
+        counts.sum(0)[:UNCOUNTED],
+        masses[:UNCOUNTED],
+        counts[1, :DROPPED],
     ]
     parts += [before[1], before.sum(0), loads_of(after, num_experts)]
     sums.record.add_(torch.cat(parts))

@@ -22,7 +22,7 @@ from macs_tools.report.figures import THEMES
 from macs_tools.report.prediction import Prediction, drawn_from
 from macs_tools.report.run import drawn, report
 from macs_tools.report.traffic import default_ranks, measured
-from macs_tools.simulate.layers import asked_by, resampled_from
+from macs_tools.simulate.layers import asked_by, resampled
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
@@ -237,7 +237,7 @@ def test_every_rank_that_recorded_is_drawn_from_in_steps_that_all_have():
         assert set(one.tensors["layers"].tolist()) == {1} and one.tensors["steps"].tolist() == [0, 3]
     shape = replace(SHAPES["tiny"], experts=EXPERTS, top_k=TOP_K, tokens=64)
     seen = []
-    own, batch_of = resampled_from(drawn_from(both, 1), 1, shape, 0)
+    own, batch_of = resampled(drawn_from(both, 1), 1, shape, 0)
     asked_by(own, {}, lambda step, rank: seen.append(rank) or batch_of(step, rank), 0, 8, 0, 4)
     assert seen == [0, 1, 2, 3]
     apart = [recording(0, steps=1, small=0), recording(1, steps=1, small=0)]

@@ -34,7 +34,7 @@ from macs import (
     kernels,
     watching_steps,
 )
-from macs.records.totals import OWN
+from macs.records.totals import OWN, Row
 
 from .command import Parser
 
@@ -161,7 +161,8 @@ def count(
             routing_map, _ = planned.as_map(experts)
             routing_map.sum()
         if planned.statistics is not None:
-            row = torch.empty(len(OWN) + len(planned.statistics.record), dtype=torch.int64, device=device)
+            sums = torch.empty(len(OWN) + len(planned.statistics.record), dtype=torch.int64, device=device)
+            row = Row(sums, torch.empty(ranks, experts // ranks, dtype=torch.int64, device=device))
             with launches.step(RECORD):
                 recorder.record(planned.statistics, row if counted else None)
     return launches

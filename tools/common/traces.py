@@ -62,35 +62,34 @@ def read_trace(path: Path, experts: int | None = None, ranks: int = 1) -> Record
         record["again"] = often[record["step"], record["layer"]]
         often[record["step"], record["layer"]] += 1
     calls = max(often.values())
-    keep = [number for number, block in enumerate(chosen) if len(block)]
-    if not keep:
-        raise ValueError(f"trace {path}: found no token in any record")
     numbers = sorted({record["layer"] for record in found})
-    flat = torch.from_numpy(np.concatenate([chosen[number] for number in keep]))
+    found = [record for record in found if record["num_tokens"]]
+    if not found:
+        raise ValueError(f"trace {path}: found no token in any record")
+    flat = torch.from_numpy(np.concatenate(chosen))
     tensors = {
-        "layers": torch.tensor([numbers.index(found[number]["layer"]) for number in keep], dtype=torch.int32),
-        "steps": torch.tensor(
-            [found[number]["step"] * calls + found[number]["again"] for number in keep], dtype=torch.int64
-        ),
-        "counts": torch.tensor([len(chosen[number]) for number in keep], dtype=torch.int64),
+        "layers": torch.tensor([numbers.index(one["layer"]) for one in found], dtype=torch.int32),
+        "steps": torch.tensor([one["step"] * calls + one["again"] for one in found], dtype=torch.int64),
+        "counts": torch.tensor([one["num_tokens"] for one in found], dtype=torch.int64),
         "experts": flat,
         "weights": torch.full(flat.shape, 1 / top_k, dtype=torch.float16),
         "kinds": torch.full((len(flat),), TEXT, dtype=torch.int8),
     }
-    if all(WEIGHTS in found[number] for number in keep):
-        values = [row for number in keep for row in found[number][WEIGHTS]]
+    weighed = all(WEIGHTS in one for one in found)
+    if weighed:
+        values = [row for one in found for row in one[WEIGHTS]]
         tensors["weights"] = torch.from_numpy(_rows(f"trace {path}: {WEIGHTS}", values, top_k)).half()
-    if all(KINDS in found[number] for number in keep):
-        kinds = [kind for number in keep for kind in found[number][KINDS]]
+    if all(KINDS in one for one in found):
+        kinds = [kind for one in found for kind in one[KINDS]]
         tensors["kinds"] = torch.tensor(kinds, dtype=torch.int8)
-    if all("logit_offset" in found[number] for number in keep):
-        scores = _logits(path, [found[number] for number in keep]).float().softmax(1)
+    if all("logit_offset" in one for one in found):
+        scores = _logits(path, found).float().softmax(1)
         experts = experts or scores.shape[1]
         tensors["scores"] = scores.half()
-        if not all(WEIGHTS in found[number] for number in keep):
+        if not weighed:
             gates = scores.gather(1, flat.long().clamp(min=0))
             tensors["weights"] = (gates / gates.sum(1, keepdim=True)).half()
-    told = {found[number][EXPERTS] for number in keep if isinstance(found[number].get(EXPERTS), int)}
+    told = {one[EXPERTS] for one in found if isinstance(one.get(EXPERTS), int)}
     experts = experts or max(told, default=None)
     if experts is None:
         raise ValueError(

@@ -13,13 +13,13 @@ from macs import Profile, Recording
 
 from ..common.cost_model import CostModel, break_even
 from ..common.workloads import VANILLA, Contender, Shape, contenders, loosened
-from ..simulate.layers import resampled_from, simulate
-from .traffic import LEAST_TOKENS, Traffic
+from ..simulate.layers import LEAST_TOKENS, resampled, simulate
+from .traffic import Traffic
 
 BALANCED = 1.05
 TARGETS = BALANCED, 0.8, 0.6
-SAMPLED_LAYERS, STEPS, SOURCES = 2, 2, 32
-"""So many layers are predicted for, from so many recorded steps: the first is planned, for at most so many
+STEPS, SOURCES = 2, 32
+"""A layer is predicted for from so many recorded steps: the first is planned, for at most so many
 ranks, which stand for the others, too; by the second EPLB places its copies."""
 
 BASELINES = "token drop", "rank-balanced"
@@ -56,7 +56,7 @@ def sizes_for(experts: int, wanted: Sequence[int] = (8, 32, 128, 512)) -> list[i
 def sampled_layers(traffic: Traffic) -> list[int]:
     """The layer in the middle by its median straggler, and the worst one."""
     order = np.argsort(traffic.percentiles()[0])
-    return sorted({int(order[len(order) // 2]), int(order[-1])})[:SAMPLED_LAYERS]
+    return sorted({int(order[len(order) // 2]), int(order[-1])})
 
 
 def drawn_from(recordings: Sequence[Recording], layer: int) -> list[Recording]:
@@ -94,14 +94,9 @@ def predict(
 ) -> Prediction:
     """Plan tokens drawn from the recording, by every policy, for clusters of these sizes."""
     tuning = None if profile is None else profile.tuning
-    targets = (
-        {}
-        if tuning is None
-        else {
-            float(target): float(damage[0])
-            for target, damage in zip(tuning.targets, tuning.damage, strict=True)
-        }
-    )
+    targets: dict[float, float] = {}
+    if tuning is not None:
+        targets = dict(zip(tuning.targets.tolist(), tuning.damage[:, 0].tolist(), strict=True))
     if tuning is not None and tuning.bounds.shape[1] != traffic.layers:
         raise ValueError(
             f"--profile: found a tuning of {tuning.bounds.shape[1]} layers, the recording has "
@@ -110,7 +105,7 @@ def predict(
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     layers = sampled_layers(traffic)
     for layer in layers:
-        own, batch_of = resampled_from(drawn_from(recordings, layer), layer, shape, seed)
+        own, batch_of = resampled(drawn_from(recordings, layer), layer, shape, seed)
         known = contenders(BALANCED)
         chosen: dict[str, Contender] = {title: known[title] for title in (VANILLA, *BASELINES)}
         for target in TARGETS:
@@ -132,7 +127,7 @@ def predict(
             | {name: float(np.mean([row[name] for row in each if name in row])) for name in numbers}
         )
     pays = {
-        size: break_even(replace(shape, experts=traffic.experts, top_k=traffic.top_k), size, traffic.typical)
+        size: break_even(shape, size, traffic.typical)
         for size in sizes
         if traffic.typical > BALANCED and size > 1
     }

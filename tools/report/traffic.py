@@ -13,8 +13,7 @@ import numpy as np
 
 from macs import TEXT, Recording
 
-LEAST_TOKENS = 64
-"""Of a rank: smaller steps, such as decoding, are counted and left out, where there are larger ones."""
+from ..simulate.layers import LEAST_TOKENS
 
 PERCENTILES = 50, 95, 99
 BLOCK = 1 << 22
@@ -25,7 +24,8 @@ BLOCK = 1 << 22
 class Traffic:
     """loads [2, L, E]: assignments of text and of visual tokens. by_rank [L, R]: rows of each rank, all steps
     together. straggler [S, L]: busiest rank's rows over the mean's, NaN where a layer has no record. tokens
-    [S]: of a source rank in a step. small: steps that were left out."""
+    [S]: of a source rank in a step. small: steps of fewer than ``LEAST_TOKENS``, as in decoding, left out
+    where there are larger ones."""
 
     experts: int
     top_k: int

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from macs import Recording, Topology, build_policy
 
 from ..common.cost_model import Breakdown, CostModel, captured
-from ..common.traces import load_recordings
 from ..common.workloads import (
     VANILLA,
     Batch,
@@ -171,16 +169,7 @@ LEAST_TOKENS = 64
 """Of a rank, in a recorded step that tokens are drawn from, where there is one."""
 
 
-def resampled(
-    paths: Sequence[Path], layer: int, shape: Shape, seed: int, experts: int | None = None
-) -> tuple[Shape, BatchOf]:
-    """Traffic of these files, see ``resampled_from``."""
-    return resampled_from(load_recordings(paths, experts), layer, shape, seed)
-
-
-def resampled_from(
-    recordings: Sequence[Recording], layer: int, shape: Shape, seed: int
-) -> tuple[Shape, BatchOf]:
+def resampled(recordings: Sequence[Recording], layer: int, shape: Shape, seed: int) -> tuple[Shape, BatchOf]:
     """Recorded traffic for any number of ranks: each source draws its tokens, with replacement, from those
     of one recorded rank and step."""
     steps = replay(recordings, layer)

@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from macs import Recording
 from macs.files import output_file, output_folder
 
 from ..common.command import Parser, quiet
@@ -46,7 +47,8 @@ from .layers import resampled, simulate, synthetic
 from .report import plot_over, plot_quality, show, show_break_even
 
 
-def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[Recording]]:
+    """The command line, and the recordings it names."""
     parser = Parser("macs simulate", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="wide")
     parser.add_argument("--tokens", type=int, default=1024, help="of a source rank")
@@ -88,16 +90,18 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     experts = SHAPES[arguments.shape].experts
     if arguments.experts is not None and not arguments.recordings:
         parser.error("--experts: found without --recordings, whose traces it is of")
+    recordings = []
     if arguments.recordings:
-        experts = load_recordings(arguments.recordings, arguments.experts)[0].num_experts
+        recordings = load_recordings(arguments.recordings, arguments.experts)
+        experts = recordings[0].num_experts
     for count in arguments.ranks:
         if count < 1 or experts % count:
             parser.error(f"--ranks: found {count}, expected divisors of the {experts} experts")
-    return arguments
+    return arguments, recordings
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(given)
+    arguments, recordings = parse_arguments(given)
     quiet()
     console = Console(width=None if sys.stdout.isatty() else 165)
     result: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(arguments).items()}}
@@ -106,13 +110,13 @@ def main(given: Sequence[str] | None = None) -> None:
     elif arguments.check:
         result["errors"] = check(arguments.check, console)
     else:
-        result |= run(arguments, console)
+        result |= run(arguments, recordings, console)
     if arguments.json:
         with arguments.json.open("a") as file:
             file.write(json.dumps(result) + "\n")
 
 
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, recordings: Sequence[Recording], console: Console) -> dict[str, Any]:
     shape = replace(SHAPES[arguments.shape], tokens=arguments.tokens)
     model = CostModel.load(arguments.cost_model) if arguments.cost_model else stated_h100(shape)
     model.check(shape)
@@ -129,14 +133,12 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if arguments.plots:
         arguments.plots.mkdir(parents=True, exist_ok=True)
     everything: dict[str, Any] = {"cost_model": asdict(model), "sizes": {}, "shares": []}
-    names = ["recording"] if arguments.recordings else arguments.workloads
+    names = ["recording"] if recordings else arguments.workloads
     for name in names:
         rows: list[dict[str, Any]] = []
         for ranks in track(arguments.ranks, name, console=console):
-            if arguments.recordings:
-                shape, batch_of = resampled(
-                    arguments.recordings, arguments.layer, shape, arguments.seed, arguments.experts
-                )
+            if recordings:
+                shape, batch_of = resampled(recordings, arguments.layer, shape, arguments.seed)
             else:
                 batch_of = synthetic(name, shape, ranks, arguments.seed)
             rows += simulate(shape, ranks, batch_of, chosen, model, **options)

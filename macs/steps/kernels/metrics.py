@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...records.totals import OWN
+from ...records.totals import OWN, Row
 from ..contracts import LOADS, SCALARS
 from .shared import power_of_2
 
@@ -14,19 +14,13 @@ BLOCK = 1024
 """Numbers that the program copies together."""
 
 
-def append(
-    record: Tensor,
-    ring: Tensor,
-    following: Tensor,
-    totals: Tensor | None = None,
-    experts_of_rank: Tensor | None = None,
-) -> None:
+def append(record: Tensor, ring: Tensor, following: Tensor, totals: Row | None = None) -> None:
     """One launch."""
-    counted = totals is not None and experts_of_rank is not None
-    ranks, local = experts_of_rank.shape if experts_of_rank is not None else (1, 1)
+    sums, experts_of_rank = Row(record, record[None, :1]) if totals is None else totals
+    ranks, local = experts_of_rank.shape
     _append[(1,)](
-        record, ring, following, totals if counted else record, experts_of_rank if counted else following,
-        len(ring), ring.shape[1], ranks, local, COUNTED=counted, OWN=len(OWN), LOADS_AT=len(SCALARS),
+        record, ring, following, sums, experts_of_rank, len(ring), ring.shape[1], ranks, local,
+        COUNTED=totals is not None, OWN=len(OWN), LOADS_AT=len(SCALARS),
         KINDS=len(LOADS), PLANNED_AT=list(SCALARS).index("planned"), RANKS=power_of_2(ranks),
         LOCAL=power_of_2(local), BLOCK=BLOCK,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from support.kernels import (
 
 from macs import MACSConfig, Modality, Planner, Tokens, Topology, build_policy, has_triton, kernels
 from macs.records.metrics import append
-from macs.records.totals import OWN
+from macs.records.totals import OWN, Row
 from macs.steps import admission, combine, demand, drops, extension, rerouting
 from macs.steps.contracts import LOADS, SCALARS, Choice, Room, Sums, Terms
 from macs.steps.fixed_point import UNIT
@@ -258,7 +258,7 @@ def test_counters_beside_a_ring(experts, ranks):
         record[list(SCALARS).index("planned")] = step % 3
         for choice, one in kept.items():
             with kernels(choice):
-                append(record.to(DEVICE), *one)
+                append(record.to(DEVICE), *one[:2], Row(*one[2:]))
         assert same(*kept.values())
         before, after = (record[len(SCALARS) + part * experts :][:experts] for part in (1, 2))
         total[0] += 1
