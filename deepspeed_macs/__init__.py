@@ -18,15 +18,12 @@ except ImportError as error:
 else:
     check_deepspeed()
 
-from macs import attach_modality
+from macs.adapters import attach_modality
 
 from .autoep import MACSAutoEPMoELayer
-from .build import watch_builds
 from .config import MACSBlock
 from .gate import MACSTopKGate
 from .inference import add_macs, init_inference, initialize, install
-
-watch_builds()
 
 __all__ = [
     "MACSAutoEPMoELayer",

@@ -1,8 +1,8 @@
 """DeepSpeed's expert-parallel layer for Hugging Face models (AutoEP), planning before it dispatches.
 
-Here splits are uneven and experts compute what arrives: an assignment that is dropped is neither sent
-nor computed. ``AutoEPMoELayer`` takes T k rows for granted, so its data path is written out below,
-from its own parts, for as many rows as the plan keeps.
+Here splits are uneven and experts compute what arrives: a dropped assignment is neither sent nor computed.
+``AutoEPMoELayer`` assumes T k rows, so its data path is written out below, from its own parts, for as many
+rows as the plan keeps.
 
 Shapes: B sequences of S tokens, T = B S, D features, E experts, k experts a token by the router, k'
 by the plan, N rows that are sent.
@@ -21,7 +21,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, RouterOutput
 from deepspeed.moe import ep_tp_dispatch
 from torch import Tensor, nn
 
-from macs import LayerRuntime, full_scores, loads_of, within_groups, without_outcasts
+from macs.adapters import LayerRuntime, candidate_scores, loads_of
 
 
 class MACSAutoEPMoELayer(AutoEPMoELayer):
@@ -81,13 +81,10 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
             weights, experts, counts = router(x, self.expert_bias)
         finally:
             handle.remove()
-        scores = full_scores(logits[0], router.score_func)
-        scores = within_groups(scores, experts, router.num_expert_groups)
-        given = [one for one in (self.expert_bias, router.e_score_correction_bias) if one is not None]
-        bias = sum(given[1:], given[0].float()) if given else None
-        scores = without_outcasts(
-            scores, bias, router.top_k, router.num_expert_groups, router.num_limited_groups
-        )
+        biases = [bias for bias in (self.expert_bias, router.e_score_correction_bias) if bias is not None]
+        bias = sum(biases[1:], biases[0].float()) if biases else None
+        groups = router.num_expert_groups, router.num_limited_groups
+        scores = candidate_scores(logits[0], experts, router.score_func, bias, *groups)
         return weights, experts, counts, scores
 
     def _route(self, x: Tensor, routed: RouterOutput, shape: tuple[int, int, int]) -> Tensor:
@@ -193,7 +190,7 @@ def check_options(layer: AutoEPMoELayer) -> None:
     if layer.combine_impl == "fused_weighted_sum":
         raise ValueError(
             "expert_parallel.combine_impl = 'fused_weighted_sum' cannot be used with MACS: its kernel "
-            "takes T k rows for granted; leave it unset"
+            "assumes T k rows; leave it unset"
         )
     if layer.row_weighting_impl == "fused":
         raise ValueError(

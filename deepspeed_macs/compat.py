@@ -1,4 +1,4 @@
-"""Which versions of DeepSpeed and transformers the adapter can build on, told by what they have."""
+"""Which versions of DeepSpeed and transformers are supported, checked by their symbols."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from macs.serving.symbols import missing_symbols
+from macs.adapters import missing_symbols
 
 NEEDED_DEEPSPEED = "0.19.8"
 KNOWN_TRANSFORMERS = ">=5.17,<5.25"
@@ -37,11 +37,11 @@ SYMBOLS = {
         "AutoEPMoELayer._wait_async_split_plan",
     ),
 }
-"""What the adapter builds on, part of it the engine's own business: better missed here than mid-way."""
+"""Symbols that the adapter builds on, some of them private to the engine: checked at import."""
 
 
 def check_deepspeed() -> None:
-    """Raise an ``ImportError`` that names what the installed DeepSpeed lacks, and the version needed."""
+    """Raise an ``ImportError`` that names the missing symbols and the version needed."""
     import deepspeed
 
     missing = missing_symbols(SYMBOLS)

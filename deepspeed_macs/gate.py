@@ -1,7 +1,7 @@
 """DeepSpeed's top-k gate, planning before anything is sent.
 
-``MOELayer`` sends an [E, C, D] buffer with equal splits, and its experts compute all C rows of it: a
-step costs what the fullest expert does. So C is the largest load the plan keeps, over all ranks.
+``MOELayer`` sends an [E, C, D] buffer with equal splits, and its experts compute all C rows of it: a step
+costs what the fullest expert does. So C is the largest number of rows of an expert in the plans of all ranks.
 
 Shapes: T tokens, D features, E experts, k experts a token by the gate, k' by the plan (k' = k but for
 expanded drop), C rows of each expert.
@@ -20,7 +20,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor
 from torch.nn import functional
 
-from macs import LayerRuntime, full_scores, loads_of
+from macs.adapters import LayerRuntime, candidate_scores, loads_of
 
 
 class MACSTopKGate(TopKGate):
@@ -64,11 +64,10 @@ class MACSTopKGate(TopKGate):
     def _stock(
         self, input: Tensor, used_token: Tensor | None, sparse_routes: bool, use_tutel: bool
     ) -> tuple[Any, ...]:
-        """The base class's routes, for C rows that all ranks agree on, as in a planned step.
+        """The base class's routes, with C equal on all ranks, as in a planned step.
 
-        So ranks make the same collectives whether MACS is on or off there, and whatever mode they are in.
-        Where all are alike, C is what the base class has; with ``drop_tokens=False`` it has agreed on it
-        by itself.
+        So ranks make the same collectives whether MACS is on or off, in train and eval mode. With
+        ``drop_tokens=False`` the base class makes C equal by itself.
         """
         found = super().forward(input, used_token, sparse_routes, use_tutel)
         assert self.macs is not None
@@ -94,7 +93,7 @@ class MACSTopKGate(TopKGate):
             tokens = self.macs.counted_tokens(len(input), self.sequence_major, input.device)
             if used_token is not None:
                 tokens = tokens.only(used_token != 0)
-            scores = full_scores(logits, "softmax")
+            scores = candidate_scores(logits, experts, "softmax")
             plan = self.macs.plan(input, experts, weights, scores, tokens)
             if plan is not None:
                 experts, weights = plan.experts, plan.weights
@@ -129,10 +128,8 @@ class MACSTopKGate(TopKGate):
         return auxiliary, experts.t().long().contiguous(), weights.t().contiguous(), counts
 
     def _rows(self, experts: Tensor, num_experts: int) -> Tensor:
-        """C: the largest load of an expert, over all ranks of the group; int64 []
-
-        Every rank takes part in every forward pass, also with no tokens, so that all agree.
-        """
+        """C: the most rows of an expert, over all ranks of the group; int64 []. Every rank calls it in every
+        forward pass, also without tokens."""
         capacity = self._agreed(loads_of(experts, num_experts).amax())
         # The layer divides the C rows among tensor-parallel ranks, whose tokens are the same.
         shares = bwc_tensor_model_parallel_world_size(groups.mpu)

@@ -1,4 +1,4 @@
-"""The ways in: ``init_inference`` and ``initialize`` as DeepSpeed's own, but heeding a ``"macs"`` block."""
+"""``init_inference`` and ``initialize`` as DeepSpeed's own, with a ``"macs"`` block in the config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,36 +27,33 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
-from macs import (
+from macs.adapters import (
+    CallReader,
+    LayerAdapter,
     LayerRuntime,
-    Limits,
     MACSConfig,
     ModalityHook,
+    Patch,
     Runtime,
-    Seam,
-    Share,
+    TokenShard,
     Topology,
+    Unsupported,
     attach_modality,
-    log_as,
-    place_among,
     policy_of,
-    serve_metrics,
-    token_ids_in,
+    read_mapping,
+    source_index_of,
 )
-from macs.files import read_mapping
-from macs.serving.calls import CallReader
-from macs.serving.installed import Installed
 
 from .autoep import MACSAutoEPMoELayer, check_options, folded_size
 from .compat import record_router_logits, support_transformers
-from .config import EXPERT_PARALLEL, MACSBlock, take_block
+from .config import EXPERT_PARALLEL, MACSBlock, block_of, take_block
 from .gate import MACSTopKGate
 from .models import expert_parallel_settings, why_no_layers
 
 Block = MACSBlock | Mapping[str, Any]
 logger = logging.getLogger(__name__)
 
-# The engine's own, whatever ``install`` puts in their place later.
+# The engine's own, which ``install`` may replace later.
 _init_inference = deepspeed.init_inference
 _initialize = deepspeed.initialize
 
@@ -101,12 +97,12 @@ class _Default:
 
 
 def _put() -> Callable[[], None]:
-    """Put our functions over DeepSpeed's."""
+    """Replace DeepSpeed's functions by ours."""
     before = deepspeed.init_inference, deepspeed.initialize
 
     @functools.wraps(before[0])
     def init_inference(*args: Any, **kwargs: Any) -> Any:
-        if _installed.current is None:  # somebody kept this function
+        if _installed.current is None:  # kept by a caller after uninstalling
             return before[0](*args, **kwargs)
         return _init_inference_with(before[0], _installed.current.block, *args, **kwargs)
 
@@ -118,17 +114,17 @@ def _put() -> Callable[[], None]:
 
     deepspeed.init_inference, deepspeed.initialize = init_inference, initialize
 
-    def take_away() -> None:
-        # What somebody else has put over ours since stays; ours, beneath it, only hands calls on.
+    def restore() -> None:
+        # A later patch of someone else stays, and ours beneath it only passes calls on.
         if deepspeed.init_inference is init_inference:
             deepspeed.init_inference = before[0]
         if deepspeed.initialize is initialize:
             deepspeed.initialize = before[1]
 
-    return take_away
+    return restore
 
 
-_installed: Installed[_Default] = Installed(_put)
+_installed: Patch[_Default] = Patch(_put)
 
 
 def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) -> Runtime:
@@ -139,7 +135,7 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
     layer as it was, if there is no such layer, if one is no plain layer of DeepSpeed's, if a setting
     cannot be honoured, or if nothing would tell visual tokens from text.
     """
-    block = MACSBlock.of(macs)
+    block = block_of(macs)
     gates, autoep = _moe_layers(model)
     if not gates and not autoep:
         raise ValueError(
@@ -155,21 +151,11 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
     if autoep:
         record_router_logits(model)
     _join_groups(model)
-    if block.log_format is not None:
-        log_as(block.log_format)
-    # DeepSpeed's own MoE layer pads every expert to the fullest one: it wants each expert bounded.
-    runtime = Runtime(
-        block.settings("padded" if gates else None),
-        policy=block.policy,
-        profile=block.load_profile(),
-        virtual_ranks=block.virtual_ranks,
-    )
-    with ExitStack() as stack:
-        if block.metrics_port is not None:
-            server = serve_metrics(runtime, block.metrics_port, address=block.metrics_address)
-            stack.callback(server.close)
-        _put_in(model, block, runtime, gates, autoep, tensor_parallel_size)
-        stack.pop_all()  # it serves as long as the process lives
+    # DeepSpeed's own MoE layer pads every expert to the fullest one: each expert needs a bound.
+    runtime = block.runtime("padded" if gates else "macs", block.virtual_ranks)
+    _put_in(model, block, runtime, gates, autoep, tensor_parallel_size)
+    if block.record is not None or block.calibrate is not None:
+        atexit.register(block.finish, runtime)
     return runtime
 
 
@@ -182,13 +168,13 @@ def _put_in(
     tensor_parallel_size: int,
 ) -> None:
     """Add the layers to the runtime, and change them, all or none."""
-    blind = _why_blind(model) if block.modality == "auto" and not _kinds_named(block) else None
+    blind = _why_blind(model) if block.modality == "auto" and not block.names_modality else None
     same_tokens = max(tensor_parallel_size, bwc_tensor_model_parallel_world_size(groups.mpu))
     own = [_add_gate(runtime, layer, same_tokens, blind) for layer in gates]
     own += [_add_autoep(runtime, layer, same_tokens, blind) for layer in autoep]
     if block.modality == "auto" and blind is None:
-        attach_modality(model, **token_ids_in(block))
-    else:  # padding is still told by what a call brings
+        attach_modality(model, **block.token_ids)
+    else:  # padding is read from the calls all the same
         text_only = blind is not None or block.modality == "text"
         ModalityHook(model, CallReader(padding_id=block.padding_token_id, text_only=text_only))
     for layer, mine in zip([*gates, *autoep], own, strict=True):
@@ -202,9 +188,6 @@ def _put_in(
             )
         else:
             MACSAutoEPMoELayer.adopt(layer, mine)
-    if block.record is not None:
-        runtime.start_routing()
-        atexit.register(runtime.save_routing, Path(block.record).resolve())
 
 
 def _init_inference_with(
@@ -309,18 +292,13 @@ def _config_of(call: Mapping[str, Any]) -> tuple[str, Any]:
 def _read_block(macs: Block | str | Path) -> MACSBlock:
     """A block from itself or from a file, which may hold it bare or as ``"macs"``."""
     if not isinstance(macs, (str, Path)):
-        return MACSBlock.of(macs)
+        return block_of(macs)
     values = read_mapping(macs)
-    return MACSBlock.of(values.get("macs", values))
-
-
-def _kinds_named(block: MACSBlock) -> bool:
-    """Whether a block names a token id of a modality."""
-    return bool(token_ids_in(block).keys() - {"padding_token_id"})
+    return block_of(values.get("macs", values))
 
 
 def _why_blind(model: nn.Module) -> str | None:
-    """Why nothing in this model's calls or config would tell visual tokens from text; none if it would."""
+    """Why visual tokens cannot be told from text in this model's calls; none if they can."""
     try:
         attach_modality(model).remove()
     except ValueError as error:
@@ -347,14 +325,14 @@ def _add_gate(runtime: Runtime, layer: MOELayer, same_tokens: int, blind: str | 
         same_tokens = 1  # then the group has one rank of every tensor-parallel group
     ranks = layer.ep_size
     topology = _topology(ranks * layer.num_local_experts, ranks, layer.ep_group)
-    seam = GateSeam(layer, layer.gate.wg.weight, same_tokens if ranks > 1 else 1, blind, topology)
-    return runtime.add_layer(seam)
+    adapter = GateAdapter(layer, layer.gate.wg.weight, same_tokens if ranks > 1 else 1, blind, topology)
+    return runtime.add_layer(adapter)
 
 
 def _add_autoep(runtime: Runtime, layer: AutoEPMoELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
     same_tokens = max(same_tokens, folded_size(layer)) if layer.ep_size > 1 else 1
     topology = _topology(layer.num_experts, layer.ep_size, layer.ep_group)
-    return runtime.add_layer(AutoEPSeam(layer, layer.router.gate.weight, same_tokens, blind, topology))
+    return runtime.add_layer(AutoEPAdapter(layer, layer.router.gate.weight, same_tokens, blind, topology))
 
 
 class LeftLayer:
@@ -367,11 +345,11 @@ class LeftLayer:
         self.macs.left()
 
 
-class DeepSpeedSeam(Seam):
-    """Of a layer of DeepSpeed's.
+class DeepSpeedAdapter(LayerAdapter):
+    """``LayerAdapter`` of a layer of DeepSpeed.
 
     weight: the router's. same_tokens: ranks of the expert-parallel group that hold the same tokens, and must
-    plan alike. blind: why visual tokens could not be found, if so.
+    make the same plan. blind: why visual tokens cannot be found, if so.
     """
 
     def __init__(
@@ -381,14 +359,14 @@ class DeepSpeedSeam(Seam):
         self.layer = layer
         self.same_tokens = same_tokens
         self.blind = blind
-        self._place: int | None = None
+        self._source_index: int | None = None
         self._weight = weight
         # ZeRO-3 keeps a part of the rows on each rank, and putting them together within a forward pass would
         # disturb its own fetching: they are copied now, on all ranks together.
         self._rows = _gathered(weight) if is_zero_param(weight) else None
         if isinstance(self.group, torch.distributed.ProcessGroup):
             members = torch.distributed.get_process_group_ranks(self.group)
-            self._place = place_among(members, torch.distributed.get_rank(), same_tokens)
+            self._source_index = source_index_of(members, torch.distributed.get_rank(), same_tokens)
 
     @staticmethod
     def k_of(layer: Any) -> int:
@@ -404,15 +382,15 @@ class DeepSpeedSeam(Seam):
             with torch.inference_mode():
                 self._rows.copy_(_gathered(self._weight))
 
-    def share(self) -> Share:
-        return Share(place=self._place)
+    def token_shard(self) -> TokenShard:
+        return TokenShard(source_index=self._source_index)
 
-    def limits(self) -> Limits:
-        """Visual tokens must be found, and ranks with the same tokens plan alike."""
+    def unsupported(self) -> Unsupported:
+        """Visual tokens must be found, and ranks with the same tokens must make the same plan."""
         modality, added = None, None
         if self.blind is not None:
             modality = (
-                f"no way to find the visual tokens ({self.blind}). Give image_token_id, or set "
+                f"the visual tokens cannot be found ({self.blind}). Give image_token_id, or set "
                 '"modality": "text" for a model that has nothing else, or "manual" and macs.modality(mask) '
                 "around every forward pass"
             )
@@ -421,10 +399,10 @@ class DeepSpeedSeam(Seam):
                 f"the expert-parallel group holds {self.same_tokens} tensor-parallel ranks with the same "
                 "tokens, which would add other experts of their own"
             )
-        return Limits(added, modality)
+        return Unsupported(added, modality)
 
 
-class GateSeam(DeepSpeedSeam):
+class GateAdapter(DeepSpeedAdapter):
     """Of ``deepspeed.moe.layer.MoE``."""
 
     @staticmethod
@@ -432,42 +410,44 @@ class GateSeam(DeepSpeedSeam):
         return layer.gate.k
 
     def advice(self, policy: str, config: MACSConfig) -> list[str]:
-        """It computes as many rows for every expert as the fullest one has."""
-        said = []
+        """The layer computes as many rows for every expert as the fullest one has."""
+        advice, row = [], policy_of(policy)
         if self.layer.gate.drop_tokens:
-            said.append(
+            advice.append(
                 "MACS: while it is on, deepspeed.moe.layer.MoE drops by its plan alone; drop_tokens and "
                 "eval_capacity_factor have no effect"
             )
-        asked = policy_of(policy)
-        pooled = asked.configured(config).level == "rank"
-        bounds = config.max_load_factor, config.target_load
-        if asked.plans and (pooled or bounds != (None, None)):
-            said.append(
+        chosen = row.configured(config)
+        if row.plans and (chosen.level == "rank" or chosen.capacity_factor is None):
+            advice.append(
                 "MACS: deepspeed.moe.layer.MoE computes as many rows for every expert as the fullest one "
-                "has: capacity pooled over a rank (level = rank, rank-balanced) and bounds on a rank's rows "
-                "(max_load_factor, target_load) do not shorten its steps; use preset = padded"
+                "has: a capacity of a rank (level = rank, rank-balanced) and target_load do not shorten its "
+                "steps; use policy = padded with a capacity_factor"
             )
-        return said
+        return advice
 
 
-class AutoEPSeam(DeepSpeedSeam):
+class AutoEPAdapter(DeepSpeedAdapter):
     """Of AutoEP."""
 
     @staticmethod
     def k_of(layer: Any) -> int:
         return layer.top_k
 
-    def limits(self) -> Limits:
+    def unsupported(self) -> Unsupported:
         """DeepEP's buffers hold k assignments a token."""
-        limits, layer = super().limits(), self.layer
-        if limits.added_assignments is None and layer.comm_backend == DEEPEP_BACKEND and layer.ep_size > 1:
+        unsupported, layer = super().unsupported(), self.layer
+        if (
+            unsupported.added_assignments is None
+            and layer.comm_backend == DEEPEP_BACKEND
+            and layer.ep_size > 1
+        ):
             why = (
                 f"the buffers of expert_parallel.comm_backend = 'deepep' hold {layer.top_k} assignments a "
                 "token; use comm_backend = 'comm'"
             )
-            return replace(limits, added_assignments=why)
-        return limits
+            return replace(unsupported, added_assignments=why)
+        return unsupported
 
 
 def _gathered(weight: nn.Parameter) -> Tensor:

@@ -1,4 +1,4 @@
-"""Run a script that knows nothing of MACS, with MACS in DeepSpeed.
+"""Run a script that does not know of MACS, with MACS in DeepSpeed.
 
     python -m deepspeed_macs.launch [--macs FILE] script.py [its arguments]      # or -m a.module
     torchrun --nproc-per-node 2 -m deepspeed_macs.launch script.py ...
@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from macs import CommandParser, run_script
+from macs.adapters import CommandParser, run_script
 
 from .inference import install
 

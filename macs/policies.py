@@ -1,111 +1,106 @@
-"""MACS and the baselines it is compared with, by name, behind one interface.
+"""Policies by name: MACS, the paper's method, and the baselines they are compared with.
 
-A policy has ``plan(hidden, experts, weights, scores, tokens) -> Plan`` and ``slots``, the width of
-its plans. Token drop and rank-balanced are the planner at other settings; so every policy runs
-through the same code and the same adapters, and a comparison is one of policies alone.
-
-A new policy is a row of ``POLICIES``: what it asks of an engine it declares there, and adapters, command
-lines and tools look there.
+Every policy runs through the same planner and the same adapters, so a comparison is one of policies alone. A
+new policy is a row of ``POLICIES``: what it fixes and what it needs of an engine is declared there, and
+adapters, command lines and tools read it there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .config import MACSConfig, check_name
-from .planner import Planner
-from .steps.contracts import Choice, Constants
-from .steps.extension import add_local_experts
-from .tokens import Tokens
-from .topology import Topology
-
-COUNTED: dict[str, Any] = {
-    "modality_strength": 0.0,
-    "min_capacity": 0.0,
-    "weighting": "constant",
-    "visual_weight": 1.0,
-    "cost": "one",
-    "priority": "score",
-    "level": "expert",
-    "reroute": "none",
-    "similarity": "none",
-    "spare_text": False,
-}
-"""Settings under which a token is a token, whatever its modality, and stays where it is or nowhere."""
-
-
-class Vanilla(Planner):
-    """The router's top-k, dropless: the plan is the choice, and only counted."""
-
-    plans = False
-
-
-class ExpandedDrop(Planner):
-    """Capacity-Aware Inference's expanded drop (arXiv 2503.05066).
-
-    A token's candidates are its top-k and *all* experts on its own rank; each expert then keeps its
-    best by score, up to capacity. A token may end with more than k experts, or fewer. An added
-    expert's combine weight follows its score, as a rerouted one's does.
-    """
-
-    @property
-    def slots(self) -> int:
-        return self.top_k + self.topology.experts_per_rank
-
-    def _extended(self, choice: Choice, tokens: Tokens, constants: Constants) -> Choice:
-        return add_local_experts(choice, tokens, constants)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a policy is, and what it asks of an engine.
+    """A row of ``POLICIES``.
 
-    summary: in a line. settings: laid over the user's; none: the user's as they are. planner: what makes its
-    plans. adds_assignments: whether a token may end with more than k experts. reads_modality: whether it
-    tells visual tokens from text, and has a use for a profile and the routers' similarity.
+    summary              one line
+    fixed                settings that replace the user's
+    default_bound        the bound where the user gives none; none: ``MACSConfig``'s
+    plans                False: the router's choice is left unchanged, and only counted
+    adds_assignments     a token may end with more than k experts
+    reads_modality       visual tokens are treated differently from text; a profile and the routers'
+                         similarity are used
+    modality_strength    [rho] how far capacities follow the batch's visual ratio, 0..2
+    bias_threshold       [tau] an expert's visual share beyond one half that makes it biased, 0..0.5
+    sharpness            [delta] steepness of the weight in the normalised entropy or distinctness
+    cost                 what an assignment takes of a capacity: "one", or its token's "weight"
+    priority             admission by the router's "score", or by its "product" with the token's weight
+    reroute_rounds       proposals that a token may make, one after the other
+    similarity           candidates are ranked by score times similarity of the experts' router rows
+    floor                least capacity of an expert, in tokens
     """
 
     summary: str
-    settings: Mapping[str, Any] | None
-    planner: type[Planner] = Planner
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    default_bound: Mapping[str, float] | None = None
+    plans: bool = True
     adds_assignments: bool = False
     reads_modality: bool = False
+    modality_strength: float = 0.0
+    bias_threshold: float = 0.1
+    sharpness: float = 1.0
+    cost: str = "one"
+    priority: str = "score"
+    reroute_rounds: int = 2
+    similarity: bool = False
+    floor: float = 0.0
 
     def configured(self, config: MACSConfig) -> MACSConfig:
-        """The settings it plans with where a user gives these."""
-        return config if self.settings is None else config.updated(**self.settings)
-
-    @property
-    def plans(self) -> bool:
-        """Whether it changes anything."""
-        return self.planner.plans
+        """The settings that are used where a user gives these."""
+        default = {} if self.default_bound is None or config.bound_given else self.default_bound
+        return config.updated(**{**default, **self.fixed})
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is what MACS is compared with."""
+        """Whether MACS is compared with it."""
         return self.plans and not self.reads_modality
 
 
+_COUNTED = {
+    "level": "expert",
+    "weighting": "constant",
+    "visual_weight": 1.0,
+    "reroute": "none",
+    "spare_text": False,
+}
+"""Every token costs one, whatever its modality, and stays at its expert or is dropped."""
+
+_MACS = {"reads_modality": True, "priority": "product", "similarity": True, "floor": 1.0}
+
 POLICIES: dict[str, Policy] = {
-    "vanilla": Policy("the router's choice", COUNTED, Vanilla),
-    "token-drop": Policy("capacity ceil(gamma T k / E) for each expert, highest scores stay", COUNTED),
+    "vanilla": Policy("the router's choice", _COUNTED, plans=False),
+    "token-drop": Policy("capacity ceil(gamma T k / E) of each expert; highest scores stay", _COUNTED),
     "expanded-drop": Policy(
-        "the same, with the experts of the token's own rank as further candidates",
-        COUNTED,
-        ExpandedDrop,
+        "token-drop, with the experts of the token's own rank as further candidates",
+        _COUNTED,
         adds_assignments=True,
     ),
     "rank-balanced": Policy(
-        "capacity for each rank, the next-best expert of a rank with room takes the rest",
-        {**COUNTED, "level": "rank", "reroute": "group"},
+        "capacity of each rank; overflow goes to the next-best expert of a rank with capacity left",
+        {**_COUNTED, "level": "rank", "reroute": "group"},
     ),
-    "macs": Policy("the config as it is", None, reads_modality=True),
+    "macs": Policy("capacity of each rank, in rows; text and distinct visual tokens first", **_MACS),
+    "padded": Policy(
+        "macs for engines that pad every expert to the fullest one: capacity of each expert, four rounds of "
+        "rerouting",
+        {"level": "expert", "reroute": "group"},
+        {"capacity_factor": 1.2},
+        **{**_MACS, "reroute_rounds": 4},
+    ),
+    "paper": Policy(
+        "the paper: entropy weights, capacity of weighted load that follows modality, rerouting in the rank",
+        {"level": "expert", "weighting": "entropy", "reroute": "rank", "spare_text": False},
+        {"capacity_factor": 1.0},
+        **{**_MACS, "modality_strength": 0.5, "cost": "weight", "priority": "score"},
+    ),
 }
-"""By name. Baselines take ``capacity_factor`` or ``target_load``, ``reroute_rounds``, ``min_tokens``,
-``drop_padding`` and the two guards ``max_drop`` and ``max_load_factor`` from the user's settings, and set the
-rest themselves (vanilla heeds none of them)."""
+"""By name. A baseline and ``paper`` take ``capacity_factor`` or ``target_load``, ``max_drop`` and
+``min_tokens`` from the user's settings."""
 
 
 def policy_of(name: str) -> Policy:
@@ -116,25 +111,3 @@ def policy_of(name: str) -> Policy:
     """
     check_name("policy", name, tuple(POLICIES))
     return POLICIES[name]
-
-
-def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, **extras: Any) -> Planner:
-    """The planner of a policy.
-
-    Args:
-        name: of the policy, a key of ``POLICIES``.
-        config: the settings; those that the policy sets itself are replaced.
-        topology: where experts live, and whose tokens are planned.
-        top_k: k, experts a token.
-        extras: ``Planner``'s keyword arguments; ignored by policies that do not read modality.
-
-    Returns:
-        A planner for one MoE layer.
-
-    Raises:
-        ValueError: no policy has that name, or a value does not fit the topology.
-    """
-    policy = policy_of(name)
-    if not policy.reads_modality:
-        extras = {}
-    return policy.planner(policy.configured(config), topology, top_k, **extras)

@@ -5,7 +5,7 @@ spec = megatron_macs.with_macs(get_gpt_layer_local_spec(...), runtime)
 model = GPTModel(config, spec, ...)
 megatron_macs.attach_modality(model, image_token_id=...)
 
-Megatron is imported with the first name that is asked for, so that command lines are checked before it.
+Megatron is imported with the first name that is used, so that command lines are checked before it.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ if _found is None:
     )
 
 if TYPE_CHECKING:
-    from .arguments import add_macs_args, runtime_from_args, tokens_from_args
+    from .options import add_macs_args, runtime_from_args, tokens_from_args
     from .cpu import cpu_engine
     from .dispatcher import (
         MACSAllGatherTokenDispatcher,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .layer import MACSMoELayer
     from .router import MACSTopKRouter
     from .spec import with_macs
-    from .swap import install
+    from .install import install
 
 __all__ = [
     "MACSAllGatherTokenDispatcher",
@@ -51,9 +51,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "add_macs_args": "arguments",
-    "runtime_from_args": "arguments",
-    "tokens_from_args": "arguments",
+    "add_macs_args": "options",
+    "runtime_from_args": "options",
+    "tokens_from_args": "options",
     "cpu_engine": "cpu",
     "MACSAllGatherTokenDispatcher": "dispatcher",
     "MACSAlltoAllTokenDispatcher": "dispatcher",
@@ -62,14 +62,14 @@ _HOMES = {
     "MACSMoELayer": "layer",
     "MACSTopKRouter": "router",
     "with_macs": "spec",
-    "install": "swap",
+    "install": "install",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """A name of ``__all__``, whose module imports Megatron, once this version of it has been checked."""
+    """A name of ``__all__``; its module imports Megatron, after its version was checked."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _HOMES[name] != "arguments":
+    if _HOMES[name] != "options":
         importlib.import_module(".compat", __name__).check_megatron()
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""What differs between versions of Megatron-Core, and which of them the adapter can build on."""
+"""Differences between versions of Megatron-Core, and which versions are supported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from macs.serving.symbols import missing_symbols
+from macs.adapters import missing_symbols
 
 KNOWN = "0.16.1 and 0.19.2"
 INFERENCE_OPTIMIZED_SINCE = "0.19"
@@ -31,7 +31,7 @@ SYMBOLS = {
         "MoEFlexTokenDispatcher._initialize_metadata",
     ),
 }
-"""What the adapter builds on, part of it the engine's own business: better missed here than mid-way."""
+"""Symbols that the adapter builds on, some of them private to the engine: checked at import."""
 
 INFERENCE_SYMBOLS = {
     f"{MOE}.router": ("InferenceTopKRouter._compiled_topk_routing",),
@@ -41,11 +41,11 @@ INFERENCE_SYMBOLS = {
         "mask_routing_padding",
     ),
 }
-"""What its inference-optimised layer is made of, where there is one."""
+"""Symbols of the inference-optimised layer."""
 
 
 def check_megatron() -> None:
-    """Raise an ``ImportError`` that names what the installed Megatron-Core lacks, and what is known."""
+    """Raise an ``ImportError`` that names the missing symbols and the supported versions."""
     import megatron.core
 
     missing = missing_symbols(SYMBOLS)
@@ -62,7 +62,7 @@ def check_megatron() -> None:
 
 
 def inference_optimized() -> ModuleType | None:
-    """Our parts of the inference-optimised layer, where this Megatron has one we know."""
+    """The module for the inference-optimised layer, if this Megatron has a supported one."""
     if missing_symbols(INFERENCE_SYMBOLS):
         return None
     return importlib.import_module("megatron_macs.inference_optimized")
@@ -75,32 +75,32 @@ MODELS = (
     ("megatron.core.models.multimodal.llava_model", "LLaVAModel"),
     ("megatron.core.models.mimo", "MimoModel"),
 )
-"""Models that are called with ``input_ids``; those inside another one are not, and know nothing."""
+"""Models that are called with ``input_ids``; a model inside another one is not."""
 
 
 def models() -> list[type]:
-    """Those of ``MODELS`` that this Megatron has and what is installed lets it import."""
-    found = []
+    """Those of ``MODELS`` that can be imported here."""
+    classes = []
     for module, name in MODELS:
         try:
-            found.append(getattr(importlib.import_module(module), name))
+            classes.append(getattr(importlib.import_module(module), name))
         except (ImportError, AttributeError):
             continue
-    return found
+    return classes
 
 
 def field_of(config: Any, name: str) -> Any:
-    """A field of a config that not every version has; none where there is none."""
+    """A field of a config that not every version has; none if it has none."""
     return getattr(config, name, None)
 
 
 def graph_field(config: Any) -> str:
-    """What says which parts are captured: cuda_graph_scope in 0.16, cuda_graph_modules later."""
+    """The field with the captured parts: cuda_graph_scope in 0.16, cuda_graph_modules later."""
     return "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
 
 
 def graph_scopes(config: Any) -> list[str]:
-    """The parts that are captured; none named: all."""
+    """The parts that are captured; an empty list: all."""
     scopes = field_of(config, graph_field(config))
     if scopes is None:
         return []
@@ -108,8 +108,8 @@ def graph_scopes(config: Any) -> list[str]:
 
 
 def slot_of(mlp: Any) -> tuple[Any, Any]:
-    """What a layer's ``mlp`` slot builds, and the submodules: a ``ModuleSpec`` up to Megatron 0.16, a
-    ``functools.partial`` from 0.17 on; (none, none) where it is neither."""
+    """Module and submodules of a layer's ``mlp`` slot: a ``ModuleSpec`` up to Megatron 0.16, a
+    ``functools.partial`` from 0.17 on; (none, none) if it is neither."""
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     if isinstance(mlp, ModuleSpec):
@@ -120,19 +120,22 @@ def slot_of(mlp: Any) -> tuple[Any, Any]:
 
 
 def with_module(mlp: Any, module: type, submodules: Any, changes: Mapping[str, Any]) -> Any:
-    """The slot ``mlp`` that builds another module, of other submodules, with these arguments beside its own;
-    ``pg_collection`` only where the engine hands none over."""
+    """The slot ``mlp`` with another module and submodules and further arguments; ``pg_collection`` only where
+    the engine passes none."""
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     if isinstance(mlp, ModuleSpec):
-        params = {**(mlp.params or {}), **{name: one for name, one in changes.items() if one is not None}}
+        params = {
+            **(mlp.params or {}),
+            **{name: value for name, value in changes.items() if value is not None},
+        }
         return ModuleSpec(module=module, params=params, submodules=submodules, metainfo=mlp.metainfo)
-    changes = {name: one for name, one in changes.items() if name != "pg_collection"}
+    changes = {name: value for name, value in changes.items() if name != "pg_collection"}
     return functools.partial(module, *mlp.args, **{**mlp.keywords, **changes, "submodules": submodules})
 
 
 def unnamed() -> list[tuple[ModuleType, str, Any]]:
-    """(module, name, value) that this Megatron asks for without transformer-engine and does not define: 0.16
-    asks whether ``te_general_gemm`` is none, but names it only where transformer-engine is."""
+    """(module, name, value) of names that this Megatron uses without transformer-engine and does not define:
+    0.16 tests whether ``te_general_gemm`` is none, but defines it only with transformer-engine."""
     moe_utils = importlib.import_module(f"{MOE}.moe_utils")
     return [] if hasattr(moe_utils, "te_general_gemm") else [(moe_utils, "te_general_gemm", None)]

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from macs import LayerRuntime, Plan, choice_in, within_groups
+from macs.adapters import LayerRuntime, Plan, candidate_scores, routing_from_map
 
 
 class _PlansFirst(MoETokenDispatcher):
@@ -36,7 +36,7 @@ class _PlansFirst(MoETokenDispatcher):
         """hidden_states [S, B, D], routing_map bool [T, E], probs [T, E]: as the base class."""
         chunks, first = self.config.mlp_chunks_for_prefill, 0
         if chunks > 1:
-            # The engine cuts the hidden states up, and tells the layer nothing: it is called again.
+            # The engine divides the hidden states and calls the layer for each chunk.
             self.chunk = Chunk.of(hidden_states, self.chunk)
             first = self.chunk.first
         routing_map, probs, self.planned = replan(
@@ -57,7 +57,7 @@ class MACSAlltoAllTokenDispatcher(_PlansFirst, MoEAlltoAllTokenDispatcher):
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """Split sizes of the all-to-all, for as many rows as the plan kept."""
-        # The base class only ever moves its sync point earlier; a step without a plan must have its own.
+        # The base class only moves its sync point earlier; a step without a plan must have its own.
         self.cuda_sync_point = "no_sync"
         # Where CUDA graphs are on, the base class copies to the host only after what it sends is
         # permuted, which is too late for a count that the permutation needs.
@@ -66,8 +66,8 @@ class MACSAlltoAllTokenDispatcher(_PlansFirst, MoEAlltoAllTokenDispatcher):
         self.cuda_dtoh_point = "before_permutation_1" if self.planned else self.engine_dtoh_point
         tokens_per_expert = super().preprocess(routing_map)
         if self.planned:
-            # The base class takes T k rows for granted. The count is on the device; it comes to the
-            # host with the split sizes, at the sync point the engine has for its own dropping.
+            # The base class assumes T k rows. The count is on the device and comes to the host with the split
+            # sizes, at the engine's own sync point for dropping.
             self.num_out_tokens = routing_map.sum()
             self._maybe_update_cuda_sync_point("before_permutation_1")
         return tokens_per_expert
@@ -79,8 +79,8 @@ class MACSFlexTokenDispatcher(_PlansFirst, MoEFlexTokenDispatcher):
     def _initialize_metadata(self, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Map and weights [T, E] for the whole group, on their way to the communication manager."""
         if self.config.moe_flex_dispatcher_backend == "deepep":
-            # HybridEP reads the map. DeepEP's manager takes the k largest weights, and marks those that
-            # are 0 as dropped (-1) only where it believes that the router drops by a capacity factor.
+            # HybridEP reads the map. DeepEP's manager takes the k largest weights, and marks weights of 0 as
+            # dropped (-1) only if a capacity factor is set.
             self._comm_manager.capacity_factor = 1.0 if self.planned else None
         return super()._initialize_metadata(routing_map, probs)
 
@@ -95,15 +95,14 @@ def replan(
 ) -> tuple[Tensor, Tensor, bool]:
     """The planned routing map bool [T, E] and probs [T, E], and whether there is a plan at all.
 
-    chunk: into how many the tokens are cut, and from which token of every sequence on these are. In
-    ``train()`` mode, with MACS off, or while it calibrates, map and probs are the ones passed in.
+    chunk: number of chunks that the tokens are divided into, and first token of every sequence in this one.
+    In ``train()`` mode, with MACS off, or while it calibrates, map and probs are returned unchanged.
     """
-    scores = layer.take_scores()
-    if scores is None:
+    logits = layer.take_logits()
+    if logits is None:
         return routing_map, probs, False
-    experts, weights = choice_in(routing_map, probs, layer.top_k)
-    scores = within_groups(scores, experts, config.moe_router_num_groups)
-    plan = plan_of(layer, hidden, experts, weights, scores, chunk)
+    experts, weights = routing_from_map(routing_map, probs, layer.top_k)
+    plan = plan_of(layer, hidden, experts, weights, logits, config, chunk)
     if plan is None:
         return routing_map, probs, False
     planned = plan.as_map(routing_map.shape[1])
@@ -113,8 +112,8 @@ def replan(
 
 
 def keep_a_row(planned: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
-    """The plan's map bool [T, E] and probs [T, E]; where it drops every row, with the first token's row to
-    its first expert, which weighs nothing: fused permutation kernels assert that there is a row."""
+    """The plan's map bool [T, E] and probs [T, E]. If it drops every row, the first token keeps its first
+    expert with weight 0: fused permutation kernels assert that there is a row."""
     if not len(planned):
         return planned, probs
     first = routing_map[0] & (routing_map[0].cumsum(0) == 1)
@@ -128,10 +127,14 @@ def plan_of(
     hidden: Tensor,
     experts: Tensor,
     weights: Tensor,
-    scores: Tensor,
+    logits: Tensor,
+    config: TransformerConfig,
     chunk: tuple[int, int] = (1, 0),
 ) -> Plan | None:
-    """The layer's plan, if it makes one: hidden [S, B, D], experts and weights [T, k], scores [T, E]."""
+    """The layer's plan, if it makes one: hidden [S, B, D], experts and weights [T, k], logits [T, E]."""
+    bias = getattr(layer.adapter, "router").expert_bias
+    groups = config.moe_router_num_groups, config.moe_router_group_topk
+    scores = candidate_scores(logits, experts, config.moe_router_score_function, bias, *groups)
     length, batch = hidden.shape[:2]
     chunks, first = chunk
     tokens = layer.tokens(batch, length, True, hidden.device, first, chunks)
@@ -140,10 +143,9 @@ def plan_of(
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where in the hidden states a chunk of them lies (``mlp_chunks_for_prefill``).
+    """The position of a chunk in the hidden states (``mlp_chunks_for_prefill``).
 
-    memory: the address of the first chunk's storage. offset: where in it this chunk starts, and end: where
-    it ends. first: the token of every sequence that it begins with.
+    memory: address of the storage. offset, end: of this chunk in it. first: first token of every sequence.
     """
 
     memory: int
@@ -153,8 +155,8 @@ class Chunk:
 
     @classmethod
     def of(cls, hidden: Tensor, former: Chunk | None) -> Chunk:
-        """The chunk that hidden [S, B, D] is: the next one if it begins where the former one, a view of
-        the same memory, ended; else the first of another forward pass."""
+        """The chunk hidden [S, B, D]: the next one if it begins where the former one, a view of the same
+        memory, ended; otherwise the first of another forward pass."""
         memory, offset = hidden.untyped_storage().data_ptr(), int(hidden.storage_offset())
         end = offset + int(hidden.shape[0] * hidden.stride(0))
         follows = former is not None and (former.memory, former.end) == (memory, offset)

@@ -1,4 +1,4 @@
-"""Which token is which in Megatron's models, language models and multimodal ones."""
+"""The modality of tokens in Megatron's language and multimodal models."""
 
 from __future__ import annotations
 
@@ -8,23 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from macs import AUDIO, IMAGE, TEXT, VIDEO, Modality, ModalityHook, current_modality
-from macs.serving.calls import CallReader, real_keys
-from macs.serving.context import ModalityBuffers, Unreadable
-from macs.serving.hooks import check_tells, completed, innermost, named_kinds, planning_layers, token_kinds_of
+from macs.adapters import (
+    AUDIO,
+    IMAGE,
+    TEXT,
+    VIDEO,
+    CallReader,
+    Modality,
+    ModalityBuffers,
+    ModalityHook,
+    Unreadable,
+    check_tells,
+    completed,
+    current_modality,
+    innermost,
+    named_tokens,
+    planning_layers,
+    real_keys,
+    token_modality_of,
+)
 
-KIND_OF_NAME = {"image": IMAGE, "vision": IMAGE, "video": VIDEO, "audio": AUDIO, "sound": AUDIO}
-"""What the modalities of a ``MimoModel`` are called, in the singular or the plural."""
+MODALITY_OF_NAME = {"image": IMAGE, "vision": IMAGE, "video": VIDEO, "audio": AUDIO, "sound": AUDIO}
+"""Names of a ``MimoModel``'s modalities, in the singular or the plural."""
 
 
 class MegatronHook(ModalityHook):
     """``ModalityHook`` for models of Megatron: GPT, hybrid, MIMO.
 
-    Knows the dynamic engine's padding and its mask of image tokens, and keeps masks where captured CUDA
-    graphs find them.
+    Reads the dynamic engine's padding and its mask of image tokens, and keeps masks in memory that captured
+    CUDA graphs read.
     """
 
-    def __init__(self, model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> None:
+    def __init__(self, model: nn.Module, by_token: dict[int, int], padding_id: int | None) -> None:
         inner = innermost(model)
         captured = getattr(inner.config, "cuda_graph_impl", "none") != "none"
         if captured and hasattr(inner, "cudagraph_manager"):
@@ -32,14 +47,14 @@ class MegatronHook(ModalityHook):
                 "attach_modality: inference_cuda_graph_scope = 'block' captures the model whole, and with it "
                 "the mask of one step; expected 'layer'"
             )
-        super().__init__(model, CallReader(token_kinds, padding_id, masked_is_true=True))
+        super().__init__(model, CallReader(by_token, padding_id, masked_is_true=True))
         self._buffers = ModalityBuffers() if captured else None
         self._layers = planning_layers(model) if captured else []
 
-    def engine_kinds(self, given: dict[str, Any]) -> Tensor | None:
+    def engine_ids(self, given: dict[str, Any]) -> Tensor | None:
         """From the context of a dynamic engine that serves multimodal models: int8 [1, S]."""
-        tell = getattr(given.get("inference_context"), "current_image_token_mask", None)
-        mask = None if tell is None else tell()
+        read = getattr(given.get("inference_context"), "current_image_token_mask", None)
+        mask = None if read is None else read()
         if mask is None:
             return None
         ids = given.get("input_ids")
@@ -52,74 +67,76 @@ class MegatronHook(ModalityHook):
 
     def of_call(self, given: dict[str, Any]) -> Modality | Unreadable | None:
         """As the base class, with the padding of a dynamic engine; in a buffer if a graph may read it."""
-        found = self._of_tokens(given)
-        if self._buffers is None or not isinstance(found, Modality):
-            return found
+        modality = self._of_tokens(given)
+        if self._buffers is None or not isinstance(modality, Modality):
+            return modality
         if not may_be_graphed(given.get("inference_context")):
-            return found
+            return modality
         for layer in self._layers:
-            layer.prepare(found.kinds.device)
-        return self._buffers.hold(found)
+            layer.prepare(modality.device)
+        return self._buffers.hold(modality)
 
     def _of_tokens(self, given: dict[str, Any]) -> Modality | Unreadable | None:
         """The modality of the tokens that the layers get."""
-        found = super().of_call(given)
+        modality = super().of_call(given)
         input_ids, context = given.get("input_ids"), given.get("inference_context")
         if input_ids is None or context is None or context.is_static_batching():
-            return found
-        if isinstance(found, Unreadable):
-            return found
-        if found is None:
-            found = current_modality()
-        if found is None or found.kinds.shape != input_ids.shape:
-            found = Modality.of(torch.zeros_like(input_ids, dtype=torch.bool))
+            return modality
+        if isinstance(modality, Unreadable):
+            return modality
+        if modality is None:
+            modality = current_modality()
+        if modality is None or modality.ids.shape != input_ids.shape:
+            modality = Modality.of(torch.zeros_like(input_ids, dtype=torch.bool))
         real = torch.arange(input_ids.shape[1], device=input_ids.device) < context.active_token_count
-        return found.with_valid(found.valid & real)
+        return modality.with_valid(modality.valid & real)
 
 
 class LLaVAHook(MegatronHook):
-    """For ``LLaVAModel``, where the features of a picture take the place of one token inside the model."""
+    """For ``LLaVAModel``, which replaces one token by the features of a picture inside the model."""
 
-    def __init__(self, model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> None:
-        super().__init__(model, token_kinds, padding_id)
+    def __init__(self, model: nn.Module, by_token: dict[int, int], padding_id: int | None) -> None:
+        super().__init__(model, by_token, padding_id)
         self._model: Any = innermost(model)
 
     def _of_tokens(self, given: dict[str, Any]) -> Modality | Unreadable | None:
         """The modality [B, S'] of the tokens that the language model gets."""
         mask = given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 4:  # of the tokens the language model gets
+        if isinstance(mask, Tensor) and mask.dim() == 4:  # of the language model's tokens
             given = {**given, "attention_mask": None}
         else:
             mask = None
-        found = super()._of_tokens(given)
+        modality = super()._of_tokens(given)
         input_ids, context = given["input_ids"], given.get("inference_context")
         memory = {} if context is None else context.key_value_memory_dict
         cached = "image_tokens_count" in memory or "sound_tokens_count" in memory
-        if not isinstance(found, Modality) or cached or not self._model.add_decoder:
-            return found  # the pictures are in the cache, or the language model is elsewhere
+        if not isinstance(modality, Modality) or cached or not self._model.add_decoder:
+            return modality  # the pictures are in the cache, or the language model is elsewhere
         outer = current_modality()
         if given.get("imgs_sizes") is not None:
             if outer is None:
                 return Unreadable(
-                    "attach_modality: found imgs_sizes, pictures of many sizes, and cannot tell which tokens "
-                    "come of them; set macs.modality around the call"
+                    "attach_modality: found imgs_sizes, pictures of many sizes, and cannot find their tokens; set "
+                    "macs.modality around the call"
                 )
             return outer
         image_token = given.get("image_token_index")
         image = input_ids == (self._model.image_token_index if image_token is None else image_token)
         repeats = self._repeats(image, given.get("num_image_tiles"))
-        # One look at the values a prompt, as the model itself takes.
+        # Reads the values once a prompt, as the model itself does.
         length = self._length(int(repeats.sum(1).max()), context)
-        if outer is not None and outer.kinds.shape == (len(input_ids), length):
-            found = outer
+        if outer is not None and outer.ids.shape == (len(input_ids), length):
+            modality = outer
         else:
-            found = replace(found, kinds=found.kinds.masked_fill(image, IMAGE)).expanded(repeats, length)
-        if mask is not None and not found.states_valid:
-            found = found.with_valid(found.valid & real_keys(~(mask != 0), tuple(found.kinds.shape)))
-        return found
+            modality = replace(modality, ids=modality.ids.masked_fill(image, IMAGE))
+            modality = modality.expanded(repeats, length)
+        if mask is not None and not modality.states_valid:
+            real = real_keys(~(mask != 0), tuple(modality.ids.shape))
+            modality = modality.with_valid(modality.valid & real)
+        return modality
 
     def _repeats(self, image: Tensor, tiles: Any) -> Tensor:
-        """How many tokens come of each of the ids' [B, S]."""
+        """Number of tokens that each of the ids [B, S] becomes."""
         count = int(image.sum())
         if tiles is None:
             tiles = torch.ones(count, dtype=torch.int64)
@@ -132,7 +149,7 @@ class LLaVAHook(MegatronHook):
         return repeats.masked_scatter(image, tiles[:count] * self._model.img_seq_len)
 
     def _length(self, longest: int, context: Any) -> int:
-        """How many tokens the language model gets, with what it is filled up with or loses."""
+        """Length of the language model's sequences, padded or cut."""
         model = self._model
         largest = model._language_max_sequence_length
         if model._language_is_pipeline_parallel and context is None:
@@ -162,50 +179,49 @@ def attach_modality(
 ) -> ModalityHook:
     """Set the modality mask around every forward pass of a Megatron model.
 
-    model: one that is called with ``input_ids`` [B, S], a ``LLaVAModel`` or a ``MimoModel``; not the
-    language model inside of these. What training wraps around it, such as ``Float16Module``, may stay.
-    Ids that are not given are those the model itself knows. Otherwise as ``macs.attach_modality``. Every
-    pipeline stage must be called with the ids, as Megatron's inference engines do.
-
-    Raises a ``ValueError`` where nothing would tell visual tokens from text.
+    As ``macs.attach_modality``. model: one that is called with ``input_ids`` [B, S], a ``LLaVAModel`` or a
+    ``MimoModel``, not the language model inside of these; also in a wrapper such as ``Float16Module``. Ids
+    that are not given are read from the model.
     """
     inner = innermost(model)
-    named = named_kinds(image_token_id, video_token_id, audio_token_id)
-    kinds = known_token_kinds(inner, named)
-    check_tells(inner, kinds)
-    return watch(model, kinds, padding_token_id)
+    named = named_tokens(image_token_id, video_token_id, audio_token_id)
+    by_token = known_tokens(inner, named)
+    check_tells(inner, by_token)
+    return watch(model, by_token, padding_token_id)
 
 
-def watch(model: nn.Module, token_kinds: dict[int, int], padding_id: int | None) -> ModalityHook:
-    """``attach_modality`` with what is known of the ids, which may be nothing: then a ``macs.modality``
-    around the call tells, and only a dynamic engine's padding is added to it."""
-    return (LLaVAHook if is_llava(innermost(model)) else MegatronHook)(model, token_kinds, padding_id)
+def watch(model: nn.Module, by_token: dict[int, int], padding_id: int | None) -> ModalityHook:
+    """``attach_modality`` with these ids. There may be none: then the mask is that of ``macs.modality``, and
+    only a dynamic engine's padding is added to it."""
+    return (LLaVAHook if is_llava(innermost(model)) else MegatronHook)(model, by_token, padding_id)
 
 
-def known_token_kinds(model: Any, named: dict[int, int]) -> dict[int, int]:
-    """Token id -> kind, as the caller ``named`` them and, for the other kinds, as the model says."""
-    told: dict[int, int]
+def known_tokens(model: Any, named: dict[int, int]) -> dict[int, int]:
+    """Token id -> modality id, as ``named`` by the caller and, for other modalities, of the model."""
+    known: dict[int, int]
     if is_llava(model):
-        told = {model.image_token_index: IMAGE}
+        known = {model.image_token_index: IMAGE}
         if getattr(model, "sound_token_index", None) is not None:
-            told[model.sound_token_index] = AUDIO
+            known[model.sound_token_index] = AUDIO
     elif hasattr(model, "special_token_ids"):  # MimoModel
-        told = {
-            token: kind_of_name(name) for name, token in model.special_token_ids.items() if token not in named
+        known = {
+            token: modality_of_name(name)
+            for name, token in model.special_token_ids.items()
+            if token not in named
         }
     else:
-        told = token_kinds_of(getattr(model, "config", None))
-    return completed(named, told)
+        known = token_modality_of(getattr(model, "config", None))
+    return completed(named, known)
 
 
-def kind_of_name(name: str) -> int:
-    """The kind of a modality that a model calls by this name."""
-    for known, kind in KIND_OF_NAME.items():
+def modality_of_name(name: str) -> int:
+    """The modality that a model calls by this name."""
+    for known, modality in MODALITY_OF_NAME.items():
         if name.lower().startswith(known):
-            return kind
+            return modality
     raise ValueError(
         f"special_token_ids: found a modality {name!r}, expected its token id among the arguments, or a name "
-        f"that starts with one of {', '.join(KIND_OF_NAME)}"
+        f"that starts with one of {', '.join(MODALITY_OF_NAME)}"
     )
 
 

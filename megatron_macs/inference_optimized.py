@@ -1,8 +1,8 @@
 """Megatron's inference-optimised MoE layer, as of 0.19: its router and its two dispatchers.
 
-There the router hands on a token's k experts instead of a map over all of them, the dispatchers gather
-every rank's tokens, and the layer changes between its two dispatchers from one forward pass to the
-next. A dropped assignment is expert -1, which the grouped GEMM kernels pass over as they do padding.
+Here the router returns a token's k experts instead of a map over all of them, the dispatchers gather every
+rank's tokens, and the layer switches between its two dispatchers from one forward pass to the next. A
+dropped assignment is expert -1, which the grouped GEMM kernels skip as they skip padding.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from megatron.core.transformer.moe.token_dispatcher_inference import (
 )
 from torch import Tensor
 
-from macs import LayerRuntime
+from macs.adapters import LayerRuntime
 
 from .dispatcher import plan_of
 from .router import MACSTopKRouter
 
 
 class MACSInferenceTopKRouter(MACSTopKRouter, InferenceTopKRouter):
-    """Routes as its base class does, with an inference engine and without, and hands the scores on."""
+    """Routes as its base class, with and without an inference engine, and offers the logits."""
 
     def _compiled_topk_routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """probs [T, k] and experts int64 [T, k] of the base class, from logits [T, E]."""
         routed = super()._compiled_topk_routing(logits, *args, **kwargs)
-        self.offer_scores(logits)
+        self.offer_logits(logits)
         return routed
 
 
 class _PlansChoice(MoETokenDispatcher):
-    """Plans, then does what the dispatcher behind it in the class's order does."""
+    """Mixin: applies the plan, then calls ``super()``."""
 
     macs: LayerRuntime
 
@@ -42,10 +42,11 @@ class _PlansChoice(MoETokenDispatcher):
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [S, B, D], routing_map int64 [T, k] experts, probs [T, k]: as the base class."""
-        scores = self.macs.take_scores()
-        plan = None if scores is None else plan_of(self.macs, hidden_states, routing_map, probs, scores)
-        if plan is not None:
-            routing_map, probs = plan.experts, plan.weights
+        logits = self.macs.take_logits()
+        if logits is not None:
+            plan = plan_of(self.macs, hidden_states, routing_map, probs, logits, self.config)
+            if plan is not None:
+                routing_map, probs = plan.experts, plan.weights
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
 

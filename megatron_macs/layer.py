@@ -16,7 +16,16 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from macs import LayerRuntime, Limits, Runtime, Seam, Share, Topology, current_modality, place_among
+from macs.adapters import (
+    LayerAdapter,
+    LayerRuntime,
+    Runtime,
+    TokenShard,
+    Topology,
+    Unsupported,
+    current_modality,
+    source_index_of,
+)
 
 from .compat import (
     INFERENCE_OPTIMIZED_SINCE,
@@ -39,9 +48,9 @@ FLEX_BACKENDS = ("deepep", "hybridep")
 class MACSMoELayer(MoELayer):
     """``MoELayer`` that plans between routing and dispatch; made by ``with_macs``.
 
-    Takes the base class's arguments and ``runtime``, the object all MACS layers of a model share.
-    A setting that cannot be honoured is a ``ValueError`` here, not in the middle of a forward pass.
-    Weights and state dict are the base class's.
+    Takes the base class's arguments and ``runtime``, which all MACS layers of a model share. A setting that
+    cannot be honoured is a ``ValueError`` here, not in a forward pass. Weights and state dict are the base
+    class's.
     """
 
     macs: LayerRuntime | None = None
@@ -64,16 +73,16 @@ class MACSMoELayer(MoELayer):
                 "build the layer's spec with megatron_macs.with_macs"
             )
         if kwargs.get("is_mtp_layer"):
-            return  # it guesses tokens ahead, by calls of its own that no mask covers: left as it is
-        self.macs = runtime.add_layer(MoESeam(self, pg_collection))
+            return  # multi-token prediction: its calls have no mask, so the layer stays the engine's own
+        self.macs = runtime.add_layer(MoELayerAdapter(self, pg_collection))
         self.router.macs = self.macs
         adopt(self.token_dispatcher, self.macs)
         if config.transformer_impl == "inference_optimized":
-            # The layer takes one or the other, as an inference engine uses it or not.
+            # The layer uses one with an inference engine and the other without.
             adopt(self._inference_token_dispatcher, self.macs)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """hidden_states [S, B, D] and what else the base class takes -> what it returns."""
+        """hidden_states [S, B, D] and the base class's other arguments -> what it returns."""
         if self.macs is None:
             return super().forward(hidden_states, *args, **kwargs)
         count = hidden_states.shape[:-1].numel()
@@ -84,8 +93,8 @@ class MACSMoELayer(MoELayer):
             return super().forward(hidden_states, *args, **kwargs)
 
 
-class MoESeam(Seam):
-    """Of Megatron's MoE layer; pg_collection: its process groups."""
+class MoELayerAdapter(LayerAdapter):
+    """``LayerAdapter`` of Megatron's MoE layer; pg_collection: its process groups."""
 
     def __init__(self, layer: MoELayer, pg_collection: Any) -> None:
         config = layer.config
@@ -94,27 +103,29 @@ class MoESeam(Seam):
             num_ranks=utils.get_pg_size(layer.ep_group),
             sources=(utils.get_pg_rank(layer.ep_group),),
         )
-        sharing = pg_collection.tp_ep  # whose tokens meet in these experts
-        super().__init__(topology, config.moe_router_topk, sharing)
+        group = pg_collection.tp_ep  # the ranks that share these experts
+        super().__init__(topology, config.moe_router_topk, group)
         self.config = config
         self.router = layer.router
         self._replicas = utils.get_pg_rank(pg_collection.tp), utils.get_pg_size(pg_collection.tp)
-        ranks = dist.get_process_group_ranks(sharing) if utils.get_pg_size(sharing) > 1 else [dist.get_rank()]
+        ranks = dist.get_process_group_ranks(group) if utils.get_pg_size(group) > 1 else [dist.get_rank()]
         size = self._replicas[1]
-        self._places = {parts: place_among(ranks, dist.get_rank(), size // parts) for parts in {1, size}}
+        self._source_index = {
+            parts: source_index_of(ranks, dist.get_rank(), size // parts) for parts in {1, size}
+        }
 
     def router_weight(self) -> Tensor:
         return self.router.weight
 
-    def share(self) -> Share:
-        """Megatron's static engine takes sequence parallelism back when it begins to serve."""
+    def token_shard(self) -> TokenShard:
+        """Megatron's static engine turns sequence parallelism off when it begins to serve."""
         index, parts = self._replicas if self.config.sequence_parallel else (0, 1)
-        return Share(index, parts, self._places[parts])
+        return TokenShard(index, parts, self._source_index[parts])
 
-    def limits(self) -> Limits:
-        """Some dispatchers send k assignments a token; tensor-parallel ranks with the same tokens must plan
-        alike."""
-        config, replicas = self.config, self._replicas[1] // self.share().parts
+    def unsupported(self) -> Unsupported:
+        """Some dispatchers send k assignments a token; tensor-parallel ranks with the same tokens must make the
+        same plan."""
+        config, replicas = self.config, self._replicas[1] // self.token_shard().parts
         flex = config.moe_token_dispatcher_type == "flex"
         for narrow, what in (
             (
@@ -125,29 +136,29 @@ class MoESeam(Seam):
         ):
             if narrow:
                 sends = f"{what} sends {config.moe_router_topk} assignments a token"
-                return Limits(added_assignments=f"{sends}, and this policy may add to them")
+                return Unsupported(added_assignments=f"{sends}, and this policy may add to them")
         if replicas > 1:
-            return Limits(
+            return Unsupported(
                 added_assignments="every rank would add experts of its own, but "
-                f"{replicas} tensor-parallel ranks hold the same tokens and must plan alike; set "
+                f"{replicas} tensor-parallel ranks hold the same tokens and must make the same plan; set "
                 "sequence_parallel, which gives each its own"
             )
-        return Limits()
+        return Unsupported()
 
 
 def refuse_unread_padding() -> None:
-    """A padding mask that reaches a layer must have been read where the model was called."""
+    """Refuse a padding mask that was not read where the model was called."""
     known = current_modality()
     if known is None or not known.states_valid:
         raise ValueError(
-            "padding_mask: the model was called with one, and the modality in force does not know it; "
+            "padding_mask: the model was called with one, and the current modality does not have it; "
             "expected attach_modality(model), which reads it, or macs.modality(mask, "
             "valid=~padding_mask) around the call"
         )
 
 
 def adopt(dispatcher: Any, layer: LayerRuntime) -> None:
-    """Make one of the engine's dispatchers plan first; its groups, buffers and shared experts stay."""
+    """Turn one of the engine's dispatchers into ours, in place; groups, buffers and shared experts stay."""
     forms: dict[type, type] = {
         MoEAllGatherTokenDispatcher: MACSAllGatherTokenDispatcher,
         MoEAlltoAllTokenDispatcher: MACSAlltoAllTokenDispatcher,
@@ -187,7 +198,7 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
                 f"expected one of {', '.join(FLEX_BACKENDS)}; others cannot express what is dropped",
             )
         if field_of(config, "moe_expert_rank_capacity_factor") is not None:
-            refuse("moe_expert_rank_capacity_factor", "it drops what the plan keeps; use max_load_factor")
+            refuse("moe_expert_rank_capacity_factor", "it drops what the plan keeps; use target_load")
     if config.moe_expert_capacity_factor is not None:
         refuse(
             "moe_expert_capacity_factor",
@@ -210,7 +221,7 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
     if config.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing"):
         refuse("moe_router_load_balancing_type", "its choice does not follow from the scores alone")
     if config.transformer_impl == "inference_optimized" and inference_optimized() is None:
-        refuse("transformer_impl", f"MACS knows it as Megatron {INFERENCE_OPTIMIZED_SINCE} has it, not older")
+        refuse("transformer_impl", f"MACS supports it from Megatron {INFERENCE_OPTIMIZED_SINCE} on")
     if config.context_parallel_size > 1:
         refuse("context_parallel_size", "it splits sequences, and with them the modality mask")
     graphs = graph_scopes(config)

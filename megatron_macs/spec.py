@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from macs import MACSConfig, Runtime
+from macs.adapters import MACSConfig, Runtime
 
 from .compat import inference_optimized, slot_of, with_module
 from .layer import MACSMoELayer

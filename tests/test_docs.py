@@ -34,7 +34,7 @@ def test_commands_exist(page):
 
 
 def test_flags_exist():
-    arguments = pytest.importorskip("megatron_macs.arguments", reason="megatron-core is not installed")
+    arguments = pytest.importorskip("megatron_macs.options", reason="megatron-core is not installed")
     parser = arguments.add_macs_args(argparse.ArgumentParser())
     known = {*parser._option_string_actions, "--moe-macs-calibrate", "--moe-macs-record"}
     for page, text in TEXT.items():

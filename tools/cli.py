@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from macs.serving.launch import leave, nearest
+from macs.runtime.launch import leave, nearest
 
 from .common.command import run
 

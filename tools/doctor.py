@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from macs import MACSConfig, Modality, Planner, Topology, __version__, has_triton, kernels
-from macs.serving.launch import nearest
+from macs import MACSConfig, Modality, Planner, Topology, __version__
+from macs.steps.kernels.dispatch import has_triton, kernels
+from macs.runtime.launch import nearest
 
 from .common.command import Parser, quiet
 

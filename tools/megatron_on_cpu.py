@@ -35,7 +35,8 @@ from packaging.version import Version
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from macs import MACSConfig, Runtime, full_scores
+from macs import MACSConfig, Runtime
+from macs.steps.scoring import full_scores
 from macs.planner import Planner
 from megatron_macs import MACSMoELayer, MACSTopKRouter, cpu_engine
 from megatron_macs.spec import macs_mlp

@@ -21,8 +21,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from macs import METRICS, MACSConfig, Profile, Runtime, summarized
-from macs.serving.launch import first_process
+from macs import METRICS, MACSConfig, Profile, Runtime
+from macs.adapters import summarized
+from macs.runtime.launch import first_process
 
 from . import CHECKPOINT, data
 from . import model as tiny

@@ -1,1 +1,1 @@
-"""What is measured and kept: metrics of layers, profiles of models, recorded traffic."""
+"""Measurements: loads of layers, counters, recorded routing, profiles of models."""

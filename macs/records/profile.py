@@ -1,7 +1,6 @@
-"""Calibration: how much of each modality every expert serves, measured once, kept in a file.
+"""Profiles: how much of each modality every expert serves, measured once and kept in a file.
 
-Shapes: L MoE layers, E experts. The file is safetensors with a JSON header: nothing in it is ever
-executed.
+Shapes: L MoE layers, E experts. The file is safetensors with a JSON header.
 """
 
 from __future__ import annotations
@@ -19,18 +18,17 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, expect
-from ..config import MACSConfig
 from ..files import save_tensors
 from ..tokens import Tokens
 from .tuning import TENSORS as TUNING_TENSORS
 from .tuning import Tuning
 
-FORMAT = "macs-profile-1"
+FORMAT = "macs-profile-2"
 LARGEST_FILE = 1 << 30
 
 
 def router_fingerprint(router_weight: Tensor) -> str:
-    """What tells one router from another.
+    """An identifier of a router.
 
     Taken over the weights in bfloat16, so that a model has one fingerprint in either precision.
 
@@ -51,8 +49,8 @@ class Profile:
     """Which expert serves which modality, for every MoE layer of one model.
 
     visual, text: int64 [L, E], assignments of visual and of text tokens to each expert on the
-    calibration set. fingerprints: L strings of ``router_fingerprint``. top_k: the router's k. tuning: how a
-    bound is split among these layers, if that was measured.
+    calibration set. fingerprints: L strings of ``router_fingerprint``. top_k: the router's k. tuning: the
+    split of a load among these layers, if it was measured.
     """
 
     visual: Tensor
@@ -74,9 +72,9 @@ class Profile:
             )
         if not 1 <= self.top_k <= experts:
             raise ValueError(f"profile.top_k: found {self.top_k}, expected 1 to {experts}")
-        if self.tuning is not None and self.tuning.bounds.shape[1] != layers:
+        if self.tuning is not None and self.tuning.layer_loads.shape[1] != layers:
             raise ValueError(
-                f"profile.tuning: found bounds of {self.tuning.bounds.shape[1]} layers, expected {layers}"
+                f"profile.tuning: found {self.tuning.layer_loads.shape[1]} layers, expected {layers}"
             )
 
     @property
@@ -89,22 +87,22 @@ class Profile:
 
     @property
     def digest(self) -> str:
-        """What tells one profile from another, 16 hex digits."""
+        """An identifier of the profile's contents, 16 hex digits."""
         more, tensors = [], [self.visual, self.text]
         if self.tuning is not None:
             more.append(self.tuning.header())
             tensors += self.tuning.tensors().values()
-        said = hashlib.sha256(json.dumps([list(self.fingerprints), self.top_k, *more]).encode())
+        digest = hashlib.sha256(json.dumps([list(self.fingerprints), self.top_k, *more]).encode())
         for tensor in tensors:
-            said.update(tensor.cpu().contiguous().numpy().tobytes())
-        return said.hexdigest()[:16]
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def visual_preference(self) -> Tensor:
         """q_j = f_v / (f_v + f_t), float64 [L, E]: 1 serves visual tokens alone, 0 text alone.
 
         f_v(j), f_t(j): the share of all visual, of all text assignments of the layer that go to j.
-        0.5 where an expert saw nothing, and in a layer that saw one modality alone: that says nothing
-        about its experts.
+        0.5 where an expert saw nothing, and in a layer that saw one modality alone, which is no
+        evidence about its experts.
         """
         visual = self.visual.double() / self.visual.sum(1, keepdim=True).clamp(min=1)
         text = self.text.double() / self.text.sum(1, keepdim=True).clamp(min=1)
@@ -112,18 +110,18 @@ class Profile:
         seen = (both > 0) & (self.visual.sum(1, keepdim=True) > 0) & (self.text.sum(1, keepdim=True) > 0)
         return torch.where(seen, visual / both.clamp(min=1e-300), 0.5)
 
-    def bias(self, config: MACSConfig) -> Tensor:
+    def bias(self, threshold: float) -> Tensor:
         """The modality bias m_j of every expert, float64 [L, E]: -1, 0 or 1.
 
-        +1 if q_j >= 0.5 + tau, -1 if q_j <= 0.5 - tau, else 0.
+        +1 if q_j >= 0.5 + tau, -1 if q_j <= 0.5 - tau, else 0; tau: ``Policy.bias_threshold``.
         """
         preference = self.visual_preference()
-        high = (preference >= 0.5 + config.bias_threshold).double()
-        low = (preference <= 0.5 - config.bias_threshold).double()
+        high = (preference >= 0.5 + threshold).double()
+        low = (preference <= 0.5 - threshold).double()
         return high - low
 
     def row_of(self, router_weight: Tensor, top_k: int) -> int:
-        """Which row of this profile was measured on this very router; none is a ``ValueError``.
+        """The row of this profile that was measured on this router; if there is none, a ``ValueError``.
 
         Rows are found by the router's fingerprint, so it does not matter how an engine numbers its
         layers or spreads them over pipeline stages.
@@ -134,20 +132,20 @@ class Profile:
                 f"profile: measured with {self.num_experts} experts and top-{self.top_k}, the model has "
                 f"{experts} experts and top-{top_k}; it was measured on another model"
             )
-        found = router_fingerprint(router_weight)
-        if found not in self.fingerprints:
+        fingerprint = router_fingerprint(router_weight)
+        if fingerprint not in self.fingerprints:
             raise ValueError(
-                f"profile: no layer of it was measured on a router with fingerprint {found}; "
+                f"profile: no layer of it was measured on a router with fingerprint {fingerprint}; "
                 "it was measured on another model"
             )
-        return self.fingerprints.index(found)
+        return self.fingerprints.index(fingerprint)
 
     @staticmethod
     def merged(profiles: Sequence[Profile]) -> Profile:
-        """One profile of what several runs, ranks or pipeline stages of one model counted.
+        """One profile of several runs, ranks or pipeline stages of one model.
 
-        Its layers are those of all of them, by fingerprint, in the order in which they come; counts of
-        the same layer add up. A tuning is of all layers of a model together, and is not kept.
+        Layers are matched by fingerprint, and counts of the same layer add up. A tuning belongs to all
+        layers of a model together, and is not kept.
         """
         counts: dict[str, list[Tensor]] = {}
         shapes = {(one.num_experts, one.top_k) for one in profiles}
@@ -167,12 +165,12 @@ class Profile:
         )
 
     def drift(self, row: int, visual: Tensor, text: Tensor) -> tuple[float, float]:
-        """How far a layer's traffic is from this profile: of visual and of text tokens, each 0..1.
+        """How far a layer's traffic is from this profile, for visual and for text tokens, each 0..1.
 
         visual, text: assignments to each expert since, [E]. Half the sum of the differences of the
         experts' shares (total variation), less what counting so few independent assignments gives by
-        chance; 0 where either side saw none. Tokens of a picture are alike, so over few pictures more
-        than that is chance: compare over hundreds of requests.
+        chance; 0 where either side has none. Tokens of a picture are alike, so compare over hundreds of
+        requests.
         """
 
         def moved(now: Tensor, then: Tensor) -> float:
@@ -187,7 +185,7 @@ class Profile:
         return moved(visual, self.visual[row]), moved(text, self.text[row])
 
     def save(self, path: str | Path) -> None:
-        """Write the profile to one safetensors file, whole or not at all."""
+        """Write the profile to one safetensors file."""
         tensors = {"visual": self.visual.cpu().contiguous(), "text": self.text.cpu().contiguous()}
         header: dict[str, Any] = {"fingerprints": list(self.fingerprints), "top_k": self.top_k}
         if self.tuning is not None:
@@ -197,10 +195,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """Read a profile; one that is truncated, foreign or tampered with is a ``ValueError``.
-
-        Older ones may hold a similarity matrix, which nothing uses any more.
-        """
+        """Read a profile; a ``ValueError`` for a file that is truncated or of another format."""
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
@@ -215,10 +210,10 @@ class Profile:
                         f"profile {path}: found format {metadata.get('format')!r}, expected {FORMAT!r}"
                     )
                 tuned = {f"tuning_{name}" for name in TUNING_TENSORS}
-                if names - {"similarity"} not in ({"visual", "text"}, {"visual", "text"} | tuned):
+                if names not in ({"visual", "text"}, {"visual", "text"} | tuned):
                     raise ValueError(
-                        f"profile {path}: found tensors {sorted(names)}, expected visual, text, and perhaps "
-                        "similarity and those of a tuning"
+                        f"profile {path}: found tensors {sorted(names)}, expected visual, text, and all or "
+                        "none of a tuning's"
                     )
                 tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
@@ -251,7 +246,7 @@ def _read_header(path: Path, text: str) -> tuple[tuple[str, ...], int, Any]:
 
 
 class Calibration:
-    """Counts, on the layer's device, who each expert of one layer serves. Nothing is synchronised."""
+    """Counts on the device which modalities the experts of one layer serve, without synchronisation."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -259,9 +254,9 @@ class Calibration:
 
     def observe(self, experts: Tensor, tokens: Tokens) -> None:
         """Count experts int64 [T, k] of the layer's tokens."""
-        kind = torch.where(tokens.valid, tokens.visual.long(), 2)[:, None]
-        kind = torch.where(experts >= 0, kind, 2)
-        cell = (kind * self.num_experts + experts.clamp(min=0)).flatten()
+        row = torch.where(tokens.valid, tokens.visual.long(), 2)[:, None]
+        row = torch.where(experts >= 0, row, 2)
+        cell = (row * self.num_experts + experts.clamp(min=0)).flatten()
         if self._counts is None:
             with torch.inference_mode(False):  # it outlives the engine's inference mode
                 self._counts = torch.zeros(3 * self.num_experts, dtype=torch.int64, device=experts.device)

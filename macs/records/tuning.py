@@ -1,112 +1,110 @@
-"""How a bound on the step is split among layers: each layer's bound by target, and the damage measured.
+"""The split of a load among layers: ``target_load`` of each layer by target, and the KL it was verified with.
 
 Shapes: N targets, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, float64
 
 from ..checks import expect
 from ..config import MACSConfig
 
-TENSORS = ("targets", "bounds", "damage")
+TENSORS = ("target_loads", "layer_loads", "kl")
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Splits that were verified by measuring them on requests that they were not made from.
+    """Splits verified on requests that they were not made from.
 
-    targets float64 [N], falling: mean over layers of the busiest rank's rows over the mean rank's of the
-    router's choice. bounds float64 [N, L]: ``target_load`` of every layer, the same in all where no split was
-    better. damage float64 [N, 3]: KL in nats to the model without a bound, at the answers' tokens: the mean
-    over requests and its 95 % interval. policy: what it was measured with; ranks: expert-parallel ranks;
-    tokens: of a rank in a batch; requests: of the half that verified.
+    target_loads float64 [N], falling: load, mean over layers. layer_loads float64 [N, L]: ``target_load`` of
+    each layer, all equal where no split was better. kl float64 [N, 3]: KL in nats to the model without a
+    bound at the answers' tokens, mean over requests and its 95 % interval. policy: the policy it was measured
+    with; ranks: expert-parallel ranks; tokens: of a rank in a batch; requests: of the half that verified.
     """
 
-    targets: Tensor
-    bounds: Tensor
-    damage: Tensor
+    target_loads: Tensor
+    layer_loads: Tensor
+    kl: Tensor
     policy: str
     ranks: int
     tokens: int
     requests: int
 
     def __post_init__(self) -> None:
-        count = len(self.targets)
-        expect("tuning.targets", self.targets, (None,), (torch.float64,))
-        expect("tuning.bounds", self.bounds, (count, None), (torch.float64,))
-        expect("tuning.damage", self.damage, (count, 3), (torch.float64,))
-        if not count or bool((self.targets.diff() >= 0).any()):
-            raise ValueError(f"tuning.targets: found {self.targets.tolist()}, expected them falling")
-        for name in ("targets", "bounds"):
+        count = len(self.target_loads)
+        expect("tuning.target_loads", self.target_loads, (None,), (float64,))
+        expect("tuning.layer_loads", self.layer_loads, (count, None), (float64,))
+        expect("tuning.kl", self.kl, (count, 3), (float64,))
+        if not count or bool((self.target_loads.diff() >= 0).any()):
+            raise ValueError(
+                f"tuning.target_loads: found {self.target_loads.tolist()}, expected them falling"
+            )
+        for name in ("target_loads", "layer_loads"):
             value = getattr(self, name)
             if not bool(((value > 0) & (value < 1e6)).all()):
                 raise ValueError(f"tuning.{name}: found {value.min():g} to {value.max():g}, expected above 0")
 
-    def bounds_at(self, target: float) -> tuple[Tensor, bool] | None:
-        """Every layer's bound for a target, float64 [L], and whether it was verified: between two verified
-        targets it is interpolated and was not; beyond all there is none."""
-        place = self._place(target)
-        if place is not None:
-            return self.bounds[place], True
-        below = int((self.targets > target).sum())
-        if below in (0, len(self.targets)):
+    def layer_loads_at(self, target: float) -> tuple[Tensor, bool] | None:
+        """``target_load`` of every layer, float64 [L], and whether it was verified: between two verified
+        targets it is interpolated, beyond them there is none."""
+        index = self._index(target)
+        if index is not None:
+            return self.layer_loads[index], True
+        below = int((self.target_loads > target).sum())
+        if below in (0, len(self.target_loads)):
             return None
-        high, low = self.targets[below - 1], self.targets[below]
+        high, low = self.target_loads[below - 1], self.target_loads[below]
         part = float((target - low) / (high - low))
-        return self.bounds[below] + part * (self.bounds[below - 1] - self.bounds[below]), False
+        loads = self.layer_loads
+        return loads[below] + part * (loads[below - 1] - loads[below]), False
 
-    def damage_at(self, target: float) -> float | None:
-        """The mean KL that was verified for a target; none where the target was not."""
-        place = self._place(target)
-        return None if place is None else float(self.damage[place, 0])
+    def kl_at(self, target: float) -> float | None:
+        """The mean KL verified for a target; none if it was not verified."""
+        index = self._index(target)
+        return None if index is None else float(self.kl[index, 0])
 
-    def _place(self, target: float) -> int | None:
-        """Where a target is among the verified ones, if it is."""
-        same = ((self.targets - target).abs() < 1e-9).nonzero()
+    def _index(self, target: float) -> int | None:
+        same = ((self.target_loads - target).abs() < 1e-9).nonzero()
         return int(same[0, 0]) if len(same) else None
 
     def target_within(self, max_kl: float) -> float:
-        """The smallest verified target whose damage is at most ``max_kl``.
+        """The smallest verified target with a KL of at most ``max_kl``.
 
         Raises:
-            ValueError: none is.
+            ValueError: there is none.
         """
-        within = self.targets[self.damage[:, 0] <= max_kl]
+        within = self.target_loads[self.kl[:, 0] <= max_kl]
         if not len(within):
-            least = float(self.damage[:, 0].min())
             raise ValueError(
-                f"config.max_kl: found {max_kl:g}, expected {least:.3g} or more, the least damage that the "
-                "profile's tuning verified for any target"
+                f"config.max_kl: found {max_kl:g}, expected {float(self.kl[:, 0].min()):.3g} or more, the "
+                "smallest KL that the profile's tuning verified for any target"
             )
         return float(within.min())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file keeps beside the ``header``."""
+        """The tensors, as a file keeps them."""
         return {f"tuning_{name}": getattr(self, name).contiguous() for name in TENSORS}
 
     def header(self) -> dict[str, Any]:
-        """What a file keeps of it as plain values."""
+        """The plain values, as a file keeps them."""
         return {name: value for name, value in asdict(self).items() if name not in TENSORS}
 
     @classmethod
     def of(cls, header: Any, tensors: Mapping[str, Tensor]) -> Tuning:
-        """From what a file kept; a ``ValueError`` names what is not as it should be."""
+        """From what a file kept; a ``ValueError`` names what does not fit."""
         wanted = {name: kind for name, kind in cls.__annotations__.items() if name not in TENSORS}
         if not isinstance(header, dict) or set(header) != set(wanted):
             raise ValueError(f"tuning: its header must have the fields {', '.join(wanted)}")
         for name, kind in wanted.items():
-            value = header[name]
-            if type(value).__name__ != kind:
-                raise ValueError(f"tuning.{name}: found {value!r}, expected {kind}")
-        given: dict[str, Any] = {name: tensors[f"tuning_{name}"] for name in TENSORS}
-        return cls(**given, **header)
+            if type(header[name]).__name__ != kind:
+                raise ValueError(f"tuning.{name}: found {header[name]!r}, expected {kind}")
+        fields: dict[str, Any] = {name: tensors[f"tuning_{name}"] for name in TENSORS}
+        return cls(**fields, **header)
 
 
 def target_of(config: MACSConfig, tuning: Tuning | None) -> float | None:
@@ -115,3 +113,30 @@ def target_of(config: MACSConfig, tuning: Tuning | None) -> float | None:
         return config.target_load
     assert tuning is not None  # ``Runtime.use`` has refused settings that need one
     return tuning.target_within(config.max_kl)
+
+
+def tuned_config(
+    config: MACSConfig, tuning: Tuning, row: int, policy: str, ranks: int, warn: Callable[[str], None]
+) -> MACSConfig:
+    """The settings with the ``target_load`` of the tuning's layer ``row``.
+
+    Where the policy, the ranks or the target are not those that were verified, ``warn`` is called with a
+    message; a target beyond the verified ones holds for every layer.
+    """
+    target = target_of(config, tuning)
+    assert target is not None
+    if (tuning.ranks, tuning.policy) != (ranks, policy):
+        warn(
+            f"MACS: the profile was tuned for policy {tuning.policy} on {tuning.ranks} ranks, found {policy} on "
+            f"{ranks}: its KL was not verified for them"
+        )
+    loads = tuning.layer_loads_at(target)
+    if loads is None:
+        warn(
+            f"MACS: target_load {target:g} is beyond the tuning's {float(tuning.target_loads[-1]):g} to "
+            f"{float(tuning.target_loads[0]):g}; it holds for every layer"
+        )
+        return config.updated(target_load=target, split="uniform")
+    if not loads[1]:
+        warn(f"MACS: target_load {target:g} lies between verified ones; its split was not verified")
+    return config.updated(target_load=float(loads[0][row]), split="uniform")

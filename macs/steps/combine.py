@@ -1,4 +1,4 @@
-"""What leaves a plan: experts, combine weights, and what the plan did.
+"""The output of a plan: experts, combine weights, and the record of what the plan did.
 
 Shapes: T tokens, k assignments of a token (k' with those a policy adds), E experts, S sources.
 """
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .capacity import loads_of
-from .contracts import Choice, Demand, Placement, Room, Sums
+from .contracts import Capacities, Counts, Demand, Field, Placement, Routing
 from .fixed_point import MASS_UNIT, to_fixed
-from .kernels.dispatch import fused
+from .kernels.dispatch import kernels_enabled
 
 
 @dataclass(frozen=True)
@@ -25,121 +24,132 @@ class Combined:
     rerouted: Tensor
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What a plan's record tells beside where assignments ended: its sums, the record among them, to be
-    added to; finite bool [T]: tokens whose features are; excess bool [S]: sources that drop more than they
-    may, if that has a bound."""
-
-    sums: Sums
-    finite: Tensor
-    excess: Tensor | None
-
-
-@fused
 def combine(
-    demand: Demand, placement: Placement, room: Room, drop_padding: bool, findings: Findings | None
+    demand: Demand, placement: Placement, capacities: Capacities, finite: Tensor | None, counts: Counts
 ) -> Combined:
-    """Where assignments end, with ``combine_weights``; writes the record where there are ``findings``.
+    """Final experts with their ``combine_weights``; adds to ``counts.record`` where ``finite`` is given.
 
-    With ``drop_padding`` padding of sources that plan goes nowhere; of those that do not, added experts are
-    nobody's.
+    Of sources that do not plan, the columns that a policy appended are dropped.
+
+    Args:
+        demand: the assignments.
+        placement: where they were placed.
+        capacities: which sources plan, and whether rows are bounded.
+        finite: tokens with finite features, bool [T]; none: nothing is recorded.
+        counts: of this plan.
+
+    Returns:
+        What the engine gets.
     """
-    weights, rerouted = combine_weights(demand, placement.experts)
-    experts, top_k, source = placement.experts, demand.choice.top_k, demand.tokens.source
-    if drop_padding:
-        padding = (room.active[source] & ~demand.tokens.valid)[:, None]
-        experts, weights = experts.masked_fill(padding, -1), weights.masked_fill(padding, 0)
+    if kernels_enabled(demand.device):
+        from .kernels import combine as kernels
+
+        return kernels.combine(demand, placement, capacities, finite, counts)
+    weights, rerouted = combine_weights(demand, placement)
+    experts, top_k = placement.experts, demand.routing.top_k
     if experts.shape[1] > top_k:
         added = torch.arange(experts.shape[1], device=experts.device) >= top_k
-        added = ~room.active[source][:, None] & added
+        added = ~capacities.active[demand.tokens.source][:, None] & added
         experts, weights = experts.masked_fill(added, -1), weights.masked_fill(added, 0)
     combined = Combined(experts, weights, rerouted)
-    if findings is not None:
-        describe(demand, combined, room, unmet_of(placement, room, findings.excess), findings)
+    if finite is not None:
+        _record(demand, combined, placement, capacities, finite, counts)
     return combined
 
 
-def combine_weights(demand: Demand, placed: Tensor) -> tuple[Tensor, Tensor]:
-    """Combine weights of the placed assignments, float [T, k'], 0 where dropped, and which of them were
-    rerouted, bool [T, k'].
+def combine_weights(demand: Demand, placement: Placement) -> tuple[Tensor, Tensor]:
+    """Combine weights [T, k'] of the placed assignments, 0 where dropped, and which are rerouted, bool.
 
-    Kept ones pass through untouched. A rerouted one gets ``weight_of_score`` of its new expert.
+    Kept assignments pass through untouched; a rerouted one gets ``weight_of_score`` of its new expert.
     """
-    choice = demand.choice
-    changed = demand.planned & (placed != choice.experts)
-    rerouted = changed & (placed >= 0)
-    moved = weight_of_score(choice.scores.gather(1, placed.clamp(min=0)), choice)
-    return torch.where(changed, moved.masked_fill(~rerouted, 0.0), choice.weights), rerouted
+    routing, placed = demand.routing, placement.experts
+    dropped = demand.planned & (placed < 0)
+    weights = routing.weights.masked_fill(dropped, 0.0)
+    if not placement.moved:
+        return weights, torch.zeros_like(dropped)
+    rerouted = demand.planned & (placed != routing.experts) & ~dropped
+    moved = weight_of_score(routing.scores.gather(1, placed.clamp(min=0)), routing)
+    return torch.where(rerouted, moved, weights), rerouted
 
 
-def weight_of_score(score: Tensor, choice: Choice) -> Tensor:
+def weight_of_score(score: Tensor, routing: Routing) -> Tensor:
     """Combine weight of an expert that joins a token with ``score`` [T, m]: s_c sum(w) / sum(s).
 
-    The sums are over the token's own k, so scores and weights keep their proportion; they are taken in
-    float64, so that the order in which a router names its experts does not matter. Never more than sum(w),
-    as a correction bias or scores that vanish could have it.
+    The sums are over the token's own k, in float64, so that the order of a router's experts does not matter.
+    At most sum(w), which a correction bias or vanishing scores could exceed.
     """
-    experts, weights = choice.experts[:, : choice.top_k], choice.weights[:, : choice.top_k]
+    experts, weights = routing.experts[:, : routing.top_k], routing.weights[:, : routing.top_k]
     real = experts >= 0
     total = torch.where(real, weights, 0).sum(1, keepdim=True, dtype=torch.float64).to(weights.dtype)
-    own = torch.where(real, choice.scores.gather(1, experts.clamp(min=0)), 0)
-    score_sum = own.sum(1, keepdim=True, dtype=torch.float64).to(own.dtype)
+    chosen = torch.where(real, routing.scores.gather(1, experts.clamp(min=0)), 0)
+    score_sum = chosen.sum(1, keepdim=True, dtype=torch.float64).to(chosen.dtype)
     share = (score / score_sum.clamp(min=torch.finfo(score_sum.dtype).tiny)).clamp(max=1.0)
     return share.to(weights.dtype) * total
 
 
-def unmet_of(placement: Placement, room: Room, excess: Tensor | None) -> Tensor:
-    """For which sources a guard could not be met, bool [S]."""
-    unmet = torch.zeros_like(room.active) if excess is None else excess
-    if not room.bounded:
-        return unmet
-    left = placement.room if placement.row_room is None else placement.row_room
-    return unmet | (left < 0).any(1)
+def loads_of(experts: Tensor, num_experts: int) -> Tensor:
+    """Assignments of each expert.
+
+    Args:
+        experts: int64, any shape; -1: none.
+        num_experts: E.
+
+    Returns:
+        int64 [E].
+    """
+    column = torch.where(experts < 0, num_experts, experts).flatten()
+    return column.new_zeros(num_experts + 1).scatter_add(0, column, torch.ones_like(column))[:-1]
 
 
-KEPT, REROUTED, DROPPED, UNCOUNTED = range(4)
+def _record(
+    demand: Demand,
+    combined: Combined,
+    placement: Placement,
+    capacities: Capacities,
+    finite: Tensor,
+    counts: Counts,
+) -> None:
+    """Add ``Field`` and ``LOADS`` of this plan to the record."""
+    routing, tokens, record = demand.routing, demand.tokens, counts.record
+    top_k, num_experts, visual = routing.top_k, routing.scores.shape[1], tokens.visual
+    planned, now = demand.planned[:, :top_k].long(), combined.experts
+    unmet = torch.zeros_like(capacities.active)
+    if capacities.bounded:
+        remaining = placement.remaining if placement.remaining_rows is None else placement.remaining_rows
+        unmet = capacities.active & (remaining < 0).any(1)
+    record[: Field.SOURCES].add_(counts.by_source.sum(1))
+    flags = torch.stack([torch.ones_like(unmet), capacities.active, unmet])
+    record[Field.SOURCES : Field.VISUAL].add_(flags.sum(1))
+    record[Field.VISUAL : Field.KEPT].add_(torch.stack([visual, tokens.valid & ~finite]).sum(1))
+
+    def add(first: int, index: Tensor, amount: Tensor) -> None:
+        record.scatter_add_(0, (index + first).flatten(), amount.flatten())
+
+    state = combined.rerouted[:, :top_k] + 2 * (now[:, :top_k] < 0)  # kept, rerouted, dropped
+    planned_visual, expert = planned * visual[:, None], routing.experts[:, :top_k].clamp(min=0)
+    add(Field.KEPT, state, planned)
+    add(Field.KEPT_MASS, state, planned * to_fixed(routing.weights[:, :top_k], MASS_UNIT))
+    add(Field.VISUAL_KEPT, state, planned_visual)
+    add(len(Field), expert, planned_visual)
+    add(len(Field) + num_experts, expert, planned)
+    add(len(Field) + 2 * num_experts, now.clamp(min=0), ((now >= 0) & tokens.valid[:, None]).long())
 
 
-def describe(demand: Demand, combined: Combined, room: Room, unmet: Tensor, findings: Findings) -> None:
-    """Add to the record what became of a router's choice: ``SCALARS`` and ``LOADS``."""
-    choice, tokens, sums = demand.choice, demand.tokens, findings.sums
-    top_k, num_experts, visual = choice.top_k, choice.scores.shape[1], tokens.visual
-    asked, own = demand.planned[:, :top_k], choice.experts[:, :top_k]
-    state = torch.where(combined.rerouted[:, :top_k], REROUTED, (combined.experts[:, :top_k] < 0) * DROPPED)
-    state = state.masked_fill_(~asked, UNCOUNTED).flatten()
-    mass = to_fixed(choice.weights[:, :top_k], MASS_UNIT).flatten()
-    # Of text and of visual tokens, side by side, here and below.
-    kind = state.view(-1, top_k) + 4 * visual[:, None]
-    counts = mass.new_zeros(8).scatter_add_(0, kind.flatten(), torch.ones_like(mass)).view(2, 4)
-    masses = mass.new_zeros(4).scatter_add_(0, state, mass)
-    before = loads_of((own + num_experts * visual[:, None]).masked_fill_(~asked, -1), 2 * num_experts)
-    before = before.view(2, num_experts)
-    after = combined.experts.masked_fill(~tokens.valid[:, None], -1)
-    scalars = (
-        torch.ones_like(room.active),
-        room.active,
-        sums.tokens,
-        visual,
-        sums.weight,
-        sums.visual_weight,
-        ~findings.finite & tokens.valid,
-        unmet & room.active,
-    )
-    parts = [
-        torch.stack([one.sum() for one in scalars]),
-        counts.sum(0)[:UNCOUNTED],
-        masses[:UNCOUNTED],
-        counts[1, :DROPPED],
-    ]
-    parts += [before[1], before.sum(0), loads_of(after, num_experts)]
-    sums.record.add_(torch.cat(parts))
+def routing_from_map(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The inverse of ``map_of``.
 
+    Args:
+        chosen: multi-hot map, bool [T, E].
+        probs: combine weights of its entries, [T, E].
+        top_k: k.
 
-@fused
-def choice_in(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """What ``map_of`` made a map of: the columns of the true entries of a map bool [T, E], int64 [T, k],
-    ascending, -1: none, and their weights out of probs [T, E] (of none, any)."""
+    Returns:
+        Experts int64 [T, k], ascending (-1: none), and their weights [T, k] (arbitrary where -1).
+    """
+    if kernels_enabled(chosen.device):
+        from .kernels import combine as kernels
+
+        return kernels.routing_from_map(chosen, probs, top_k)
     rows, num_experts = chosen.shape
     column = torch.where(chosen, chosen.cumsum(1) - 1, top_k).clamp(max=top_k)
     expert = torch.arange(num_experts, device=chosen.device).expand(rows, -1)
@@ -148,9 +158,12 @@ def choice_in(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor
     return experts, probs.gather(1, experts.clamp(min=0))
 
 
-@fused
 def map_of(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """A multi-hot map bool [T, E] of experts int64 [T, m] (-1: none), and their weights [T, m], so too."""
+    """Experts int64 [T, m] (-1: none) and weights [T, m] as a multi-hot map bool [T, E] and probs [T, E]."""
+    if kernels_enabled(experts.device):
+        from .kernels import combine as kernels
+
+        return kernels.map_of(experts, weights, num_experts)
     column = experts.masked_fill(experts < 0, num_experts)
     chosen = column.new_zeros(len(column), num_experts + 1, dtype=torch.bool).scatter_(1, column, True)
     probs = weights.new_zeros(len(column), num_experts + 1).scatter_(1, column, weights)

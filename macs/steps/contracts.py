@@ -1,16 +1,16 @@
-"""What the steps of a plan hand to one another.
+"""Values that the steps of a plan hand to one another.
 
 Shapes: T tokens, D features, E experts, k assignments of a token (k' with those a policy adds), S sources,
-R ranks, P pools. An *assignment* is one (token, expert) pair; a *pool* is what has a capacity: an expert or
-the experts of a rank together, once for each source. Loads, costs, capacities and priorities are int64 (see
+R ranks, P pools. An *assignment* is one (token, expert) pair. A *pool* has a capacity: one expert, or the
+experts of one rank together, once for each source. Loads, costs, capacities and priorities are int64 (see
 ``fixed_point``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -18,88 +18,99 @@ from torch import Tensor
 from ..tokens import Tokens
 from .fixed_point import MASS_UNIT, UNIT
 
-SCALARS: dict[str, int] = {
-    "sources": 1,
-    "planned": 1,
-    "tokens": 1,
-    "visual": 1,
-    "weight": UNIT,
-    "visual_weight": UNIT,
-    "nonfinite": 1,
-    "unmet": 1,
-    "kept": 1,
-    "rerouted": 1,
-    "dropped": 1,
-    "kept_mass": MASS_UNIT,
-    "rerouted_mass": MASS_UNIT,
-    "dropped_mass": MASS_UNIT,
-    "visual_kept": 1,
-    "visual_rerouted": 1,
-}
-"""What a plan did, in numbers, and the unit each is counted in, in the order of a record."""
+
+class Field(IntEnum):
+    """The scalars of a record and their positions in it; three loads of E numbers follow them."""
+
+    TOKENS = 0
+    WEIGHT = 1
+    VISUAL_WEIGHT = 2
+    SOURCES = 3
+    PLANNED = 4
+    UNMET = 5
+    VISUAL = 6
+    NONFINITE = 7
+    KEPT = 8
+    REROUTED = 9
+    DROPPED = 10
+    KEPT_MASS = 11
+    REROUTED_MASS = 12
+    DROPPED_MASS = 13
+    VISUAL_KEPT = 14
+    VISUAL_REROUTED = 15
+    VISUAL_DROPPED = 16
+
+
+UNITS = {Field.WEIGHT: UNIT, Field.VISUAL_WEIGHT: UNIT} | dict.fromkeys(
+    (Field.KEPT_MASS, Field.REROUTED_MASS, Field.DROPPED_MASS), MASS_UNIT
+)
+"""Fixed-point units of the scalars that are not plain counts."""
 
 LOADS = "load_visual", "load_before", "load_after"
-"""Of a record, behind the scalars: three times E numbers."""
+
+
+def record_size(num_experts: int) -> int:
+    """Numbers in the record of a layer with E experts."""
+    return len(Field) + len(LOADS) * num_experts
 
 
 @dataclass(frozen=True)
-class Constants:
-    """What the plans of a layer have in common, on one device."""
+class LayerConstants:
+    """Tensors that all plans of a layer share, on one device."""
 
     pool_of_expert: Tensor  # int64 [E] in 0..P-1
     rank_of_expert: Tensor  # int64 [E] in 0..R-1
-    affinity: Tensor  # float32 [E, E], similarity in 0..1; 0 where rerouting may not go
+    affinity: Tensor  # float32 [E, E]: similarity in 0..1, 0 where rerouting is not allowed
     modality_bias: Tensor  # float64 [E]: m_j in -1..1
-    reachable: Tensor  # bool [E, E], where rerouting may go
-    bounds: Tensor  # float64 [2], ``capacity.bounds_of`` the settings
-    places: Tensor  # int64 [S], where sources stand among those whose tokens meet
-    local_experts: Tensor  # int64 [S, G], the experts on each source's own rank
+    target_load: Tensor  # float64 [1]; inf: rows are not bounded
+    source_index: Tensor  # int64 [S]: position of each source among those that share the experts
+    local_experts: Tensor  # int64 [S, G]: experts on each source's rank
     pools: int  # P
     ranks: int  # R
-    min_tokens: int  # with fewer valid tokens a source does not plan
+    min_tokens: int  # a source with fewer valid tokens does not plan
 
-    def to(self, device: torch.device) -> Constants:
-        """The same on another device."""
-        moved = {name: one.to(device) for name, one in vars(self).items() if isinstance(one, Tensor)}
+    def to(self, device: torch.device) -> LayerConstants:
+        """The same values on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Sums:
-    """What the steps of one plan add up: whole numbers, so that the order of addition does not matter, in
-    memory that is cleared at once. All int64.
+class Counts:
+    """Sums over the tokens of one plan, in one allocation that is zeroed by one launch.
 
-    directions [S, D]   of visual tokens, by source (distinct weights)
-    moments [3, G]      of what is normalised in each of G groups: number, sum, sum of squares
-    tokens [S]          valid ones
-    weight [S], visual_weight [S]  the sums of their weights, and of those of visual ones
-    rows [S, E]         assignments that are asked of each expert
-    cost [S, E]         the same by the tokens' weights, where that is what an assignment costs
-    record [16 + 3 E]   ``SCALARS`` and ``LOADS``
+    by_source [3, S]    valid tokens; sums of all and of visual semantic weights
+    rows [S, E]         assignments to each expert
+    cost [S, E]         the same by token weight, where an assignment costs its weight
+    record [17 + 3 E]   ``Field`` and ``LOADS``
+    moments [3, S K]    float64, of K modalities: number, sum and sum of squares of the values to normalise
+    directions [S, D]   float64: sum of unit feature vectors of visual tokens
+    All but the last two are int64.
     """
 
-    directions: Tensor
-    moments: Tensor
-    tokens: Tensor
-    weight: Tensor
-    visual_weight: Tensor
+    by_source: Tensor
     rows: Tensor
     cost: Tensor
     record: Tensor
+    moments: Tensor
+    directions: Tensor
 
     @classmethod
-    def zeros(cls, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> Sums:
-        """Nothing added yet, of these shapes; those not named are empty."""
-        wanted = {name: shapes.get(name, (0,)) for name in cls.__dataclass_fields__}
-        # Each begins at a multiple of 16 bytes, or kernels would be compiled for every place it may begin at.
-        sizes = [-(-math.prod(shape) // 2) * 2 for shape in wanted.values()]
-        parts = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
-        return cls(
-            **{
-                name: part[: math.prod(shape)].view(shape)
-                for (name, shape), part in zip(wanted.items(), parts, strict=True)
-            }
-        )
+    def zeros(cls, shapes: dict[str, tuple[int, ...]], device: torch.device) -> Counts:
+        """Zeros of these shapes; fields without one are empty."""
+        # Multiples of 16 bytes, or Triton would compile a kernel for each alignment.
+        sizes = [-(-math.prod(shape) // 2) * 2 for shape in shapes.values()]
+        memory = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        views = dict.fromkeys(cls.__dataclass_fields__, memory[:0])
+        for (name, shape), part in zip(shapes.items(), memory.split(sizes), strict=True):
+            part = part.view(torch.float64) if name in ("moments", "directions") else part
+            views[name] = part if part.shape == shape else part[: math.prod(shape)].view(shape)
+        return cls(**views)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Valid tokens of each source, int64 [S]."""
+        return self.by_source[0]
 
     @property
     def device(self) -> torch.device:
@@ -107,12 +118,10 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a router chose, and behind it what a policy adds.
-
-    experts int64 [T, k'] (-1: none), weights [T, k'] their combine weights, scores [T, E] of every expert,
-    0..1, 0 where a token may not be sent; top_k: k, the columns that are the router's own.
-    """
+class Routing:
+    """The router's output: experts int64 [T, k'] (-1: none), weights [T, k'] (combine weights), scores [T, E]
+    in 0..1 (0 where a token may not be sent). The first ``top_k`` columns are the router's own; a policy may
+    append others."""
 
     experts: Tensor
     weights: Tensor
@@ -125,54 +134,68 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """Semantic weights int64 [T] in 1..UNIT; finite bool [T], which tokens' features are, where that was
-    asked for."""
+class TokenWeights:
+    """Semantic weights int64 [T] in 1..UNIT; finite bool [T]: tokens with finite features, if requested."""
 
     weight: Tensor
     finite: Tensor | None
 
 
 @dataclass(frozen=True)
-class Terms:
-    """How assignments are ordered and counted: priority "score" or "product" (of score and weight);
-    by_weight: an assignment costs its token's weight, otherwise one."""
+class AdmissionRule:
+    """priority: "score" or "product" (score times weight). by_weight: an assignment costs its token's weight,
+    otherwise one."""
 
     priority: str
     by_weight: bool
 
 
 @dataclass(frozen=True)
-class Demand:
-    """The assignments to be planned.
+class CapacityRule:
+    """capacity_factor: gamma, or none where capacities meet ``target_load``. rows_only: the capacity of a
+    rank's pool is its bound on rows. modality_strength: rho. floor: least capacity of a pool, in tokens."""
 
-    weight int64 [T]        semantic weights
-    order int64 [T, k']     by falling priority, then place; different for all
-    planned bool [T, k']    False: stays as it is and counts nowhere (padding)
+    capacity_factor: float | None
+    rows_only: bool
+    modality_strength: float
+    floor: float
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the rows of a rank are bounded."""
+        return self.capacity_factor is None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The assignments to plan.
+
+    weight int64 [T]            semantic weights
+    admission_key int64 [T, k'] ascending by falling priority, then by position; unique
+    planned bool [T, k']        False: padding, which stays where it is and is not counted
     """
 
-    choice: Choice
+    routing: Routing
     tokens: Tokens
     weight: Tensor
-    terms: Terms
-    order: Tensor
+    rule: AdmissionRule
+    admission_key: Tensor
     planned: Tensor
 
     @property
     def device(self) -> torch.device:
-        return self.order.device
+        return self.admission_key.device
 
     @property
     def cost(self) -> Tensor:
-        """What one assignment of each token takes from a capacity, int64 [T]."""
-        return self.weight if self.terms.by_weight else torch.full_like(self.weight, UNIT)
+        """Capacity that one assignment of each token takes, int64 [T]."""
+        return self.weight if self.rule.by_weight else torch.full_like(self.weight, UNIT)
 
 
 @dataclass(frozen=True)
-class Room:
-    """Capacities: pools int64 [S, P]; rows int64 [S, R] where the rows of a rank have a bound of their own
-    beside it; active bool [S]: which sources plan at all, the others' room has no bound. bounded: whether
-    there is a bound on rows, of its own or as the pools' capacity."""
+class Capacities:
+    """pools int64 [S, P]; rows int64 [S, R] where the rows of a rank have a separate bound; active bool [S]:
+    sources that plan (the others are unbounded). bounded: whether rows are bounded at all."""
 
     pools: Tensor
     rows: Tensor | None
@@ -182,12 +205,11 @@ class Room:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where assignments stand: experts int64 [T, k'] (-1: nowhere yet), and what room is left: room int64
-    [S, P], row_room int64 [S, R], none where rows have no bound of their own.
-
-    A plan's own: a step may change in place what the step before made.
-    """
+    """experts int64 [T, k'] (-1: not placed); remaining int64 [S, P] and remaining_rows int64 [S, R], what is
+    left of ``Capacities``; moved: whether assignments may be at other experts than the router's. A step may
+    change in place what the step before allocated."""
 
     experts: Tensor
-    room: Tensor
-    row_room: Tensor | None
+    remaining: Tensor
+    remaining_rows: Tensor | None
+    moved: bool = False

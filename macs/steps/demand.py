@@ -1,4 +1,4 @@
-"""What tokens ask for: loads by source and expert, and in which order assignments are admitted.
+"""Demand: rows by source and expert, and the order in which assignments are admitted.
 
 Shapes: T tokens, k' assignments of a token, E experts, S sources.
 """
@@ -9,50 +9,62 @@ import torch
 from torch import Tensor
 
 from ..tokens import Tokens
-from .contracts import Choice, Demand, Sums, Terms
+from .contracts import AdmissionRule, Counts, Demand, Routing
 from .fixed_point import PRIORITY_BITS, UNIT, to_fixed
-from .kernels.dispatch import fused
+from .kernels.dispatch import kernels_enabled
 
 EXEMPT_PRIORITY = (1 << PRIORITY_BITS) + 1
-"""Above every other."""
+"""Above every other priority."""
 
 
-@fused
-def measure(choice: Choice, tokens: Tokens, weight: Tensor, terms: Terms, sums: Sums) -> Demand:
-    """The assignments to be planned, in their order; adds to ``sums`` what is asked of every expert, L_j, the
-    costs of the assignments to j, and its totals by source.
+def measure_demand(
+    routing: Routing, tokens: Tokens, weight: Tensor, rule: AdmissionRule, counts: Counts
+) -> Demand:
+    """Order the assignments and add the load of every expert, L_j = sum of w_t, to ``counts``.
 
-    weight int64 [T]: semantic weights. By falling ``priority_of``, exempt tokens first; then by the token's
-    position, a token's own k before those a policy adds, then by the expert: ``order_of`` with ``places_of``
-    places.
+    Exempt tokens come first, then assignments by falling ``priority_of``; ties go to the token's position,
+    to the router's own columns before those that a policy appends, then to the lower expert.
+
+    Args:
+        routing: the router's output.
+        tokens: modality, position and source of each token.
+        weight: semantic weights, int64 [T].
+        rule: what priority and cost are.
+        counts: its tokens, weights, rows and cost are added to.
+
+    Returns:
+        The demand; padding is not planned.
     """
-    planned = tokens.valid[:, None] & (choice.experts >= 0)
-    _add_loads(choice.experts, planned, tokens, weight, sums)
-    own, count = choice.experts.clamp(min=0), choice.scores.shape[1]
-    priority = priority_of(choice.scores.gather(1, own), weight, terms.priority)
+    if kernels_enabled(routing.device):
+        from .kernels import demand as kernels
+
+        return kernels.measure_demand(routing, tokens, weight, rule, counts)
+    planned = tokens.valid[:, None] & (routing.experts >= 0)
+    _add_loads(routing.experts, planned, tokens, weight, counts)
+    expert, num_experts = routing.experts.clamp(min=0), routing.scores.shape[1]
+    priority = priority_of(routing.scores.gather(1, expert), weight, rule.priority)
     priority = priority.masked_fill(tokens.exempt[:, None], EXEMPT_PRIORITY)
-    spread, place = count, own
-    if own.shape[1] > choice.top_k:
-        added = torch.arange(own.shape[1], device=own.device) >= choice.top_k
-        spread, place = 2 * count, own + count * added
-    order = order_of(priority, tokens.position[:, None] * spread + place, places_of(choice))
-    return Demand(choice, tokens, weight, terms, order, planned)
+    stride, tie = num_experts, expert
+    if expert.shape[1] > routing.top_k:
+        added = torch.arange(expert.shape[1], device=expert.device) >= routing.top_k
+        stride, tie = 2 * num_experts, expert + num_experts * added
+    key = admission_key(priority, tokens.position[:, None] * stride + tie, tie_count(routing))
+    return Demand(routing, tokens, weight, rule, key, planned)
 
 
-def _add_loads(experts: Tensor, planned: Tensor, tokens: Tokens, weight: Tensor, sums: Sums) -> None:
-    sources, count = sums.rows.shape
-    cell = experts if sources == 1 else tokens.source[:, None] * count + experts
+def _add_loads(experts: Tensor, planned: Tensor, tokens: Tokens, weight: Tensor, counts: Counts) -> None:
+    sources, num_experts = counts.rows.shape
+    cell = experts if sources == 1 else tokens.source[:, None] * num_experts + experts
     cell, one = cell.masked_fill(~planned, 0).flatten(), planned.long()
-    sums.rows.view(-1).scatter_add_(0, cell, one.flatten())
-    if sums.cost.numel():
-        sums.cost.view(-1).scatter_add_(0, cell, (one * weight[:, None]).flatten())
-    sums.tokens.scatter_add_(0, tokens.source, tokens.valid.long())
-    sums.weight.scatter_add_(0, tokens.source, weight * tokens.valid)
-    sums.visual_weight.scatter_add_(0, tokens.source, weight * tokens.visual)
+    counts.rows.view(-1).scatter_add_(0, cell, one.flatten())
+    if counts.cost.numel():
+        counts.cost.view(-1).scatter_add_(0, cell, (one * weight[:, None]).flatten())
+    by_token = torch.stack([tokens.valid.long(), weight * tokens.valid, weight * tokens.visual])
+    counts.by_source.index_add_(1, tokens.source, by_token)
 
 
 def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:
-    """Admission priority by rule "score" or "product" (with the weight).
+    """Admission priority: the score, or its product with the weight.
 
     score [T, m] in 0..1, weight int64 [T] in fixed point -> int64 [T, m] in 0..2 ** PRIORITY_BITS.
     """
@@ -62,31 +74,27 @@ def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:
     return to_fixed(value.clamp(0, 1), 1 << PRIORITY_BITS)
 
 
-def order_of(priority: Tensor, place: Tensor, places: int) -> Tensor:
-    """One number for each assignment that rises as its priority falls, then with its place. int64
-
-    priority in 0..EXEMPT_PRIORITY, place in 0..places-1, of the same shape.
-    """
-    return ((EXEMPT_PRIORITY - priority) << place_bits(places)) | place
+def admission_key(priority: Tensor, tie: Tensor, ties: int) -> Tensor:
+    """int64 that rises as the priority falls, then with ``tie`` in 0..ties-1; all of one shape."""
+    return ((EXEMPT_PRIORITY - priority) << tie_bits(ties)) | tie
 
 
-def places_of(choice: Choice) -> int:
-    """How many places the assignments of a choice may have."""
-    tokens, experts = choice.scores.shape
-    return tokens * experts * (2 if choice.experts.shape[1] > choice.top_k else 1)
+def tie_count(routing: Routing) -> int:
+    """Number of different tie-breaks of a routing's assignments."""
+    tokens, experts = routing.scores.shape
+    return tokens * experts * (2 if routing.experts.shape[1] > routing.top_k else 1)
 
 
-def place_bits(places: int) -> int:
-    """Bits that a place takes."""
-    return max(1, (places - 1).bit_length())
+def tie_bits(ties: int) -> int:
+    return max(1, (ties - 1).bit_length())
 
 
-def order_bits(places: int, pools: int) -> int:
-    """Bits that an order takes; a ``ValueError`` where a sort by pool and order has none left."""
-    bits = PRIORITY_BITS + 1 + place_bits(places)
+def key_bits(ties: int, pools: int) -> int:
+    """Bits of an admission key; a ``ValueError`` if a key and a pool do not fit int64 together."""
+    bits = PRIORITY_BITS + 1 + tie_bits(ties)
     if (pools + 1).bit_length() + bits > 63:
         raise ValueError(
-            f"plan: {pools} pools and {places} places need {(pools + 1).bit_length() + bits}-bit keys, 63 is "
-            "the most; plan fewer tokens or sources at once"
+            f"plan: {pools} pools and {ties} tie-breaks need {(pools + 1).bit_length() + bits}-bit keys, "
+            "expected at most 63; plan fewer tokens or sources at once"
         )
     return bits

@@ -1,4 +1,4 @@
-"""The bound on drops: takes some of the dropped back where more are lost than may be.
+"""The bound on drops: re-admits dropped assignments where more combine weight is lost than allowed.
 
 Shapes: T tokens, k' assignments of a token, S sources.
 """
@@ -9,58 +9,62 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .admission import Queue, bounds_of, longest_prefix, pools_of, subtract_load
-from .contracts import Constants, Demand, Placement
-from .demand import order_bits, places_of
+from .admission import limits_of, pools_of, subtract_load
+from .contracts import Demand, LayerConstants, Placement
+from .demand import key_bits, tie_count
 from .fixed_point import MASS_UNIT, to_fixed
-from .kernels.dispatch import fused
+from .kernels.dispatch import kernels_enabled
 
 
-@fused
 def limit_drops(
-    demand: Demand, placement: Placement, constants: Constants, max_drop: float, hard: bool
-) -> tuple[Placement, Tensor]:
-    """Re-admit the best of the dropped, to their own experts, until few enough are dropped.
+    demand: Demand, placement: Placement, constants: LayerConstants, max_drop: float
+) -> Placement:
+    """Re-admit the best dropped assignments, to their own experts, until few enough are dropped.
 
-    For each source: the fewest of the dropped, in priority order, are taken back so that the rest holds at
-    most ``max_drop`` of its combine weight. It takes precedence over a target; a ``hard`` bound on rows
-    takes precedence over it: what that shuts out stays out. Also returns for which sources more than that
-    stays dropped, bool [S].
+    For each source: the fewest of the dropped, in priority order, so that the rest holds at most
+    ``max_drop`` of its combine weight. This bound takes precedence over ``target_load``.
+
+    Args:
+        demand: the assignments in their order.
+        placement: what is placed so far.
+        constants: pools and ranks of the experts.
+        max_drop: largest share of combine weight that may be dropped, 0..1.
+
+    Returns:
+        The placement; remaining capacities may be below 0.
     """
-    sources, top_k = placement.room.shape[0], demand.choice.top_k
-    mass = torch.where(demand.planned[:, :top_k], to_fixed(demand.choice.weights[:, :top_k], MASS_UNIT), 0)
+    if kernels_enabled(demand.device):
+        from .kernels import drops as kernels
+
+        return kernels.limit_drops(demand, placement, constants, max_drop)
+    sources, top_k = placement.remaining.shape[0], demand.routing.top_k
+    mass = torch.where(demand.planned[:, :top_k], to_fixed(demand.routing.weights[:, :top_k], MASS_UNIT), 0)
     mass = functional.pad(mass, (0, placement.experts.shape[1] - top_k))
     dropped = demand.planned & (placement.experts < 0) & (mass > 0)
-    own, source, places = demand.choice.experts, demand.tokens.source, places_of(demand.choice)
-    bounds = bounds_of(demand, placement.room, placement.row_room, constants)
-    open_ = dropped
-    if hard:
-        rows = bounds[-1]  # the bound on rows, of its own or as the pools' capacity
-        pool = pools_of(own, dropped, rows.of_expert, source, rows.room)
-        queue = Queue(pool, demand.order, rows.cost, places)
-        open_ = dropped & longest_prefix(queue, rows.room.flatten())
-    source = source[:, None].expand_as(dropped)
+    experts, source = demand.routing.experts, demand.tokens.source
+    by_token = source[:, None].expand_as(dropped)
 
-    def by_source(who: Tensor) -> Tensor:
-        flat = torch.where(who, mass, 0).flatten()
-        return flat.new_zeros(sources).scatter_add(0, source.flatten(), flat)
+    def by_source(chosen: Tensor) -> Tensor:
+        flat = torch.where(chosen, mass, 0).flatten()
+        return flat.new_zeros(sources).scatter_add(0, by_token.flatten(), flat)
 
     excess = by_source(dropped) - (by_source(demand.planned).double() * max_drop).floor().long()
-    # Taken back: everyone before whom the mass taken back is still short of the excess.
-    pool = torch.where(open_, source, sources).flatten()
-    bits = order_bits(places, sources)
-    order = torch.sort((pool << bits) | demand.order.flatten()).indices
+    # Re-admitted: every assignment before which the mass re-admitted is still short of the excess.
+    pool = torch.where(dropped, by_token, sources).flatten()
+    bits = key_bits(tie_count(demand.routing), sources)
+    order = torch.sort((pool << bits) | demand.admission_key.flatten()).indices
     sorted_pool, sorted_mass = pool[order], mass.flatten()[order]
     load = mass.new_zeros(sources + 1).scatter_add(0, pool, mass.flatten())
     start = load.cumsum(0) - load
     before = sorted_mass.cumsum(0) - sorted_mass - start[sorted_pool]
     short = before < torch.cat([excess, excess.new_full((1,), -1)])[sorted_pool]
-    back = torch.empty_like(short).scatter_(0, order, short).view(dropped.shape) & open_
-    left = [
+    back = torch.empty_like(short).scatter_(0, order, short).view(dropped.shape) & dropped
+    remaining = [
         subtract_load(
-            bound.room, pools_of(own, back, bound.of_expert, source[:, 0], bound.room), back, bound.cost
+            limit.capacity, pools_of(experts, back, limit.of_expert, source, limit.capacity), back, limit.cost
         )
-        for bound in bounds
+        for limit in limits_of(demand, placement.remaining, placement.remaining_rows, constants)
     ]
-    placed = torch.where(back, own, placement.experts)
-    return Placement(placed, left[0], left[1] if len(left) > 1 else None), excess > by_source(back)
+    placed = torch.where(back, experts, placement.experts)
+    rows = remaining[1] if len(remaining) > 1 else None
+    return Placement(placed, remaining[0], rows, placement.moved)

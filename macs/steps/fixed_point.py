@@ -1,7 +1,8 @@
-"""Fixed-point numbers: what makes a plan the same on every rank, device and engine.
+"""Fixed-point numbers, so that a plan is the same on every rank, device and engine.
 
-Floating-point sums depend on the order of addition; integer sums do not. So weights, priorities,
-capacities and entropies become integers before anything is added or compared.
+Floating-point sums depend on the order of addition. Weights, priorities and capacities are therefore
+quantised to integers before they are added or compared. Where floats have to be summed first, they are
+summed in float64 and the result is quantised.
 """
 
 from __future__ import annotations
@@ -10,17 +11,16 @@ import torch
 from torch import Tensor
 
 UNIT = 1 << 16
-"""One whole token's weight; capacities and loads are counted in 1/65536 of a token."""
+"""The weight of one whole token; capacities and costs are counted in 1/65536 of a token."""
 
 PRIORITY_BITS = 24
 """Priorities are integers from 0 to 2 ** 24."""
 
 MASS_UNIT = 1 << 20
-"""Combine weights, where shares of them are compared, are counted in 1/1048576."""
+"""Combine weights are counted in 1/1048576 where shares of them are compared."""
 
-ENTROPY_UNIT = 1 << 18
-"""Entropies are counted in 1/262144 nat: fine enough to tell a spread of 1e-5 nats from none,
-coarse enough that squares of a million of them fit 63 bits."""
+VALUE_UNIT = 1 << 18
+"""Moments of entropy and distinctness are quantised to 1/262144."""
 
 
 def to_fixed(values: Tensor, unit: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""The router's scores, as every part of MACS means them."""
+"""Scores of all experts, as every engine's adapter hands them to the planner.
+
+Shapes: T tokens, E experts, k experts a token.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,42 @@ def full_scores(logits: Tensor, score_function: str) -> Tensor:
     raise ValueError(f"score function: found {score_function!r}, expected softmax or sigmoid")
 
 
+def candidate_scores(
+    logits: Tensor,
+    experts: Tensor,
+    score_function: str,
+    bias: Tensor | None = None,
+    num_groups: int | None = None,
+    groups_used: int | None = None,
+) -> Tensor:
+    """Scores of the experts that the router could have chosen for a token, 0 for the others.
+
+    The one score pipeline of all adapters: ``full_scores``, less the experts that correction biases disable
+    (``enabled_experts``), less those outside the groups that the token uses (``within_groups``).
+
+    Args:
+        logits: the router's, [T, E], any float dtype.
+        experts: the router's choice, int64 [T, k]; -1: none.
+        score_function: "softmax" or "sigmoid".
+        bias: correction bias [E]; none: there is none.
+        num_groups: groups of experts; none: routing is not limited.
+        groups_used: groups that a token may use.
+
+    Returns:
+        float32 [T, E] in 0..1.
+    """
+    scores = full_scores(logits, score_function)
+    if bias is not None:
+        enabled = enabled_experts(bias, experts.shape[1], num_groups, groups_used)
+        scores = scores * enabled.to(scores.dtype)
+    return within_groups(scores, experts, num_groups)
+
+
 def within_groups(scores: Tensor, experts: Tensor, num_groups: int | None) -> Tensor:
-    """Scores, 0 for experts outside the groups that a token's own experts are in.
+    """Scores [T, E], 0 for experts outside the groups that a token's own experts int64 [T, k] are in.
 
     Group-limited routing divides the experts into equal groups to bound where a token travels; a score of 0
     keeps rerouting within that bound.
-
-    Args:
-        scores: [T, E].
-        experts: the router's choice, int64 [T, k]; -1: none.
-        num_groups: of experts; none: routing is not limited.
-
-    Returns:
-        [T, E], in the dtype of ``scores``.
     """
     if num_groups is None:
         return scores
@@ -49,52 +75,31 @@ def within_groups(scores: Tensor, experts: Tensor, num_groups: int | None) -> Te
     return scores.masked_fill(~used.repeat_interleave(size, 1), 0.0)
 
 
-def in_service(
+def enabled_experts(
     bias: Tensor, top_k: int, num_groups: int | None = None, groups_used: int | None = None
 ) -> Tensor:
     """Which experts a router with these correction biases can choose at all.
 
-    For scores in 0..1, which the bias is added to before the top-k are taken: expert j can never be
-    chosen if k others always come before it, b_j + 1 < b_i, as where a pruned or broken expert is taken
-    out by a bias of -inf or -1e4. Under group-limited routing the others are those of its own group and of
-    the ``groups_used - 1`` further groups that have the fewest of them.
+    The bias is added to scores in 0..1 before the top-k. So expert j is never chosen if k others always come
+    before it, b_j + 1 < b_i, as where a pruned or broken expert is disabled by a bias of -inf or -1e4. Under
+    group-limited routing the others are those of its own group and of the ``groups_used - 1`` other groups
+    with the fewest of them.
 
     Args:
         bias: [E], any float dtype.
         top_k: k.
-        num_groups: of experts; none: routing is not limited.
-        groups_used: of them by a token.
+        num_groups: groups of experts; none: routing is not limited.
+        groups_used: groups that a token may use.
 
     Returns:
         bool [E].
     """
-    above = bias[None, :] > bias[:, None] + 1  # [E, E]: who always comes before whom
+    above = bias[None, :] > bias[:, None] + 1  # [E, E]
     if num_groups is None:
         return above.sum(1) < top_k
     experts = len(bias)
     by_group = above.view(experts, num_groups, -1).sum(2)  # [E, groups]
-    own = torch.arange(experts, device=bias.device)[:, None] * num_groups // experts
-    before = by_group.gather(1, own)[:, 0]
-    others = by_group.scatter(1, own, experts).sort(1).values
+    group = torch.arange(experts, device=bias.device)[:, None] * num_groups // experts
+    before = by_group.gather(1, group)[:, 0]
+    others = by_group.scatter(1, group, experts).sort(1).values
     return before + others[:, : (groups_used or 1) - 1].sum(1) < top_k
-
-
-def without_outcasts(
-    scores: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    num_groups: int | None = None,
-    groups_used: int | None = None,
-) -> Tensor:
-    """Scores, 0 for the experts that correction biases take out of service.
-
-    Args:
-        scores: [T, E].
-        bias: [E]; none: there are none. The rest as of ``in_service``.
-
-    Returns:
-        [T, E], in the dtype of ``scores``.
-    """
-    if bias is None:
-        return scores
-    return scores * in_service(bias, top_k, num_groups, groups_used).to(scores.dtype)

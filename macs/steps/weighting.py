@@ -1,12 +1,11 @@
 """Semantic weights: how much a token counts (the paper's entropy-weighted load).
 
-Shapes: T tokens, V visual ones that are looked at, D features, S sources, G groups.
+Shapes: T tokens, V visual ones, D features, S sources, G = S K groups of K modalities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,248 +13,215 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..tokens import KINDS, Tokens
-from .contracts import Sums, Weighed
-from .fixed_point import ENTROPY_UNIT, UNIT, to_fixed
-from .kernels.dispatch import fused, indices_of, may_be_any
+from ..tokens import MODALITIES, Tokens
+from .contracts import Counts, TokenWeights
+from .fixed_point import UNIT, VALUE_UNIT
+from .kernels.dispatch import indices_of, kernels_enabled
 
 FLAT_SPREAD = 1e-5
-"""A standard deviation of entropy below this (nats) is no spread at all."""
+"""A standard deviation below this counts as 0 (of entropy, in nats)."""
 
 EPSILON = 1e-6
-"""Added to a standard deviation before something is divided by it."""
+"""Added to a standard deviation before dividing by it."""
 
 DISTINCT_UNIT = 1 << 12
-"""Distinctness is quantized to 1/4096."""
+"""Distinctness is quantised to 1/4096."""
 
-STEPS = 4000
-"""Directions are counted in 1/4000: the product of two of them, at most (4000 + sqrt(D) / 2)^2, stays below
-2^24, up to which float32 holds whole numbers, for all D up to 36 000."""
+DIRECTION_UNIT = 1 << 16
+"""Components of a mean direction are quantised to 1/65536."""
 
-EXACT_ROWS = 4096
-"""So many directions add up to less than 2^24 in each component."""
-
-PART = 1 << 18
-"""Features that are worked on at a time on a CPU: what its cache has room for while all of it is done."""
-
+PART_ROWS, PART_SIZE = 4096, 1 << 18
+"""Rows worked on at a time, and their features on a CPU, whose cache holds that many."""
 
 Value = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""hidden [T, D], token int64 [V] (those asked for), visual bool [T], source int64 [T] in 0..S-1, directions
-int64 [S, D] zeros to add to (or empty) -> float32 [V], NaN where features are not finite. Values of some tens
-at most: their squares are summed in fixed point (``ENTROPY_UNIT``); take the logarithm of a norm."""
-
+"""hidden [T, D], token int64 [V] (all visual tokens, perhaps others), visual bool [T], source int64 [T] in
+0..S-1, directions float64 [S, D] zeros to add to (or empty) -> float32 [V], NaN where features are not finite."""
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A way to weigh visual tokens.
+class Weighting:
+    """A way to weigh visual tokens: w = 2 u sigmoid(sign delta v~).
 
-    value: what tells them apart, normalised to v~ within a group; none: all weigh ``visual_weight``. The
-    weight is 2 u sigmoid(sign delta v~); u: the weight of a token in the middle, none: ``visual_weight``.
-    directions: whether ``value`` needs the sums of directions. kernel: whether ``kernels/weighting.py``
-    computes it; one without is computed by plain torch on a GPU too.
+    value: v, normalised to v~ over the visual tokens of a source and modality; none: every token weighs u.
+    u: the weight of an average token; none: the setting ``visual_weight``. directions: ``value`` sums unit
+    feature vectors. kernel: ``kernels/weighting.py`` computes it; otherwise plain torch does, on a GPU too.
     """
 
     purpose: str
     value: Value | None = None
     sign: float = 1.0
-    usual: float | None = None
+    average: float | None = None
     directions: bool = False
     kernel: bool = False
 
 
-WEIGHTINGS: dict[str, Rule] = {}
-"""The rules, by the name that the setting ``weighting`` takes."""
+WEIGHTINGS: dict[str, Weighting] = {}
+"""By the name that the setting ``weighting`` takes."""
 
 
-def weighting(name: str, **told: Any) -> Callable[[Function], Function]:
-    """Register a function as the ``value`` of a rule."""
+def weighting(name: str, **fields: Any) -> Callable[[Function], Function]:
+    """Register a function as the ``value`` of a weighting."""
 
     def register(value: Function) -> Function:
-        WEIGHTINGS[name] = Rule(value=value, **told)
+        WEIGHTINGS[name] = Weighting(value=value, **fields)
         return value
 
     return register
 
 
 @dataclass(frozen=True)
-class Weighting:
-    """What makes a token's weight: rule: a name of ``WEIGHTINGS``; sharpness: delta; usual: the setting
-    ``visual_weight``; by_image: normalised among the tokens of a picture, not of a source's batch; sources:
-    S."""
+class WeightRule:
+    """weighting: a name of ``WEIGHTINGS``; sharpness: delta; visual_weight: the setting; sources: S."""
 
-    rule: str
+    weighting: str
     sharpness: float
-    usual: float
-    by_image: bool
+    visual_weight: float
     sources: int
 
     @property
     def curve(self) -> tuple[float, float]:
-        """Steepness and sign of the weight in v~, and what a token in the middle weighs."""
-        rule = WEIGHTINGS[self.rule]
-        return rule.sign * self.sharpness, self.usual if rule.usual is None else rule.usual
+        """sign delta, and u."""
+        chosen = WEIGHTINGS[self.weighting]
+        average = self.visual_weight if chosen.average is None else chosen.average
+        return chosen.sign * self.sharpness, average
 
-    def groups(self, tokens: int) -> int:
-        """G: in how many groups so many tokens may be normalised."""
-        return self.sources * (max(1, tokens) if self.by_image else KINDS)
+    @property
+    def groups(self) -> int:
+        return self.sources * MODALITIES
+
+    def shapes(self, size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the ``Counts`` that ``semantic_weights`` of features of this size adds to."""
+        chosen, shapes = WEIGHTINGS[self.weighting], {}
+        if chosen.value is not None:
+            shapes["moments"] = 3, self.groups
+        if chosen.directions:
+            shapes["directions"] = self.sources, size
+        return shapes
 
 
-@fused
-def semantic_weights(hidden: Tensor, tokens: Tokens, rule: Weighting, sums: Sums, finite: bool) -> Weighed:
-    """w of every token, in fixed point: of text 1; of a visual one what ``WEIGHTINGS`` says of the rule.
+def semantic_weights(
+    hidden: Tensor, tokens: Tokens, rule: WeightRule, counts: Counts, finite: bool
+) -> TokenWeights:
+    """The weight w of every token in fixed point: 1 for text, ``Weighting`` for visual tokens.
 
-    distinct: 2 u sigmoid(delta d~), d~ the normalised ``distinctness``; entropy: sigmoid(-delta H~), H~ the
-    normalised ``feature_entropy`` (the paper's equation 2); constant: u.
+    entropy: w = sigmoid(-delta H~), H~ the normalised ``feature_entropy`` (the paper's equation 2).
+    distinct: w = 2 u sigmoid(delta d~), d~ the normalised ``distinctness``. constant: w = u.
 
     Args:
-        hidden: [T, D], any float dtype.
-        tokens: modality, source and picture of each.
-        rule: the rule and its numbers.
-        sums: its ``moments`` and ``directions`` are added to.
-        finite: whether to say which tokens' features are.
+        hidden: features that enter the layer, [T, D], any float dtype.
+        tokens: modality and source of each.
+        rule: the weighting and its parameters.
+        counts: its ``moments`` and ``directions`` are added to.
+        finite: whether to return which tokens have finite features.
 
     Returns:
-        Weights; a visual token whose features are not finite gets the lowest and is not included in the
-        moments.
+        The weights. A visual token whose features are not finite gets the lowest, and is not in the moments.
     """
-    visual, measure = tokens.visual, WEIGHTINGS[rule.rule].value
+    value = WEIGHTINGS[rule.weighting]
+    if value.kernel and kernels_enabled(hidden.device):
+        from .kernels import weighting as kernels
+
+        return kernels.semantic_weights(hidden, tokens, rule, counts, finite)
     known = finite_features(hidden) if finite else None
-    if measure is None:
-        return Weighed(torch.where(visual, max(1, round(rule.usual * UNIT)), UNIT), known)
+    if value.value is None:
+        least = max(1, round(rule.visual_weight * UNIT))
+        return TokenWeights(torch.where(tokens.visual, least, UNIT), known)
+    hidden, visual = hidden.detach(), tokens.visual
     token = indices_of(visual)
-    value = measure(hidden, token, visual, tokens.source, sums.directions)
-    group = _groups_of(tokens, rule)[token]
-    weight = relative_weights(value, visual[token], group, rule.curve, sums.moments)
-    return Weighed(torch.full_like(tokens.position, UNIT).index_copy_(0, token, weight), known)
-
-
-def _groups_of(tokens: Tokens, rule: Weighting) -> Tensor:
-    """Of which group every token is, int64 [T] in 0..G-1."""
-    inner = tokens.kinds.long()
-    if rule.by_image:
-        assert tokens.segment is not None
-        inner = tokens.segment
-    if rule.sources == 1:
-        return inner
-    return tokens.source * (rule.groups(len(inner)) // rule.sources) + inner
+    values = value.value(hidden, token, visual, tokens.source, counts.directions)
+    group = tokens.modality.long() if rule.sources == 1 else tokens.source * MODALITIES + tokens.modality
+    weight = relative_weights(values, visual[token], group[token], rule.curve, counts.moments)
+    return TokenWeights(torch.full_like(tokens.position, UNIT).index_copy_(0, token, weight), known)
 
 
 def finite_features(hidden: Tensor) -> Tensor:
-    """Which tokens' features are all finite, [T, D] -> bool [T]: their sum is, then."""
-    return torch.isfinite(hidden.sum(-1, dtype=torch.float32))
+    """Tokens of hidden [T, D] whose features are all finite, bool [T]."""
+    return hidden.sum(-1, dtype=torch.float32).abs() < torch.inf
 
 
-def _parts(hidden: Tensor, token: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
-    """The features float32 [M, D] of some tokens at a time, and which of ``token`` int64 [V] these are; the
-    memory is the next part's too."""
-    hidden, size = hidden.detach(), max(1, hidden.shape[1])
-    rows = max(1, min(most, len(token), PART // size if hidden.device.type == "cpu" else most))
-    memory = torch.empty(rows, hidden.shape[1], dtype=torch.float32, device=hidden.device)
-    for start in range(0, len(token), rows):
-        part = slice(start, start + rows)
-        some = memory[: len(token[part])]
-        if hidden.dtype == torch.float32:
-            torch.index_select(hidden, 0, token[part], out=some)
-        else:
-            some.copy_(hidden[token[part]])
-        yield part, some
+def _parts(hidden: Tensor, token: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some of the tokens at a time, int64 [M], and their features float32 [M, D]."""
+    size = max(1, hidden.shape[1])
+    rows = PART_SIZE // size if hidden.device.type == "cpu" else PART_ROWS
+    for part in token.split(max(1, min(PART_ROWS, rows))):
+        yield part, hidden[part].float()
 
 
-WEIGHTINGS["constant"] = Rule("all alike: visual_weight", kernel=True)
+WEIGHTINGS["constant"] = Weighting("all alike: visual_weight", kernel=True)
 
 
-@weighting("entropy", purpose="low entropy of the features weighs more", sign=-1.0, usual=0.5, kernel=True)
+@weighting("entropy", purpose="low entropy of the features weighs more", sign=-1.0, average=0.5, kernel=True)
 def feature_entropy(hidden: Tensor, token: Tensor, *_: Tensor) -> Tensor:
-    """H = -sum p ln p with p = softmax(z) of features z, in nats, of some tokens.
+    """H = -sum p ln p with p = softmax(z) of features z, in nats.
 
     hidden [T, D], any float dtype, token int64 [V] -> float32 [V]; NaN where the features are not finite.
     """
-    entropy = torch.empty(len(token), dtype=torch.float32, device=hidden.device)
-    for part, some in _parts(hidden, token, EXACT_ROWS):
-        shifted = some.sub_(some.amax(-1, keepdim=True))
+    entropy = []
+    for _, z in _parts(hidden, token):
+        shifted = z.sub_(z.amax(-1, keepdim=True))
         p = shifted.softmax(-1)
-        # With z shifted to a maximum of 0, H = ln sum(e^z) - sum(p z) and the largest p is 1 / sum(e^z):
+        # With z shifted to a maximum of 0, H = ln sum(e^z) - sum(p z), and the largest p is 1 / sum(e^z):
         # one exponential, half the time of the log-softmax form. No matrix product, which autocast or a
         # lower matmul precision would round.
-        entropy[part] = -p.amax(-1).log() - p.mul_(shifted).sum(-1)
-    return entropy
+        entropy.append(-p.amax(-1).log() - p.mul_(shifted).sum(-1))
+    return torch.cat(entropy)
 
 
 @weighting("distinct", purpose="unlike the mean visual token weighs more", directions=True, kernel=True)
-def distinctness(hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, total: Tensor) -> Tensor:
+def distinctness(
+    hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, directions: Tensor
+) -> Tensor:
     """How unlike the mean visual token of its source a token is: 1 - cos(z, mean of z / |z|), 0..2.
 
-    hidden [T, D], any float dtype; token int64 [V], the tokens asked for, all visual ones among them; visual
-    bool [T], source int64 [T] in 0..S-1; total int64 [S, D] zeros, which the sums of directions are added to
-    -> float32 [V], NaN where the features are not finite.
+    hidden [T, D], any float dtype; token int64 [V]; visual bool [T]; source int64 [T] in 0..S-1; directions
+    float64 [S, D] zeros, which the unit vectors of visual tokens are added to -> float32 [V], NaN where the
+    features are not finite.
 
-    Directions z / |z| are whole numbers of 1 / ``STEPS``. Their sums, and products with the mean direction
-    in the same units, are whole numbers that float32 holds: they are exact in whatever order a matrix
-    product adds, so that permuted tokens have the same weights.
+    The mean direction is summed in float64 and quantised (``mean_directions``), and so is the result: the
+    order of the tokens does not matter.
     """
-    sources, count, device = len(total), len(token), hidden.device
-    own = source[token]
-    belongs = (own == torch.arange(sources, device=device)[:, None]) & visual[token]
-    exact = torch.float64 if device.type == "cuda" else torch.float32  # whatever is allowed of TF32
-    belongs = belongs.to(exact)  # [S, V]
-    scale = torch.empty(count, 1, dtype=torch.float32, device=device)
-    near = torch.empty(count, sources, dtype=exact, device=device)
-
-    def in_whole_steps(some: Tensor, scale: Tensor) -> Tensor:
-        some.mul_(scale).round_()
-        return (some.nan_to_num_(0.0, 0.0, 0.0) if may_be_any(scale == 0) else some).to(exact)
-
-    # Not in autocast's precision.
-    kind = device.type
-    precise = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-    with precise:
-        for part, some in _parts(hidden, token, EXACT_ROWS):
-            norm = torch.linalg.vector_norm(some, dim=-1, keepdim=True)
-            scale[part] = torch.where(torch.isfinite(norm), STEPS / norm.clamp_(min=1e-12), 0.0)
-            held = part, in_whole_steps(some, scale[part])
-            total += (belongs[:, part] @ held[1]).long()
-        mean = in_steps(total.double()).to(exact).T
-        # Directions of all tokens would take as much memory as their features: those of the last part are
-        # there still, the others are made once more.
-        if count:
-            torch.mm(held[1], mean, out=near[held[0]])
-            for part, some in _parts(hidden, token[: held[0].start], EXACT_ROWS):
-                torch.mm(in_whole_steps(some, scale[part]), mean, out=near[part])
-    close = (near[:, 0] if sources == 1 else near.gather(1, own[:, None])[:, 0]).float()
-    distinct = ((1 - close / STEPS**2) * DISTINCT_UNIT).round() / DISTINCT_UNIT
-    return torch.where(scale[:, 0] > 0, distinct, torch.nan)
+    sources, norms, near = len(directions), [], []
+    for part, z in _parts(hidden, token):
+        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+        unit = torch.nan_to_num(z.double().div_(norm.clamp(min=1e-12)), 0.0, 0.0, 0.0)
+        unit.mul_((norm < torch.inf) & visual[part][:, None])
+        if sources == 1:
+            directions += unit.sum(0)
+        else:
+            directions.index_add_(0, source[part], unit)
+        norms.append(norm)
+    mean = mean_directions(directions)
+    for part, z in _parts(hidden, token):
+        # Elementwise and summed, not a matrix product, which autocast or TF32 would round.
+        near.append(z.mul_(mean if sources == 1 else mean[source[part]]).sum(-1))
+    norm = torch.cat(norms)[:, 0]
+    distinct = 1 - torch.cat(near) / norm.clamp(min=1e-12)
+    distinct = distinct.mul_(DISTINCT_UNIT).round_().div_(DISTINCT_UNIT)
+    return distinct.masked_fill_(~(norm < torch.inf), torch.nan)
 
 
-def in_steps(total: Tensor) -> Tensor:
-    """The direction of a sum of directions, float64 [S, D] -> float32 [S, D], whole numbers of 1 /
-    ``STEPS``."""
-    return (functional.normalize(total, dim=-1, eps=1e-12) * STEPS).round().float()
+def mean_directions(total: Tensor) -> Tensor:
+    """Unit vectors along sums of directions, float64 [S, D] -> float32 [S, D], quantised."""
+    unit = functional.normalize(total, dim=-1, eps=1e-12)
+    return ((unit * DIRECTION_UNIT).round() / DIRECTION_UNIT).float()
 
 
 def normalize(value: Tensor, included: Tensor, group: Tensor, moments: Tensor) -> Tensor:
     """v~ = (v - mu) / (sigma + EPSILON), with mu and population sigma of each group.
 
-    value float32 [V], included bool [V] (in the moments), group int64 [V] in 0..G-1, moments int64 [3, G]
-    zeros, which they are added to -> float32 [V]; 0 in a group whose sigma is under ``FLAT_SPREAD``.
-
-    Moments are integer sums, so they do not depend on the order of the tokens.
+    value float32 [V], included bool [V] (in the moments), group int64 [V] in 0..G-1, moments float64 [3, G]
+    zeros, which they are added to -> float32 [V]; 0 in a group whose sigma is below ``FLAT_SPREAD``.
     """
-    fixed = to_fixed(value, ENTROPY_UNIT) * included
-    moments.index_add_(1, group, torch.stack([included.long(), fixed, fixed * fixed]))
-    number, total, square = moments.unbind()
-    count = number.clamp(min=1)
-    mean = total.double() / count
-    # Deviations from the *rounded* mean are whole numbers, and the sum of their squares follows from the
-    # moments exactly; the remainder is put right afterwards.
-    center = mean.round()
-    whole = center.long()
-    square = (square - whole * (2 * total - whole * number)).double() / count
-    sigma = (square - (mean - center) ** 2).clamp(min=0).sqrt() / ENTROPY_UNIT
-    scale = (1 / (sigma + EPSILON)).masked_fill(sigma < FLAT_SPREAD, 0.0)
-    return ((fixed.double() - mean[group]) / ENTROPY_UNIT * scale[group]).float()
+    # Values are quantised, so that their float64 sums are of whole numbers and exact in any order.
+    value = (value.double() * VALUE_UNIT).round_().masked_fill_(~included, 0.0)
+    number, total, square = moments.index_add_(1, group, torch.stack([included, value, value * value]))
+    number = number.clamp(min=1)
+    mean = total / number
+    sigma = (square / number - mean * mean).clamp_(min=0).sqrt_() / VALUE_UNIT
+    scale = (sigma + EPSILON).reciprocal_().masked_fill_(sigma < FLAT_SPREAD, 0.0) / VALUE_UNIT
+    return ((value - mean[group]) * scale[group]).float()
 
 
 def relative_weights(
@@ -263,13 +229,12 @@ def relative_weights(
 ) -> Tensor:
     """w = 2 u sigmoid(delta v~) for visual tokens, 1 for the others, in fixed point.
 
-    value float32 [V], normalised to v~ within its group, visual bool [V], group int64 [V]; curve: delta, and
-    u, what a token in the middle weighs; moments: as of ``normalize`` -> int64 [V] in 1..UNIT. A visual
-    token whose value is NaN gets the lowest weight and is not included in the moments.
+    value float32 [V], visual bool [V], group int64 [V]; curve: delta and u; moments as in ``normalize`` ->
+    int64 [V] in 1..UNIT. A visual token whose value is NaN gets the lowest weight and is not included.
     """
-    sharpness, usual = curve
+    sharpness, average = curve
     finite = value == value
     normalized = normalize(value, visual & finite, group, moments)
-    share = 2 * usual * torch.sigmoid(sharpness * normalized)
-    weight = to_fixed(share, UNIT).clamp(1, UNIT)
+    weight = torch.sigmoid(sharpness * normalized).mul_(2 * average * UNIT)
+    weight = weight.double().round_().long().clamp_(1, UNIT)
     return weight.masked_fill(~finite, 1).masked_fill(~visual, UNIT)

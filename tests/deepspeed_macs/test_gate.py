@@ -11,7 +11,7 @@ from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate, top1gating, top2gating, topkgating
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import AnySeam, paper
+from support.cases import AnyAdapter, paper
 from torch import nn
 
 import macs
@@ -24,7 +24,7 @@ def gate_of(k, experts=4, policy="macs", **settings):
     torch.manual_seed(0)
     gate = TopKGate(8, experts, k).eval()
     runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
-    layer = runtime.add_layer(AnySeam(lambda: gate.wg.weight, Topology(experts), k))
+    layer = runtime.add_layer(AnyAdapter(lambda: gate.wg.weight, Topology(experts), k))
     MACSTopKGate.adopt(gate, layer, sequence_major=False, sampling=False)
     return gate
 
@@ -33,15 +33,15 @@ def gate_of(k, experts=4, policy="macs", **settings):
 def test_places_number_every_experts_rows(experts, tokens, k, seed):
     chosen = torch.randint(-1, experts, (tokens, k), generator=torch.Generator().manual_seed(seed))
     for route_major in (False, True):
-        places = places_of(chosen, experts, route_major)
+        source_index = places_of(chosen, experts, route_major)
         seen = dict.fromkeys(range(experts), 0)
         order = [(t, j) for j in range(k) for t in range(tokens)] if route_major else None
         for t, j in order or [(t, j) for t in range(tokens) for j in range(k)]:
             expert = int(chosen[t, j])
             if expert < 0:
-                assert places[t, j] == 0
+                assert source_index[t, j] == 0
             else:
-                assert places[t, j] == seen[expert]
+                assert source_index[t, j] == seen[expert]
                 seen[expert] += 1
         assert loads_of(chosen, experts).tolist() == [seen[e] for e in range(experts)]
 
@@ -70,7 +70,7 @@ def test_with_room_for_all_the_routes_are_the_engines(k):
 @pytest.mark.parametrize("policy", ["macs", "expanded-drop"])
 def test_dense_and_sparse_routes_say_the_same(k, policy):
     gate, x = gate_of(k, policy=policy, capacity_factor=0.6), torch.randn(20, 8)
-    _, rows, experts, indices, places, weights, counts = gate(x, None, True)
+    _, rows, experts, indices, source_index, weights, counts = gate(x, None, True)
     auxiliary, combine, mask, dense_counts = gate(x)
     assert combine.shape == (20, experts, int(rows)) and mask.dtype == torch.bool
     assert torch.equal(mask, combine != 0) and torch.equal(counts, dense_counts)
@@ -79,7 +79,7 @@ def test_dense_and_sparse_routes_say_the_same(k, policy):
     for route in range(len(indices)):
         for token in range(20):
             if indices[route, token] >= 0:
-                rebuilt[token, indices[route, token], places[route, token]] += weights[route, token]
+                rebuilt[token, indices[route, token], source_index[route, token]] += weights[route, token]
     assert torch.equal(rebuilt, combine)
     assert (mask.sum(0) <= 1).all()  # no two tokens in one row
 
@@ -168,8 +168,8 @@ def test_the_mask_follows_either_layout():
     gate = gate_of(2)
     mask = torch.tensor([[True, False, False], [True, True, False]])
     seen = []
-    inner = gate.macs.plan
-    gate.macs.plan = lambda *arguments: seen.append(arguments[-1]) or inner(*arguments)
+    inner = gate.macs.routing
+    gate.macs.routing = lambda *arguments: seen.append(arguments[-1]) or inner(*arguments)
     with macs.modality(mask):
         gate(torch.randn(6, 8), None, True)
         gate.sequence_major = True
@@ -191,15 +191,15 @@ def test_gates_are_adopted_in_place():
     before = dict(gate.state_dict())
     weight = gate.wg.weight
     runtime = Runtime()
-    layer = runtime.add_layer(AnySeam(lambda: gate.wg.weight, Topology(4), 2))
+    layer = runtime.add_layer(AnyAdapter(lambda: gate.wg.weight, Topology(4), 2))
     MACSTopKGate.adopt(gate, layer, sequence_major=False, sampling=False)
     assert gate.wg.weight is weight and list(gate.state_dict()) == list(before)
 
 
 def test_noise_chooses_experts_and_leaves_their_scores_alone():
     gate, x, seen = gate_of(2, capacity_factor=1e6), torch.randn(50, 8), []
-    inner = gate.macs.plan
-    gate.macs.plan = lambda *arguments: seen.append(arguments) or inner(*arguments)
+    inner = gate.macs.routing
+    gate.macs.routing = lambda *arguments: seen.append(arguments) or inner(*arguments)
     gate(x, None, True)
     gate.sampling = True
     gate(x, None, True)

@@ -79,7 +79,7 @@ def test_megatron_and_macs_know_every_flag(tmp_path):
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_macs import add_macs_args
-    from megatron_macs.arguments import config_from_args, tokens_from_args
+    from megatron_macs.options import config_from_args, tokens_from_args
 
     settings = tmp_path / "macs.yaml"
     settings.write_text("capacity_factor: 1.25\n")

@@ -110,8 +110,8 @@ def test_the_main_job(tmp_path):
         assert found["kept_mass"] == pytest.approx(1.0) if title == "vanilla" else found["kept_mass"] < 1
         assert found["layer_ms"] > 0
     assert results["vanilla"]["agreement"] == 1.0 and results["vanilla"]["time_ratio"] == 1.0
-    assert results["token-drop"]["straggler_after"] < results["vanilla"]["straggler_after"]
-    assert results["macs tuned"]["straggler_after"] < 0.95 and "macs tune, --moe-macs-max-kl" in done.stdout
+    assert results["token-drop"]["load_after"] < results["vanilla"]["load_after"]
+    assert results["macs tuned"]["load_after"] < 0.95 and "macs tune, --moe-macs-max-kl" in done.stdout
 
 
 def test_the_main_job_on_ones_own_picture(tmp_path):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from hypothesis import given
-from support.cases import configs, routings
+from support.cases import build_policy, configs, routings
 
-from macs import IMAGE, LayerRecorder, Modality, build_policy
+from macs import IMAGE, Modality
 from macs.policies import POLICIES
+from macs.records.load import LayerRecorder
 
 
 def on_meta(value):
@@ -22,7 +23,7 @@ def test_planning_reads_nothing_on_the_host(name, case):
     arguments = [on_meta(value) for value in (case.hidden, case.experts, case.weights, case.scores)]
     policy = build_policy(name, case.config, case.topology, case.top_k)
     plan = policy.plan(*arguments, tokens)
-    assert plan.experts.shape == (len(case.hidden), policy.slots)
+    assert plan.experts.shape == (len(case.hidden), policy.width)
     routing_map, probs = plan.as_map(case.topology.num_experts)
     assert routing_map.shape == probs.shape == case.scores.shape
     LayerRecorder(case.topology, case.top_k, steps=2).record(plan.statistics)
@@ -30,4 +31,4 @@ def test_planning_reads_nothing_on_the_host(name, case):
 
 def test_laying_out_tokens_reads_nothing_on_the_host():
     modality = Modality.of(torch.full((3, 5), IMAGE, dtype=torch.int8, device="meta"))
-    assert modality.sequence_major().kinds.shape == modality.batch_major(3).source.shape == (15,)
+    assert modality.sequence_major().modality.shape == modality.batch_major(3).source.shape == (15,)

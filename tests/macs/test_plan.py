@@ -10,23 +10,20 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import reference
-from support.cases import NO_BOUND, configs, paper, routings
+from support.cases import build_policy, configs, policies, routings
 
-from macs import TEXT, MACSConfig, Modality, Planner, Tokens, Topology, build_policy
+from macs import POLICIES, TEXT, MACSConfig, Planner, Tokens, Topology
 from macs.steps.capacity import pool_capacity
-from macs.steps.contracts import Choice, Terms
-from macs.steps.demand import measure
+from macs.steps.contracts import Routing
+from macs.steps.demand import measure_demand
 from macs.steps.fixed_point import MASS_UNIT, UNIT, to_fixed
 from macs.steps.weighting import semantic_weights
 
 
 def planner_of(case, **changes):
+    config, policy = case.config.updated(**changes), case.policy
     return Planner(
-        case.config.updated(**changes),
-        case.topology,
-        case.top_k,
-        modality_bias=case.bias,
-        similarity=case.similarity,
+        config, case.topology, case.top_k, policy, modality_bias=case.bias, similarity=case.similarity
     )
 
 
@@ -34,54 +31,50 @@ def plan_of(case, **changes):
     return planner_of(case, **changes).plan(case.hidden, case.experts, case.weights, case.scores, case.tokens)
 
 
-def weights_of(case, config):
+def weights_of(case):
     planner = planner_of(case)
-    sums = planner._sums(case.hidden, False)
-    return semantic_weights(case.hidden, case.tokens, planner._weighting, sums, False).weight
+    counts = planner._counts(case.hidden, False)
+    return semantic_weights(case.hidden, case.tokens, planner._rules.weights, counts, False).weight
 
 
-def row_limits(config, asked, ranks, place):
-    """Rows that each rank may compute of ``asked``; place is the source's."""
-    even, limits = Fraction(asked, ranks), []
-    if config.target_load is not None:
-        room = [math.floor(asked / ranks * config.target_load)] * ranks
-        if config.target_load >= 1 and room[0] < math.ceil(even):
-            extra = math.floor(asked * config.target_load) - ranks * math.floor(even)
-            taken = {(place * extra + i) % ranks for i in range(extra)}
-            room = [math.floor(even) + (rank in taken) for rank in range(ranks)]
-        limits.append(room)
-    if config.max_load_factor is not None:
-        limits.append([math.floor(asked / ranks * config.max_load_factor)] * ranks)
-    return [min(one) for one in zip(*limits, strict=True)]
+def row_limits(target, assignments, ranks, index):
+    """Rows that each rank may compute of a source's assignments; index is the source's."""
+    even, room = Fraction(assignments, ranks), [math.floor(assignments / ranks * target)] * ranks
+    if target >= 1 and room[0] < math.ceil(even):
+        extra = math.floor(assignments * target) - ranks * math.floor(even)
+        taken = {(index * extra + i) % ranks for i in range(extra)}
+        room = [math.floor(even) + (rank in taken) for rank in range(ranks)]
+    return room
 
 
-def rooms(case, config, weight):
-    """Room of pools and rows of ranks, by source, and who plans: from checked parts."""
-    tokens, topology = case.tokens, case.topology
-    sources, experts, ranks = len(topology.sources), topology.num_experts, topology.num_ranks
+def limits(case, weight):
+    """Capacities of pools and rows of ranks, by source, and who plans: from checked parts."""
+    tokens, topology, config = case.tokens, case.topology, case.config
+    experts, ranks = topology.num_experts, topology.num_ranks
     planner = planner_of(case)
-    sums, constants = planner._sums(case.hidden, False), planner._constants(torch.device("cpu"))
-    choice = Choice(case.experts, case.weights, case.scores, case.top_k)
-    measure(choice, tokens, weight, Terms(config.priority, config.cost == "weight"), sums)
+    counts, constants = planner._counts(case.hidden, False), planner.constants(torch.device("cpu"))
+    routing = Routing(case.experts, case.weights, case.scores, case.top_k)
+    measure_demand(routing, tokens, weight, planner._rules.admission, counts)
     pool = list(range(experts)) if config.level == "expert" else list(topology.expert_rank)
     rows = None
-    if config.max_load_factor is not None or config.target_load is not None:
-        asked = (sums.tokens * case.top_k).tolist()
-        rows = [
-            row_limits(config, one, ranks, place) for one, place in zip(asked, topology.places, strict=True)
-        ]
-    bound = torch.zeros(sources, ranks, dtype=torch.int64) if rows is None else torch.tensor(rows)
-    room = pool_capacity(sums, constants, config, case.top_k, bound).tolist()
-    active = [t >= config.least_tokens("cpu") for t in sums.tokens.tolist()]
-    return room, rows, active, pool
+    if config.target_load is not None:
+        assignments = (counts.tokens * case.top_k).tolist()
+        pairs = zip(assignments, topology.source_index, strict=True)
+        rows = [row_limits(config.target_load, count, ranks, index) for count, index in pairs]
+    bound = None if rows is None else torch.tensor(rows)
+    pools = pool_capacity(counts, constants, planner._rules.capacity, case.top_k, bound).tolist()
+    if rows is not None and planner._rules.capacity.rows_only:
+        pools, rows = [[count * UNIT for count in row] for row in rows], None
+    active = [t >= config.least_tokens("cpu") for t in counts.tokens.tolist()]
+    return pools, rows, active, pool
 
 
-@given(routings(config=configs(reroute_rounds=2)))
+@given(routings(config=configs(), policy=policies()))
 def test_plan_is_the_reference_plan(case):
     config, tokens = case.config, case.tokens
-    weight = weights_of(case, config)
-    cost = weight if config.cost == "weight" else torch.full_like(weight, UNIT)
-    room, rows, active, pool = rooms(case, config, weight)
+    weight = weights_of(case)
+    cost = weight if case.policy.cost == "weight" else torch.full_like(weight, UNIT)
+    room, rows, active, pool = limits(case, weight)
     plan = plan_of(case)
     mass = to_fixed(case.weights, MASS_UNIT).tolist()
     for s in range(len(case.topology.sources)):
@@ -92,20 +85,20 @@ def test_plan_is_the_reference_plan(case):
             cost=[int(cost[t]) for t in mine],
             weight=[int(weight[t]) for t in mine],
             room=room[s],
-            row_room=None if rows is None else rows[s],
+            remaining_rows=None if rows is None else rows[s],
             pool=pool,
             rank=list(case.topology.expert_rank),
             similarity=case.similarity.tolist(),
-            rule=config.priority,
+            rule=case.policy.priority,
             exempt=[bool(tokens.exempt[t]) for t in mine],
         )
         if active[s]:
             expected.admit()
             if config.reroute != "none":
-                expected.reroute(config.reroute_rounds, config.reroute)
+                expected.reroute(case.policy.reroute_rounds, config.reroute)
             if config.max_drop is not None:
                 masses = {(n, i): mass[t][i] for n, t in enumerate(mine) for i in range(case.top_k)}
-                expected.limit_drops(masses, config.max_drop, config.max_load_factor is not None)
+                expected.limit_drops(masses, config.max_drop)
         for n, t in enumerate(mine):
             for i in range(case.top_k):
                 want = expected.placed.get((n, i), -1) if active[s] else int(case.experts[t, i])
@@ -144,12 +137,11 @@ def loads(case, plan, source, cost, of):
     return found
 
 
-@given(routings(config=configs(max_drop=None, min_tokens=0), exempt=False))
+@given(routings(config=configs(max_drop=None, min_tokens=0), policy=policies(), exempt=False))
 def test_nothing_is_over_its_capacity(case):
-    config = case.config
-    weight = weights_of(case, config)
-    cost = weight if config.cost == "weight" else torch.full_like(weight, UNIT)
-    room, rows, _, pool = rooms(case, config, weight)
+    weight = weights_of(case)
+    cost = weight if case.policy.cost == "weight" else torch.full_like(weight, UNIT)
+    room, rows, _, pool = limits(case, weight)
     plan = plan_of(case)
     for s in range(len(case.topology.sources)):
         for p, load in loads(case, plan, s, cost, pool).items():
@@ -160,7 +152,7 @@ def test_nothing_is_over_its_capacity(case):
     assert int(plan.statistics.unmet) == 0
 
 
-@given(routings(config=configs()))
+@given(routings(config=configs(), policy=policies()))
 def test_every_assignment_is_kept_rerouted_or_dropped_once(case):
     plan = plan_of(case)
     valid = case.tokens.valid[:, None]
@@ -179,23 +171,14 @@ def test_every_assignment_is_kept_rerouted_or_dropped_once(case):
     assert total == pytest.approx(float(case.weights[case.tokens.valid].sum()), abs=1e-6)
 
 
-@given(routings(config=configs()))
+@given(routings(config=configs(), policy=policies()))
 def test_no_token_holds_an_expert_twice(case):
     for row in plan_of(case).experts.tolist():
         held = [expert for expert in row if expert >= 0]
         assert len(set(held)) == len(held)
 
 
-@given(
-    routings(
-        config=configs(
-            capacity_factor=1e6,
-            **NO_BOUND,
-            drop_padding=False,
-            level="expert",
-        )
-    )
-)
+@given(routings(config=configs(capacity_factor=1e6, target_load=None, level="expert"), policy=policies()))
 def test_with_nothing_over_capacity_the_plan_is_the_input(case):
     plan = plan_of(case)
     assert torch.equal(plan.experts, case.experts)
@@ -203,29 +186,28 @@ def test_with_nothing_over_capacity_the_plan_is_the_input(case):
     assert not bool(plan.rerouted.any())
 
 
-@given(routings(config=configs()))
+@given(routings(config=configs(), policy=policies()))
 def test_same_input_same_plan(case):
     first, second = plan_of(case), plan_of(case)
     assert torch.equal(first.experts, second.experts) and torch.equal(first.weights, second.weights)
 
 
-@given(routings(config=configs()))
+@given(routings(config=configs(), policy=policies()))
 def test_looking_at_all_tokens_changes_nothing(case):
     """As on a GPU, where no shape may follow from values."""
     first = plan_of(case)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("admission", "rerouting", "weighting"):
+        for module in ("rerouting", "weighting"):
             patch.setattr(f"macs.steps.{module}.indices_of", lambda chosen: torch.arange(len(chosen)))
-        patch.setattr("macs.steps.weighting.may_be_any", lambda chosen: True)
         second = plan_of(case)
     assert torch.equal(first.experts, second.experts) and torch.equal(first.weights, second.weights)
     assert torch.equal(first.statistics.record, second.statistics.record)
 
 
-@given(routings(config=configs(), distinct=True), st.randoms(use_true_random=False))
+@given(routings(config=configs(), policy=policies(), distinct=True), st.randoms(use_true_random=False))
 def test_permuting_tokens_permutes_the_plan(case, random):
     # Distinct priorities: by score, and no two tokens' scores are equal.
-    config = case.config.updated(priority="score")
+    case = replace(case, policy=replace(case.policy, priority="score"))
     order = list(range(len(case.hidden)))
     random.shuffle(order)
     order = torch.tensor(order)
@@ -233,19 +215,18 @@ def test_permuting_tokens_permutes_the_plan(case, random):
     tokens = replace(tokens, position=torch.arange(len(order)))
     permuted = replace(
         case,
-        config=config,
         hidden=case.hidden[order],
         experts=case.experts[order],
         weights=case.weights[order],
         scores=case.scores[order],
         tokens=tokens,
     )
-    first, second = plan_of(replace(case, config=config)), plan_of(permuted)
+    first, second = plan_of(case), plan_of(permuted)
     assert torch.equal(first.experts[order], second.experts)
     assert torch.equal(first.weights[order], second.weights)
 
 
-@given(routings(config=configs()))
+@given(routings(config=configs(), policy=policies()))
 def test_columns_may_come_in_any_order(case):
     # A rotation: unlike a reversal it is not its own inverse.
     rotated = replace(case, experts=case.experts.roll(1, 1), weights=case.weights.roll(1, 1))
@@ -256,13 +237,8 @@ def test_columns_may_come_in_any_order(case):
 
 @given(
     routings(
-        config=configs(
-            reroute="none",
-            modality_strength=0.0,
-            max_drop=None,
-            **NO_BOUND,
-            min_tokens=0,
-        )
+        config=configs(reroute="none", max_drop=None, target_load=None, min_tokens=0),
+        policy=policies(modality_strength=0.0),
     ),
     st.sampled_from([(0.3, 0.5), (0.5, 1.0), (1.0, 1.1), (1.0, 3.0)]),
 )
@@ -273,18 +249,10 @@ def test_a_larger_capacity_factor_never_drops_more(case, factors):
 
 @given(
     routings(
-        kinds=(0,),
+        ids=(0,),
         exempt=False,
-        config=configs(
-            level="expert",
-            reroute="none",
-            modality_strength=0.0,
-            max_drop=None,
-            **NO_BOUND,
-            min_tokens=0,
-            min_capacity=0.0,
-            priority="score",
-        ),
+        config=configs(level="expert", reroute="none", max_drop=None, target_load=None, min_tokens=0),
+        policy=policies(modality_strength=0.0, floor=0.0, priority="score"),
     )
 )
 def test_text_alone_gives_count_based_capacity(case):
@@ -302,7 +270,7 @@ def test_text_alone_gives_count_based_capacity(case):
             assert sorted(best) == [t for t in mine if j in plan.experts[t].tolist()]
 
 
-@given(routings(config=configs()))
+@given(routings(config=configs(), policy=policies()))
 def test_sources_in_one_process_are_as_many_processes(case):
     """Each source planned alone plans the same."""
     whole = plan_of(case)
@@ -313,9 +281,8 @@ def test_sources_in_one_process_are_as_many_processes(case):
             tokens,
             source=torch.zeros_like(tokens.source),
             position=tokens.position.argsort().argsort(),
-            segment=torch.unique(tokens.segment, return_inverse=True)[1],
         )
-        topology = replace(case.topology, sources=(rank,), places=())
+        topology = replace(case.topology, sources=(rank,), source_index=())
         alone = replace(
             case,
             topology=topology,
@@ -333,7 +300,7 @@ def test_sources_in_one_process_are_as_many_processes(case):
         assert torch.equal(plan.weights, whole.weights[rows])
 
 
-@given(routings(config=configs(max_load_factor=None), exempt=False))
+@given(routings(config=configs(), policy=policies(), exempt=False))
 def test_max_drop_is_kept(case):
     assume(case.config.max_drop is not None)
     plan = plan_of(case)
@@ -344,25 +311,21 @@ def test_max_drop_is_kept(case):
         assert dropped <= float(case.config.max_drop) * int(torch.where(mine, mass, 0).sum())
 
 
-@given(routings(config=configs()))
+@given(routings(config=configs(), policy=policies()))
 def test_exempt_and_padding_are_left_alone(case):
     plan = plan_of(case)
     tokens = case.tokens
     spared = tokens.exempt & tokens.valid
     assert torch.equal(plan.experts[spared], case.experts[spared])
     padding = ~tokens.valid
-    if case.config.drop_padding:
-        active = plan.experts[padding] < 0
-        assert bool(active.all()) or int(plan.statistics.planned) < int(plan.statistics.sources)
-    else:
-        assert torch.equal(plan.experts[padding], case.experts[padding])
-        assert torch.equal(plan.weights[padding], case.weights[padding])
+    assert torch.equal(plan.experts[padding], case.experts[padding])
+    assert torch.equal(plan.weights[padding], case.weights[padding])
 
 
 @given(routings(config=configs(spare_text=True)))
 def test_spared_text_is_exempt_text(case):
     plan = plan_of(case)
-    text = (case.tokens.kinds == TEXT) & case.tokens.valid
+    text = (case.tokens.modality == TEXT) & case.tokens.valid
     assert torch.equal(plan.experts[text], case.experts[text])
     assert torch.equal(plan.weights[text], case.weights[text])
     told = replace(case, config=case.config.updated(spare_text=False), tokens=case.tokens.with_text_exempt())
@@ -380,7 +343,7 @@ def test_text_alone_makes_the_bound_give_way_and_that_is_counted():
 
 
 def test_exempt_tokens_stay_whatever_the_bounds():
-    config = MACSConfig(min_tokens=0, capacity_factor=0.001, max_load_factor=0.5, reroute="none")
+    config = MACSConfig(min_tokens=0, target_load=0.3)
     tokens = replace(Tokens.all_text(6, "cpu"), exempt=torch.tensor([True] * 4 + [False] * 2))
     plan = Planner(config, Topology(2, 2), 1).plan(
         torch.randn(6, 4),
@@ -390,7 +353,7 @@ def test_exempt_tokens_stay_whatever_the_bounds():
         tokens,
     )
     assert plan.experts[:, 0].tolist() == [0, 0, 0, 0, -1, -1]
-    assert int(plan.statistics.unmet) == 1  # four rows where the bound is one
+    assert int(plan.statistics.unmet) == 1  # four rows where the bound is none
 
 
 def test_a_bound_on_drops_brings_back_no_expert_the_policy_added():
@@ -439,20 +402,12 @@ def test_few_tokens_are_left_alone():
         assert int(plan.statistics.planned) == touched
 
 
-def test_a_bound_on_rows_goes_before_a_bound_on_drops():
-    config = MACSConfig(min_tokens=0, max_drop=0.0, max_load_factor=0.5, reroute="none")
-    plan = Planner(config, Topology(2, 2), 1).plan(
-        torch.randn(8, 4), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1), torch.full((8, 2), 0.5)
-    )
-    assert int((plan.experts == 0).sum()) == 2
-    assert int(plan.statistics.unmet) == 1
-
-
 def test_rerouting_prefers_score_times_similarity_on_the_same_rank():
     similarity = torch.eye(6)
     similarity[0] = torch.tensor([1.0, 0.9, 0.3, 1.0, 1.0, 1.0])
     scores = torch.tensor([[0.5, 0.1, 0.25, 0.1, 0.04, 0.01]]).repeat(4, 1)
-    planner = Planner(paper(min_tokens=0, capacity_factor=1.5), Topology(6, 2), 1, similarity=similarity)
+    config = MACSConfig(min_tokens=0, capacity_factor=1.5)
+    planner = Planner(config, Topology(6, 2), 1, "paper", similarity=similarity)
     experts = torch.zeros(4, 1, dtype=torch.int64)
     plan = planner.plan(torch.randn(4, 4), experts, torch.ones(4, 1), scores)
     # One stays; expert 1 (0.1 x 0.9) beats 2 (0.25 x 0.3) and takes one; 2 takes one; 3 is elsewhere.
@@ -461,13 +416,7 @@ def test_rerouting_prefers_score_times_similarity_on_the_same_rank():
 
 
 def test_a_token_that_loses_everything_is_finite():
-    config = MACSConfig(
-        min_tokens=0,
-        capacity_factor=0.001,
-        min_capacity=0.0,
-        reroute="none",
-        max_load_factor=0.001,
-    )
+    config = MACSConfig(min_tokens=0, target_load=0.001)
     plan = Planner(config, Topology(4), 2).plan(
         torch.randn(3, 4), torch.tensor([[0, 1]] * 3), torch.rand(3, 2), torch.rand(3, 4)
     )
@@ -480,16 +429,16 @@ def test_policies_take_any_number_of_tokens(name, count):
     policy = build_policy(name, MACSConfig(min_tokens=0), Topology(8, 4), 8)
     experts = torch.arange(8).expand(count, 8).contiguous()
     plan = policy.plan(torch.randn(count, 5), experts, torch.rand(count, 8), torch.rand(count, 8))
-    assert plan.experts.shape == plan.weights.shape == (count, policy.slots)
+    assert plan.experts.shape == plan.weights.shape == (count, policy.width)
     assert plan.experts.dtype == torch.int64 and plan.weights.dtype == torch.float32
 
 
-@given(routings(config=configs(**NO_BOUND, level="expert", min_tokens=0), max_tokens=16))
+@given(routings(config=configs(target_load=None, min_tokens=0), max_tokens=16))
 def test_expanded_drop(case):
     """Best by score of each expert among top-k and the token's own rank's experts."""
     policy = build_policy(
         "expanded-drop",
-        case.config.updated(max_drop=None, min_capacity=0.0),
+        case.config.updated(max_drop=None),
         case.topology,
         case.top_k,
     )
@@ -516,20 +465,9 @@ def test_rank_balanced_fills_the_ranks_evenly():
     scores = torch.rand(64, 8, generator=generator) + torch.tensor([2.0, 2, 0, 0, 0, 0, 0, 0])
     scores = scores / scores.sum(1, keepdim=True)
     weights, experts = scores.topk(2)
-    policy = build_policy(
-        "rank-balanced", MACSConfig(min_tokens=0, capacity_factor=1.0, reroute_rounds=4), Topology(8, 4), 2
-    )
+    row = replace(POLICIES["rank-balanced"], reroute_rounds=4)
+    policy = Planner(MACSConfig(min_tokens=0, capacity_factor=1.0), Topology(8, 4), 2, row)
     plan = policy.plan(torch.randn(64, 4), experts, weights, scores)
     rows = plan.statistics.load_after.view(4, 2).sum(1)
     assert int(plan.statistics.load_before.view(4, 2).sum(1).max()) > 100
     assert rows.tolist() == [32, 32, 32, 32]
-
-
-def test_pictures_are_asked_for_where_weights_are_normalised_by_them():
-    planner = Planner(MACSConfig(normalization="image", min_tokens=0), Topology(4, 2), 1)
-    scores = torch.full((6, 4), 0.25)
-    weights, experts = scores.topk(1, 1)
-    modality = Modality.of(torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="sequence_major with segmented=True"):
-        planner.plan(torch.randn(6, 4), experts, weights, scores, modality.batch_major())
-    planner.plan(torch.randn(6, 4), experts, weights, scores, modality.batch_major(1, True))

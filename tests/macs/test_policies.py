@@ -1,10 +1,13 @@
 """The registry of policies: what a row says is what adapters and tools see."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from support.cases import AnySeam
+from support.cases import AnyAdapter
 
-from macs import POLICIES, MACSConfig, Modality, Planner, Policy, Runtime, Topology, build_policy, policy_of
+from macs import POLICIES, MACSConfig, Modality, Planner, Runtime, Topology
+from macs.policies import policy_of
 
 EXPERTS, TOP_K, TOKENS = 8, 2, 96
 
@@ -18,15 +21,14 @@ def routed():
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_a_policy_does_what_its_row_says(name):
     policy = policy_of(name)
-    planner = build_policy(name, MACSConfig(target_load=1.0), Topology(EXPERTS, 4), TOP_K)
-    assert isinstance(planner, policy.planner) and policy.summary
+    planner = Planner(MACSConfig(target_load=1.0), Topology(EXPERTS, 4), TOP_K, name)
     inputs = routed()
     plan = planner.plan(*inputs)
     added = plan.experts[:, TOP_K:]
-    assert (planner.slots > TOP_K) == policy.adds_assignments == bool((added >= 0).any())
+    assert (planner.width > TOP_K) == policy.adds_assignments == bool((added >= 0).any())
     changed = not torch.equal(plan.experts[:, :TOP_K], inputs[1])
-    assert changed == policy.plans == planner.plans
-    # Which tokens are visual is nothing to a baseline.
+    assert changed == policy.plans
+    # A baseline treats visual tokens as text.
     seen = planner.plan(*inputs, Modality.of(torch.arange(TOKENS)[None] % 2 == 0).batch_major())
     assert torch.equal(seen.experts, plan.experts) != policy.reads_modality
 
@@ -36,14 +38,31 @@ def test_an_unknown_policy_names_the_nearest():
         policy_of("token_drop")
 
 
-def test_a_new_policy_is_a_row(monkeypatch):
-    class LastExpert(Planner):
-        plans = True
+def test_a_policy_has_its_own_default_bound():
+    given = {name: policy_of(name).configured(MACSConfig()) for name in ("macs", "paper", "padded")}
+    assert given["macs"].target_load == 1.05
+    assert (given["paper"].capacity_factor, given["padded"].capacity_factor) == (1.0, 1.2)
+    for name in given:
+        assert policy_of(name).configured(MACSConfig(target_load=1.05)).target_load == 1.05
+        assert policy_of(name).configured(MACSConfig(capacity_factor=2.0)).capacity_factor == 2.0
 
-    row = Policy("for this test", {"level": "rank"}, LastExpert, reads_modality=True)
-    monkeypatch.setitem(POLICIES, "last", row)
-    runtime = Runtime(MACSConfig(), policy="last")
+
+def test_the_paper_is_fixed():
+    row, config = POLICIES["paper"], POLICIES["paper"].configured(MACSConfig(level="rank", reroute="none"))
+    assert (row.modality_strength, row.sharpness, row.bias_threshold) == (0.5, 1.0, 0.1)
+    assert (row.cost, row.priority, row.reroute_rounds, row.similarity, row.floor) == (
+        "weight",
+        "score",
+        2,
+        True,
+        1.0,
+    )
+    assert (config.level, config.weighting, config.reroute) == ("expert", "entropy", "rank")
+
+
+def test_a_new_policy_is_a_row(monkeypatch):
+    monkeypatch.setitem(POLICIES, "by-score", replace(POLICIES["macs"], priority="score"))
+    runtime = Runtime(MACSConfig(), policy="by-score")
     weight = torch.randn(EXPERTS, 4)
-    layer = runtime.add_layer(AnySeam(lambda: weight, Topology(EXPERTS, 4), TOP_K))
-    assert isinstance(layer.planner, LastExpert)
+    layer = runtime.add_layer(AnyAdapter(lambda: weight, Topology(EXPERTS, 4), TOP_K))
     assert not torch.equal(layer.planner.plan(*routed()).experts, routed()[1])

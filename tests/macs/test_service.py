@@ -6,42 +6,45 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cases import build_policy
 
-from macs import MACSConfig, Planner, Topology, build_policy, in_service, place_among, without_outcasts
+from macs import MACSConfig, Planner, Topology
+from macs.adapters import source_index_of
 from macs.steps.capacity import row_bound
+from macs.steps.scoring import candidate_scores, enabled_experts
 
 OUT = [-math.inf, -1e4, torch.finfo(torch.float32).min, -1.5]
 
 
 @pytest.mark.parametrize("bias", OUT)
 def test_a_bias_that_no_score_makes_up_for_takes_an_expert_out(bias):
-    assert in_service(torch.tensor([0.0, bias, 0.1, bias]), 2).tolist() == [True, False, True, False]
+    assert enabled_experts(torch.tensor([0.0, bias, 0.1, bias]), 2).tolist() == [True, False, True, False]
     # Biases may be shifted alike, and an expert that one of the k could be is in service.
-    assert in_service(torch.tensor([0.0, bias, 0.1, bias]) - 7, 2).tolist() == [True, False, True, False]
-    assert in_service(torch.tensor([0.0, bias, 0.1, bias]), 3).all()
+    assert enabled_experts(torch.tensor([0.0, bias, 0.1, bias]) - 7, 2).tolist() == [True, False, True, False]
+    assert enabled_experts(torch.tensor([0.0, bias, 0.1, bias]), 3).all()
 
 
 def test_biases_that_scores_may_make_up_for_change_nothing():
-    assert in_service(torch.linspace(-0.49, 0.49, 8), 2).all()
-    scores = torch.rand(3, 8)
-    assert without_outcasts(scores, None, 2) is scores
-    assert torch.equal(without_outcasts(scores, torch.zeros(8), 2), scores)
+    assert enabled_experts(torch.linspace(-0.49, 0.49, 8), 2).all()
+    logits, experts = torch.randn(3, 8), torch.tensor([[0, 1]] * 3)
+    plain = candidate_scores(logits, experts, "softmax")
+    assert torch.equal(candidate_scores(logits, experts, "softmax", torch.zeros(8)), plain)
 
 
 def test_among_groups_only_what_may_be_chosen_together_counts():
     bias = torch.tensor([0.0, 0.0, -9.0, 0.0, -9.0, -9.0, 0.0, 0.0])
     # Of 4 groups 2 are used. Expert 2 has expert 3 before it, and none of the third group; experts 4 and 5
     # have nobody of their own, and one of the second.
-    assert in_service(bias, 2, 4, 2).tolist() == [True, True, True, True, True, True, True, True]
-    assert in_service(bias, 1, 4, 2).tolist() == [True, True, False, True, False, False, True, True]
-    assert in_service(bias, 2, 4, 3).tolist() == [True, True, False, True, False, False, True, True]
+    assert enabled_experts(bias, 2, 4, 2).tolist() == [True, True, True, True, True, True, True, True]
+    assert enabled_experts(bias, 1, 4, 2).tolist() == [True, True, False, True, False, False, True, True]
+    assert enabled_experts(bias, 2, 4, 3).tolist() == [True, True, False, True, False, False, True, True]
 
 
 @given(st.integers(0, 10**6), st.integers(1, 3), st.sampled_from([None, 2, 4]))
 def test_an_expert_that_is_out_is_never_chosen_and_one_that_is_in_can_be(seed, top_k, groups):
     random = torch.Generator().manual_seed(seed)
     bias = torch.randint(-3, 1, (8,), generator=random).float()
-    found = in_service(bias, top_k, groups, groups if groups is None else 2)
+    found = enabled_experts(bias, top_k, groups, groups if groups is None else 2)
     scores = torch.rand(256, 8, generator=random)
     chosen = scores + bias
     if groups is not None:
@@ -69,16 +72,16 @@ def test_no_policy_sends_a_token_to_an_expert_that_is_out(policy):
     topology = Topology(8, 4, sources=(3,))
     planner = build_policy(policy, MACSConfig(min_tokens=0, target_load=1.0, reroute="group"), topology, 2)
     hidden, weights = torch.randn(256, 4, generator=random), scores.gather(1, experts)
-    plan = planner.plan(hidden, experts, weights, without_outcasts(scores, bias, 2))
+    plan = planner.plan(hidden, experts, weights, scores * enabled_experts(bias, 2))
     before = planner.plan(hidden, experts, weights, scores)
     assert int((before.experts >= 5).sum()) > 0  # what would happen otherwise
     assert int((plan.experts >= 5).sum()) == 0 and int((plan.experts >= 0).sum()) > 0
 
 
-def bounds(tokens, places, target, top_k, ranks):
-    topology = Topology(ranks, ranks, sources=(0,) * len(places), places=tuple(places))
+def bounds(tokens, source_index, target, top_k, ranks):
+    topology = Topology(ranks, ranks, sources=(0,) * len(source_index), source_index=tuple(source_index))
     planner = build_policy("rank-balanced", MACSConfig(target_load=target), topology, 1)
-    return row_bound(torch.tensor(tokens), planner._constants(torch.device("cpu")), top_k)
+    return row_bound(torch.tensor(tokens), planner.constants(torch.device("cpu")), top_k)
 
 
 @given(
@@ -143,4 +146,4 @@ def test_the_whole_group_keeps_to_it():
     [([0, 1, 2, 3], 2, 1, 2), ([0, 1, 2, 3], 3, 2, 1), ([1, 3, 5, 7], 5, 2, 2), ([4, 6], 6, 1, 1)],
 )
 def test_places_number_those_with_tokens_of_their_own(ranks, own, replicas, place):
-    assert place_among(ranks, own, replicas) == place
+    assert source_index_of(ranks, own, replicas) == place

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from macs import IMAGE, TEXT, VIDEO, Modality, current_modality, modality
+from macs import IMAGE, TEXT, VIDEO, Modality, modality
+from macs.adapters import current_modality
 
 
 def test_runs_of_one_kind_are_pictures():
@@ -109,4 +110,4 @@ def test_threads_have_their_own():
 
 def test_no_tokens_at_all():
     tokens = Modality.of(torch.zeros(0, 4, dtype=torch.bool)).sequence_major()
-    assert tokens.kinds.shape == (0,) and tokens.source.shape == (0,)
+    assert tokens.modality.shape == (0,) and tokens.source.shape == (0,)

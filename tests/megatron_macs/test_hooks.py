@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-from support.cases import AnySeam
+from support.cases import AnyAdapter
 
 import macs
 from macs import MACSConfig, Runtime, Topology
@@ -26,7 +26,7 @@ class Model(nn.Module):
         self.config = SimpleNamespace(**config)
         self.layer = nn.Linear(2, 2)
         self.layer.macs = Runtime(MACSConfig()).add_layer(
-            AnySeam(lambda: torch.randn(4, 8), Topology(4, 2), 2)
+            AnyAdapter(lambda: torch.randn(4, 8), Topology(4, 2), 2)
         )
 
     def forward(self, input_ids, inference_context=None):

@@ -19,7 +19,7 @@ from support.workers import free_port
 
 from macs import MACSConfig, Profile, Recording
 from megatron_macs import add_macs_args, runtime_from_args, tokens_from_args
-from megatron_macs.arguments import config_from_args
+from megatron_macs.options import config_from_args
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 import macs
 from macs import MACSConfig, Profile, Runtime, Topology
-from macs.serving.agreement import Agreement
-from support.cases import AnySeam
+from macs.runtime.consistency import RankConsistency
+from support.cases import AnyAdapter
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 80, 8, 2, 16
 
@@ -27,7 +27,7 @@ class Layer(torch.nn.Module):
         )
         own, size = dist.get_rank(group), dist.get_world_size(group)
         topology = Topology(EXPERTS, size, sources=(own,))
-        self.macs = runtime.add_layer(AnySeam(self.rows, topology, TOP_K, group))
+        self.macs = runtime.add_layer(AnyAdapter(self.rows, topology, TOP_K, group))
         self.fails = False
 
     def rows(self) -> torch.Tensor:
@@ -39,7 +39,7 @@ class Layer(torch.nn.Module):
             weights, experts = scores.topk(TOP_K)
             if not self.training and self.macs.acts_on(len(hidden), hidden.device):
                 tokens = self.macs.tokens(1, len(hidden), False, hidden.device)
-                self.macs.plan(hidden, experts, weights, scores, tokens)
+                self.macs.routing(hidden, experts, weights, scores, tokens)
             if self.fails:
                 raise RuntimeError("in the layer")
             total = hidden.sum(0)
@@ -52,7 +52,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.ModuleList(Layer(runtime, dist.group.WORLD) for _ in range(layers))
         self.between: int | None = None
-        macs.serving.hooks.ModalityHook(self, macs.serving.calls.CallReader(text_only=True))
+        macs.runtime.hooks.ModalityHook(self, macs.runtime.calls.CallReader(text_only=True))
         self.eval()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def change(runtime: Runtime, model: torch.nn.Module, kind: str) -> None:
     elif kind == "profile":
         runtime.use("macs", config, profile_of(3))
     elif kind == "macs version":
-        macs.serving.runtime.__version__ = "0.0.9"
+        macs.runtime.runtime.__version__ = "0.0.9"
         runtime._told = None
     else:
         value = {"level": "expert", "target_load": 1.5, "min_tokens": 8, "cost": "weight"}[kind]
@@ -100,8 +100,8 @@ def ranks_that_differ(kind: str, before_first: bool) -> Any:
     """Two passes; rank 1 changes something before the first or the second of them."""
     runtime = Runtime()
     model = Model(runtime)
-    version, wait = macs.serving.runtime.__version__, macs.serving.agreement.WAIT
-    macs.serving.agreement.WAIT = timedelta(seconds=1)
+    version, wait = macs.runtime.runtime.__version__, macs.runtime.consistency.WAIT
+    macs.runtime.consistency.WAIT = timedelta(seconds=1)
     began = time.monotonic()
     try:
         if not before_first:
@@ -113,7 +113,7 @@ def ranks_that_differ(kind: str, before_first: bool) -> Any:
     except Exception as error:
         raise type(error)(f"{error} [after {time.monotonic() - began:.1f} s]") from error
     finally:
-        macs.serving.runtime.__version__, macs.serving.agreement.WAIT = version, wait
+        macs.runtime.runtime.__version__, macs.runtime.consistency.WAIT = version, wait
 
 
 def ranks_that_change_alike() -> dict[str, Any]:
@@ -145,7 +145,7 @@ def ranks_that_change_alike() -> dict[str, Any]:
 
 def a_late_rank() -> bool:
     """A rank that is long in loading is waited for by the collective, not called a disagreement."""
-    macs.serving.agreement.WAIT, wait = timedelta(seconds=0.2), macs.serving.agreement.WAIT
+    macs.runtime.consistency.WAIT, wait = timedelta(seconds=0.2), macs.runtime.consistency.WAIT
     try:
         model = Model(Runtime())
         if dist.get_rank() == 1:
@@ -154,7 +154,7 @@ def a_late_rank() -> bool:
         model(IDS)
         return model.layers[0].macs.agreement._compared
     finally:
-        macs.serving.agreement.WAIT = wait
+        macs.runtime.consistency.WAIT = wait
 
 
 def broken_off(where: str) -> list[str]:
@@ -186,7 +186,7 @@ def broken_off(where: str) -> list[str]:
             said.append(f"{type(error).__name__}: {error}")
         model.layers[1].fails, model.between = False, None
         model._forward_hooks.clear()
-        macs.serving.hooks.ModalityHook(model, macs.serving.calls.CallReader(text_only=True))
+        macs.runtime.hooks.ModalityHook(model, macs.runtime.calls.CallReader(text_only=True))
         if where == "after the last layer":
             break
     return said
@@ -196,7 +196,7 @@ def without_a_store() -> list[str]:
     """Groups whose backend has none: said once, and served."""
     real = dist.distributed_c10d._get_default_store
     dist.distributed_c10d._get_default_store = lambda: None
-    macs.serving.agreement._warned = False
+    macs.runtime.consistency._warned = False
     try:
         model = Model(Runtime())
         model(IDS)
@@ -216,4 +216,8 @@ def deep_copies() -> list[int]:
     copied(IDS)
     model(IDS)
     agreements = {id(layer.macs.agreement) for one in (model, copied) for layer in one.layers}
-    return [len(agreements), len(runtime.layers), isinstance(copied.layers[0].macs.agreement, Agreement)]
+    return [
+        len(agreements),
+        len(runtime.layers),
+        isinstance(copied.layers[0].macs.agreement, RankConsistency),
+    ]

@@ -141,7 +141,7 @@ def answers(choices: list[tuple[str, dict[str, Any]]], count: int) -> list[dict[
         for engine, one in zip(engines, runtimes, strict=True):
             one.use(policy, paper(**settings), profile)
             given.append(engine.generate(samples))
-            stragglers.append([float(report.prefill.straggler("after")[0]) for report in one.reports()])
+            stragglers.append([float(report.prefill.load("after")[0]) for report in one.reports()])
         right = [answer == sample.answer for answer, sample in zip(given[0], samples, strict=True)]
         found.append({"answers": given, "stragglers": stragglers, "right": sum(right) / len(right)})
     return found

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from macs import WEIGHTINGS, MACSConfig, Seam, Tokens, Topology
-
-NO_BOUND = {"max_load_factor": None, "target_load": None}
-"""No bound on the rows of a rank."""
+from macs import POLICIES, WEIGHTINGS, MACSConfig, Planner, Policy, Tokens, Topology
+from macs.adapters import LayerAdapter
 
 
-def paper(**settings: Any) -> MACSConfig:
-    """Settings laid over those of the paper, which have every part of the planner at work."""
-    return MACSConfig.from_dict({"preset": "paper", **settings})
+def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, **extras: Any) -> Planner:
+    """The planner of a policy, its name first."""
+    return Planner(config, topology, top_k, name, **extras)
 
 
-class AnySeam(Seam):
+def paper(**fields: Any) -> Policy:
+    """The paper's policy, which has every step at work, with some fields changed."""
+    return replace(POLICIES["paper"], **fields)
+
+
+class AnyAdapter(LayerAdapter):
     """Of a layer without an engine: its router's rows by a function."""
 
     def __init__(self, rows, topology, top_k, group=None, refetch=None):
@@ -35,6 +38,7 @@ class Routing:
     """Inputs of ``Planner.plan`` and of the planner itself."""
 
     config: MACSConfig
+    policy: Policy
     topology: Topology
     top_k: int
     hidden: Tensor
@@ -49,11 +53,19 @@ class Routing:
 
 @st.composite
 def routings(
-    draw, config=None, max_tokens=12, sources=None, kinds=(0, 1, 2), padding=True, exempt=True, distinct=False
+    draw,
+    config=None,
+    policy=None,
+    max_tokens=12,
+    sources=None,
+    ids=(0, 1, 2),
+    padding=True,
+    exempt=True,
+    distinct=False,
 ):
     """A routing whose scores are multiples of 1/1024 and similarities multiples of 1/64.
 
-    config: a strategy of ``MACSConfig`` values. distinct: no two scores of an expert are equal.
+    config, policy: strategies of ``MACSConfig`` and ``Policy``. distinct: no two scores of an expert are equal.
     """
     ranks = draw(st.sampled_from([1, 2, 4]))
     experts = ranks * draw(st.integers(1, 3))
@@ -77,13 +89,14 @@ def routings(
     hidden = torch.randn(count, 6, generator=generator) * draw(st.sampled_from([0.0, 1.0, 4.0]))
     weights = integers(1, 64, count, top_k).float() / 64
     place = torch.randperm(count, generator=generator)
-    modality = torch.tensor(kinds)[integers(0, len(kinds), count)].to(torch.int8)
+    modality = torch.tensor(ids)[integers(0, len(ids), count)].to(torch.int8)
     valid = torch.rand(count, generator=generator) > (0.2 if padding and draw(st.booleans()) else -1)
     spared = torch.rand(count, generator=generator) < (0.1 if exempt and draw(st.booleans()) else -1)
     expert_rank = tuple(torch.randperm(experts, generator=generator).remainder(ranks).tolist())
     similarity = integers(0, 65, experts, experts).float() / 64
     return Routing(
         config=draw(config) if config is not None else MACSConfig(min_tokens=0),
+        policy=draw(policy) if policy is not None else POLICIES["macs"],
         topology=Topology(experts, ranks, expert_rank, tuple(range(own))),
         top_k=top_k,
         hidden=hidden,
@@ -91,10 +104,9 @@ def routings(
         weights=weights,
         scores=scores,
         tokens=Tokens(
-            kinds=modality,
+            modality=modality,
             valid=valid,
             exempt=spared,
-            segment=integers(0, count, count),
             position=place,
             source=integers(0, own, count),
         ),
@@ -104,31 +116,35 @@ def routings(
 
 
 def configs(**fixed):
-    """Any setting of the planner, some of them fixed."""
+    """Any settings of the planner, some of them fixed."""
     choices = {
         "capacity_factor": st.sampled_from([0.25, 0.5, 0.8, 1.0, 1.3, 2.0]),
         "target_load": st.sampled_from([None, None, 0.7, 1.0, 1.3]),
-        "modality_strength": st.sampled_from([0.0, 0.5, 1.0]),
-        "min_capacity": st.sampled_from([0.0, 1.0, 2.0]),
         "weighting": st.sampled_from(list(WEIGHTINGS)),
         "visual_weight": st.sampled_from([0.25, 0.5, 1.0]),
-        "normalization": st.sampled_from(["batch", "image"]),
-        "cost": st.sampled_from(["weight", "one"]),
-        "priority": st.sampled_from(["score", "product"]),
         "level": st.sampled_from(["expert", "rank"]),
         "reroute": st.sampled_from(["rank", "group", "none"]),
-        "reroute_rounds": st.sampled_from([1, 2, 3]),
         "min_tokens": st.sampled_from([0, 0, 0, 6]),
         "max_drop": st.sampled_from([None, None, 0.0, 0.1, 0.3]),
-        "max_load_factor": st.sampled_from([None, None, 0.5, 1.0, 1.2]),
-        "drop_padding": st.booleans(),
     }
     choices.update({name: st.just(value) for name, value in fixed.items()})
 
     def built(values):
-        # One of the two bounds has to give way.
-        if values.get("target_load") is not None:
+        if values.get("target_load") is not None:  # of two bounds one is given
             values = {**values, "capacity_factor": None}
         return MACSConfig(**values)
 
     return st.fixed_dictionaries(choices).map(built)
+
+
+def policies(**fixed):
+    """Any fields of a policy that reads modality, some of them fixed."""
+    choices = {
+        "modality_strength": st.sampled_from([0.0, 0.5, 1.0]),
+        "floor": st.sampled_from([0.0, 1.0, 2.0]),
+        "cost": st.sampled_from(["weight", "one"]),
+        "priority": st.sampled_from(["score", "product"]),
+        "reroute_rounds": st.sampled_from([1, 2, 3]),
+    }
+    choices.update({name: st.just(value) for name, value in fixed.items()})
+    return st.fixed_dictionaries(choices).map(lambda fields: replace(POLICIES["macs"], **fields))

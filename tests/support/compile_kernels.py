@@ -20,7 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from macs import LayerRecorder, MACSConfig, Modality, Topology, build_policy, choice_in, kernels
+from macs import MACSConfig, Modality, Topology
+from macs.adapters import routing_from_map
+from macs.records.load import LayerRecorder
+from macs.steps.kernels.dispatch import kernels
+from support.cases import build_policy
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -115,7 +119,7 @@ def _plan(
     hidden = torch.randn(count, size).bfloat16()
     planner = build_policy(policy, config, Topology(experts, ranks, sources=sources), k)
     plan = planner.plan(hidden, chosen, weights, scores, tokens)
-    choice_in(*plan.as_map(experts), k)
+    routing_from_map(*plan.as_map(experts), k)
     assert plan.statistics is not None
     LayerRecorder(planner.topology, k).record(plan.statistics)
 

@@ -280,7 +280,7 @@ def gate_under_tensor_parallelism(k: int, settings: dict) -> dict[str, Any]:
     return {
         "error": float((output - expected).abs().max()),
         "rows": computed,
-        "fullest": int(runtime.reports()[0].loads("after").max()),
+        "fullest": int(runtime.reports()[0].rows_of_experts("after").max()),
         "dropped": float(runtime.reports()[0].dropped.sum()),
     }
 

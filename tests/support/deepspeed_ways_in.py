@@ -309,7 +309,7 @@ def pooled_capacity_is_told() -> tuple[list[str], bool]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("macs.serving.runtime")
+    logger = logging.getLogger("macs.runtime.runtime")
     logger.addHandler(handler)
     logging.disable(logging.NOTSET)
     try:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from macs import Tokens, has_triton, kernels
+from macs import Tokens
+from macs.steps.kernels.dispatch import has_triton, kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -68,7 +69,7 @@ def features(count: int, size: int, dtype: torch.dtype, seed: int = 0, scale: fl
     return (torch.randn(count, size, generator=generator(count, size, seed)) * scale).to(dtype).to(DEVICE)
 
 
-def choice_of(count: int, experts: int, k: int, seed: int = 0, none: float = 0.1) -> torch.Tensor:
+def experts_of(count: int, experts: int, k: int, seed: int = 0, none: float = 0.1) -> torch.Tensor:
     """A router's choice int64 [T, k], ascending, some of it -1 at the end of a row."""
     random = generator(count, experts, k, seed)
     picked = torch.rand(count, experts, generator=random).argsort(1)[:, :k].sort(1).values
@@ -85,10 +86,9 @@ def tokens_of(count: int, sources: int = 1, seed: int = 0, valid: float = 0.8) -
 
     return replace(
         Tokens.all_text(count, DEVICE),
-        kinds=some(0.6).to(torch.int8),
+        modality=some(0.6).to(torch.int8),
         valid=some(valid),
         exempt=some(0.1),
-        segment=torch.randint(0, max(1, count), (count,), generator=random).to(DEVICE),
         position=torch.randperm(count, generator=random).to(DEVICE),
         source=torch.randint(0, sources, (count,), generator=random).to(DEVICE),
     )

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import macs
 from macs import Runtime
 from megatron_macs import attach_modality, with_macs
-from megatron_macs.swap import install
+from megatron_macs.install import install
 
 from .cases import paper
 from .megatron_jobs import layer_config, on_megatron
@@ -65,7 +65,7 @@ class Watch:
                 kinds[(value == mark).all(1)] = kind
             padding = (value == 0).all(1)
             found.append(
-                torch.equal(tokens.kinds[~padding], kinds[~padding])
+                torch.equal(tokens.modality[~padding], kinds[~padding])
                 and torch.equal(tokens.valid, ~padding)
                 and int((kinds > 0).sum()) > 0
             )

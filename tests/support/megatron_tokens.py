@@ -55,7 +55,7 @@ class Told:
     def of(self, call: int = 0) -> tuple[Tensor, Tensor]:
         tokens = self.tokens[call]
         order = tokens.position.argsort()
-        return tokens.kinds[order], tokens.valid[order]
+        return tokens.modality[order], tokens.valid[order]
 
 
 def forward(model: Any, ids: Tensor, **more: Any) -> Tensor:
@@ -192,8 +192,8 @@ class PacksInside(nn.Module):
         packed = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=16, max_seqlen_kv=16
         )
-        places = torch.arange(int(ends[-1]))[None]
-        decoder_input = self.language_model.embedding(input_ids[real][None], places)
+        source_index = torch.arange(int(ends[-1]))[None]
+        decoder_input = self.language_model.embedding(input_ids[real][None], source_index)
         return self.language_model(None, None, None, decoder_input=decoder_input, packed_seq_params=packed)
 
 

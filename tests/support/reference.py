@@ -63,17 +63,17 @@ def visual_ratio(weight, visual):
     return sum(w for w, v in zip(weight, visual, strict=True) if v) / total if total else 0.5
 
 
-def capacities(config, weight, visual, top_k, bias, pool):
+def capacities(gamma, rho, floor, weight, visual, top_k, bias, pool):
     """The capacity of every pool, in tokens; pool[j] is the pool of expert j."""
     experts = len(bias)
     lean = visual_ratio(weight, visual) - 0.5
-    factors = [1 + config.modality_strength * m * lean for m in bias]
+    factors = [1 + rho * m * lean for m in bias]
     result = []
     for p in range(max(pool) + 1):
         members = [factors[j] for j in range(experts) if pool[j] == p]
-        share = math.ceil(config.capacity_factor * len(weight) * top_k * len(members) / experts - 1e-9)
+        share = math.ceil(gamma * len(weight) * top_k * len(members) / experts - 1e-9)
         room = min(share * sum(members) / len(members), len(weight) * top_k)
-        result.append(max(config.min_capacity, room))
+        result.append(max(floor, room))
     return result
 
 
@@ -87,16 +87,16 @@ class Case:
     """One source's tokens, in batch-major order, and the room it has.
 
     experts[t] ascending, scores[t][j], cost[t] and weight[t] in 1/65536, room[pool] likewise,
-    row_room[rank] in rows or none, pool[j], rank[j], similarity[i][j].
+    remaining_rows[rank] in rows or none, pool[j], rank[j], similarity[i][j].
     """
 
     def __init__(
-        self, experts, scores, cost, weight, room, row_room, pool, rank, similarity, rule, exempt=None
+        self, experts, scores, cost, weight, room, remaining_rows, pool, rank, similarity, rule, exempt=None
     ):
         self.experts, self.scores, self.cost, self.weight = experts, scores, cost, weight
         self.pool, self.rank, self.similarity, self.rule = pool, rank, similarity, rule
         self.room = list(room)
-        self.row_room = None if row_room is None else list(row_room)
+        self.remaining_rows = None if remaining_rows is None else list(remaining_rows)
         self.exempt = exempt or [False] * len(experts)
         self.placed = {}  # (token, slot) -> expert
         self.rerouted = set()
@@ -121,11 +121,11 @@ class Case:
                 full = full or used > self.room[p]
                 if not full or self.exempt[t]:
                     kept.append((t, i))
-        if self.row_room is not None:
+        if self.remaining_rows is not None:
             within = []
             for r in sorted(set(self.rank)):
                 mine = sorted((a for a in kept if self.rank[self.experts[a[0]][a[1]]] == r), key=self.order)
-                within += [a for n, a in enumerate(mine) if n < self.row_room[r] or self.exempt[a[0]]]
+                within += [a for n, a in enumerate(mine) if n < self.remaining_rows[r] or self.exempt[a[0]]]
             kept = within
         for t, i in kept:
             self.take(t, i, self.experts[t][i])
@@ -133,8 +133,8 @@ class Case:
     def take(self, t, i, expert):
         self.placed[t, i] = expert
         self.room[self.pool[expert]] -= self.cost[t]
-        if self.row_room is not None:
-            self.row_room[self.rank[expert]] -= 1
+        if self.remaining_rows is not None:
+            self.remaining_rows[self.rank[expert]] -= 1
 
     def reroute(self, rounds, where):
         spent = set()
@@ -161,12 +161,12 @@ class Case:
                     full = full or used > self.room[p]
                     if not full:
                         accepted.append(proposal)
-            if self.row_room is not None:
+            if self.remaining_rows is not None:
                 accepted = [
                     q
                     for r in sorted(set(self.rank))
                     for n, q in enumerate(sorted(a for a in accepted if self.rank[a[3]] == r))
-                    if n < self.row_room[r]
+                    if n < self.remaining_rows[r]
                 ]
             for _, t, i, expert in accepted:
                 self.take(t, i, expert)
@@ -182,27 +182,17 @@ class Case:
                 continue
             value = self.scores[t][j] * self.similarity[home][j]
             open_ = j not in taken and value > 0 and self.room[self.pool[j]] >= self.cost[t]
-            if self.row_room is not None:
-                open_ = open_ and self.row_room[self.rank[j]] >= 1
+            if self.remaining_rows is not None:
+                open_ = open_ and self.remaining_rows[self.rank[j]] >= 1
             if open_:
                 options.append((-value, j))
         return min(options)[1] if options else None
 
-    def limit_drops(self, mass, max_drop, hard):
-        """mass[(t, i)] in 1/1048576; the fewest of the dropped, best first, come back; if the bound on rows
-        is hard, no more than it has room for."""
+    def limit_drops(self, mass, max_drop):
+        """mass[(t, i)] in 1/1048576; the fewest of the dropped, best first, come back."""
         everyone = self.assignments()
         dropped = sorted((a for a in everyone if a not in self.placed), key=self.order)
         excess = sum(mass[a] for a in dropped) - math.floor(sum(mass[a] for a in everyone) * max_drop)
-        if hard:
-            room = list(self.row_room)
-            allowed = []
-            for a in dropped:
-                r = self.rank[self.experts[a[0]][a[1]]]
-                room[r] -= 1
-                if room[r] >= 0:
-                    allowed.append(a)
-            dropped = allowed
         back = 0
         for t, i in dropped:
             if back >= excess:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from macs import has_triton
+from macs.steps.kernels.dispatch import has_triton
 from macs.steps.contracts import Placement
 from macs_tools import doctor
 

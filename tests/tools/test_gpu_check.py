@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from macs import has_triton
+from macs.steps.kernels.dispatch import has_triton
 from macs_tools.bench import gpu as gpu_check
 
 pytestmark = [

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from macs import STEPS, has_triton
+from macs.planner import STEPS
+from macs.steps.kernels.dispatch import has_triton
 from macs_tools.common import launches
 from macs_tools.common.launches import ADAPTER, AROUND, CASES, MASK, OTHER, PLANS, RECORD
 

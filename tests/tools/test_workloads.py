@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cases import AnySeam
+from support.cases import AnyAdapter
 
 from macs import IMAGE, TEXT, MACSConfig, Modality, Recording, Runtime, Topology, modality
 from macs_tools.common import workloads
@@ -83,7 +83,7 @@ def test_a_recording_is_played_back(tmp_path, with_scores):
     for rank in range(2):
         runtime = Runtime(MACSConfig(similarity="none", min_tokens=0))
         topology = Topology(SHAPE.experts, 2, sources=(rank,))
-        layer = runtime.add_layer(AnySeam(lambda: torch.zeros(1), topology, SHAPE.top_k))
+        layer = runtime.add_layer(AnyAdapter(lambda: torch.zeros(1), topology, SHAPE.top_k))
         with runtime.record_routing(tmp_path / f"{rank}", scores=with_scores):
             for step in range(2):
                 batch = drawn[step][rank]

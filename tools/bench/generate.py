@@ -153,8 +153,8 @@ def measure(
                         )
                 if title != VANILLA:
                     reports = runtime.reports(parallel_state.get_expert_model_parallel_group())
-                    stragglers[title] = float(reports[0].straggler("after").mean())
-                    stragglers[VANILLA] = float(reports[0].straggler("before").mean())
+                    stragglers[title] = float(reports[0].load("after").mean())
+                    stragglers[VANILLA] = float(reports[0].load("before").mean())
         for title in chosen:
             if len(answers[title]) != PROMPTS or any(len(one) != NEW_TOKENS for one in answers[title]):
                 raise RuntimeError(f"{title}: found {answers[title]}, expected {NEW_TOKENS} tokens a prompt")

@@ -19,7 +19,8 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from macs import Modality, Topology, loads_of
+from macs import Modality, Topology
+from macs.adapters import loads_of
 
 from ..common.command import quiet
 from ..common.cost_model import CostModel

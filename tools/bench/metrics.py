@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor
 
 import macs
-from macs import MACSConfig, Runtime, Seam, Topology, serve_metrics
+from macs import MACSConfig, Runtime, Topology, serve_metrics
+from macs.adapters import LayerAdapter
 from macs.files import output_file
 
 from ..common.clock import milliseconds
@@ -30,7 +31,7 @@ from ..common.command import Parser, quiet
 from ..common.workloads import SHAPES, draw, features
 
 
-class _Router(Seam):
+class _Router(LayerAdapter):
     """A layer that is nothing but a router's rows."""
 
     def __init__(self, rows: Tensor, topology: Topology, top_k: int) -> None:

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from macs import IMAGE, STEPS, Plan, Tokens, has_triton, kernels, watching_steps
-from macs.steps.contracts import Sums
+from macs import IMAGE, Plan, Tokens
+from macs.planner import STEPS, watching_steps
+from macs.steps.kernels.dispatch import has_triton, kernels
+from macs.steps.contracts import Counts
 from macs.steps.weighting import Weighting, semantic_weights
 
 from ..common.clock import clocked, milliseconds
@@ -141,12 +143,12 @@ def bandwidths(shape: Shape, repeats: int) -> dict[str, float]:
     kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     hidden = torch.randn(shape.tokens, shape.hidden, device=device()).to(kind)
     tokens = Tokens.all_text(shape.tokens, hidden.device)
-    tokens.kinds[:] = IMAGE
+    tokens.modality[:] = IMAGE
     rule = Weighting("entropy", 1.0, 0.5, False, 1)
 
     def weigh() -> None:
         semantic_weights(
-            hidden, tokens, rule, Sums.zeros({"moments": (3, rule.groups(0))}, hidden.device), False
+            hidden, tokens, rule, Counts.zeros({"moments": (3, rule.groups(0))}, hidden.device), False
         )
 
     works = {"entropy": (weigh, 1), "copy": (hidden.clone, 2)}

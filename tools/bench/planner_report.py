@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from macs import STEPS
+from macs.planner import STEPS
 
 from ..common.workloads import Shape
 

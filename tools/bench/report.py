@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from macs import has_triton
+from macs.steps.kernels.dispatch import has_triton
 
 from ..common.workloads import VANILLA
 
@@ -90,12 +90,12 @@ def plot_rows(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     width = 0.8 / max(1, len(titles))
     for index, policy in enumerate(titles):
         mine = [row for row in rows if row["policy"] == policy]
-        places = [loads.index(row["workload"]) + width * (index - len(titles) / 2 + 0.5) for row in mine]
-        axes.bar(places, [row["ratio"] for row in mine], width, label=policy)
+        source_index = [loads.index(row["workload"]) + width * (index - len(titles) / 2 + 0.5) for row in mine]
+        axes.bar(source_index, [row["ratio"] for row in mine], width, label=policy)
         axes.hlines(
             [row["ideal"] for row in mine],
-            [place - width / 2 for place in places],
-            [place + width / 2 for place in places],
+            [place - width / 2 for place in source_index],
+            [place + width / 2 for place in source_index],
             color="black",
             linewidth=1,
         )

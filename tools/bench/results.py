@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from macs import LayerReport, Plan, Topology, loads_of
+from macs import LayerReport, Plan, Topology
+from macs.adapters import loads_of
 
 from ..common.workloads import Shape
 
@@ -38,21 +39,21 @@ class Done:
     @property
     def busiest(self) -> float:
         """Rows of the busiest rank, over all steps."""
-        return float(self.report.rank_loads("after").amax(1).sum())
+        return float(self.report.rows_of_ranks("after").amax(1).sum())
 
     @property
     def busiest_expert(self) -> float:
         """Rows of the busiest expert over vanilla's mean expert's."""
         report = self.report
         mean = report.tokens.sum() * self.top_k / self.topology.num_experts
-        return float(report.loads("after").amax(1).sum() / mean)
+        return float(report.rows_of_experts("after").amax(1).sum() / mean)
 
     def figures(self) -> dict[str, float]:
         """What the table shows of it."""
         report = self.report
         return {
             **report.summary(),
-            "straggler": float(report.straggler("after").mean()),
+            "straggler": float(report.load("after").mean()),
             "busiest_expert": self.busiest_expert,
             "sent": sum(self.sent) / float((report.kept + report.rerouted + report.dropped).sum()),
         }

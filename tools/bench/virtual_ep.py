@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from macs import Modality, Plan, Topology, build_policy
+from macs import Modality, Plan, Topology
+from support.cases import build_policy
 
 from ..common.clock import milliseconds
 from ..common.cost_model import CostModel

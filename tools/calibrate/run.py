@@ -28,7 +28,7 @@ from tiny_vlm import CHECKPOINT
 
 from macs import MACSConfig, Profile
 from macs.files import output_file
-from macs.serving.launch import first_process
+from macs.runtime.launch import first_process
 
 from ..common.command import Parser, quiet
 from .requests import read_requests

@@ -115,4 +115,4 @@ def plot(profile: Profile, config: MACSConfig, path: Path) -> None:
 def check(profile: Profile, runtime: Runtime) -> None:
     """Raise a ``ValueError`` if a profile is of another model."""
     for layer in runtime.layers:
-        profile.row_of(layer.seam.router_weight(), layer.top_k)
+        profile.row_of(layer.adapter.router_weight(), layer.top_k)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from macs.serving.launch import INTERRUPTED, CommandParser, leave
+from macs.runtime.launch import INTERRUPTED, CommandParser, leave
 
 
 def _formatter() -> type[argparse.HelpFormatter]:

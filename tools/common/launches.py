@@ -22,19 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from macs import (
-    STEPS,
-    LayerRecorder,
-    MACSConfig,
-    Modality,
-    Topology,
-    build_policy,
-    choice_in,
-    full_scores,
-    kernels,
-    watching_steps,
-)
-from macs.records.totals import OWN, Row
+from macs import MACSConfig, Modality, Topology
+from macs.adapters import routing_from_map
+from macs.planner import STEPS, watching_steps
+from macs.records.load import LayerRecorder
+from macs.steps.kernels.dispatch import kernels
+from macs.steps.scoring import full_scores
+from support.cases import build_policy
+from macs.records.counters import OWN, Row
 
 from .command import Parser
 
@@ -155,7 +150,7 @@ def count(
             found = Modality.of(mask).sequence_major(1, config.normalization == "image")
         with launches.step(ADAPTER):
             scores = full_scores(logits, "softmax")
-            choice = choice_in(chosen, probs, top_k)
+            choice = routing_from_map(chosen, probs, top_k)
         planned = planner.plan(hidden, *choice, scores, found, statistics=statistics)
         with launches.step(ADAPTER):
             routing_map, _ = planned.as_map(experts)

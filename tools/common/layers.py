@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import macs
-from macs import Plan, Runtime, choice_in, full_scores
+from macs import Plan, Runtime
+from macs.adapters import routing_from_map
+from macs.steps.scoring import full_scores
 from megatron_macs import cpu_engine, with_macs
 
 from .clock import milliseconds
@@ -152,13 +154,13 @@ class Side:
         self.macs = self.runtime.layers[0]
         self.plan: Plan | None = None
         self.inputs: tuple[Any, ...] = ()
-        inner = self.macs.plan
+        inner = self.macs.routing
 
         def keep(*inputs: Any) -> Any:
             self.inputs, self.plan = inputs, inner(*inputs)
             return self.plan
 
-        self.macs.plan = keep  # type: ignore[method-assign, assignment]
+        self.macs.routing = keep  # type: ignore[method-assign, assignment]
 
     def __call__(self, hidden: Tensor, modality: macs.Modality) -> Tensor:
         with macs.modality(modality):
@@ -181,7 +183,7 @@ def around_plan(experts: Tensor, scores: Tensor) -> Callable[[Plan], Any]:
 
     def around(plan: Plan) -> Any:
         full_scores(logits, "softmax")
-        choice_in(routing_map, probs, experts.shape[1])
+        routing_from_map(routing_map, probs, experts.shape[1])
         return plan.as_map(count)
 
     return around

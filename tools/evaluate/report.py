@@ -83,7 +83,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         x, kl = [load for load, _ in curve], np.maximum([value for _, value in curve], 1e-7)
         axes.plot(x, kl[:, 0], marker="o", markersize=3, label=title)
         axes.fill_between(x, kl[:, 1], kl[:, 2], alpha=0.15)
-    before = float(np.mean([one["straggler_before"] for one in found]))
+    before = float(np.mean([one["load_before"] for one in found]))
     axes.axvline(before, color="grey", linestyle=":", linewidth=1, label="vanilla's load")
     axes.set(xlabel="busiest rank's rows over vanilla's mean", ylabel="KL to vanilla (nats)", yscale="log")
     axes.legend(fontsize=8)

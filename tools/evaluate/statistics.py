@@ -52,9 +52,9 @@ def measured(
             return None
         return bootstrap_ratio(right[chosen].astype(float), expected_right[chosen].astype(float))
 
-    after = torch.stack([report.straggler("after") for report in reports])  # [L, N]
+    after = torch.stack([report.load("after") for report in reports])  # [L, N]
     # Vanilla's own: before planning a layer has what the plans of those before it made of its input.
-    before = torch.stack([report.straggler("before") for report in untouched])
+    before = torch.stack([report.load("before") for report in untouched])
     experts = torch.stack([report.imbalance("after") for report in reports])
     shares = [report.shares() for report in reports]
     return {
@@ -80,7 +80,7 @@ def measured(
         "kl": bootstrap(damage),
         "picture_kl": where(pictures, damage),
         "text_kl": where(~pictures, damage),
-        "straggler_before": float(before.mean()),
+        "load_before": float(before.mean()),
         "straggler": float(after.mean()),
         "straggler_p95": float(after.flatten().quantile(0.95)),
         "busiest_expert": float(experts.mean()),

@@ -99,25 +99,25 @@ def _lines(
     log: bool = False,
 ) -> Figure:
     """Lines over one axis."""
-    label, places = across
+    label, source_index = across
     traces = [
         {
             "type": "scatter",
-            "mode": "lines+markers" if len(places) < 60 else "lines",
+            "mode": "lines+markers" if len(source_index) < 60 else "lines",
             "name": title_,
-            "x": places,
+            "x": source_index,
             "y": [round(float(value), 4) for value in values],
             "line": {"dash": "dot" if title_ in dashed else "solid"},
             "meta": number,
         }
         for number, (title_, values) in enumerate(series.items())
     ]
-    whole = len(places) < 60 and not log
+    whole = len(source_index) < 60 and not log
     layout = {
         "xaxis": {
             "title": {"text": label},
-            **({"type": "log", "tickvals": places} if log else {}),
-            **({"tickvals": places[:: _tick(len(places))]} if whole else {}),
+            **({"type": "log", "tickvals": source_index} if log else {}),
+            **({"tickvals": source_index[:: _tick(len(source_index))]} if whole else {}),
         },
         "yaxis": {"title": {"text": up}, "rangemode": "tozero"},
     }
@@ -126,21 +126,21 @@ def _lines(
         axes = figure.subplots()
         for number, (title_, values) in enumerate(series.items()):
             style = {"linestyle": ":" if title_ in dashed else "-", "color": colours[number % len(colours)]}
-            marker = "o" if len(places) < 60 else None
-            axes.plot(places, values, marker=marker, markersize=3, label=title_, **style)
+            marker = "o" if len(source_index) < 60 else None
+            axes.plot(source_index, values, marker=marker, markersize=3, label=title_, **style)
         axes.set_xlabel(label)
         axes.set_ylabel(up)
         axes.set_ylim(bottom=0)
         if whole:
-            axes.set_xticks(places[:: _tick(len(places))])
+            axes.set_xticks(source_index[:: _tick(len(source_index))])
         if log:
             axes.set_xscale("log", base=2)
-            axes.set_xticks(places, [str(one) for one in places])
+            axes.set_xticks(source_index, [str(one) for one in source_index])
         axes.grid(alpha=0.6)
         figure.legend(loc="outside right upper", fontsize=8)
 
     rows = [
-        [str(place), *(f"{values[at]:.3f}" for values in series.values())] for at, place in enumerate(places)
+        [str(place), *(f"{values[at]:.3f}" for values in series.values())] for at, place in enumerate(source_index)
     ]
     return Figure(
         name, title, said, {"data": traces, "layout": layout}, pictures(draw), ([label, *series], rows)
@@ -148,7 +148,7 @@ def _lines(
 
 
 def _tick(count: int) -> int:
-    """Of so many places, which are marked: each so-manyth."""
+    """Of so many source_index, which are marked: each so-manyth."""
     return next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if count <= 12 * step)
 
 

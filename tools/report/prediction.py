@@ -20,7 +20,7 @@ BALANCED = 1.05
 TARGETS = BALANCED, 0.8, 0.6
 STEPS, SOURCES = 2, 32
 """A layer is predicted for from so many recorded steps: the first is planned, for at most so many
-ranks, which stand for the others, too; by the second EPLB places its copies."""
+ranks, which stand for the others, too; by the second EPLB source_index its copies."""
 
 BASELINES = "token drop", "rank-balanced"
 
@@ -112,7 +112,7 @@ def predict(
             title, one = loosened("macs", known["macs"], target)
             chosen[title] = one
             if tuning is not None:
-                at = tuning.bounds_at(target)
+                at = tuning.layer_loads_at(target)
                 if at is not None:
                     split = one.config.updated(target_load=float(at[0][layer]))
                     chosen[f"{title} tuned"] = replace(one, config=split)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from macs import Recording, Topology, build_policy
+from macs import Recording, Topology
+from support.cases import build_policy
 
 from ..common.cost_model import Breakdown, CostModel, captured
 from ..common.workloads import (

@@ -24,7 +24,7 @@ class Placement:
 
 def replicated(loads: np.ndarray, ranks: int, replicas: int, expert_bytes: int, interval: int) -> Placement:
     """As EPLB: ``replicas`` more experts on every rank. The busiest expert is copied, again and again, until
-    all places are taken; then the busiest copies go first, each to the idlest rank with a place.
+    all source_index are taken; then the busiest copies go first, each to the idlest rank with a place.
 
     loads [E]: what is known when experts are placed. All experts move, once in ``interval`` steps.
     """
@@ -36,17 +36,17 @@ def replicated(loads: np.ndarray, ranks: int, replicas: int, expert_bytes: int, 
         _, expert = heapq.heappop(queue)
         copies[expert] += 1
         heapq.heappush(queue, (-loads[expert] / copies[expert], expert))
-    places = experts // ranks + replicas
+    source_index = experts // ranks + replicas
     share = np.zeros((experts, ranks))
     ranks_by_load = [(0.0, rank, 0) for rank in range(ranks)]
     for expert in np.argsort(-loads / copies, kind="stable"):
         for _ in range(copies[expert]):
             load, rank, taken = heapq.heappop(ranks_by_load)
             share[expert, rank] += 1 / copies[expert]
-            if taken + 1 < places:
+            if taken + 1 < source_index:
                 entry = load + loads[expert] / copies[expert], rank, taken + 1
                 heapq.heappush(ranks_by_load, entry)
-    return Placement(share, replicas * expert_bytes, places * expert_bytes / interval)
+    return Placement(share, replicas * expert_bytes, source_index * expert_bytes / interval)
 
 
 def least_loaded(loads: np.ndarray, ranks: int, expert_bytes: int) -> Placement:

@@ -115,7 +115,7 @@ class Tuned:
         return len(self._gathered([None for batch in self.halves[half] for _ in batch.answers]))
 
     def _loads(self, stage: str) -> np.ndarray:
-        by_layer = [float(one.straggler(stage).mean()) for one in self.runtime.reports(self.group)]
+        by_layer = [float(one.load(stage).mean()) for one in self.runtime.reports(self.group)]
         return np.array(by_layer).reshape(self.groups, -1).mean(1)
 
     def _gathered(self, mine: list[Any]) -> list[Any]:

@@ -31,7 +31,7 @@ from tiny_vlm import CHECKPOINT
 
 from macs import POLICIES, MACSConfig, Tuning
 from macs.files import output_file, read_mapping
-from macs.serving.launch import first_process
+from macs.runtime.launch import first_process
 
 from ..common.command import Parser, quiet
 from ..evaluate.kinds import MIXES

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from macs import Profile, Tuning
-from macs.serving.launch import first_process
+from macs.runtime.launch import first_process
 
 from ..evaluate.intervals import bootstrap, bootstrap_ratio
 from .model import Tuned

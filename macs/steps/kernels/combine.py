@@ -1,7 +1,15 @@
-"""Kernels of what leaves a plan; reference implementation: ``macs.steps.combine``.
+"""Kernels of the output of a plan; reference: ``macs.steps.combine``.
 
-Sums over a token's own are in float64 in both, so that in whatever order they are added the result is rounded
-alike, but for one in millions. The record is of whole numbers, and equal.
+Sums over a token's own experts are in float64 in both, so that they round alike in any order, but for one in
+millions. The record is of integers, and equal.
+
+    experts, placed     int64 [T, k']       planned   bool  [T, k']
+    scores              float [T, E]        weights   float [T, k']
+    source              int64 [T]           valid, finite  bool [T]     modality  int8 [T]
+    active              bool  [S]           left      int64 [S, P or R]     remaining capacities
+    out_experts, combined, rerouted   [T, k']   written
+    record              int64 [17 + 3 E]    added to
+    by_source           int64 [3, S]
 """
 
 from __future__ import annotations
@@ -12,56 +20,52 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tokens import TEXT
-from ..combine import Combined, Findings
-from ..contracts import SCALARS, Demand, Placement, Room
+from ..combine import Combined
+from ..contracts import Capacities, Counts, Demand, Field, Placement
 from ..fixed_point import MASS_UNIT
+from .dispatch import on_device
 from .shared import assignments, power_of_2, rint, visual_of
 
-(
-    AT_SOURCES, AT_PLANNED, AT_TOKENS, AT_VISUAL, AT_WEIGHT, AT_VISUAL_WEIGHT, AT_NONFINITE, AT_UNMET,
-    AT_KEPT, _, _, AT_KEPT_MASS, _, _, AT_VISUAL_KEPT, _,
-) = (tl.constexpr(place) for place in range(len(SCALARS)))  # fmt: skip
-"""Where in a record each of ``SCALARS`` is; the loads come behind them."""
+AT = {name: tl.constexpr(int(field)) for name, field in Field.__members__.items()}
+AT_SOURCES, AT_PLANNED, AT_TOKENS = AT["SOURCES"], AT["PLANNED"], AT["TOKENS"]
+AT_WEIGHT, AT_VISUAL_WEIGHT, AT_UNMET = AT["WEIGHT"], AT["VISUAL_WEIGHT"], AT["UNMET"]
+AT_VISUAL, AT_NONFINITE, AT_KEPT = AT["VISUAL"], AT["NONFINITE"], AT["KEPT"]
+AT_KEPT_MASS, AT_VISUAL_KEPT = AT["KEPT_MASS"], AT["VISUAL_KEPT"]
 
 TILE = 256
 """Assignments that a program looks at together."""
 
 
 def wide(weights: Tensor) -> tl.dtype:
-    """What weights are multiplied in: float32 where they are no wider, as in torch."""
+    """The dtype in which weights are multiplied: float32 where they are no wider, as in torch."""
     return tl.float64 if weights.dtype == torch.float64 else tl.float32
 
 
 def combine(
-    demand: Demand, placement: Placement, room: Room, drop_padding: bool, findings: Findings | None
+    demand: Demand, placement: Placement, capacities: Capacities, finite: Tensor | None, counts: Counts
 ) -> Combined:
     """One launch."""
-    choice, tokens, placed = demand.choice, demand.tokens, placement.experts.contiguous()
-    (count, slots), num_experts = placed.shape, choice.scores.shape[1]
-    sources = len(room.active)
-    changes = drop_padding or slots > choice.top_k
-    experts = torch.empty_like(placed) if changes else placed
-    weights = torch.empty_like(choice.weights, memory_format=torch.contiguous_format)
+    routing, tokens, placed = demand.routing, demand.tokens, placement.experts.contiguous()
+    (count, slots), num_experts, sources = placed.shape, routing.scores.shape[1], len(capacities.active)
+    added = slots > routing.top_k
+    experts = torch.empty_like(placed) if added else placed
+    weights = torch.empty_like(routing.weights, memory_format=torch.contiguous_format)
     rerouted = torch.empty(count, slots, dtype=torch.bool, device=placed.device)
-    left = placement.room if placement.row_room is None else placement.row_room
-    sums = None if findings is None else findings.sums
-    finite = tokens.valid if findings is None else findings.finite
-    excess = room.active if findings is None or findings.excess is None else findings.excess
-    told = (room.active,) * 4 if sums is None else (sums.record, sums.tokens, sums.weight, sums.visual_weight)
+    left = placement.remaining if placement.remaining_rows is None else placement.remaining_rows
     columns = power_of_2(slots)
     block = max(1, TILE // columns)
     tensors = (
-        choice.experts, placed, demand.planned, choice.scores, choice.weights, tokens.source, tokens.valid,
-        tokens.kinds, finite,
+        routing.experts, placed, demand.planned, routing.scores, routing.weights, tokens.source, tokens.valid,
+        tokens.modality, tokens.valid if finite is None else finite,
     )  # fmt: skip
     _combine[(max(1, triton.cdiv(count, block)),)](
-        *(one.contiguous() for one in tensors), room.active, excess, left.contiguous(),
-        experts, weights, rerouted, *told, count, slots, num_experts, sources, left.shape[1],
-        WIDE=wide(weights), SCORE=wide(choice.scores), TINY=torch.finfo(choice.scores.dtype).tiny,
-        OWN=choice.top_k, PADDING=drop_padding, ADDED=slots > choice.top_k, TOLD=sums is not None,
-        BOUNDED=room.bounded, LIMITED=findings is not None and findings.excess is not None, TEXT=TEXT,
-        MASS=MASS_UNIT, LOADS_AT=len(SCALARS), TOKENS=block, K=columns, SOURCES=power_of_2(sources),
-        ROOM=power_of_2(left.shape[1]),
+        *(tensor.contiguous() for tensor in tensors), capacities.active, left.contiguous(), experts, weights,
+        rerouted, counts.record, counts.by_source,
+        count, slots, num_experts, sources, left.shape[1],
+        WIDE=wide(weights), SCORE=wide(routing.scores), TINY=torch.finfo(routing.scores.dtype).tiny,
+        OWN=routing.top_k, MOVED=placement.moved, ADDED=added, RECORDED=finite is not None, BOUNDED=capacities.bounded, TEXT=TEXT,
+        MASS=MASS_UNIT, LOADS_AT=len(Field), TOKENS=block, K=columns, SOURCES=power_of_2(sources),
+        POOLS=power_of_2(left.shape[1]),
     )  # fmt: skip
     return Combined(experts, weights, rerouted)
 
@@ -82,13 +86,13 @@ def share_of(candidate, scores, weights, SCORE: tl.constexpr, WIDE: tl.constexpr
 
 @triton.jit(do_not_specialize=["count"])
 def _combine(
-    experts, placed, planned, scores, weights, source, valid, kinds, finite, active, excess, left,
-    out_experts, combined, rerouted, record, tokens_of, weight_of, visual_weight_of,
+    experts, placed, planned, scores, weights, source, valid, modality, finite, active, left,
+    out_experts, combined, rerouted, record, by_source,
     count, slots, num_experts, sources, pools,
-    WIDE: tl.constexpr, SCORE: tl.constexpr, TINY: tl.constexpr, OWN: tl.constexpr, PADDING: tl.constexpr,
-    ADDED: tl.constexpr, TOLD: tl.constexpr, BOUNDED: tl.constexpr, LIMITED: tl.constexpr,
+    WIDE: tl.constexpr, SCORE: tl.constexpr, TINY: tl.constexpr, OWN: tl.constexpr,
+    MOVED: tl.constexpr, ADDED: tl.constexpr, RECORDED: tl.constexpr, BOUNDED: tl.constexpr,
     TEXT: tl.constexpr, MASS: tl.constexpr, LOADS_AT: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr,
-    SOURCES: tl.constexpr, ROOM: tl.constexpr,
+    SOURCES: tl.constexpr, POOLS: tl.constexpr,
 ):  # fmt: skip
     token, cell, here = assignments(count, slots, TOKENS, K)
     slot, exists = tl.arange(0, K), token < count
@@ -98,44 +102,38 @@ def _combine(
     asks = here & tl.load(planned + cell, mask=here, other=0).to(tl.int1)
     changed = asks & (now != expert)
     moved = changed & (now >= 0)
-    own = here & (expert >= 0) & (slot < OWN)[None, :]
-    row = scores + token[:, None] * num_experts
-    score = tl.load(row + expert, mask=own, other=0.0)
-    candidate = tl.load(row + now, mask=moved, other=0.0).to(SCORE)
-    joined = share_of(candidate, score, tl.where(own, weight, 0.0).to(weight.dtype), SCORE, WIDE, TINY)
-    told = tl.where(changed, tl.where(moved, joined, 0.0), weight.to(WIDE)).to(weight.dtype)
-    counts, seen = visual_of(kinds, valid, token, exists, TEXT)
-    if PADDING or ADDED:
+    result = tl.where(changed, 0.0, weight.to(WIDE)).to(weight.dtype)
+    if MOVED:
+        own = here & (expert >= 0) & (slot < OWN)[None, :]
+        row = scores + token[:, None] * num_experts
+        score = tl.load(row + expert, mask=own, other=0.0)
+        candidate = tl.load(row + now, mask=moved, other=0.0).to(SCORE)
+        joined = share_of(candidate, score, tl.where(own, weight, 0.0).to(weight.dtype), SCORE, WIDE, TINY)
+        result = tl.where(moved, joined, result).to(weight.dtype)
+    counts, seen = visual_of(modality, valid, token, exists, TEXT)
+    if ADDED:
         plans = tl.load(active + tl.load(source + token, mask=exists, other=0)).to(tl.int1)
-        gone = here & False
-        if PADDING:
-            gone = gone | (plans & ~counts)[:, None]
-        if ADDED:
-            gone = gone | (~plans[:, None] & (slot >= OWN)[None, :])
+        gone = here & ~plans[:, None] & (slot >= OWN)[None, :]
         now = tl.where(gone, -1, now)
-        told = tl.where(gone, 0.0, told).to(weight.dtype)
+        result = tl.where(gone, 0.0, result).to(weight.dtype)
         tl.store(out_experts + cell, now, mask=here)
-    tl.store(combined + cell, told, mask=here)
+    tl.store(combined + cell, result, mask=here)
     tl.store(rerouted + cell, moved, mask=here)
-    if TOLD:
+    if RECORDED:
         if tl.program_id(0) == 0:
             each = tl.arange(0, SOURCES)
             real = each < sources
             plans_ = tl.load(active + each, mask=real, other=0).to(tl.int64)
-            failed = real & False
-            if LIMITED:
-                failed = tl.load(excess + each, mask=real, other=0).to(tl.int1)
             if BOUNDED:
-                pool = tl.arange(0, ROOM)
+                pool = tl.arange(0, POOLS)
                 inside = real[:, None] & (pool < pools)[None, :]
                 spare = tl.load(left + each[:, None] * pools + pool[None, :], mask=inside, other=0)
-                failed = failed | (tl.min(spare, 1) < 0)
+                _add(record, AT_UNMET, plans_ * (tl.min(spare, 1) < 0).to(tl.int64))
             _add(record, AT_SOURCES, real.to(tl.int64))
             _add(record, AT_PLANNED, plans_)
-            _add(record, AT_TOKENS, tl.load(tokens_of + each, mask=real, other=0))
-            _add(record, AT_WEIGHT, tl.load(weight_of + each, mask=real, other=0))
-            _add(record, AT_VISUAL_WEIGHT, tl.load(visual_weight_of + each, mask=real, other=0))
-            _add(record, AT_UNMET, plans_ * failed.to(tl.int64))
+            _add(record, AT_TOKENS, tl.load(by_source + each, mask=real, other=0))
+            _add(record, AT_WEIGHT, tl.load(by_source + sources + each, mask=real, other=0))
+            _add(record, AT_VISUAL_WEIGHT, tl.load(by_source + 2 * sources + each, mask=real, other=0))
         odd = counts & (tl.load(finite + token, mask=exists, other=1) == 0)
         _add(record, AT_VISUAL, seen.to(tl.int64))
         _add(record, AT_NONFINITE, odd.to(tl.int64))
@@ -150,8 +148,7 @@ def _combine(
                 some = mine & ~moved & (now < 0)
             _add(record, AT_KEPT + state, tl.sum(some.to(tl.int64), 1))
             _add(record, AT_KEPT_MASS + state, tl.sum(tl.where(some, mass, 0), 1))
-            if state < 2:
-                _add(record, AT_VISUAL_KEPT + state, tl.sum((some & seen[:, None]).to(tl.int64), 1))
+            _add(record, AT_VISUAL_KEPT + state, tl.sum((some & seen[:, None]).to(tl.int64), 1))
         loads = record + LOADS_AT
         one = tl.full([TOKENS, K], 1, tl.int64)
         held = here & counts[:, None] & (now >= 0)
@@ -162,11 +159,11 @@ def _combine(
 
 @triton.jit
 def _add(record, place, amounts):
-    """Add the sum of these to one number of the record."""
+    """Add the sum of the amounts to one number of the record."""
     tl.atomic_add(record + place, tl.sum(amounts, 0), sem="relaxed")
 
 
-def choice_in(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def routing_from_map(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """One launch."""
     count, num_experts = chosen.shape
     experts = torch.empty(count, top_k, dtype=torch.int64, device=chosen.device)
@@ -174,15 +171,16 @@ def choice_in(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor
     if count:
         width = power_of_2(num_experts)
         block = max(1, 2048 // width)
-        _choice_in[(triton.cdiv(count, block),)](
-            chosen.contiguous(), probs.contiguous(), experts, weights, count, top_k, num_experts,
-            TOKENS=block, EXPERTS=width, K=power_of_2(top_k),
-        )  # fmt: skip
+        with on_device(chosen.device):
+            _routing_from_map[(triton.cdiv(count, block),)](
+                chosen.contiguous(), probs.contiguous(), experts, weights, count, top_k, num_experts,
+                TOKENS=block, EXPERTS=width, K=power_of_2(top_k),
+            )  # fmt: skip
     return experts, weights
 
 
 @triton.jit(do_not_specialize=["count"])
-def _choice_in(
+def _routing_from_map(
     chosen, probs, experts, weights, count, top_k, num_experts,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -212,10 +210,11 @@ def map_of(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, 
     if count:
         width = power_of_2(num_experts)
         block = max(1, 2048 // width)
-        _map[(triton.cdiv(count, block),)](
-            experts.contiguous(), weights.contiguous(), chosen, probs, count, slots, num_experts,
-            WIDE=wide(weights), TOKENS=block, EXPERTS=width,
-        )  # fmt: skip
+        with on_device(experts.device):
+            _map[(triton.cdiv(count, block),)](
+                experts.contiguous(), weights.contiguous(), chosen, probs, count, slots, num_experts,
+                WIDE=wide(weights), TOKENS=block, EXPERTS=width,
+            )  # fmt: skip
     return chosen, probs
 
 
@@ -227,15 +226,15 @@ def _map(
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     here = token < count
     column = tl.arange(0, EXPERTS)
-    told = tl.zeros([TOKENS, EXPERTS], WIDE)
+    value = tl.zeros([TOKENS, EXPERTS], WIDE)
     hit = tl.zeros([TOKENS, EXPERTS], tl.int32)
     for slot in range(slots):
         expert = tl.load(experts + token * slots + slot, mask=here, other=-1)
         weight = tl.load(weights + token * slots + slot, mask=here)
         mine = expert[:, None] == column[None, :]
         hit = tl.where(mine, 1, hit)
-        told = tl.where(mine, weight.to(WIDE)[:, None], told)
+        value = tl.where(mine, weight.to(WIDE)[:, None], value)
     cell = token[:, None] * num_experts + column[None, :]
     inside = here[:, None] & (column < num_experts)[None, :]
     tl.store(chosen + cell, hit != 0, mask=inside)
-    tl.store(probs + cell, told.to(probs.dtype.element_ty), mask=inside)
+    tl.store(probs + cell, value.to(probs.dtype.element_ty), mask=inside)

@@ -1,16 +1,24 @@
-"""Kernels of the bound on drops; reference implementation: ``macs.steps.drops``, equal."""
+"""Kernels of the bound on drops; reference: ``macs.steps.drops``, equal.
+
+experts, placed     int64 [T, k']
+weights             float [T, k]
+planned             bool  [T, k']
+again               int64 [T, k']   experts of the dropped assignments, -1: not dropped
+mass                int64 [T, k']   combine weight of the planned assignments
+remaining           int64 [S, P]    subtracted from
+remaining_rows      int64 [S, R]    subtracted from where rows have a separate bound
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..contracts import Constants, Demand, Placement
-from ..demand import order_bits, places_of
+from ..contracts import Demand, LayerConstants, Placement
+from ..demand import key_bits, tie_count
 from ..fixed_point import MASS_UNIT, UNIT
-from .admission import MASS, ROW, asks, fill, first_out, memory_for, price_in_pools, price_of, searched
+from .admission import MASS, ROW, asks, first_out, memory_for, price_in_pools, price_of, searched
 from .shared import assignments, power_of_2, rint
 
 TILE = 1024
@@ -18,36 +26,31 @@ TILE = 1024
 
 
 def limit_drops(
-    demand: Demand, placement: Placement, constants: Constants, max_drop: float, hard: bool
-) -> tuple[Placement, Tensor]:
-    """Two launches, one more under a ``hard`` bound on rows. Changes the placement in place."""
-    placed, room, rows = placement.experts, placement.room, placement.row_room
-    (count, slots), sources, device = placed.shape, len(room), room.device
-    excess = torch.empty(sources, dtype=torch.bool, device=device)
+    demand: Demand, placement: Placement, constants: LayerConstants, max_drop: float
+) -> Placement:
+    """Two launches. Changes the placement in place."""
+    placed, remaining, rows = placement.experts, placement.remaining, placement.remaining_rows
+    (count, slots), sources = placed.shape, len(remaining)
     if not count:
-        return placement, excess.zero_()
-    order_bits(places_of(demand.choice), sources)  # for its error
-    source, again = demand.tokens.source.contiguous(), torch.empty_like(placed)
-    mass = torch.empty_like(placed)
+        return placement
+    key_bits(tie_count(demand.routing), sources)  # raises
+    again, mass = torch.empty_like(placed), torch.empty_like(placed)
     columns = power_of_2(slots)
     block = max(1, TILE // columns)
-    choice = demand.choice
+    routing = demand.routing
     _dropped[(triton.cdiv(count, block),)](
-        choice.experts.contiguous(), choice.weights.contiguous(), demand.planned, placed, again, mass,
-        count, slots, UNIT=MASS_UNIT, OWN=choice.top_k, TOKENS=block, K=columns,
+        routing.experts.contiguous(), routing.weights.contiguous(), demand.planned, placed, again, mass,
+        count, slots, UNIT=MASS_UNIT, OWN=routing.top_k, TOKENS=block, K=columns,
     )  # fmt: skip
-    if hard:
-        bound = room if rows is None else rows
-        spare = None if rows is None else torch.empty_like(room)  # nobody reads it
-        fill(demand, constants, again, again, (bound, torch.empty_like(bound)), spare)
-    _take_back[(sources,)](
-        again, placed, demand.order, mass, demand.weight, demand.tokens.valid.contiguous(), source,
-        constants.pool_of_expert, constants.rank_of_expert, room, room if rows is None else rows, excess,
-        memory_for(sources, room), count * slots, room.shape[1], constants.ranks,
+    _readmit[(sources,)](
+        again, placed, demand.admission_key, mass, demand.weight, demand.tokens.valid.contiguous(),
+        demand.tokens.source.contiguous(), constants.pool_of_expert, constants.rank_of_expert, remaining,
+        remaining if rows is None else rows, memory_for(sources, remaining), count * slots,
+        remaining.shape[1], constants.ranks,
         MOST=max_drop, BOUNDED=rows is not None, PRICE=price_in_pools(demand), UNIT=UNIT, WIDTH=slots,
         **searched(count * slots),
     )  # fmt: skip
-    return placement, excess
+    return placement
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -68,13 +71,13 @@ def _dropped(
 
 
 @triton.jit(do_not_specialize=["count"])
-def _take_back(
-    again, placed, order, mass, weight, valid, source, pool_of_expert, rank_of_expert, room, row_room, excess,
-    histogram, count, pools, ranks,
+def _readmit(
+    again, placed, key, mass, weight, valid, source, pool_of_expert, rank_of_expert, remaining,
+    remaining_rows, histogram, count, pools, ranks,
     MOST: tl.constexpr, BOUNDED: tl.constexpr, PRICE: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
     BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One source's: the first of the dropped, up to the one with which enough of them are back."""
+    """Re-admit the first of one source's dropped assignments, up to the one with which enough are back."""
     mine, place = tl.program_id(0), tl.arange(0, BLOCK)
     held, lost = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
     for start in range(0, count, BLOCK):
@@ -85,10 +88,9 @@ def _take_back(
         gone = own & (each > 0) & (tl.load(placed + item, mask=own, other=0) < 0)
         lost += tl.sum(tl.where(gone, each, 0), 0)
     over = lost - tl.floor(held.to(tl.float64) * tl.full((), MOST, tl.float64)).to(tl.int64)
-    back = tl.zeros((), tl.int64)
     if over > 0:
         last = first_out(
-            again, order, mass, valid, source, pool_of_expert, histogram, over - 1, count, mine, pools,
+            again, key, mass, valid, source, pool_of_expert, histogram, over - 1, count, mine, pools,
             MASS, UNIT, WIDTH, BINS, BLOCK,
         )  # fmt: skip
         for start in range(0, count, BLOCK):
@@ -96,14 +98,12 @@ def _take_back(
             takes, expert, token = asks(
                 item, again, valid, source, pool_of_expert, count, mine, pools, MASS, WIDTH
             )
-            takes = takes & (tl.load(order + item, mask=takes, other=0) <= last)
-            back += tl.sum(price_of(mass, item, token, takes, MASS, UNIT), 0)
+            takes = takes & (tl.load(key + item, mask=takes, other=0) <= last)
             tl.store(placed + item, expert, mask=takes)
             price = price_of(weight, item, token, takes, PRICE, UNIT)
             at = mine * pools + tl.load(pool_of_expert + expert, mask=takes, other=0)
-            tl.atomic_add(room + at, -price, mask=takes, sem="relaxed")
+            tl.atomic_add(remaining + at, -price, mask=takes, sem="relaxed")
             if BOUNDED:
                 at = mine * ranks + tl.load(rank_of_expert + expert, mask=takes, other=0)
                 one = price_of(weight, item, token, takes, ROW, UNIT)
-                tl.atomic_add(row_room + at, -one, mask=takes, sem="relaxed")
-    tl.store(excess + mine, over > back)
+                tl.atomic_add(remaining_rows + at, -one, mask=takes, sem="relaxed")

@@ -22,10 +22,10 @@ def finite(value):
 
 
 @triton.jit
-def visual_of(kinds, valid, token, here, TEXT: tl.constexpr):
+def visual_of(modality, valid, token, here, TEXT: tl.constexpr):
     """Which tokens are valid, and which of these are visual."""
     counts = here & tl.load(valid + token, mask=here, other=0).to(tl.int1)
-    return counts, counts & (tl.load(kinds + token, mask=here, other=TEXT) != TEXT)
+    return counts, counts & (tl.load(modality + token, mask=here, other=TEXT) != TEXT)
 
 
 @triton.jit

@@ -1,4 +1,9 @@
-"""The kernel of the tokens' layout; reference implementation: ``macs.modality``, equal."""
+"""The kernel of the tokens' layout; reference: ``macs.tokens.ordered``, equal.
+
+ids                 int8  [B, S] by strides    valid, exempt  bool [B, S] by strides
+out_ids, out_valid, out_exempt   [T]           written
+position, source    int64 [T]                  written
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import on_device
+
 if TYPE_CHECKING:
     from ...tokens import Modality
 
@@ -18,30 +25,31 @@ TOKENS = 1024
 
 def ordered(modality: Modality, sequence_major: bool, sources: int) -> tuple[Tensor, ...]:
     """One launch."""
-    (rows, columns), device = modality.kinds.shape, modality.device
-    told = modality.kinds, modality.valid, modality.exempt
+    (rows, columns), device = modality.ids.shape, modality.device
+    flags = modality.ids, modality.valid, modality.exempt
     count = rows * columns
-    found = [torch.empty(count, dtype=one.dtype, device=device) for one in told]
+    ordered_flags = [torch.empty(count, dtype=flag.dtype, device=device) for flag in flags]
     position, source = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
     if count:
-        strides = [stride for one in told for stride in one.stride()]
-        _ordered[(triton.cdiv(count, TOKENS),)](
-            *told, *found, position, source, *strides, rows, columns, sources,
-            SEQUENCE=sequence_major, TOKENS=TOKENS,
-        )  # fmt: skip
-    return *found, position, source
+        strides = [stride for flag in flags for stride in flag.stride()]
+        with on_device(device):
+            _ordered[(triton.cdiv(count, TOKENS),)](
+                *flags, *ordered_flags, position, source, *strides, rows, columns, sources,
+                SEQUENCE=sequence_major, TOKENS=TOKENS,
+            )  # fmt: skip
+    return *ordered_flags, position, source
 
 
 # Numbers that follow the batch are no part of what is compiled.
 @triton.jit(
     do_not_specialize=[
-        "rows", "columns", "sources", "kinds_b", "kinds_s", "valid_b", "valid_s", "exempt_b", "exempt_s",
+        "rows", "columns", "sources", "ids_b", "ids_s", "valid_b", "valid_s", "exempt_b", "exempt_s",
     ],
-    do_not_specialize_on_alignment=["kinds", "valid", "exempt"],
+    do_not_specialize_on_alignment=["ids", "valid", "exempt"],
 )  # fmt: skip
 def _ordered(
-    kinds, valid, exempt, out_kinds, out_valid, out_exempt, position, source,
-    kinds_b, kinds_s, valid_b, valid_s, exempt_b, exempt_s, rows, columns, sources,
+    ids, valid, exempt, out_ids, out_valid, out_exempt, position, source,
+    ids_b, ids_s, valid_b, valid_s, exempt_b, exempt_s, rows, columns, sources,
     SEQUENCE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
@@ -50,7 +58,7 @@ def _ordered(
         b, s = token % rows, token // rows
     else:
         b, s = token // columns, token % columns
-    tl.store(out_kinds + token, tl.load(kinds + b * kinds_b + s * kinds_s, mask=here, other=0), mask=here)
+    tl.store(out_ids + token, tl.load(ids + b * ids_b + s * ids_s, mask=here, other=0), mask=here)
     tl.store(out_valid + token, tl.load(valid + b * valid_b + s * valid_s, mask=here, other=0), mask=here)
     tl.store(out_exempt + token, tl.load(exempt + b * exempt_b + s * exempt_s, mask=here, other=0), mask=here)
     tl.store(position + token, b * columns + s, mask=here)

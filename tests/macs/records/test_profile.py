@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.cases import AnySeam, paper
+from support.cases import AnyAdapter, paper
 
-from macs import Calibration, MACSConfig, Modality, Profile, Runtime, Topology, router_fingerprint
+from macs import MACSConfig, Modality, Profile, Runtime, Topology
+from macs.records.profile import Calibration, router_fingerprint
 
 ROUTER = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -35,7 +36,7 @@ def test_calibration_counts_whom_experts_serve():
 def test_calibration_without_a_run_says_so():
     assert not Calibration(3).counts().any()  # of one rank; others may have had tokens
     runtime = Runtime()
-    layer = runtime.add_layer(AnySeam(lambda: torch.randn(3, 4), Topology(3), 1))
+    layer = runtime.add_layer(AnyAdapter(lambda: torch.randn(3, 4), Topology(3), 1))
     assert runtime.layers == [layer]
     with pytest.raises(ValueError, match="no tokens were observed"):
         runtime.measured_profile()

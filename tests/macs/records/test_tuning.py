@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cases import AnySeam
+from support.cases import AnyAdapter, build_policy
 
-from macs import MACSConfig, Modality, Profile, Runtime, Topology, Tuning, build_policy, router_fingerprint
+from macs import MACSConfig, Modality, Profile, Runtime, Topology, Tuning
+from macs.records.profile import router_fingerprint
 from macs.steps.capacity import bounds_of
 
 ROUTERS = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
@@ -37,7 +38,7 @@ def profile(of=None):
 def runtime_of(config, ranks=4, **options):
     runtime = Runtime(config, profile=profile(), **options)
     # As a pipeline stage might number them.
-    layers = [runtime.add_layer(AnySeam(lambda r=r: r, Topology(8, ranks), 2)) for r in reversed(ROUTERS)]
+    layers = [runtime.add_layer(AnyAdapter(lambda r=r: r, Topology(8, ranks), 2)) for r in reversed(ROUTERS)]
     return runtime, layers
 
 

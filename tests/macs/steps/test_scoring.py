@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from macs import full_scores, within_groups
+from macs.steps.scoring import full_scores, within_groups
 
 
 def test_scores_are_the_unbiased_softmax_or_sigmoid():

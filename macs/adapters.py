@@ -1,0 +1,75 @@
+"""What engine adapters build on; they import nothing else of ``macs``."""
+
+from .config import MACSConfig, check_name
+from .files import read_mapping
+from .policies import policy_of
+from .records.load import LayerReport, summarized
+from .routing import Plan
+from .runtime.adapter import LayerAdapter, TokenShard, Unsupported, source_index_of
+from .runtime.calls import CallReader, real_keys
+from .runtime.hooks import (
+    ModalityHook,
+    attach_modality,
+    check_tells,
+    completed,
+    innermost,
+    named_tokens,
+    planning_layers,
+    token_modality_of,
+)
+from .runtime.launch import CommandParser, first_process, run_script
+from .runtime.layer import LayerRuntime
+from .runtime.modality import ModalityBuffers, Unreadable, current_modality
+from .runtime.options import Options, add_flags, options_of
+from .runtime.patch import Patch, missing_symbols
+from .runtime.runtime import Runtime
+from .steps.combine import loads_of, routing_from_map
+from .steps.scoring import candidate_scores
+from .tokens import AUDIO, IMAGE, TEXT, VIDEO, Modality
+from .topology import Topology
+
+__all__ = [
+    "AUDIO",
+    "IMAGE",
+    "TEXT",
+    "VIDEO",
+    "CallReader",
+    "CommandParser",
+    "LayerAdapter",
+    "LayerReport",
+    "LayerRuntime",
+    "MACSConfig",
+    "Modality",
+    "ModalityBuffers",
+    "ModalityHook",
+    "Options",
+    "Patch",
+    "Plan",
+    "Runtime",
+    "TokenShard",
+    "Topology",
+    "Unreadable",
+    "Unsupported",
+    "add_flags",
+    "attach_modality",
+    "candidate_scores",
+    "check_name",
+    "check_tells",
+    "completed",
+    "current_modality",
+    "first_process",
+    "innermost",
+    "loads_of",
+    "missing_symbols",
+    "named_tokens",
+    "options_of",
+    "planning_layers",
+    "policy_of",
+    "read_mapping",
+    "real_keys",
+    "routing_from_map",
+    "run_script",
+    "source_index_of",
+    "summarized",
+    "token_modality_of",
+]

@@ -1,0 +1,118 @@
+"""The contract between an engine and MACS.
+
+An adapter package derives ``LayerAdapter`` for its engine, passes one for each MoE layer to
+``Runtime.add_layer``, and calls ``tokens`` and ``plan`` of the ``LayerRuntime`` it gets between routing and
+dispatch. It compares no names of policies: it declares what its engine cannot do in ``Unsupported``, and the
+core refuses policies that need it. docs/adapters.md walks through the adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import MACSConfig
+from ..policies import policy_of
+from ..topology import Topology
+
+
+@dataclass(frozen=True)
+class TokenShard:
+    """Which tokens a process has, of those that share a layer's experts.
+
+    index, parts: under sequence parallelism this process has part ``index`` of every sequence, while masks
+    cover whole ones. source_index: position of the process among those that share the experts, 0, 1, 2, ...,
+    equal for processes with the same tokens; none: its expert-parallel rank.
+    """
+
+    index: int = 0
+    parts: int = 1
+    source_index: int | None = None
+
+
+def source_index_of(ranks: list[int], rank: int, replicas: int) -> int:
+    """``TokenShard.source_index`` of a rank.
+
+    Args:
+        ranks: the group's global ranks.
+        rank: one of them.
+        replicas: number of neighbours that hold the same tokens, as tensor-parallel ranks do.
+
+    Returns:
+        0 for the first.
+    """
+    return sorted({one // replicas for one in ranks}).index(rank // replicas)
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """What an engine cannot do at a layer as it is set up, each with the reason; none: it can.
+
+    added_assignments: give a token more than k experts. modality: tell visual tokens from text.
+    """
+
+    added_assignments: str | None = None
+    modality: str | None = None
+
+    def check(self, policy: str) -> None:
+        """Raise a ``ValueError`` for a policy that needs what the engine cannot do."""
+        row = policy_of(policy)
+        for needed, reason in (
+            (row.adds_assignments, self.added_assignments),
+            (row.reads_modality, self.modality),
+        ):
+            if needed and reason is not None:
+                raise ValueError(f"policy {policy}: {reason}")
+
+
+class _Group:
+    """A process group, which copies of a model share and a saved model does not keep."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Group:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"group": None}
+
+
+class LayerAdapter:
+    """One MoE layer of an engine, as MACS sees it; adapters override what their engine does otherwise.
+
+    topology: where the layer's experts are, and the source of its tokens. top_k: k. group: the processes that
+    share its experts; none: this one alone. It belongs to the engine's module: a copy of the module has a
+    copy of it.
+    """
+
+    def __init__(self, topology: Topology, top_k: int, group: dist.ProcessGroup | None = None) -> None:
+        self.topology = topology
+        self.top_k = top_k
+        self._group = _Group(group)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return self._group.group
+
+    def router_weight(self) -> Tensor:
+        """The router's rows [E, D]; called once weights are loaded."""
+        raise NotImplementedError
+
+    def refetch(self) -> None:
+        """Update rows that the engine keeps elsewhere; called on all ranks together."""
+
+    def token_shard(self) -> TokenShard:
+        """Which tokens this process has; an engine may change it between passes."""
+        return TokenShard()
+
+    def unsupported(self) -> Unsupported:
+        """What the engine cannot do here, as it is set up now."""
+        return Unsupported()
+
+    def advice(self, policy: str, config: MACSConfig) -> list[str]:
+        """Warnings for this policy and these settings, logged once for all layers."""
+        return []

@@ -1,0 +1,76 @@
+"""What launchers and commands share: errors in one line, from one process; running a script unchanged."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import runpy
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+MISTAKE, INTERRUPTED = 2, 130
+"""Exit codes: the command line cannot be honoured; Ctrl-C."""
+
+
+def first_process() -> bool:
+    """Whether this process prints for all that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def leave(name: str, message: str, code: int = MISTAKE) -> NoReturn:
+    """Exit with one line on stderr, from the first process alone."""
+    if first_process():
+        sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
+    raise SystemExit(code)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the nearest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser with errors in one line, from the first process, that name the nearest flag."""
+
+    def __init__(self, name: str, description: str | None, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            prog=name, description=(description or "").replace("``", ""), allow_abbrev=False, **options
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.unknown(unknown[0])
+        return arguments
+
+    def unknown(self, flag: str) -> NoReturn:
+        """Exit because of an unknown flag."""
+        hint = nearest(flag.split("=")[0], self._option_string_actions)
+        self.error(f"found {flag}, which is not a flag of this command{hint}")
+
+    def error(self, message: str) -> NoReturn:
+        leave(self.prog, f"{message} (--help lists the flags)")
+
+
+def run_script(script: str, arguments: Sequence[str], by_name: bool = False) -> Any:
+    """Run a script, or with ``by_name`` a module, as ``__main__`` with these arguments.
+
+    Returns:
+        The argument of its ``sys.exit``, or none; other exceptions propagate.
+    """
+    sys.argv = [script, *arguments]
+    try:
+        if by_name:
+            sys.path.insert(0, "")
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(script).resolve().parent))
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return None

@@ -1,0 +1,318 @@
+"""One MoE layer in a running model: its planner, its records and its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import MACSConfig
+from ..planner import Planner, router_similarity
+from ..policies import policy_of
+from ..records.load import LayerRecorder
+from ..records.tuning import tuned_config
+from ..routing import Plan
+from ..tokens import Modality, Tokens
+from ..topology import Topology
+from .adapter import LayerAdapter
+from .consistency import RankConsistency, complete
+from .modality import misfit, required_modality, select
+from .state import Callback, PlanEvent, RuntimeState, capturing
+
+
+class LayerRuntime:
+    """A layer's planner and records, and the logits on their way to the planner.
+
+    A copy of the module that holds it has its own, of the same runtime and process group.
+    """
+
+    def __init__(self, runtime: RuntimeState, index: int, adapter: LayerAdapter, topology: Topology) -> None:
+        self.runtime = runtime
+        self.index = index
+        self.adapter = adapter
+        self.topology = topology  # the adapter's, or that of virtual ranks
+        self.top_k = adapter.top_k
+        self._shard = adapter.token_shard()
+        self._set_source_index()
+        self._start()
+
+    def _start(self) -> None:
+        self.captured = self.graphed = False  # a CUDA graph has captured its plans; anything of it
+        self._callbacks: list[Callback] = []
+        self._logits: Tensor | None = None
+        self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("runtime", "index", "adapter", "topology", "top_k", "_shard")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
+        self.runtime.register(self)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that share the layer's experts."""
+        return self.adapter.group
+
+    @property
+    def consistency(self) -> RankConsistency | None:
+        """The comparison of settings with the group's members; none for a process by itself."""
+        return self.runtime.consistency_of(self.group)
+
+    def reset(self) -> None:
+        """Drop the planner and the records."""
+        self._planner: Planner | None = None
+        self.profile_row: int | None = None  # of the runtime's profile, as the planner has it
+        self.recorder = LayerRecorder(self.topology, self.top_k)
+
+    def refresh(self) -> None:
+        """Recompute the similarity from the router's current weights, in place."""
+        if self._planner is not None and self._planner.policy.similarity:
+            self._planner.update_similarity(router_similarity(self.adapter.router_weight()))
+
+    def on_plan(self, callback: Callback) -> Callable[[], None]:
+        """Call ``callback`` with a ``PlanEvent`` after every step that is planned or calibrated.
+
+        Returns:
+            A function that removes it.
+        """
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback)
+
+    # A forward pass.
+
+    @contextmanager
+    def entering(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
+        """Around what a layer does with ``count`` tokens before its collectives; ``left`` comes after them.
+
+        Settings that changed are compared among the group's members first. An error within leaves the others
+        alone in the pass, and every later pass of this process is refused.
+        """
+        consistency = self.consistency
+        captured = capturing(device)
+        self.graphed |= captured
+        if consistency is None or captured:
+            self._count_bypassed(count, device, training)
+            yield
+            return
+        try:
+            consistency.refuse_broken()
+            if count >= self.runtime.config.least_tokens(device.type):
+                consistency.check(self.runtime.settings(training))
+            self._count_bypassed(count, device, training)
+            yield
+        except BaseException as error:
+            consistency.break_off(error)
+            raise
+
+    def left(self) -> None:
+        """The layer has made its last collective."""
+        complete(self)
+
+    @contextmanager
+    def forward_pass(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
+        """``entering`` and ``left``, around all that a layer does."""
+        with self.entering(count, device, training):
+            yield
+        self.left()
+
+    @property
+    def on(self) -> bool:
+        """Whether MACS plans or calibrates now."""
+        return self.runtime.enabled or self.runtime.calibrating
+
+    def acts_on(self, count: int, device: torch.device) -> bool:
+        """Whether MACS does anything with a pass over so many tokens on a device. If not, the layer runs as
+        the engine's own."""
+        runtime = self.runtime
+        return runtime.calibrating or (runtime.enabled and not self.planner.bypasses(count, device))
+
+    def offer_logits(self, logits: Tensor | None) -> None:
+        """From the router: logits [T, E] of the tokens that are about to be dispatched."""
+        self._logits = logits
+
+    def take_logits(self) -> Tensor | None:
+        """For the dispatcher: the logits offered since the last call, if any."""
+        logits, self._logits = self._logits, None
+        return logits
+
+    def plan(
+        self, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens
+    ) -> Plan | None:
+        """``Planner.plan``; none while MACS is off or calibrates."""
+        runtime = self.runtime
+        if not self.on:
+            return None
+        plan = None
+        if not runtime.calibrating:
+            self.captured |= capturing(hidden.device)
+            recorded = runtime.recording or runtime.counters is not None
+            plan = self.planner.plan(hidden, experts, weights, scores, tokens, statistics=recorded)
+            self._record(plan, hidden.device)
+        if self._callbacks or runtime.callbacks:
+            event = PlanEvent(self, hidden, experts, weights, scores, tokens, plan)
+            for callback in (*self._callbacks, *runtime.callbacks):
+                callback(event)
+        return plan
+
+    # Records.
+
+    def _record(self, plan: Plan, device: torch.device) -> None:
+        """Add the plan's statistics to the recorder and, in the same launch, to the counters."""
+        if plan.statistics is None:
+            return
+        counters = self.runtime.counters
+        if counters is None:
+            self.recorder.record(plan.statistics)
+        else:
+            self._prepare_counters(device)
+            self.recorder.record(plan.statistics, counters.row(self))
+            counters.publish(self)
+
+    def _count_bypassed(self, count: int, device: torch.device, training: bool) -> None:
+        """Count a step that is too small to plan; in a captured graph, too."""
+        runtime, counters = self.runtime, self.runtime.counters
+        if counters is None or training or runtime.calibrating or not runtime.enabled:
+            return
+        if self.planner.bypasses(count, device):
+            self._prepare_counters(device)
+            counters.bypassed(self)
+
+    def _prepare_counters(self, device: torch.device) -> None:
+        counters = self.runtime.counters
+        if counters is not None and self not in counters:
+            layers = {
+                layer: (layer.topology, layer.top_k)
+                for layer in self.runtime.layers
+                # A model may lie on several GPUs: each has memory of its own.
+                if layer is self or device.type == "cpu" or layer.adapter.router_weight().device == device
+            }
+            counters.prepare(layers, device)
+
+    def prepare(self, device: torch.device) -> None:
+        """Allocate what the first forward pass would, before a CUDA graph captures the layer."""
+        self.planner.prepare(device)
+        self.recorder.prepare(device)
+        self._prepare_counters(device)
+
+    # The planner.
+
+    def check(self, policy: str, config: MACSConfig) -> None:
+        """Raise a ``ValueError`` if the engine cannot honour this policy here; log the adapter's advice."""
+        self.adapter.unsupported().check(policy)
+        for advice in self.adapter.advice(policy, config):
+            self.runtime.warn_once(advice)
+
+    @property
+    def planner(self) -> Planner:
+        """The layer's planner; made on first use, when the router's weights are loaded."""
+        if self._planner is None:
+            runtime, policy = self.runtime, policy_of(self.runtime.policy)
+            bias, similarity = None, None
+            if runtime.profile is not None:
+                weight = self.adapter.router_weight()
+                self.profile_row = runtime.profile.row_of(weight, self.top_k)
+                if policy.reads_modality:
+                    bias = runtime.profile.bias(policy.bias_threshold)[self.profile_row]
+            elif policy.modality_strength > 0:
+                runtime.warn_once("MACS: no profile; no expert has a modality bias")
+            if policy.similarity:
+                similarity = router_similarity(self.adapter.router_weight())
+            self._planner = Planner(
+                self._layer_config(),
+                self.topology,
+                self.top_k,
+                runtime.policy,
+                modality_bias=bias,
+                similarity=similarity,
+            )
+        return self._planner
+
+    def retarget(self) -> None:
+        """Apply the ``target_load`` of the runtime's settings in place, and drop the records."""
+        if self._planner is not None:
+            target = self._layer_config().target_load
+            assert target is not None
+            self._planner.update_target(target)
+        self.recorder.clear()
+
+    def _layer_config(self) -> MACSConfig:
+        """The settings with this layer's ``target_load``, where the profile's tuning splits it."""
+        runtime = self.runtime
+        if runtime.config.split == "uniform":
+            return runtime.config
+        assert runtime.profile is not None and runtime.profile.tuning is not None
+        row = runtime.profile.row_of(self.adapter.router_weight(), self.top_k)
+        ranks, tuning = self.topology.num_ranks, runtime.profile.tuning
+        return tuned_config(runtime.config, tuning, row, runtime.policy, ranks, runtime.warn_once)
+
+    # The tokens.
+
+    def _set_source_index(self) -> None:
+        index = self._shard.source_index
+        if index is not None and len(self.topology.sources) == 1:
+            self.topology = replace(self.topology, source_index=(index,))
+
+    def tokens(
+        self,
+        batch: int,
+        length: int,
+        sequence_major: bool,
+        device: torch.device,
+        first: int = 0,
+        chunks: int = 1,
+    ) -> Tokens:
+        """The layer's tokens, B x S = batch x length, from the modality around the call.
+
+        Where an engine divides the tokens of a process into ``chunks``, this call has those from token
+        ``first`` of every sequence on. A mask of another shape or device is an error with a way out; without
+        a mask every token is text.
+        """
+        shard = self.adapter.token_shard()
+        if shard != self._shard:
+            self._move_to(shard)
+        modality = self._modality(batch, length * shard.parts, device)
+        part = select(modality, batch, length, (shard.index, shard.parts), (first, chunks))
+        layout = part.sequence_major if sequence_major else part.batch_major
+        return layout(len(self.topology.sources))
+
+    def counted_tokens(self, count: int, sequence_major: bool, device: torch.device) -> Tokens:
+        """As ``tokens``, for an engine that only passes the number of tokens, B S = count."""
+        modality = self._modality(1, count, device)
+        if modality.ids.numel() != count:
+            raise ValueError(misfit(modality, None, count))
+        layout = modality.sequence_major if sequence_major else modality.batch_major
+        return layout(len(self.topology.sources))
+
+    def _move_to(self, shard: Any) -> None:
+        """The engine divides the tokens in another way: the planner has to be made anew."""
+        self.check(self.runtime.policy, self.runtime.config)
+        self._shard = shard
+        self._set_source_index()
+        if self._planner is not None and self.captured:
+            raise RuntimeError("sequence parallelism changed after a CUDA graph captured this layer")
+        self._planner = None
+
+    def _modality(self, batch: int, length: int, device: torch.device) -> Modality:
+        """The modality around the call; all text, [batch, length], if there is none."""
+        modality = required_modality()
+        if capturing(device) and (modality is None or not modality.held):
+            raise RuntimeError(
+                "modality: a CUDA graph captures this layer, and would replay the mask of this one step; "
+                "expected attach_modality, which keeps masks where a graph reads them"
+            )
+        if modality is None:
+            self.runtime.warn_once(
+                "MACS: no modality mask around this forward pass; every token counts as text"
+            )
+            return Modality.of(torch.zeros(batch, length, dtype=torch.bool, device=device))
+        if modality.device != device:
+            raise ValueError(f"modality mask: found on {modality.device}, the hidden states are on {device}")
+        return modality

@@ -1,0 +1,120 @@
+"""The state that all MACS layers of a model share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import MACSConfig
+from ..records.counters import Counters
+from ..records.profile import Profile
+from ..routing import Plan
+from ..tokens import Tokens
+from ..version import __version__
+from .consistency import RankConsistency
+
+logger = logging.getLogger("macs.runtime")
+
+
+@dataclass(frozen=True)
+class PlanEvent:
+    """A step of a layer, as callbacks of ``on_plan`` get it: the planner's inputs and the plan; none while
+    MACS calibrates."""
+
+    layer: Any
+    hidden: Tensor
+    experts: Tensor
+    weights: Tensor
+    scores: Tensor
+    tokens: Tokens
+    plan: Plan | None
+
+
+Callback = Callable[[PlanEvent], None]
+
+
+class RuntimeState:
+    """Policy, settings and switches, which ``Runtime`` changes and layers read.
+
+    Copies of a model share it. Saved with a model, it comes back with the same settings and no layers.
+    """
+
+    policy: str
+    config: MACSConfig
+    profile: Profile | None
+
+    def __init__(self, virtual_ranks: int) -> None:
+        self.enabled = True
+        self.recording = True
+        self.calibrating = False
+        self.virtual_ranks = virtual_ranks
+        self._warned: set[str] = set()
+        self._forget_process()
+
+    def _forget_process(self) -> None:
+        """What belongs to this process and is not saved."""
+        self.counters: Counters | None = None
+        self.callbacks: list[Callback] = []
+        self._consistency: dict[int, RankConsistency] = {}
+        self._compared: tuple[Any, dict[str, Any]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RuntimeState:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = ("counters", "callbacks", "_consistency", "_compared", "_layers")
+        return {name: value for name, value in vars(self).items() if name not in dropped}
+
+    def settings(self, training: bool) -> dict[str, Any]:
+        """What the members of a group must have in common, as plain values; one object until it changes."""
+        key = (training, self.enabled, self.calibrating, self.policy, self.config, id(self.profile))
+        if self._compared is None or self._compared[0] != key:
+            switches = {"enabled": self.enabled, "calibrating": self.calibrating, "training": training}
+            chosen = self.chosen(self.policy, self.config, self.profile)
+            self._compared = key, {**switches, **chosen}
+        return self._compared[1]
+
+    def chosen(self, policy: str, config: MACSConfig, profile: Profile | None) -> dict[str, Any]:
+        """The part of ``settings`` that ``use`` sets."""
+        return {
+            "macs version": __version__,
+            "policy": policy,
+            **{f"config.{name}": value for name, value in config.as_dict().items()},
+            "profile": None if profile is None else profile.digest,
+            "virtual_ranks": self.virtual_ranks,
+        }
+
+    def consistency_of(self, group: dist.ProcessGroup | None) -> RankConsistency | None:
+        """The comparison with a group's members; none for a process by itself."""
+        if not isinstance(group, dist.ProcessGroup) or group.size() == 1:
+            return None
+        held = self._consistency.get(id(group))
+        if held is None or held.group is not group:
+            held = self._consistency[id(group)] = RankConsistency(group)
+        return held
+
+    def register(self, layer: Any) -> None:
+        """Add a layer, also one that was copied or loaded with its module."""
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers that are alive, in the order in which they were added."""
+        raise NotImplementedError
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning the first time it is given."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph captures the work on the device now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,187 @@
+"""Hooks that tell which token is which from what a model is called with."""
+
+import threading
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from macs import AUDIO, IMAGE, TEXT, VIDEO, attach_modality, modality
+from macs.adapters import current_modality
+
+
+class Model(nn.Module):
+    def forward(self, input_ids, position_ids=None):
+        if input_ids is not None and input_ids[0, 0] == 99:
+            raise RuntimeError("in the model")
+        return current_modality()
+
+
+def test_the_hook_reads_the_ids_of_every_call():
+    model = Model()
+    hook = attach_modality(model, image_token_id=5, video_token_id=6, audio_token_id=7, padding_token_id=0)
+    ids = torch.tensor([[0, 5, 6, 7, 1]])
+    for found in (model(ids), model(input_ids=ids)):
+        assert found.kinds.tolist() == [[TEXT, IMAGE, VIDEO, AUDIO, TEXT]]
+        assert found.valid.tolist() == [[False, True, True, True, True]]
+    assert model(torch.tensor([[1]])).kinds.shape == (1, 1)  # a decoding step
+    assert model(None) is None and current_modality() is None
+    with pytest.raises(RuntimeError, match="in the model"):
+        model(torch.tensor([[99]]))
+    assert current_modality() is None  # also when the model fails
+    hook.remove()
+    assert model(ids) is None
+
+
+def test_what_the_caller_says_goes_first():
+    model = Model()
+    attach_modality(model, image_token_id=5)
+    ids = torch.tensor([[5, 1]])
+    with modality(ids == 5, exempt=ids == 1):
+        assert model(ids).exempt.tolist() == [[False, True]]
+        assert model(ids[:, :1]).kinds.tolist() == [[IMAGE]]  # another shape is another batch
+
+
+def test_the_hook_needs_something_to_look_for():
+    with pytest.raises(ValueError, match="found none"):
+        attach_modality(Model())
+    with pytest.raises(ValueError, match="takes no input_ids"):
+        attach_modality(nn.Linear(1, 1), image_token_id=1)
+
+
+class Multimodal(nn.Module):
+    """Called as Hugging Face's models are."""
+
+    def __init__(self, **config):
+        super().__init__()
+        self.config = types.SimpleNamespace(**config)
+
+    def forward(self, input_ids=None, attention_mask=None, mm_token_type_ids=None, **kwargs):
+        return current_modality()
+
+
+def test_the_models_own_config_names_its_tokens():
+    model = Multimodal(image_token_id=5, video_token_index=6, audio_token_id=None)
+    attach_modality(model, audio_token_id=7)
+    assert model(torch.tensor([[5, 6, 7, 1]])).kinds.tolist() == [[IMAGE, VIDEO, AUDIO, TEXT]]
+
+
+def test_what_the_caller_names_goes_before_the_config():
+    model = Multimodal(image_token_id=5)
+    attach_modality(model, image_token_id=4)
+    assert model(torch.tensor([[5, 4]])).kinds.tolist() == [[TEXT, IMAGE]]
+
+
+def test_a_processors_kinds_go_before_the_ids():
+    model = Multimodal(image_token_id=5)
+    attach_modality(model)
+    ids, kinds = torch.tensor([[5, 5, 1]]), torch.tensor([[0, 2, 1]])
+    assert model(ids, mm_token_type_ids=kinds).kinds.tolist() == [[TEXT, VIDEO, IMAGE]]
+    assert model(mm_token_type_ids=kinds).kinds.tolist() == [[TEXT, VIDEO, IMAGE]]
+
+
+def test_a_model_without_token_ids_needs_its_processors_kinds():
+    model = Multimodal()
+    attach_modality(model)
+    assert model(torch.tensor([[5, 1]])) is None  # nothing tells, and the layers say so
+    assert model(torch.tensor([[5, 1]]), mm_token_type_ids=torch.tensor([[1, 0]])).kinds.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("config", [{}, {"image_token_id": 5}])
+def test_a_processors_kinds_may_cover_what_is_in_the_cache(config):
+    model = Multimodal(**config)
+    attach_modality(model)
+    step = model(torch.tensor([[1], [5]]), mm_token_type_ids=torch.tensor([[1, 1, 0], [1, 0, 1]]))
+    assert step.kinds.tolist() == [[TEXT], [IMAGE]]
+
+
+def test_padding_follows_the_attention_mask_also_behind_a_cache():
+    model = Multimodal(image_token_id=5)
+    attach_modality(model)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    found = model(torch.tensor([[0, 5, 1], [5, 5, 1]]), attention_mask=mask)
+    assert found.valid.tolist() == [[False, True, True], [True, True, True]]
+    step = model(torch.tensor([[1], [1]]), attention_mask=torch.cat([mask, torch.ones(2, 1).long()], 1))
+    assert step.valid.tolist() == [[True], [True]]
+    four = model(torch.tensor([[0, 5, 1]]), attention_mask=torch.zeros(1, 1, 3, 3))
+    assert four.valid.all()
+
+
+def test_arguments_behind_stars_are_heeded():
+    class Starred(Multimodal):
+        def forward(self, input_ids=None, **kwargs):
+            return current_modality()
+
+    model = Starred(image_token_id=5)
+    attach_modality(model)
+    found = model(
+        torch.tensor([[5, 5]]),
+        attention_mask=torch.tensor([[0, 1]]),
+        mm_token_type_ids=torch.tensor([[2, 2]]),
+    )
+    assert found.valid.tolist() == [[False, True]] and found.kinds.tolist() == [[VIDEO, VIDEO]]
+
+
+def test_a_mask_for_other_tokens_is_an_error():
+    model = Multimodal(image_token_id=5)
+    attach_modality(model)
+    ids = torch.tensor([[5, 1, 1]])
+    for mask in (torch.tensor([[1]]), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match="attention_mask: found shape"):
+            model(ids, attention_mask=mask)
+        assert current_modality() is None
+
+
+def test_every_thread_has_its_own():
+    class Waiting(Multimodal):
+        def forward(self, input_ids=None):
+            both.wait(10)  # both threads are inside now
+            found = current_modality()
+            both.wait(10)
+            return found
+
+    both = threading.Barrier(2)
+    model = Waiting(image_token_id=5)
+    attach_modality(model)
+    found, left = {}, {}
+
+    def call(width):
+        found[width] = model(torch.full((1, width), 5)).kinds.shape
+        left[width] = current_modality()
+
+    threads = [threading.Thread(target=call, args=(width,)) for width in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {1: (1, 1), 2: (1, 2)} and left == {1: None, 2: None}
+
+
+def test_somebody_elses_hook_may_fail():
+    model = Multimodal(image_token_id=5)
+
+    def fail(module, args):
+        if fail.now:
+            raise RuntimeError("in a hook")
+
+    fail.now = False
+    model.register_forward_pre_hook(fail)
+    attach_modality(model)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids):
+            fail.now = True
+            with pytest.raises(RuntimeError, match="in a hook"):
+                self.inner(input_ids)
+            fail.now = False
+            return current_modality()
+
+    outer = Outer()
+    attach_modality(outer, image_token_id=5)
+    assert outer(torch.tensor([[5, 1]])).kinds.tolist() == [[IMAGE, TEXT]]
+    assert current_modality() is None
