@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 
@@ -69,10 +68,21 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        parse = json.loads if path.suffix == ".json" else yaml.safe_load
-        values = parse(text) if text.strip() else {}
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        values = _parse(text, path.suffix) if text.strip() else None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path}: not valid {path.suffix[1:]}: {error}") from error
+    values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"config {path}: found {str(values)[:80]!r}, expected settings by name")
     return values
+
+
+def _parse(text: str, suffix: str) -> Any:
+    if suffix == ".json":
+        return json.loads(text)
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

@@ -170,9 +170,7 @@ def feature_entropy(hidden: Tensor, token: Tensor, *_: Tensor) -> Tensor:
 
 
 @weighting("distinct", purpose="unlike the mean visual token weighs more", directions=True, kernel=True)
-def distinctness(
-    hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, directions: Tensor
-) -> Tensor:
+def distinctness(hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, directions: Tensor) -> Tensor:
     """How unlike the mean visual token of its source a token is: 1 - cos(z, mean of z / |z|), 0..2.
 
     hidden [T, D], any float dtype; token int64 [V]; visual bool [T]; source int64 [T] in 0..S-1; directions

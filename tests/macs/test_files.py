@@ -1,6 +1,5 @@
 """Files that a run leaves behind: whole or not at all, and refused before the run."""
 
-import argparse
 import os
 
 import pytest
@@ -8,7 +7,7 @@ import safetensors.torch
 import torch
 
 from macs import Profile, Runtime
-from macs.files import check_output, output_file, output_folder, save_tensors
+from macs.files import check_output, save_tensors
 
 COUNTS = torch.ones(1, 4, dtype=torch.int64)
 PROFILE = Profile(COUNTS, COUNTS.clone(), ("a",), 2)
@@ -50,18 +49,6 @@ def test_a_folder_in_the_files_place_is_told_before_the_run(tmp_path):
         pass
     assert os.listdir(tmp_path) == []
     assert check_output(tmp_path / "a.json", "--json") == (tmp_path / "a.json").resolve()
-
-
-def test_command_lines_tell_it_too(tmp_path):
-    with pytest.raises(argparse.ArgumentTypeError, match="found the folder"):
-        output_file(str(tmp_path))
-    assert output_file(str(tmp_path / "runs" / "a.json")).parent.is_dir()  # made, as it is asked for
-    (tmp_path / "file").touch()
-    with pytest.raises(argparse.ArgumentTypeError):
-        output_file(str(tmp_path / "file" / "a.json"))
-    with pytest.raises(argparse.ArgumentTypeError):
-        output_folder(str(tmp_path / "file"))
-    assert output_folder(str(tmp_path / "plots")).is_dir()
 
 
 def test_half_a_profile_is_none(tmp_path):

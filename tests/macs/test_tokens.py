@@ -9,16 +9,9 @@ from macs import IMAGE, TEXT, VIDEO, Modality, modality
 from macs.adapters import current_modality
 
 
-def test_runs_of_one_kind_are_pictures():
-    mask = torch.tensor([[1, 1, 0, 1, 2, 2], [1, 1, 0, 0, 0, 1]])
-    found = Modality.of(mask)
-    assert found.segments is None
-    assert found.pictures.tolist() == [[0, 0, 1, 2, 3, 3], [4, 4, 5, 5, 5, 6]]
-
-
 def test_bool_masks_mean_images():
     found = Modality.of(torch.tensor([[True, False]]))
-    assert found.kinds.tolist() == [[IMAGE, TEXT]] and found.valid.all() and not found.exempt.any()
+    assert found.ids.tolist() == [[IMAGE, TEXT]] and found.valid.all() and not found.exempt.any()
 
 
 @pytest.mark.parametrize(
@@ -38,9 +31,9 @@ def test_bool_masks_mean_images():
             "exempt: found torch.float32, expected torch.bool",
         ),
         (
-            {"mask": torch.ones(1, 3, dtype=torch.bool), "segments": torch.ones(1, 3, device="meta").long()},
+            {"mask": torch.ones(1, 3).bool(), "exempt": torch.ones(1, 3, device="meta").bool()},
             ValueError,
-            "segments: found on meta, expected on cpu",
+            "exempt: found on meta, expected on cpu",
         ),
     ],
 )
@@ -50,8 +43,8 @@ def test_what_does_not_fit_is_named(arguments, error, message):
     assert message in str(caught.value)
 
 
-def test_unknown_kinds_are_named():
-    with pytest.raises(ValueError, match="found kinds from 0 to 256, expected 0 to 3"):
+def test_unknown_ids_are_named():
+    with pytest.raises(ValueError, match="found ids 0 to 256, expected 0 to 3"):
         Modality.of(torch.tensor([[0, 256]]))
 
 
@@ -65,13 +58,18 @@ def test_layouts():
     mask = torch.tensor([[IMAGE, TEXT, TEXT], [TEXT, VIDEO, VIDEO]])
     found = Modality.of(mask, valid=torch.tensor([[True] * 3, [True, True, False]]))
     batch, sequence = found.batch_major(), found.sequence_major()
-    assert batch.kinds.tolist() == [1, 0, 0, 0, 2, 2] and batch.position.tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch.modality.tolist() == [1, 0, 0, 0, 2, 2] and batch.position.tolist() == [0, 1, 2, 3, 4, 5]
     # Megatron's order: token 0 of both sequences, then token 1, then token 2.
-    assert sequence.kinds.tolist() == [1, 0, 0, 2, 0, 2] and sequence.position.tolist() == [0, 3, 1, 4, 2, 5]
+    assert sequence.modality.tolist() == [1, 0, 0, 2, 0, 2] and sequence.position.tolist() == [
+        0,
+        3,
+        1,
+        4,
+        2,
+        5,
+    ]
     assert sequence.valid.tolist() == [True] * 5 + [False]
     assert sequence.visual.tolist() == [True, False, False, True, False, False]
-    assert batch.segment is None
-    assert found.batch_major(segmented=True).segment.tolist() == [0, 1, 1, 2, 3, 3]
     assert found.batch_major() is batch  # made once for all layers
 
 
@@ -81,21 +79,15 @@ def test_sources_divide_the_sequences():
     assert found.sequence_major(2).source.tolist() == [0, 0, 1, 1] * 2
 
 
-def test_any_segment_numbers_will_do():
-    segments = torch.tensor([[-5, 10**12, -5, 7]])
-    found = Modality.of(torch.ones(1, 4, dtype=torch.bool), segments=segments)
-    assert found.batch_major(segmented=True).segment.tolist() == [0, 2, 0, 1]
-
-
 def test_blocks_nest_and_end():
     first, second = torch.zeros(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
     assert current_modality() is None
     with modality(first):
         with modality(second):
-            assert current_modality().kinds.tolist() == [[1, 1]]
+            assert current_modality().ids.tolist() == [[1, 1]]
         with pytest.raises(ZeroDivisionError), modality(second):
             _ = 1 / 0
-        assert current_modality().kinds.tolist() == [[0, 0]]
+        assert current_modality().ids.tolist() == [[0, 0]]
     assert current_modality() is None
 
 

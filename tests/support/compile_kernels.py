@@ -83,16 +83,16 @@ def compile_all() -> dict[str, list[tuple[int, int, int]]]:
         mock.patch.object(torch, "empty", torch.zeros),
         kernels("triton"),
     ):
-        for settings in (
-            {},
-            {"preset": "paper", "normalization": "image", "max_load_factor": 1.2, "max_drop": 0.01},
-            {"level": "expert", "priority": "score"},
-            {"weighting": "entropy"},
-            {"drop_padding": True, "max_drop": 0.01},
+        for policy, settings in (
+            ("macs", {}),
+            ("paper", {"max_drop": 0.01}),
+            ("macs", {"level": "expert"}),
+            ("macs", {"weighting": "entropy"}),
+            ("macs", {"weighting": "constant", "max_drop": 0.01, "spare_text": True}),
         ):
-            _plan(settings, 2048, 128, 8)
+            _plan(settings, 2048, 128, 8, policy=policy)
         _plan({}, 4096, 512, 22)
-        _plan({"preset": "padded"}, 7168, 256, 8)
+        _plan({}, 7168, 256, 8, policy="padded")
         _plan({"target_load": 1.05}, 2880, 32, 4, policy="expanded-drop")
         _plan({}, 100, 6, 3, torch.bfloat16)
         _plan({}, 100, 6, 1, torch.float16)
@@ -106,16 +106,16 @@ def _plan(
     size: int,
     experts: int,
     k: int,
-    kind: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     sources: tuple[int, ...] = (0,),
     policy: str = "macs",
     ranks: int = 2,
 ) -> None:
     config = MACSConfig.from_dict({"min_tokens": 0, **settings})
     count = 256
-    scores = torch.rand(count, experts).to(kind)
+    scores = torch.rand(count, experts).to(dtype)
     weights, chosen = scores.topk(k, 1)
-    tokens = Modality.of(torch.rand(2, count // 2) < 0.5).batch_major(len(sources), True)
+    tokens = Modality.of(torch.rand(2, count // 2) < 0.5).batch_major(len(sources))
     hidden = torch.randn(count, size).bfloat16()
     planner = build_policy(policy, config, Topology(experts, ranks, sources=sources), k)
     plan = planner.plan(hidden, chosen, weights, scores, tokens)

@@ -1,7 +1,7 @@
 """A pool of worker processes for multi-process tests, started once and used by all of them.
 
-Importing an engine takes seconds a process; the pool pays that once. A job is an importable
-function; ``Pool.run`` calls it on every rank of a fresh gloo process group.
+Importing an engine takes seconds a process; the pool pays that once. A job is an importable function, or its
+name; ``Pool.run`` calls it on every rank of a fresh gloo process group.
 """
 
 from __future__ import annotations
@@ -87,18 +87,18 @@ class Pool:
 
     def run(
         self,
-        job: str,
+        job: Any,
         world: int,
         *arguments: Any,
         timeout: float = 300.0,
         patience: timedelta = COLLECTIVE,
     ) -> list[Any]:
-        """Call ``job`` ("module:function") on ``world`` ranks; its results by rank.
+        """Call ``job`` (a function of a module, or "module:function") on ``world`` ranks; its results by rank.
 
         ``RankFailed`` if it raises anywhere, ``Hung`` if a rank does not answer in ``timeout`` s.
         ``patience`` is how long a collective waits for the other ranks.
         """
-        module, name = job.split(":")
+        module, name = job.split(":") if isinstance(job, str) else (job.__module__, job.__name__)
         while len(self._workers) < world:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs, list(sys.path)), daemon=True)
@@ -112,7 +112,7 @@ class Pool:
             for rank in range(world):
                 if not self._workers[rank][1].poll(timeout):
                     self.close()
-                    raise Hung(f"{job}: rank {rank} of {world} did not answer in {timeout:g} s")
+                    raise Hung(f"{module}:{name}: rank {rank} of {world} did not answer in {timeout:g} s")
                 replies.append(self._workers[rank][1].recv())
         if not all(reply.started for reply in replies):
             # torch names a process group by how many the process has made, and one that fails to start

@@ -140,7 +140,8 @@ def _lines(
         figure.legend(loc="outside right upper", fontsize=8)
 
     rows = [
-        [str(place), *(f"{values[at]:.3f}" for values in series.values())] for at, place in enumerate(source_index)
+        [str(place), *(f"{values[at]:.3f}" for values in series.values())]
+        for at, place in enumerate(source_index)
     ]
     return Figure(
         name, title, said, {"data": traces, "layout": layout}, pictures(draw), ([label, *series], rows)

@@ -88,9 +88,7 @@ def plot_quality(points: Path, shape: Shape, model: CostModel, path: Path) -> bo
             mine = [one for one in chosen if one["title"] == title]
             times = [time_of(one["straggler"], 1 - one["dropped"]) for one in mine]
             axes.plot(times, [one["picture_kl"][0] * 1000 for one in mine], "o", label=title)
-        axes.axvline(
-            time_of(chosen[0]["load_before"], 1.0, 0.0), color="grey", linewidth=0.8, label=VANILLA
-        )
+        axes.axvline(time_of(chosen[0]["load_before"], 1.0, 0.0), color="grey", linewidth=0.8, label=VANILLA)
         axes.set_ylabel("KL to vanilla over picture questions, x 1000")
         axes.set_yscale("log")
 

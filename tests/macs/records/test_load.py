@@ -5,15 +5,14 @@ import torch
 
 from macs import METRICS, LayerReport, Topology
 from macs.adapters import summarized
-from macs.routing import PlanStatistics
+from macs.routing import Field
 
 
 def report_of(busiest):
     """Steps of 100 tokens, k 1, on two ranks of an expert each, the first of which ends with so many rows."""
-    scalars = PlanStatistics.scalar_names()
-    rows = torch.zeros(len(busiest), len(scalars) + 3 * 2, dtype=torch.int64)
+    rows = torch.zeros(len(busiest), len(Field) + 3 * 2, dtype=torch.int64)
     for name, value in (("sources", 1), ("planned", 1), ("tokens", 100), ("kept", 75), ("dropped", 25)):
-        rows[:, scalars.index(name)] = value
+        rows[:, Field[name.upper()]] = value
     rows[:, -2] = torch.tensor(busiest)
     rows[:, -1] = 100 - rows[:, -2]
     return LayerReport(rows, Topology(2, 2), 1)
@@ -30,5 +29,5 @@ def test_every_figure_is_summed_up_over_steps_and_layers():
 
 def test_a_metric_is_a_row(monkeypatch):
     most = METRICS["load_after"].__class__("busiest step", lambda one: float(one.load("after").max()))
-    monkeypatch.setitem(METRICS, "straggler_most", most)
-    assert report_of([50, 60, 70]).summary()["straggler_most"] == pytest.approx(1.4)
+    monkeypatch.setitem(METRICS, "load_most", most)
+    assert report_of([50, 60, 70]).summary()["load_most"] == pytest.approx(1.4)

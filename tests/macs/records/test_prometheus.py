@@ -16,8 +16,8 @@ from support.cases import AnyAdapter
 
 import macs
 from macs import MACSConfig, Modality, Runtime, Topology, serve_metrics
+from macs.records import prometheus
 from macs.records.prometheus import Collector
-from macs.serving import exporter
 
 pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
 
@@ -42,11 +42,11 @@ def started(policy="macs", **settings):
 def step(layers, count, seed):
     """A step of all layers; what each planned."""
     generator = torch.Generator().manual_seed(seed)
-    kinds = (torch.rand(1, count, generator=generator) < 0.6).to(torch.int8)
-    kinds[0, -1] = macs.TEXT
+    ids = (torch.rand(1, count, generator=generator) < 0.6).to(torch.int8)
+    ids[0, -1] = macs.TEXT
     valid = torch.rand(1, count, generator=generator) < 0.9
     plans = []
-    with macs.modality(Modality.of(kinds, valid=valid)):
+    with macs.modality(Modality.of(ids, valid=valid)):
         for layer in layers:
             hidden = torch.randn(count, 16, generator=generator)
             scores = hidden.new_empty(count, EXPERTS).exponential_(generator=generator)
@@ -132,27 +132,23 @@ def test_gauges_agree_with_the_recorders_reports_and_look_back_a_window(monkeypa
     for number, report in enumerate(runtime.reports()):
         mean = report.tokens * TOP_K / RANKS
         for stage in ("before", "after"):
-            straggler = float(report.rows_of_ranks(stage).amax(1).sum() / mean.sum())
-            assert found["macs_rank_straggler", str(number), stage] == pytest.approx(straggler)
-            loads = report.loads(stage)
-            imbalance = float(loads.amax(1).sum() / loads.mean(1).sum())
+            load = float(report.rows_of_ranks(stage).amax(1).sum() / mean.sum())
+            assert found["macs_rank_load", str(number), stage] == pytest.approx(load)
+            rows = report.rows_of_experts(stage)
+            imbalance = float(rows.amax(1).sum() / rows.mean(1).sum())
             assert found["macs_expert_imbalance", str(number), stage] == pytest.approx(imbalance)
-        after = report.rows_of_ranks("after")
-        assert found["macs_balancedness", str(number)] == pytest.approx(
-            float(after.mean(1).sum() / after.amax(1).sum())
-        )
-    stragglers = [found["macs_rank_straggler", str(number), "after"] for number in range(LAYERS)]
-    assert found["macs_rank_straggler_of_layers", "after", "0.5"] == pytest.approx(sorted(stragglers)[1])
+    loads = [found["macs_rank_load", str(number), "after"] for number in range(LAYERS)]
+    assert found["macs_rank_load_of_layers", "after", "0.5"] == pytest.approx(sorted(loads)[1])
     assert 0 < found["macs_visual_ratio",] < 1
     # Far later, the steps of then are behind the window; what was scraped then is where it begins.
     now = time.monotonic()
-    monkeypatch.setattr(exporter.time, "monotonic", lambda: now + 1000)
-    assert ("macs_rank_straggler", "0", "after") not in gauges()
+    monkeypatch.setattr(prometheus.time, "monotonic", lambda: now + 1000)
+    assert ("macs_rank_load", "0", "after") not in gauges()
     runtime.use("vanilla", MACSConfig(min_tokens=0))
     step(layers, 64, 100)
-    monkeypatch.setattr(exporter.time, "monotonic", lambda: now + 1001)
+    monkeypatch.setattr(prometheus.time, "monotonic", lambda: now + 1001)
     found = gauges()
-    assert found["macs_rank_straggler", "0", "after"] == found["macs_rank_straggler", "0", "before"]
+    assert found["macs_rank_load", "0", "after"] == found["macs_rank_load", "0", "before"]
 
 
 def test_the_endpoint(tmp_path):
@@ -198,7 +194,7 @@ def test_as_many_series_as_is_said(per_expert):
     collector = Collector(runtime, per_expert)
     step(layers, 64, 0)
     count = sum(len(family.samples) for family in collector.collect())
-    assert count == 13 * LAYERS + 14 + (2 * EXPERTS * LAYERS if per_expert else 0)
+    assert count == 12 * LAYERS + 14 + (2 * EXPERTS * LAYERS if per_expert else 0)
 
 
 def test_drift_is_what_the_runtime_finds():
@@ -241,7 +237,7 @@ def test_layers_that_join_later_are_counted():
     router = torch.randn(EXPERTS, 16)
     more = runtime.add_layer(AnyAdapter(lambda: router, Topology(EXPERTS, RANKS), TOP_K))
     step([*layers, more], 64, 1)
-    assert [one.own("steps") for one in counters.read().layers] == [2, 2, 2, 1]
+    assert [one.total("steps") for one in counters.read().layers] == [2, 2, 2, 1]
 
 
 def test_passes_that_end_before_the_last_layer_are_counted():
@@ -252,9 +248,9 @@ def test_passes_that_end_before_the_last_layer_are_counted():
         step(layers[:2], 64, number)
     found = counters.read()
     # The first pass is told when the second begins.
-    assert [one.own("steps") for one in found.layers] == [4, 4, 0] and found.planned_steps == 4
+    assert [one.total("steps") for one in found.layers] == [4, 4, 0] and found.planned_steps == 4
     step(layers, 64, 9)
-    assert counters.read().planned_steps == 5 and counters.read().layers[2].own("steps") == 1
+    assert counters.read().planned_steps == 5 and counters.read().layers[2].total("steps") == 1
 
 
 def test_a_model_that_is_gone_is_no_longer_told():
@@ -271,7 +267,7 @@ def test_a_model_that_is_gone_is_no_longer_told():
     families = {family.name: family for family in collector.collect()}
     assert {one.labels["layer"] for one in families["macs_assignments"].samples} == {"0", "1"}
     assert [one.value for one in families["macs_steps"].samples] == [1, 0]
-    assert len(families["macs_balancedness"].samples) == 2
+    assert len(families["macs_rank_load"].samples) == 4
 
 
 def test_what_a_gpu_does_not_stop_writing_is_told_as_it_was(monkeypatch):
@@ -308,4 +304,4 @@ def test_the_dashboard_asks_for_metrics_that_there_are():
         for target in panel["targets"]:
             asked |= set(re.findall(r"macs_[a-z_]+", target["expr"]))
     assert asked <= names
-    assert asked >= {"macs_rank_straggler", "macs_assignments_total", "macs_steps_total", "macs_info"}
+    assert asked >= {"macs_rank_load", "macs_assignments_total", "macs_steps_total", "macs_info"}

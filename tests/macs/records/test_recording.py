@@ -17,7 +17,7 @@ TOKENS, HIDDEN, EXPERTS, TOP_K = 24, 8, 6, 2
 
 
 def running(layers=2):
-    runtime = Runtime(MACSConfig(capacity_factor=0.5, min_tokens=0, similarity="none"))
+    runtime = Runtime(MACSConfig(capacity_factor=0.5, min_tokens=0))
     router = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
     topology = Topology(EXPERTS, 2, sources=(0,))
     runtime.kept = [runtime.add_layer(AnyAdapter(lambda: router, topology, TOP_K)) for _ in range(layers)]
@@ -60,8 +60,8 @@ def test_what_was_recorded_comes_back(tmp_path, with_scores):
     ]
     assert len(list(found.of_layer(1))) == 3
     for record in found.records:
-        experts, weights, scores, kinds = (part[:20] for part in steps[record.step][record.layer])
-        assert torch.equal(record.experts, experts) and torch.equal(record.kinds, kinds)
+        experts, weights, scores, modality = (part[:20] for part in steps[record.step][record.layer])
+        assert torch.equal(record.experts, experts) and torch.equal(record.modality, modality)
         assert torch.equal(record.weights, weights.half().float())
         assert torch.equal(record.scores, scores.half().float()) if with_scores else record.scores is None
 
@@ -92,7 +92,7 @@ def test_mistakes_are_named(tmp_path):
     runtime = running()
     assert runtime.save_routing(tmp_path / "a") is None
     with runtime.record_routing(tmp_path / "a"):
-        with pytest.raises(ValueError, match="found another recording under way"):
+        with pytest.raises(ValueError, match="found another recording, expected one"):
             runtime.start_routing()
         step(runtime, 0)
     assert (tmp_path / "a").is_file()
@@ -108,7 +108,7 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="not a recording"):
         Recording.load(path)
     save_file({"layers": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"found header \{\}, expected format 'macs-routing-1'"):
+    with pytest.raises(ValueError, match=r"found header \{\}, expected format 'macs-routing-2'"):
         Recording.load(path)
 
 
@@ -119,7 +119,7 @@ def test_mistakes_are_named(tmp_path):
         ({"experts": torch.full((20, TOP_K), EXPERTS, dtype=torch.int16)}, "experts outside -1..5"),
         ({"weights": torch.zeros(20, TOP_K)}, "recording.weights"),
         ({"counts": torch.tensor([2**63 - 1, -(2**63 - 1), 20])}, "recording.layers: found shape"),
-        ({"kinds": torch.full((20,), 9, dtype=torch.int8)}, "modalities outside 0..3"),
+        ({"modality": torch.full((20,), 9, dtype=torch.int8)}, "modalities outside 0..3"),
         ({"layers": torch.tensor([-1], dtype=torch.int32)}, "layers outside 0.."),
         ({"steps": torch.tensor([0.5])}, "recording.steps: found torch.float32"),
         ({"counts": torch.tensor([[20]])}, "recording.counts: found shape"),
@@ -155,14 +155,14 @@ def test_a_damaged_file_is_refused(tmp_path, change, message):
         ({"num_ranks": 10**400}, "found num_ranks '1000"),
         ({"num_experts": 1, "num_ranks": 1}, "found 2 assignments a token, expected 1 to 1"),
         ({"num_experts": None}, "found num_experts 'None'"),
-        ({"format": "macs-profile-1"}, "expected format 'macs-routing-1'"),
+        ({"format": "macs-profile-1"}, "expected format 'macs-routing-2'"),
     ],
 )
 def test_a_header_is_checked_field_by_field(tmp_path, header, message):
     runtime, path = running(1), tmp_path / "routing"
     with runtime.record_routing(path):
         step(runtime, 0)
-    whole = {"format": "macs-routing-1", "num_experts": EXPERTS, "num_ranks": 2, **header}
+    whole = {"format": "macs-routing-2", "num_experts": EXPERTS, "num_ranks": 2, **header}
     save_file(load_file(path), path, metadata={"macs": json.dumps(whole)})
     with pytest.raises(ValueError, match=message):
         Recording.load(path)

@@ -8,7 +8,6 @@ from support.cases import AnyAdapter, build_policy
 
 from macs import MACSConfig, Modality, Profile, Runtime, Topology, Tuning
 from macs.records.profile import router_fingerprint
-from macs.steps.capacity import bounds_of
 
 ROUTERS = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -16,9 +15,9 @@ ROUTERS = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for 
 def tuning(**changes):
     return Tuning(
         **{
-            "targets": torch.tensor([1.0, 0.6], dtype=torch.float64),
-            "bounds": torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.3]], dtype=torch.float64),
-            "damage": torch.tensor([[0.01, 0.0, 0.02], [0.05, 0.04, 0.06]], dtype=torch.float64),
+            "target_loads": torch.tensor([1.0, 0.6], dtype=torch.float64),
+            "layer_loads": torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.3]], dtype=torch.float64),
+            "kl": torch.tensor([[0.01, 0.0, 0.02], [0.05, 0.04, 0.06]], dtype=torch.float64),
             "policy": "macs",
             "ranks": 4,
             "tokens": 100,
@@ -77,15 +76,15 @@ def test_between_targets_it_is_interpolated_and_beyond_them_uniform(caplog):
     assert "its split was not verified" in caplog.text
     _, layers = runtime_of(MACSConfig(target_load=0.5, split="tuned", min_tokens=0))
     assert [layer.planner.config.target_load for layer in layers] == [0.5] * 3
-    assert "beyond the tuning's 0.6 to 1; every layer is bounded alike" in caplog.text
+    assert "is beyond the tuning's 0.6 to 1; it holds for every layer" in caplog.text
 
 
 def test_another_number_of_ranks_is_said(caplog):
     _, layers = runtime_of(MACSConfig(target_load=0.6, split="tuned"), ranks=2)
-    assert layers[0].planner is not None and "made for 4 expert-parallel ranks, here are 2" in caplog.text
+    assert layers[0].planner is not None and "on 4 ranks, found macs on 2" in caplog.text
 
 
-def test_a_damage_finds_the_smallest_target():
+def test_a_kl_finds_the_smallest_target():
     runtime, layers = runtime_of(MACSConfig(max_kl=0.05, min_tokens=0))
     assert runtime.config.split == "tuned"
     assert [layer.planner.config.target_load for layer in layers] == [0.3, 0.5, 1.0]
@@ -102,7 +101,7 @@ def test_another_target_reaches_a_planner_that_ran_in_inference_mode():
         planner.prepare(torch.device("cpu"))
     planner.update_target(0.5)
     (constants,) = planner._on_device.values()
-    assert torch.equal(constants.bounds, bounds_of(MACSConfig(target_load=0.5)))
+    assert constants.target_load.tolist() == [0.5]
 
 
 def test_another_target_alone_is_put_where_the_planner_reads_it():
@@ -128,8 +127,11 @@ def test_another_target_alone_is_put_where_the_planner_reads_it():
             lambda: Runtime(MACSConfig(max_kl=1.0), profile=replace(profile(), tuning=None)),
             "found 'tuned' and a profile without a tuning",
         ),
-        (lambda: tuning(targets=torch.tensor([0.6, 1.0], dtype=torch.float64)), "expected them falling"),
-        (lambda: profile(tuning(bounds=torch.ones(2, 5, dtype=torch.float64))), "bounds of 5 layers, expec"),
+        (lambda: tuning(target_loads=torch.tensor([0.6, 1.0], dtype=torch.float64)), "expected them falling"),
+        (
+            lambda: profile(tuning(layer_loads=torch.ones(2, 5, dtype=torch.float64))),
+            "profile.tuning: found 5 layers, expected 3",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(made, message):

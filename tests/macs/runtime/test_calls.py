@@ -64,7 +64,7 @@ def test_a_mask_that_comes_with_the_call_takes_precedence_over_ids():
 def test_a_block_takes_precedence_and_is_completed_by_the_calls_padding():
     mask = IDS == 1
     found = READER.read({"input_ids": IDS, "attention_mask": MASK}, Modality.of(mask, exempt=mask))
-    assert found.kinds.bool().equal(mask) and found.exempt.equal(mask) and found.valid.equal(VALID)
+    assert found.ids.bool().equal(mask) and found.exempt.equal(mask) and found.valid.equal(VALID)
     stated = Modality.of(mask, valid=~mask)
     assert READER.read({"input_ids": IDS, "attention_mask": MASK}, stated).valid.equal(~mask)
 
@@ -73,7 +73,7 @@ def test_a_block_of_other_tokens_is_not_put_aside_where_nothing_else_tells():
     outer = Modality.of(torch.ones(2, 3, dtype=torch.bool))
     given = {"input_ids": IDS, "attention_mask": MASK}
     assert CallReader().read(given, outer) is None  # the block stays, and the layers name its shape
-    assert READER.read(given, outer).kinds.equal((IDS == 5).to(torch.int8))  # here the ids tell
+    assert READER.read(given, outer).ids.equal((IDS == 5).to(torch.int8))  # here the ids tell
 
 
 def test_embeddings_bring_their_padding_too():
@@ -81,11 +81,11 @@ def test_embeddings_bring_their_padding_too():
     types_ = torch.tensor([[0, 1, 0, 2], [1, 0, 0, 0]])
     given = {"inputs_embeds": embeds, "attention_mask": MASK}
     found = READER.read({**given, "mm_token_type_ids": types_})
-    assert found.kinds.equal(types_.to(torch.int8)) and found.valid.equal(VALID)
+    assert found.ids.equal(types_.to(torch.int8)) and found.valid.equal(VALID)
     found = CallReader(text_only=True).read(given)
-    assert not found.kinds.any() and found.valid.equal(VALID)
+    assert not found.ids.any() and found.valid.equal(VALID)
     found = READER.read(given, Modality.of(types_))
-    assert found.kinds.equal(types_.to(torch.int8)) and found.valid.equal(VALID)
+    assert found.ids.equal(types_.to(torch.int8)) and found.valid.equal(VALID)
     unread = READER.read(given)
     assert isinstance(unread, Unreadable) and "inputs_embeds: found them" in unread.reason
     assert "set macs.modality(mask, valid=...) around the call" in unread.reason
@@ -158,22 +158,22 @@ class Packed:
         self.total_tokens, self.tokens_per_sample = total, sample
 
 
-def test_packed_sequences_tell_their_padding_and_divide_pictures():
+def test_packed_sequences_tell_their_padding():
     ids = torch.tensor([[5, 5, 5, 1, 0, 5, 5, 0]])
     found = READER.read({"input_ids": ids, "packed_seq_params": Packed([0, 3, 5], [0, 4, 6])})
     assert found.valid.tolist() == [[True, True, True, False, True, True, False, False]]
     found = READER.read({"input_ids": ids, "packed_seq_params": Packed([0, 2, 8])})
-    assert found.valid.all() and found.segments[0, 1] != found.segments[0, 2]
+    assert found.valid.all()
     found = READER.read({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 2, 6])})
     assert found.valid.tolist() == [[True] * 6 + [False] * 2]
     found = READER.read({"input_ids": ids, "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5]])})
-    assert found.valid.all() and found.segments[0, 1] != found.segments[0, 2]
+    assert found.valid.all()
 
 
 def test_samples_in_a_row_are_sequences_of_their_own():
     ids = torch.tensor([[5, 1, 5, 5, 1, 0]])
     found = READER.read({"input_ids": ids, "packed_seq_params": Packed([0, 6], sample=3)})
-    assert found.kinds.tolist() == [[1, 0, 1], [1, 0, 0]]
+    assert found.ids.tolist() == [[1, 0, 1], [1, 0, 0]]
     outer = Modality.of(ids == 1, exempt=ids == 1)
     found = READER.read({"input_ids": ids, "packed_seq_params": Packed([0, 6], sample=2)}, outer)
     assert found.exempt.tolist() == [[False, True], [False, False], [True, False]]
@@ -182,9 +182,9 @@ def test_samples_in_a_row_are_sequences_of_their_own():
 def test_a_model_may_pack_inside_what_came_padded():
     outer = READER.read({"input_ids": IDS, "attention_mask": MASK})
     inner = READER.read({"packed_seq_params": Packed([0, 3, 6], [0, 4, 8], 8)}, outer)
-    assert inner.kinds.tolist() == [[1, 0, 1, 0, 1, 0, 0, 0]]
+    assert inner.ids.tolist() == [[1, 0, 1, 0, 1, 0, 0, 0]]
     assert inner.valid.tolist() == [[True] * 3 + [False] + [True] * 3 + [False]]
-    assert READER.read({"packed_seq_params": Packed([0, 3, 6])}, outer).kinds.tolist() == [[1, 0, 1, 1, 0, 0]]
+    assert READER.read({"packed_seq_params": Packed([0, 3, 6])}, outer).ids.tolist() == [[1, 0, 1, 1, 0, 0]]
     lost = READER.read({"packed_seq_params": Packed([0, 3, 4, 6])}, outer)
     assert isinstance(lost, Unreadable) and "found 3" in lost.reason
 
@@ -199,7 +199,7 @@ class Model(nn.Module):
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
         found = current_modality()
-        self.seen = None if found is None else (found.kinds.clone(), found.valid.clone())
+        self.seen = None if found is None else (found.ids.clone(), found.valid.clone())
         return self.layer(torch.ones(1, 2))
 
     def generate(self, ids, **kwargs):
@@ -268,7 +268,7 @@ def test_without_macs_a_call_may_say_what_it_likes():
     model(inputs_embeds=torch.randn(2, 4, 8))
     assert seen == [True] and model.seen is None
     model.layer.register_forward_hook(lambda *_: layer.tokens(2, 4, False, torch.device("cpu")))
-    with pytest.raises(ValueError, match="inputs_embeds: found them in the place of input_ids"):
+    with pytest.raises(ValueError, match="inputs_embeds: found them without input_ids"):
         model(inputs_embeds=torch.randn(2, 4, 8))
 
 
@@ -290,7 +290,7 @@ def test_a_model_that_nothing_tells_of_says_so_once(caplog):
     [
         ((70, 9), (70, 1), "a decoding step of generate() inside a macs.modality block"),
         ((2, 8), (1, 11), "if the model packs padded sequences by itself"),
-        ((2, 8), (3, 8), "on the very call whose tokens reach this layer"),
+        ((2, 8), (3, 8), "on the call that passes these tokens to the layer"),
     ],
 )
 def test_a_mask_of_other_tokens_says_what_to_do(mask, layer, message):

@@ -6,22 +6,23 @@ operators on the very tensors they were called with, and replays them without an
 
 import pytest
 import torch
-from support.cases import AnyAdapter, paper
+from support.cases import AnyAdapter
 from support.kernels import same
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import macs
-from macs import Modality, Runtime, Topology
+from macs import MACSConfig, Modality, Runtime, Topology
 from macs.runtime.modality import ModalityBuffers
 
 BATCH, LENGTH, HIDDEN, EXPERTS, TOP_K = 2, 48, 16, 8, 2
 SETTINGS = [
-    {},
-    {"level": "rank", "reroute": "group"},
-    {"normalization": "image", "max_drop": 0.1, "max_load_factor": 1.1},
-    {"weighting": "constant", "drop_padding": True},
-    {"target_load": 0.7, "weighting": "distinct"},
-    {"target_load": 0.7, "level": "rank", "cost": "one", "reroute": "group"},
+    {"policy": "paper"},
+    {"policy": "paper", "max_drop": 0.1},
+    {"policy": "padded"},
+    {"reroute": "group"},
+    {"weighting": "constant", "spare_text": True},
+    {"target_load": 0.7, "level": "expert"},
+    {"target_load": 0.7, "reroute": "group"},
 ]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -41,10 +42,12 @@ def step(seed, device="cpu"):
 
 def layer_of(settings):
     bound = {} if "target_load" in settings else {"capacity_factor": 0.7}
-    config = paper(**{**bound, "min_tokens": 8, **settings})
+    given = {**bound, "min_tokens": 8, **settings}
+    policy = given.pop("policy", "macs")
     generator = torch.Generator().manual_seed(99)
     router = torch.randn(EXPERTS, HIDDEN, generator=generator)
-    return Runtime(config).add_layer(AnyAdapter(lambda: router, Topology(EXPERTS, 2, sources=(0,)), TOP_K))
+    runtime = Runtime(MACSConfig(**given), policy=policy)
+    return runtime.add_layer(AnyAdapter(lambda: router, Topology(EXPERTS, 2, sources=(0,)), TOP_K))
 
 
 def planned(layer, inputs, device):
@@ -65,9 +68,8 @@ def eager(settings, seed, device="cpu"):
 @pytest.fixture
 def static(monkeypatch):
     """Shapes follow no values, as on a GPU."""
-    for module in ("admission", "rerouting", "weighting"):
+    for module in ("rerouting", "weighting"):
         monkeypatch.setattr(f"macs.steps.{module}.indices_of", lambda chosen: torch.arange(len(chosen)))
-    monkeypatch.setattr("macs.steps.weighting.may_be_any", lambda chosen: True)
 
 
 @pytest.mark.usefixtures("static")
@@ -92,7 +94,7 @@ def test_a_replayed_layer_plans_as_an_eager_one(settings):
 
 @pytest.mark.usefixtures("static")
 def test_a_replayed_layer_is_counted_planned_or_bypassed():
-    layer, buffers = layer_of({}), ModalityBuffers()
+    layer, buffers = layer_of({"policy": "paper"}), ModalityBuffers()
     counters = layer.runtime.start_counting()
     layer.prepare(torch.device("cpu"))
     inputs, modality = step(0)
@@ -111,7 +113,7 @@ def test_a_replayed_layer_is_counted_planned_or_bypassed():
         graph(*inputs)
         decode(inputs[0])
         decode(inputs[0])
-        expected += int(eager({}, seed)[1].dropped[0])
+        expected += int(eager({"policy": "paper"}, seed)[1].dropped[0])
     found = counters.read().since(before)
     assert found.layers[0].scalar("dropped") == expected > 0
     assert (found.planned_steps, found.bypassed_steps) == (3, 6)
@@ -119,18 +121,18 @@ def test_a_replayed_layer_is_counted_planned_or_bypassed():
 
 @pytest.mark.usefixtures("static")
 def test_without_buffers_a_replay_would_read_an_old_mask():
-    layer = layer_of({})
+    layer = layer_of({"policy": "paper"})
     inputs, modality = step(0)
     with macs.modality(modality):
         graph = make_fx(lambda *given: planned(layer, given, "cpu"))(*inputs)
     inputs, modality = step(1)
     with macs.modality(modality):
         found = graph(*inputs)
-    assert not torch.equal(found[0], eager({}, 1)[0][0])
+    assert not torch.equal(found[0], eager({"policy": "paper"}, 1)[0][0])
 
 
 def test_what_a_graph_captured_is_not_changed_under_it(monkeypatch):
-    layer, (inputs, modality) = layer_of({}), step(0)
+    layer, (inputs, modality) = layer_of({"policy": "paper"}), step(0)
     runtime = layer.runtime
     monkeypatch.setattr("macs.runtime.layer.capturing", lambda device: True)
     refusal = pytest.raises(RuntimeError, match="would replay the mask of this one step")
@@ -143,19 +145,20 @@ def test_what_a_graph_captured_is_not_changed_under_it(monkeypatch):
         runtime.use("vanilla")
     with pytest.raises(RuntimeError, match="calibration: a CUDA graph"), runtime.calibration():
         pass
-    assert runtime.policy == "macs" and not runtime.calibrating
+    assert runtime.policy == "paper" and not runtime.calibrating
 
 
 def test_buffers_keep_their_memory_and_follow_every_layout():
     buffers = ModalityBuffers()
     first = buffers.hold(step(0)[1])
-    layouts = first.sequence_major(1, True), first.batch_major(2), first.columns(8, 16).sequence_major()
-    source_index = [one.kinds.data_ptr() for one in (first, *layouts)]
+    layouts = first.sequence_major(), first.batch_major(2), first.columns(8, 16).sequence_major()
+    places = [one.data_ptr() for one in (first.ids, *(one.modality for one in layouts))]
     fresh = step(1)[1]
     with torch.inference_mode():
         held = buffers.hold(fresh)
-    assert held is first and [one.kinds.data_ptr() for one in (first, *layouts)] == source_index
-    expected = fresh.sequence_major(1, True), fresh.batch_major(2), fresh.columns(8, 16).sequence_major()
+    assert held is first
+    assert [one.data_ptr() for one in (first.ids, *(one.modality for one in layouts))] == places
+    expected = fresh.sequence_major(), fresh.batch_major(2), fresh.columns(8, 16).sequence_major()
     for one, other in zip(layouts, expected, strict=True):
         assert same(one, other)
     assert buffers.hold(Modality.of(torch.zeros(1, 4, dtype=torch.bool))) is not first
@@ -197,19 +200,3 @@ def test_a_cuda_graph_plans_as_an_eager_step(settings):
         graph.replay()
         expected, _ = eager(settings, seed, "cuda")
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def test_segments_come_with_every_step_that_a_graph_may_replay_or_with_none():
-    mask = torch.tensor([[1, 1, 0, 1]])
-    given = Modality.of(mask, segments=torch.tensor([[0, 1, 2, 3]]))
-    buffers = ModalityBuffers()
-    held = buffers.hold(Modality.of(mask))
-    held.sequence_major()
-    buffers.hold(given)  # nobody reads them
-    held.sequence_major(1, True)
-    with pytest.raises(ValueError, match="expected segments with every step, or with none"):
-        buffers.hold(given)
-    other = ModalityBuffers()
-    layout = other.hold(given).sequence_major(1, True)
-    other.hold(Modality.of(mask))
-    assert layout.segment.tolist() == [0, 0, 1, 2]

@@ -1,70 +1,213 @@
-"""Ranks that must run alike, over gloo: disagreements named, nobody hanging, no batch taken for another."""
+"""Ranks that must run alike, over gloo: a difference is named, nobody hangs, no batch is taken for another."""
 
+import copy
+import time
 from datetime import timedelta
 
 import pytest
-from support.workers import RankFailed
+import torch
+import torch.distributed as dist
+from support.cases import AnyAdapter
+from support.ranks import on_ranks
 
-JOBS = "support.agreement_jobs"
+import macs.runtime.state
+from macs import MACSConfig, Profile, Runtime, Topology
+from macs.adapters import CallReader, ModalityHook
+from macs.records.profile import router_fingerprint
+from macs.runtime.consistency import RankMismatch
+
 pytestmark = pytest.mark.engine
-
-FIELDS = [
-    ("enabled", "enabled"),
-    ("calibrating", "calibrating"),
-    ("training", "training"),
-    ("policy", "policy"),
-    ("profile", "profile"),
-    ("macs version", "macs version"),
-    ("target_load", "config.target_load"),
-    ("min_tokens", "config.min_tokens"),
-    ("cost", "config.cost"),
-    ("level", "config.level"),
-]
+TOKENS, EXPERTS, TOP_K, HIDDEN = 80, 8, 2, 16
+IDS = torch.ones(1, TOKENS, dtype=torch.int64)
+ROUTER = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
+SHORT = timedelta(seconds=4)
 
 
-@pytest.mark.parametrize("before_first", [True, False])
-@pytest.mark.parametrize(("kind", "field"), FIELDS)
-def test_ranks_that_differ_are_told_rank_and_field(pool, kind, field, before_first):
-    with pytest.raises(RankFailed) as caught:
-        pool.run(f"{JOBS}:ranks_that_differ", 2, kind, before_first, timeout=60)
-    errors = caught.value.errors
-    told = [error for error in errors if error and error[0] == "RankMismatch"]
-    assert told and all(errors), errors
-    for _, message, _ in told:
-        assert field in message and "rank 1" in message and "ranks [0, 1]" in message
-    if before_first:
-        assert len(told) == 2  # both compare before anything is sent
+class Layer(torch.nn.Module):
+    """An engine's layer in small: plans what it gets, then exchanges something with its group."""
+
+    def __init__(self, runtime):
+        super().__init__()
+        group = dist.group.WORLD
+        topology = Topology(EXPERTS, group.size(), sources=(group.rank(),))
+        self.macs = runtime.add_layer(AnyAdapter(lambda: ROUTER, topology, TOP_K, group))
+        self.fails = False
+
+    def forward(self, hidden):
+        with self.macs.forward_pass(len(hidden), hidden.device, self.training):
+            scores = (hidden @ ROUTER.T).softmax(1)
+            weights, experts = scores.topk(TOP_K)
+            if not self.training and self.macs.acts_on(len(hidden), hidden.device):
+                tokens = self.macs.tokens(1, len(hidden), False, hidden.device)
+                self.macs.plan(hidden, experts, weights, scores, tokens)
+            if self.fails:
+                raise RuntimeError("in the layer")
+            total = hidden.sum(0)
+            dist.all_reduce(total)
+        return hidden + total
 
 
-def test_ranks_that_change_alike_are_not_held_up(pool):
-    for found in pool.run(f"{JOBS}:ranks_that_change_alike", 2):
-        assert found["changes"] == 4 and found["looks"] == 1  # one a pass that plans, none for decoding
+class Model(torch.nn.Module):
+    def __init__(self, runtime, layers=3):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer(runtime) for _ in range(layers))
+        self.fails_before = None
+        ModalityHook(self, CallReader(text_only=True))
+        self.eval()
+
+    def forward(self, input_ids):
+        hidden = torch.randn(input_ids.numel(), HIDDEN, generator=torch.Generator().manual_seed(1))
+        for index, layer in enumerate(self.layers):
+            if self.fails_before == index:
+                raise KeyError("between the layers")
+            hidden = layer(hidden)
+        return hidden
 
 
-def test_a_rank_that_is_late_is_waited_for(pool):
-    assert pool.run(f"{JOBS}:a_late_rank", 2) == [True, True]
+def profile():
+    counts = torch.full((1, EXPERTS), 3, dtype=torch.int64)
+    return Profile(counts, counts.clone(), (router_fingerprint(ROUTER),), TOP_K)
+
+
+USES = {
+    "policy": lambda runtime: runtime.use("token-drop", MACSConfig()),
+    "profile": lambda runtime: runtime.use("macs", MACSConfig(), profile()),
+    "config.target_load": lambda runtime: runtime.use("macs", MACSConfig(target_load=1.5)),
+    "config.min_tokens": lambda runtime: runtime.use("macs", MACSConfig(min_tokens=8)),
+    "config.level": lambda runtime: runtime.use("macs", MACSConfig(level="expert")),
+}
+
+
+@pytest.mark.parametrize("field", list(USES))
+@pytest.mark.parametrize("ran", [False, True])
+@on_ranks(2, timeout=60)
+def test_what_use_gets_is_compared_before_it_takes_effect(field, ran):
+    runtime = Runtime()
+    model = Model(runtime)
+    if ran:
+        model(IDS)
+    began = time.monotonic()
+    change = USES[field] if dist.get_rank() == 1 else lambda runtime: runtime.use("macs", MACSConfig())
+    with pytest.raises(RankMismatch, match=rf"the ranks \[0, 1\] .* different settings: {field}: .* on rank"):
+        change(runtime)
+    assert time.monotonic() - began < 10
+    assert (runtime.policy, runtime.config, runtime.profile) == ("macs", MACSConfig(), None)
+    model(IDS)  # as before
+
+
+SWITCHES = {
+    "enabled": lambda runtime, model: setattr(runtime, "enabled", False),
+    "calibrating": lambda runtime, model: runtime.start_calibration(),
+    "training": lambda runtime, model: model.train(),
+}
+
+
+@pytest.mark.parametrize("field", list(SWITCHES))
+@on_ranks(2, timeout=60, patience=SHORT)
+def test_a_switch_of_one_rank_alone_is_told_there(field):
+    runtime = Runtime()
+    model = Model(runtime)
+    model(IDS)
+    if dist.get_rank() == 1:
+        SWITCHES[field](runtime, model)
+        with pytest.raises(RankMismatch, match=rf"rank 1 changed {field}: .* ranks \[0\] of its group"):
+            model(IDS)
+        dist.destroy_process_group()
+    else:
+        with pytest.raises(RuntimeError):  # the collective's timeout, or the other rank has left
+            model(IDS)
+        with pytest.raises(RuntimeError, match="an earlier forward pass on rank 0 ended before its last"):
+            model(IDS)
+
+
+@on_ranks(2)
+def test_ranks_that_differ_from_the_first_pass_on_are_told():
+    macs.runtime.state.__version__, version = f"0.0.{dist.get_rank()}", macs.runtime.state.__version__
+    try:
+        with pytest.raises(RankMismatch, match=r"macs version: '0\.0\.\d' on rank"):
+            Model(Runtime())(IDS)
+    finally:
+        macs.runtime.state.__version__ = version
+
+
+@on_ranks(2)
+def test_ranks_that_change_alike_go_on_and_a_steady_pass_asks_nothing():
+    runtime, small = Runtime(), IDS[:, :3]
+    model = Model(runtime)
+    for step, ids in enumerate((IDS, small, IDS, small, IDS)):
+        time.sleep(0.01 * dist.get_rank())
+        if step == 1:
+            runtime.use("macs", MACSConfig(target_load=1.2))
+        if step == 2:
+            runtime.enabled = False
+        if step == 3:
+            runtime.enabled = True
+            runtime.use("token-drop", MACSConfig(target_load=1.2))
+        model(ids)
+    store = dist.distributed_c10d._get_default_store()
+    before = store.num_keys()
+    for _ in range(3):
+        model(IDS)
+        model(small)
+    assert store.num_keys() == before > 0
+
+
+@on_ranks(2)
+def test_a_rank_that_is_late_is_waited_for():
+    model = Model(Runtime())
+    time.sleep(1.5 * dist.get_rank())
+    assert model(IDS).shape == (TOKENS, HIDDEN)
 
 
 @pytest.mark.parametrize("where", ["in a layer", "between layers", "before the first layer"])
-def test_after_an_error_in_the_middle_a_rank_sends_no_other_batch(pool, where):
-    # The other rank waits in its collective for as long as a collective may take.
-    _, said = pool.run(f"{JOBS}:broken_off", 2, where, patience=timedelta(seconds=15))
-    first, *later = said
-    assert ("KeyError" if "layers" in where or "before" in where else "RuntimeError: in the layer") in first
-    assert len(later) == 2
-    for one in later:
-        assert "an earlier forward pass on rank 1 ended before its last collective" in one
-        assert "ranks [0, 1]" in one and "Build the process groups and the model anew" in one
+@on_ranks(2, patience=timedelta(seconds=8))
+def test_after_an_error_half_way_a_rank_sends_no_other_batch(where):
+    model = Model(Runtime())
+    model(IDS)
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError):  # rank 1 comes no more
+            model(IDS)
+            model(IDS)
+        return
+    model.layers[1].fails = where == "in a layer"
+    model.fails_before = {"between layers": 2, "before the first layer": 0}.get(where)
+    with pytest.raises(RuntimeError if where == "in a layer" else KeyError):
+        model(IDS)
+    model.layers[1].fails, model.fails_before = False, None
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"an earlier forward pass on rank 1 .* ranks \[0, 1\]"):
+            model(IDS)
 
 
-def test_an_error_after_the_last_layer_breaks_nothing_off(pool):
-    _, said = pool.run(f"{JOBS}:broken_off", 2, "after the last layer")
-    assert said == ["IndexError: list index out of range"]
+@on_ranks(2)
+def test_an_error_after_the_last_layer_breaks_nothing_off():
+    model = Model(Runtime())
+    fails = model.register_forward_hook(lambda *_: [][0])
+    with pytest.raises(IndexError):
+        model(IDS)
+    fails.remove()
+    assert model(IDS).shape == (TOKENS, HIDDEN)
 
 
-def test_without_a_store_nothing_is_compared(pool):
-    assert pool.run(f"{JOBS}:without_a_store", 2) == [["NoneType"], ["NoneType"]]
+@on_ranks(2)
+def test_without_a_store_nothing_is_compared():
+    real = dist.distributed_c10d._get_default_store
+    dist.distributed_c10d._get_default_store = lambda: None
+    try:
+        runtime = Runtime()
+        model = Model(runtime)
+        runtime.use("macs", MACSConfig(target_load=1.0 + dist.get_rank()))
+        assert model(IDS).shape == (TOKENS, HIDDEN)
+    finally:
+        dist.distributed_c10d._get_default_store = real
 
 
-def test_a_copied_model_agrees_by_itself(pool):
-    assert pool.run(f"{JOBS}:deep_copies", 2) == [[2, 6, True]] * 2
+@on_ranks(2)
+def test_a_copied_model_is_compared_too():
+    runtime = Runtime()
+    model = Model(runtime)
+    model(IDS)
+    copied = copy.deepcopy(model)
+    assert len(runtime.layers) == 6
+    assert torch.equal(copied(IDS), model(IDS))
+    assert all(layer.macs.consistency is not None for one in (model, copied) for layer in one.layers)

@@ -23,9 +23,9 @@ def test_the_hook_reads_the_ids_of_every_call():
     hook = attach_modality(model, image_token_id=5, video_token_id=6, audio_token_id=7, padding_token_id=0)
     ids = torch.tensor([[0, 5, 6, 7, 1]])
     for found in (model(ids), model(input_ids=ids)):
-        assert found.kinds.tolist() == [[TEXT, IMAGE, VIDEO, AUDIO, TEXT]]
+        assert found.ids.tolist() == [[TEXT, IMAGE, VIDEO, AUDIO, TEXT]]
         assert found.valid.tolist() == [[False, True, True, True, True]]
-    assert model(torch.tensor([[1]])).kinds.shape == (1, 1)  # a decoding step
+    assert model(torch.tensor([[1]])).ids.shape == (1, 1)  # a decoding step
     assert model(None) is None and current_modality() is None
     with pytest.raises(RuntimeError, match="in the model"):
         model(torch.tensor([[99]]))
@@ -40,7 +40,7 @@ def test_what_the_caller_says_goes_first():
     ids = torch.tensor([[5, 1]])
     with modality(ids == 5, exempt=ids == 1):
         assert model(ids).exempt.tolist() == [[False, True]]
-        assert model(ids[:, :1]).kinds.tolist() == [[IMAGE]]  # another shape is another batch
+        assert model(ids[:, :1]).ids.tolist() == [[IMAGE]]  # another shape is another batch
 
 
 def test_the_hook_needs_something_to_look_for():
@@ -64,36 +64,36 @@ class Multimodal(nn.Module):
 def test_the_models_own_config_names_its_tokens():
     model = Multimodal(image_token_id=5, video_token_index=6, audio_token_id=None)
     attach_modality(model, audio_token_id=7)
-    assert model(torch.tensor([[5, 6, 7, 1]])).kinds.tolist() == [[IMAGE, VIDEO, AUDIO, TEXT]]
+    assert model(torch.tensor([[5, 6, 7, 1]])).ids.tolist() == [[IMAGE, VIDEO, AUDIO, TEXT]]
 
 
 def test_what_the_caller_names_goes_before_the_config():
     model = Multimodal(image_token_id=5)
     attach_modality(model, image_token_id=4)
-    assert model(torch.tensor([[5, 4]])).kinds.tolist() == [[TEXT, IMAGE]]
+    assert model(torch.tensor([[5, 4]])).ids.tolist() == [[TEXT, IMAGE]]
 
 
-def test_a_processors_kinds_go_before_the_ids():
+def test_a_processors_ids_go_before_the_ids():
     model = Multimodal(image_token_id=5)
     attach_modality(model)
-    ids, kinds = torch.tensor([[5, 5, 1]]), torch.tensor([[0, 2, 1]])
-    assert model(ids, mm_token_type_ids=kinds).kinds.tolist() == [[TEXT, VIDEO, IMAGE]]
-    assert model(mm_token_type_ids=kinds).kinds.tolist() == [[TEXT, VIDEO, IMAGE]]
+    ids, ids = torch.tensor([[5, 5, 1]]), torch.tensor([[0, 2, 1]])
+    assert model(ids, mm_token_type_ids=ids).ids.tolist() == [[TEXT, VIDEO, IMAGE]]
+    assert model(mm_token_type_ids=ids).ids.tolist() == [[TEXT, VIDEO, IMAGE]]
 
 
-def test_a_model_without_token_ids_needs_its_processors_kinds():
+def test_a_model_without_token_ids_needs_its_processors_ids():
     model = Multimodal()
     attach_modality(model)
     assert model(torch.tensor([[5, 1]])) is None  # nothing tells, and the layers say so
-    assert model(torch.tensor([[5, 1]]), mm_token_type_ids=torch.tensor([[1, 0]])).kinds.tolist() == [[1, 0]]
+    assert model(torch.tensor([[5, 1]]), mm_token_type_ids=torch.tensor([[1, 0]])).ids.tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("config", [{}, {"image_token_id": 5}])
-def test_a_processors_kinds_may_cover_what_is_in_the_cache(config):
+def test_a_processors_ids_may_cover_what_is_in_the_cache(config):
     model = Multimodal(**config)
     attach_modality(model)
     step = model(torch.tensor([[1], [5]]), mm_token_type_ids=torch.tensor([[1, 1, 0], [1, 0, 1]]))
-    assert step.kinds.tolist() == [[TEXT], [IMAGE]]
+    assert step.ids.tolist() == [[TEXT], [IMAGE]]
 
 
 def test_padding_follows_the_attention_mask_also_behind_a_cache():
@@ -120,7 +120,7 @@ def test_arguments_behind_stars_are_heeded():
         attention_mask=torch.tensor([[0, 1]]),
         mm_token_type_ids=torch.tensor([[2, 2]]),
     )
-    assert found.valid.tolist() == [[False, True]] and found.kinds.tolist() == [[VIDEO, VIDEO]]
+    assert found.valid.tolist() == [[False, True]] and found.ids.tolist() == [[VIDEO, VIDEO]]
 
 
 def test_a_mask_for_other_tokens_is_an_error():
@@ -147,7 +147,7 @@ def test_every_thread_has_its_own():
     found, left = {}, {}
 
     def call(width):
-        found[width] = model(torch.full((1, width), 5)).kinds.shape
+        found[width] = model(torch.full((1, width), 5)).ids.shape
         left[width] = current_modality()
 
     threads = [threading.Thread(target=call, args=(width,)) for width in (1, 2)]
@@ -183,5 +183,5 @@ def test_somebody_elses_hook_may_fail():
 
     outer = Outer()
     attach_modality(outer, image_token_id=5)
-    assert outer(torch.tensor([[5, 1]])).kinds.tolist() == [[IMAGE, TEXT]]
+    assert outer(torch.tensor([[5, 1]])).ids.tolist() == [[IMAGE, TEXT]]
     assert current_modality() is None

@@ -12,12 +12,12 @@ from support.cases import AnyAdapter
 from torch import nn
 
 import macs
-from macs import MACSConfig, Profile, Runtime, Topology, modality, router_similarity
-from macs.runtime.layer import REFRESH_EVERY
+from macs import MACSConfig, Profile, Runtime, Topology, modality
+from macs.planner import router_similarity
 from macs.runtime.patch import Patch
 
 EXPERTS, TOP_K, HIDDEN, TOKENS = 8, 2, 16, 64
-CONFIG = MACSConfig(target_load=1.0, min_tokens=0, reroute="group")
+CONFIG = MACSConfig(target_load=1.0, min_tokens=0)
 
 
 class Layer(nn.Module):
@@ -38,7 +38,7 @@ class Layer(nn.Module):
         scores = self.router(hidden).softmax(1)
         weights, experts = scores.topk(TOP_K)
         tokens = self.macs.tokens(1, len(hidden), False, hidden.device)
-        return self.macs.routing(hidden, experts, weights, scores, tokens)
+        return self.macs.plan(hidden, experts, weights, scores, tokens)
 
 
 def batch(seed=0):
@@ -56,6 +56,9 @@ def similarity_of(layer):
 
 
 NEW = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(7))
+RANK = torch.arange(EXPERTS) // 2
+SIMILAR = router_similarity(NEW) * (RANK[:, None] == RANK)
+"""As the planner of ``Layer`` has it under the paper's policy, which reroutes within a rank."""
 
 
 def load(layer):
@@ -74,32 +77,22 @@ def swap(layer):
     layer.router.weight.data = NEW.clone()
 
 
-@pytest.mark.parametrize("change", [load, replace, swap])
-def test_the_similarity_follows_the_routers_weights(change):
-    layer = Layer(Runtime(CONFIG))
+@pytest.mark.parametrize("change", [load, replace, swap, write])
+def test_refresh_puts_the_new_weights_similarity_in_place(change):
+    layer = Layer(Runtime(CONFIG, policy="paper"))
     planned(layer)
     place = similarity_of(layer).data_ptr()
     change(layer)
-    planned(layer)
-    assert torch.equal(similarity_of(layer), router_similarity(NEW))
+    layer.macs.runtime.refresh()
+    assert torch.equal(similarity_of(layer), SIMILAR)
     assert similarity_of(layer).data_ptr() == place  # where a captured graph reads it
-
-
-def test_weights_written_in_silence_are_noticed_in_time_or_at_once_by_refresh():
-    first, second = Layer(Runtime(CONFIG)), Layer(Runtime(CONFIG))
-    for layer in (first, second):
-        planned(layer)
-        write(layer)
-    second.macs.runtime.refresh()
-    assert torch.equal(similarity_of(second), router_similarity(NEW))
-    for _ in range(REFRESH_EVERY):
-        planned(first)
-    assert torch.equal(similarity_of(first), router_similarity(NEW))
-    assert torch.equal(planned(first), planned(second))
+    fresh = Layer(Runtime(CONFIG, policy="paper"))
+    change(fresh)
+    assert torch.equal(planned(layer), planned(fresh))
 
 
 def test_refresh_fetches_what_an_engine_keeps_elsewhere():
-    runtime, kept = Runtime(CONFIG), torch.ones(EXPERTS, HIDDEN)
+    runtime, kept = Runtime(CONFIG, policy="paper"), torch.ones(EXPERTS, HIDDEN)
     layer = runtime.add_layer(
         AnyAdapter(lambda: kept, Topology(EXPERTS), TOP_K, refetch=lambda: kept.copy_(NEW))
     )
@@ -111,11 +104,11 @@ def test_refresh_fetches_what_an_engine_keeps_elsewhere():
 
 def test_in_inference_mode_too():
     with torch.inference_mode():
-        layer = Layer(Runtime(CONFIG))
+        layer = Layer(Runtime(CONFIG, policy="paper"))
         planned(layer)
         write(layer)
         layer.macs.runtime.refresh()
-    assert torch.equal(similarity_of(layer), router_similarity(NEW))
+    assert torch.equal(similarity_of(layer), SIMILAR)
 
 
 def test_a_runtime_keeps_no_deleted_models_layers():
@@ -129,7 +122,7 @@ def test_a_runtime_keeps_no_deleted_models_layers():
 
 
 def test_copies_plan_alike_and_by_themselves():
-    runtime = Runtime(CONFIG)
+    runtime = Runtime(CONFIG, policy="paper")
     layer = Layer(runtime)
     expected = planned(layer)
     copied = copy.deepcopy(layer)
@@ -137,8 +130,8 @@ def test_copies_plan_alike_and_by_themselves():
     assert torch.equal(planned(copied), expected)
     write(copied)
     runtime.refresh()
-    assert torch.equal(similarity_of(copied), router_similarity(NEW))
-    assert not torch.equal(similarity_of(layer), router_similarity(NEW))
+    assert torch.equal(similarity_of(copied), SIMILAR)
+    assert not torch.equal(similarity_of(layer), SIMILAR)
 
 
 @pytest.mark.parametrize("way", ["pickle", "torch.save"])
@@ -168,7 +161,7 @@ def test_layers_of_other_sizes_are_no_calibration():
 
 
 def test_what_is_no_profile_or_config_is_named():
-    with pytest.raises(TypeError, match=r"Runtime\.profile: found 5, expected a macs\.Profile"):
+    with pytest.raises(TypeError, match=r"Runtime\.use: found profile 5, expected a macs\.Profile"):
         Runtime(profile=5)
     with pytest.raises(TypeError, match=r"Runtime\.use: found profile 'a\.safetensors'"):
         Runtime().use("macs", CONFIG, "a.safetensors")

@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
-from support.cases import AnyAdapter, build_policy, paper
+from support.cases import AnyAdapter, build_policy
 
 import macs
-from macs import Planner, Profile, Runtime, Topology, modality, router_similarity
+from macs import MACSConfig, Planner, Profile, Runtime, Topology, modality
+from macs.planner import router_similarity
 from macs.records.load import LayerRecorder
+from macs.records.profile import router_fingerprint
 
 ROUTER = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 
@@ -28,7 +30,7 @@ def run(layer, count=32):
 
 
 def test_policies_switch_while_it_runs():
-    runtime = Runtime(paper(capacity_factor=0.5, min_tokens=0), policy="token-drop")
+    runtime = Runtime(MACSConfig(capacity_factor=0.5, min_tokens=0), policy="token-drop")
     layer = runtime.add_layer(AnyAdapter(lambda: ROUTER, Topology(4, 2), 2))
     first = run(layer)
     assert int(first.statistics.dropped) > 0
@@ -37,14 +39,14 @@ def test_policies_switch_while_it_runs():
     runtime.enabled = False
     assert run(layer) is None
     runtime.enabled = True
-    runtime.use("macs", paper(min_tokens=1000))
+    runtime.use("macs", MACSConfig(min_tokens=1000))
     assert int(run(layer).statistics.planned) == 0
     with pytest.raises(ValueError, match="unknown policy 'mac'; did you mean 'macs'"):
         runtime.use("mac")
 
 
 def test_reports_add_up_and_clear():
-    runtime = Runtime(paper(capacity_factor=0.5, min_tokens=0))
+    runtime = Runtime(MACSConfig(capacity_factor=0.5, min_tokens=0))
     layer = runtime.add_layer(AnyAdapter(lambda: ROUTER, Topology(4, 2), 2))
     for _ in range(3):
         plan = run(layer)
@@ -54,10 +56,10 @@ def test_reports_add_up_and_clear():
     ranks = plan.statistics.load_after.view(2, 2).sum(1)
     assert report.rows_of_ranks("after")[0].tolist() == ranks.tolist()
     assert float(report.load("after")[0]) == pytest.approx(float(ranks.max()) / 32)
-    shares = report.shares()
-    assert sum(shares[name] for name in ("kept", "rerouted", "dropped")) == pytest.approx(1)
-    assert sum(shares[f"{name}_mass"] for name in ("kept", "rerouted", "dropped")) == pytest.approx(1)
-    with pytest.raises(AttributeError, match="scalars: sources, planned"):
+    actions = "kept", "rerouted", "dropped"
+    assert sum(report.share(name) for name in actions) == pytest.approx(1)
+    assert sum(report.share(f"{name}_mass") for name in actions) == pytest.approx(1)
+    with pytest.raises(AttributeError, match="scalars: tokens, weight"):
         _ = report.nothing
     runtime.clear()
     assert len(runtime.reports()[0].rows) == 0
@@ -67,7 +69,7 @@ def test_reports_add_up_and_clear():
 
 
 def test_the_recorder_keeps_the_latest_steps_in_order():
-    policy = build_policy("vanilla", paper(), Topology(4), 2)
+    policy = build_policy("vanilla", MACSConfig(min_tokens=0), Topology(4), 2)
     recorder = LayerRecorder(Topology(4), 2, steps=3)
     with pytest.raises(ValueError, match="no step was recorded"):
         recorder.read()
@@ -77,7 +79,7 @@ def test_the_recorder_keeps_the_latest_steps_in_order():
 
 
 def test_records_outlive_inference_mode_and_keep_no_graph():
-    runtime = Runtime(paper(min_tokens=0))
+    runtime = Runtime(MACSConfig(min_tokens=0))
     layer = runtime.add_layer(AnyAdapter(lambda: ROUTER, Topology(4, 2), 2))
     with torch.inference_mode():
         run(layer)
@@ -95,9 +97,9 @@ def test_records_outlive_inference_mode_and_keep_no_graph():
 
 
 def test_a_refused_switch_changes_nothing():
-    runtime = Runtime(paper(capacity_factor=2.0))
+    runtime = Runtime(MACSConfig(capacity_factor=2.0))
     with pytest.raises(ValueError, match="unknown policy"):
-        runtime.use("drop", paper(capacity_factor=3.0))
+        runtime.use("drop", MACSConfig(capacity_factor=3.0))
     assert (runtime.policy, runtime.config.capacity_factor) == ("macs", 2.0)
 
 
@@ -110,13 +112,11 @@ def test_virtual_ranks_need_one_real_rank():
 
 def test_a_profile_moves_capacity():
     counts = torch.tensor([[9, 1, 1, 9]])
-    profile = Profile(
-        counts, counts.flip(1) * torch.tensor([1, 20, 20, 1]), (macs.router_fingerprint(ROUTER),), 2
-    )
-    runtime = Runtime(paper(min_tokens=0), profile=profile)
+    profile = Profile(counts, counts.flip(1) * torch.tensor([1, 20, 20, 1]), (router_fingerprint(ROUTER),), 2)
+    runtime = Runtime(MACSConfig(min_tokens=0), policy="paper", profile=profile)
     layer = runtime.add_layer(AnyAdapter(lambda: ROUTER, Topology(4), 2))
     assert layer.planner._bias.tolist() == [1.0, -1.0, -1.0, 1.0]
-    stranger = Runtime(paper(min_tokens=0), profile=profile).add_layer(
+    stranger = Runtime(MACSConfig(min_tokens=0), policy="paper", profile=profile).add_layer(
         AnyAdapter(lambda: ROUTER + 1, Topology(4), 2)
     )
     with pytest.raises(ValueError, match="measured on another model"):
@@ -124,7 +124,7 @@ def test_a_profile_moves_capacity():
 
 
 def test_without_a_mask_every_token_is_text_and_it_says_so_once(caplog):
-    runtime = Runtime(paper(min_tokens=0, modality_strength=0.0))
+    runtime = Runtime(MACSConfig(min_tokens=0))
     layer = runtime.add_layer(AnyAdapter(lambda: ROUTER, Topology(4), 2))
     run(layer), run(layer)
     assert [record.message for record in caplog.records].count(
@@ -153,7 +153,7 @@ def test_without_a_mask_every_token_is_text_and_it_says_so_once(caplog):
     ],
 )
 def test_the_planner_names_what_does_not_fit(change, error, message):
-    planner = Planner(paper(), Topology(4), 2)
+    planner = Planner(MACSConfig(), Topology(4), 2)
     with pytest.raises(error) as caught:
         planner.plan(*change(*inputs()))
     assert message in str(caught.value)
@@ -167,16 +167,16 @@ def test_the_planner_names_what_does_not_fit(change, error, message):
         (lambda: Topology(4, 2, (0, 1)), "topology.expert_rank: found 2 entries, expected 4"),
         (lambda: Topology(4, 2, sources=(2,)), "topology.sources: found (2,), expected ranks from 0 to 1"),
         (lambda: Topology(0), "found 0 experts on 1 ranks"),
-        (lambda: Planner(paper(), Topology(4), 5), "top_k: found 5, expected 1 to 4"),
+        (lambda: Planner(MACSConfig(), Topology(4), 5), "top_k: found 5, expected 1 to 4"),
         (
-            lambda: Planner(paper(), Topology(4), 2, modality_bias=[0.0]),
+            lambda: Planner(MACSConfig(), Topology(4), 2, modality_bias=[0.0]),
             "modality_bias: found shape (1,)",
         ),
         (
-            lambda: Planner(paper(), Topology(4), 2, similarity=torch.ones(2, 2)),
+            lambda: Planner(MACSConfig(), Topology(4), 2, similarity=torch.ones(2, 2)),
             "similarity: found shape (2, 2)",
         ),
-        (lambda: build_policy("drop", paper(), Topology(4), 2), "unknown policy 'drop'"),
+        (lambda: build_policy("drop", MACSConfig(), Topology(4), 2), "unknown policy 'drop'"),
     ],
 )
 def test_what_cannot_be_built_is_told_when_it_is_built(build, message):
@@ -192,10 +192,10 @@ def test_similarity_of_router_rows():
 
 
 def test_too_large_a_plan_says_so():
-    from macs.steps.demand import order_bits
+    from macs.steps.demand import key_bits
 
     with pytest.raises(ValueError, match="plan fewer tokens or sources at once"):
-        order_bits(1 << 30, 1 << 20)
+        key_bits(1 << 30, 1 << 20)
 
 
 @pytest.mark.e2e
@@ -219,7 +219,7 @@ def test_macs_needs_torch_alone():
 
 
 def test_drift_compares_what_ran_with_the_profile(caplog):
-    runtime = Runtime(paper(min_tokens=0), profile=None)
+    runtime = Runtime(MACSConfig(min_tokens=0), profile=None)
     layer = runtime.add_layer(AnyAdapter(lambda: ROUTER, Topology(4, 2), 2))
     with pytest.raises(ValueError, match="drift: no profile to compare with"):
         runtime.drift()
@@ -227,14 +227,14 @@ def test_drift_compares_what_ran_with_the_profile(caplog):
     with runtime.calibration(), modality(mask):
         run(layer)
     measured = runtime.measured_profile()
-    runtime.use("macs", paper(min_tokens=0), measured)
+    runtime.use("macs", MACSConfig(min_tokens=0), measured)
     with modality(mask):
         run(layer)
     assert runtime.reports()[0].rows_of_experts("visual").sum() == 8 * 2 * 2
     assert runtime.drift() == [(0.0, 0.0)] and "calibrate again" not in caplog.text
     alone = torch.tensor([[0, 0, 0, 9999]])  # then all visual tokens went to one expert
     other = Profile(alone, measured.text, measured.fingerprints, 2)
-    runtime.use("macs", paper(min_tokens=0), other)
+    runtime.use("macs", MACSConfig(min_tokens=0), other)
     with modality(mask):
         run(layer)
     ((visual, text),) = runtime.drift()

@@ -360,7 +360,7 @@ def test_which_runs():
 def test_every_kernel_compiles_for_a_gpu():
     script = Path(__file__).parents[2] / "support" / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (script.parents[1], script.parents[2])))
     run = subprocess.run(
         [sys.executable, str(script)],
         env=environment,
