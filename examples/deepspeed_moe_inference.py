@@ -55,7 +55,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
         Engine(engine.module),
         LayerClock(engine.module, MoE, length_axis=1),
         dist.group.WORLD,
-        {"paper": MACSConfig.preset("paper"), config["macs"].get("preset", "default"): engine.macs.config},
+        {"paper": ("paper", MACSConfig()), "padded": (engine.macs.policy, engine.macs.config)},
     )
     experiment.watch(engine.module)
     return experiment

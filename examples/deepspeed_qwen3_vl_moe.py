@@ -47,11 +47,11 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from tiny_vlm import model as tiny
     from tiny_vlm.experiment import PAPER, Experiment, LayerClock
-    from tiny_vlm.own_model import OwnExperiment, ProcessorEngine
+    from tiny_vlm.own_model import OwnExperiment
     from tiny_vlm.plain import Engine
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import deepspeed_macs
+    from macs_tools.common.requests import ProcessorEngine, load_model
 
     model: Any
     config = json.loads(arguments.deepspeed_config.read_text())
@@ -60,8 +60,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
         model, kind = tiny.load_model(arguments.checkpoint), Experiment
     else:
         kind = OwnExperiment
-        model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
-        processor = AutoProcessor.from_pretrained(arguments.model)
+        model, processor = load_model(arguments.model, arguments.dtype)
     engine = deepspeed_macs.initialize(model=model, config=config)[0]
     engine.eval()
     if arguments.model is None:
@@ -75,7 +74,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
         answers,
         LayerClock(engine.module, AutoEPMoELayer, length_axis=1),
         dist.group.WORLD,
-        {"paper": PAPER, config["macs"].get("preset", "default"): engine.macs.config},
+        {"paper": PAPER, config["macs"].get("preset", "default"): (engine.macs.policy, engine.macs.config)},
     )
 
 

@@ -32,7 +32,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from tiny_vlm import model as tiny
-    from tiny_vlm.experiment import Experiment, LayerClock, presets_shown, share_of
+    from tiny_vlm.experiment import Experiment, LayerClock, columns_of, share_of
     from tiny_vlm.megatron import PictureEncoder, build_megatron_model
     from tiny_vlm.megatron_engine import Engine
 
@@ -58,7 +58,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
         Engine(model, pictures, share_of(arguments)),
         LayerClock(model, MoELayer, length_axis=0),
         parallel_state.get_expert_model_parallel_group(),
-        presets_shown(arguments),
+        columns_of(arguments),
     )
 
 

@@ -14,7 +14,8 @@ CHOICES = [
     ("rank-balanced", {}),
     ("expanded-drop", {}),
     ("macs", {"capacity_factor": 0.7}),
-    ("macs", {"level": "rank", "reroute": "group", "cost": "one"}),
+    ("paper", {"capacity_factor": 0.7}),
+    ("macs", {"level": "rank", "reroute": "group"}),
 ]
 
 
@@ -36,4 +37,4 @@ def test_the_same_questions_get_the_same_answers(pool):
             megatron, autoep, moe = found["answers"]
             assert megatron == autoep == moe
             assert found["right"] > 0.5
-            assert found["stragglers"][0] == found["stragglers"][1] == found["stragglers"][2]
+            assert found["loads"][0] == found["loads"][1] == found["loads"][2]

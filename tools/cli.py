@@ -27,17 +27,14 @@ COMMANDS = {
     "report": Command("report.run", "recorded traffic, and what would be won on it, as one page"),
     "trace": Command("trace", "Megatron's routing traces into recordings, and back"),
     "simulate": Command("simulate.run", "what policies and balancers would win on clusters of any size"),
-    "evaluate": Command("evaluate.run", "what policies and settings cost in answers, on the tiny model"),
-    "importance": Command("evaluate.importance", "what predicts the worth of a visual token's assignment"),
+    "evaluate": Command(
+        "evaluate", "what policies and loads cost in answers, on a model and requests of yours"
+    ),
     "bench planner": Command("bench.run", "time, operators and memory of the planner, by step"),
     "bench layer": Command("bench.run", "Megatron's real MoE layer over processes, policies in turn"),
-    "bench virtual-ep": Command("bench.run", "the same in one process that plays every rank in turn"),
     "bench generate": Command("bench.run", "prompts through Megatron's static engine"),
     "bench launches": Command("common.launches", "kernel launches of a plan, counted exactly"),
-    "bench metrics": Command("bench.metrics", "what live metrics cost: a step on and off, and a scrape"),
-    "bench compare": Command("bench.compare", "this planner beside another checkout's: time, plans"),
     "bench gpu": Command("bench.gpu", "what only a GPU can tell: kernels, graphs, times, in one run"),
-    "bench history": Command("bench.history", "add this commit's figures to docs/benchmarks.csv"),
 }
 """By the words that ask for it."""
 

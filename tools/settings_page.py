@@ -7,10 +7,10 @@ python -m macs_tools.settings_page --check     # exit code 1 where the page is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from macs import PRESETS, MACSConfig
+from macs import PRESETS
+from macs.config import default_of, settings
 
 from .common.clone import ROOT
 from .common.command import Parser
@@ -24,7 +24,7 @@ def table() -> str:
     names = list(PRESETS)
     lines = ["| setting | default | may be | " + " | ".join(f"`{name}`" for name in names) + " | meaning |"]
     lines.append("| --- " * (4 + len(names)) + "|")
-    for field in fields(MACSConfig):
+    for field in settings():
         told = field.metadata
         if isinstance(field.default, bool):
             allowed = "true, false"
@@ -33,10 +33,16 @@ def table() -> str:
         else:
             kind = "whole number" if told["whole"] else "number"
             allowed = f"{kind}, {told['low']:g} to {told['high']:g}" + (
-                ", or none" if told["optional"] else ""
+                ", or none" if field.default is None else ""
             )
         changed = [PRESETS[name].get(field.name, "") for name in names]
-        cells = [f"`{field.name}`", _shown(field.default), allowed, *map(_shown, changed), told["help"]]
+        cells = [
+            f"`{field.name}`",
+            _shown(default_of(field.name)),
+            allowed,
+            *map(_shown, changed),
+            told["help"],
+        ]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from macs import TEXT, Recording
-from macs.files import output_file
 
-from .common.command import Parser
+from .common.command import Parser, output_file
 from .common.traces import is_trace, read_trace, write_trace
 
 
@@ -41,7 +40,7 @@ def main(given: Sequence[str] | None = None) -> None:
     tensors = recording.tensors
     print(
         f"{len(tensors['counts'])} records of {int(tensors['layers'].max()) + 1} layers, "
-        f"{len(tensors['kinds'])} tokens, {float((tensors['kinds'] != TEXT).double().mean()):.0%} of them "
+        f"{len(tensors['modality'])} tokens, {float((tensors['modality'] != TEXT).double().mean()):.0%} of them "
         f"visual, {recording.top_k} of {recording.num_experts} experts each: {arguments.to}"
     )
 

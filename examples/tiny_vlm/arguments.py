@@ -10,8 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from macs import POLICIES, MACSConfig
-from macs.files import output_file
-from macs_tools.common.command import Parser
+from macs_tools.common.command import Parser, output_file
 
 from . import CHECKPOINT, data
 from .vocabulary import FILLER, VOCABULARY, encode

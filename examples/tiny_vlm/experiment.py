@@ -21,8 +21,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from macs import METRICS, MACSConfig, Profile, Runtime
+from macs import METRICS, POLICIES, MACSConfig, Profile, Runtime
 from macs.adapters import summarized
+from macs.config import TARGET_LOAD
 from macs.runtime.launch import first_process
 
 from . import CHECKPOINT, data
@@ -30,24 +31,27 @@ from . import model as tiny
 from .arguments import PROFILE, question_tokens
 
 VANILLA = "vanilla"
-PAPER = MACSConfig.preset("paper").updated(target_load=MACSConfig().target_load)
-"""The paper's settings under the bound that the others keep to."""
+Shown = dict[str, tuple[str, MACSConfig]]
+"""Columns of MACS: title -> policy and settings."""
 
-PRESETS_SHOWN = {"paper": PAPER, "default": MACSConfig()}
+PAPER = "paper", MACSConfig(target_load=TARGET_LOAD)
+"""The paper's policy under the load that the others keep to."""
+
+COLUMNS: Shown = {"paper": PAPER, "default": ("macs", MACSConfig())}
 
 MAX_KL = 0.002
 """Nats that the tuned column may cost in the answers, by what its tuning verified."""
 
 
-def presets_shown(arguments: argparse.Namespace) -> dict[str, MACSConfig]:
+def columns_of(arguments: argparse.Namespace) -> Shown:
     """The settings of MACS to show; with the tuning of the shipped model, where there is one for so many
     ranks, whose file is the profile then."""
     tuning = Path(__file__).parent / f"tuning-{dist.get_world_size()}-ranks.safetensors"
     own = arguments.profile is not None or arguments.checkpoint != CHECKPOINT
     if own or arguments.capacity_factor is not None or not tuning.exists():
-        return PRESETS_SHOWN
+        return COLUMNS
     arguments.profile = tuning
-    return {**PRESETS_SHOWN, "tuned": MACSConfig(split="tuned", max_kl=MAX_KL)}
+    return {**COLUMNS, "tuned": ("macs", MACSConfig(split="tuned", max_kl=MAX_KL))}
 
 
 class Engine(Protocol):
@@ -65,28 +69,27 @@ def share_of(arguments: argparse.Namespace) -> int:
     return max(1, arguments.batch // dist.get_world_size())
 
 
-def settings_by_name(
-    arguments: argparse.Namespace, presets: dict[str, MACSConfig]
-) -> dict[str, tuple[str, MACSConfig]]:
-    """Column title -> policy and settings, vanilla first; ``presets`` where no file gives settings. The last
+def settings_by_name(arguments: argparse.Namespace, columns: Shown) -> Shown:
+    """Column title -> policy and settings, vanilla first; ``columns`` where no file gives settings. The last
     of them without a split says how much the baselines may take."""
     flags = {name: getattr(arguments, name) for name in ("target_load", "capacity_factor")}
     changes: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if changes:
         changes["max_kl"] = None
-    uniform = [config for config in presets.values() if config.split == "uniform"]
-    base = uniform[-1] if arguments.config is None else MACSConfig.from_file(arguments.config)
-    if arguments.config is not None:
-        macs_settings = {"macs": base}
+    policy, last = [one for one in columns.values() if one[1].split == "uniform"][-1]
+    if arguments.config is None:
+        base = POLICIES[policy].configured(last)
+        own = {f"macs {name}": one for name, one in columns.items()}
     else:
-        macs_settings = {f"macs {name}": config for name, config in presets.items()}
-    chosen: dict[str, tuple[str, MACSConfig]] = {VANILLA: (VANILLA, base)}
+        base = MACSConfig.from_file(arguments.config)
+        own = {"macs": (policy, base)}
+    chosen: Shown = {VANILLA: (VANILLA, base)}
     shown: tuple[str, ...] = ("token-drop", "expanded-drop", "rank-balanced", "macs")
-    if base.level == "expert":  # an engine whose step costs what its fullest expert does
+    if POLICIES[policy].configured(base).level == "expert":  # a step costs what its fullest expert does
         shown = ("token-drop", "expanded-drop", "macs")
-    for policy in arguments.policy or shown:
-        entries = macs_settings if policy == "macs" else {policy: base}
-        chosen |= {title: (policy, config.updated(**changes)) for title, config in entries.items()}
+    for name in arguments.policy or shown:
+        entries = own if name == "macs" else {name: (name, base)}
+        chosen |= {title: (one, config.updated(**changes)) for title, (one, config) in entries.items()}
     return chosen
 
 
@@ -154,7 +157,7 @@ class Experiment:
     """The model in its engine on every rank, and what is measured on it.
 
     engine.generate answers samples; runtime is its MACS layers' own; clock times them; group holds
-    the expert-parallel ranks; presets are the settings of MACS to show. Every rank makes the same calls.
+    the expert-parallel ranks; columns are the policies and settings of MACS to show. Every rank makes the same calls.
     """
 
     def __init__(
@@ -165,7 +168,7 @@ class Experiment:
         engine: Engine,
         clock: LayerClock,
         group: dist.ProcessGroup,
-        presets: dict[str, MACSConfig] | None = None,
+        columns: Shown | None = None,
     ) -> None:
         self.arguments = arguments
         self.console = console
@@ -173,7 +176,7 @@ class Experiment:
         self.engine = engine
         self.clock = clock
         self.group = group
-        self.presets = PRESETS_SHOWN if presets is None else presets
+        self.columns = COLUMNS if columns is None else columns
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.share = share_of(arguments)
 
@@ -244,7 +247,7 @@ class Experiment:
 
     def run(self) -> dict[str, Results]:
         """Every policy's results, over all ranks."""
-        chosen = settings_by_name(self.arguments, self.presets)
+        chosen = settings_by_name(self.arguments, self.columns)
         profile = self.profile()
         batches = self.mine(self.questions(0, "test", self.arguments.samples))
         asked = self.gathered([sample for batch in batches for sample in batch])
@@ -264,7 +267,7 @@ class Experiment:
 
     def about_tuned(self) -> str:
         """What the tuned column is; nothing where a flag gives its target."""
-        config, tuning = self.presets["tuned"], self.profile().tuning
+        config, tuning = self.columns["tuned"][1], self.profile().tuning
         if self.arguments.target_load is not None or config.max_kl is None or tuning is None:
             return ""
         target = tuning.target_within(config.max_kl)
@@ -286,7 +289,7 @@ class Experiment:
         sample = self.own_question(picture, question)
         profile = self.profile()
         answers = {}
-        for title, (policy, config) in settings_by_name(self.arguments, self.presets).items():
+        for title, (policy, config) in settings_by_name(self.arguments, self.columns).items():
             self.runtime.use(policy, config, profile)
             answers[title] = self.engine.words(self.engine.generate([sample])[0])
         return answers

@@ -21,6 +21,10 @@ class Engine:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
+    def inputs_of(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """The model's arguments for a batch of prompts."""
+        return sample_inputs(samples)
+
     @torch.inference_mode()
     def generate(self, samples: Sequence[Sample], tokens: int = ANSWER_TOKENS) -> list[list[int]]:
         """The answer to every sample: token ids up to and with the end token.

@@ -11,7 +11,7 @@ from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate, top1gating, top2gating, topkgating
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import AnyAdapter, paper
+from support.cases import AnyAdapter, busy
 from torch import nn
 
 import macs
@@ -23,7 +23,7 @@ from macs import Runtime, Topology
 def gate_of(k, experts=4, policy="macs", **settings):
     torch.manual_seed(0)
     gate = TopKGate(8, experts, k).eval()
-    runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
+    runtime = Runtime(busy(**{"min_tokens": 0, **settings}), policy=policy)
     layer = runtime.add_layer(AnyAdapter(lambda: gate.wg.weight, Topology(experts), k))
     MACSTopKGate.adopt(gate, layer, sequence_major=False, sampling=False)
     return gate
@@ -33,15 +33,15 @@ def gate_of(k, experts=4, policy="macs", **settings):
 def test_places_number_every_experts_rows(experts, tokens, k, seed):
     chosen = torch.randint(-1, experts, (tokens, k), generator=torch.Generator().manual_seed(seed))
     for route_major in (False, True):
-        source_index = places_of(chosen, experts, route_major)
+        slots = places_of(chosen, experts, route_major)
         seen = dict.fromkeys(range(experts), 0)
         order = [(t, j) for j in range(k) for t in range(tokens)] if route_major else None
         for t, j in order or [(t, j) for t in range(tokens) for j in range(k)]:
             expert = int(chosen[t, j])
             if expert < 0:
-                assert source_index[t, j] == 0
+                assert slots[t, j] == 0
             else:
-                assert source_index[t, j] == seen[expert]
+                assert slots[t, j] == seen[expert]
                 seen[expert] += 1
         assert loads_of(chosen, experts).tolist() == [seen[e] for e in range(experts)]
 
@@ -70,7 +70,7 @@ def test_with_room_for_all_the_routes_are_the_engines(k):
 @pytest.mark.parametrize("policy", ["macs", "expanded-drop"])
 def test_dense_and_sparse_routes_say_the_same(k, policy):
     gate, x = gate_of(k, policy=policy, capacity_factor=0.6), torch.randn(20, 8)
-    _, rows, experts, indices, source_index, weights, counts = gate(x, None, True)
+    _, rows, experts, indices, slots, weights, counts = gate(x, None, True)
     auxiliary, combine, mask, dense_counts = gate(x)
     assert combine.shape == (20, experts, int(rows)) and mask.dtype == torch.bool
     assert torch.equal(mask, combine != 0) and torch.equal(counts, dense_counts)
@@ -79,7 +79,7 @@ def test_dense_and_sparse_routes_say_the_same(k, policy):
     for route in range(len(indices)):
         for token in range(20):
             if indices[route, token] >= 0:
-                rebuilt[token, indices[route, token], source_index[route, token]] += weights[route, token]
+                rebuilt[token, indices[route, token], slots[route, token]] += weights[route, token]
     assert torch.equal(rebuilt, combine)
     assert (mask.sum(0) <= 1).all()  # no two tokens in one row
 
@@ -168,14 +168,13 @@ def test_the_mask_follows_either_layout():
     gate = gate_of(2)
     mask = torch.tensor([[True, False, False], [True, True, False]])
     seen = []
-    inner = gate.macs.routing
-    gate.macs.routing = lambda *arguments: seen.append(arguments[-1]) or inner(*arguments)
+    gate.macs.on_plan(lambda event: seen.append(event.tokens))
     with macs.modality(mask):
         gate(torch.randn(6, 8), None, True)
         gate.sequence_major = True
         gate(torch.randn(6, 8), None, True)
-    assert seen[0].kinds.tolist() == [1, 0, 0, 1, 1, 0]
-    assert seen[1].kinds.tolist() == [1, 1, 0, 1, 0, 0]
+    assert seen[0].modality.tolist() == [1, 0, 0, 1, 1, 0]
+    assert seen[1].modality.tolist() == [1, 1, 0, 1, 0, 0]
     assert seen[1].position.tolist() == [0, 3, 1, 4, 2, 5]
 
 
@@ -198,11 +197,11 @@ def test_gates_are_adopted_in_place():
 
 def test_noise_chooses_experts_and_leaves_their_scores_alone():
     gate, x, seen = gate_of(2, capacity_factor=1e6), torch.randn(50, 8), []
-    inner = gate.macs.routing
-    gate.macs.routing = lambda *arguments: seen.append(arguments) or inner(*arguments)
+    gate.macs.on_plan(seen.append)
     gate(x, None, True)
     gate.sampling = True
     gate(x, None, True)
-    (_, plain, _, scores, _), (_, noisy, _, noisy_scores, _) = seen
-    assert not torch.equal(plain, noisy) and torch.equal(plain[:, 0], noisy[:, 0])
-    assert torch.equal(scores, noisy_scores)
+    plain, noisy = seen
+    assert not torch.equal(plain.experts, noisy.experts)
+    assert torch.equal(plain.experts[:, 0], noisy.experts[:, 0])
+    assert torch.equal(plain.scores, noisy.scores)

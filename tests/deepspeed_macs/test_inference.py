@@ -222,7 +222,7 @@ def test_a_scripts_own_config_holds_the_block(tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(float(line.split()[-1]) > 0 for line in lines) and len(lines) == 2
     recordings = [Recording.load(tmp_path / f"routing.rank{rank}.safetensors") for rank in (0, 1)]
-    assert all(one.num_ranks == 2 and len(one.records[0].kinds) > 0 for one in recordings)
+    assert all(one.num_ranks == 2 and len(one.records[0].modality) > 0 for one in recordings)
 
 
 def test_a_script_that_is_not_there_is_named(tmp_path):

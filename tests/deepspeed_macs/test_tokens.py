@@ -41,7 +41,7 @@ def test_multimodal_models_find_theirs(pool, block, given, way, padding):
 
 @pytest.mark.parametrize("policy", ["macs", "rank-balanced", "expanded-drop"])
 def test_experts_that_a_bias_takes_out_get_no_token(pool, policy):
-    for layers, sent, rerouted in pool.run(f"{JOBS}:outcast_experts", 2, policy):
+    for layers, sent, rerouted in pool.run(f"{JOBS}:disabled_experts", 2, policy):
         assert layers == 1 and sent == 0
         assert rerouted > 0 or policy == "expanded-drop"
 

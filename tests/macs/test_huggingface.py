@@ -82,8 +82,8 @@ def test_the_block_computes_what_was_planned(name, policy):
     with torch.inference_mode():
         expected = by_hand(block, found["given"], plans[0])
     torch.testing.assert_close(found["made"], expected, rtol=1e-4, atol=1e-5)
-    straggler = float(runtime.reports()[0].load("after"))
-    assert straggler <= 0.75 or policy == "expanded-drop"
+    load = float(runtime.reports()[0].load("after"))
+    assert load <= 0.75 or policy == "expanded-drop"
 
 
 def test_the_mask_comes_with_the_call():

@@ -13,7 +13,7 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
-from support.cases import paper
+from support.cases import busy
 from torch import nn
 
 from macs import Runtime
@@ -38,7 +38,7 @@ def test_the_spec_is_copied_not_changed():
 
 
 def test_a_config_will_do():
-    mlp = with_macs(get_gpt_layer_local_spec(num_experts=4), paper(capacity_factor=1.5)).submodules.mlp
+    mlp = with_macs(get_gpt_layer_local_spec(num_experts=4), busy(capacity_factor=1.5)).submodules.mlp
     runtime = (mlp.params if isinstance(mlp, ModuleSpec) else mlp.keywords)["runtime"]
     assert runtime.config.capacity_factor == 1.5
 

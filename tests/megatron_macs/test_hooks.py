@@ -58,12 +58,12 @@ def test_captured_layers_find_every_mask_in_the_same_place():
     step = context(4, graphed=True)
     first = model(torch.tensor([[1, 7, 7, 2]]), step)
     assert model.layer.macs.recorder._ring is not None  # made before a graph could capture its making
-    assert first.held and first.kinds.tolist() == [[0, 1, 1, 0]]
+    assert first.held and first.ids.tolist() == [[0, 1, 1, 0]]
     second = model(torch.tensor([[7, 1, 1, 7]]), step)
-    assert second is first and first.kinds.tolist() == [[1, 0, 0, 1]]
+    assert second is first and first.ids.tolist() == [[1, 0, 0, 1]]
     with macs.modality(torch.tensor([[True, True, True, False]])):
         assert model(torch.tensor([[7, 1, 1, 7]]), step) is first
-    assert first.kinds.tolist() == [[1, 1, 1, 0]]
+    assert first.ids.tolist() == [[1, 1, 1, 0]]
     # A step that no graph replays is not kept: prompts have any length.
     assert not model(torch.tensor([[1, 7, 7, 2]]), context(4)).held
     assert not model(torch.tensor([[1, 7, 7, 2]])).held
@@ -93,11 +93,11 @@ def test_padding_of_the_dynamic_engine_is_told_from_the_rest(kinds):
     MegatronHook(model, kinds, None)
     found = model(torch.tensor([[1, 7, 7, 2, 7, 0]]), inference_context=context(4))
     assert found.valid.tolist() == [[True] * 4 + [False] * 2]
-    assert found.kinds.tolist() == [[0, 1, 1, 0, 1, 0] if kinds else [0] * 6]
+    assert found.ids.tolist() == [[0, 1, 1, 0, 1, 0] if kinds else [0] * 6]
     mask = torch.tensor([[True, False, True, False, True, True]])
     with macs.modality(mask, exempt=~mask):
         found = model(torch.tensor([[1, 7, 7, 2, 7, 0]]), inference_context=context(5))
-    assert found.kinds.bool().equal(mask) and found.exempt.equal(~mask)
+    assert found.ids.bool().equal(mask) and found.exempt.equal(~mask)
     assert found.valid.tolist() == [[True] * 5 + [False]]
 
 

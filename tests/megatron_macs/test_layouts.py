@@ -37,7 +37,7 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, name, 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_layer_computes_what_the_plan_says(pool, name, dispatcher):
     layout = LAYOUTS[name]
-    settings = {"capacity_factor": 0.6, "cost": "one", "modality_strength": 0.0}
+    settings = {"capacity_factor": 0.6}
     found = pool.run(f"{JOBS}:planned_output", world(layout), layout, dispatcher, "macs", settings)
     for rank, one in enumerate(found):
         assert one["error"] < 1e-5 and one["mask"] and one["moved"] > 0

@@ -50,7 +50,7 @@ def test_a_model_may_pack_inside_what_came_padded(pool):
 @pytest.mark.parametrize("policy", ["macs", "rank-balanced", "expanded-drop"])
 @pytest.mark.parametrize("groups", [False, True])
 def test_experts_that_a_bias_takes_out_get_no_token(pool, policy, groups):
-    for sent, rerouted, kept in pool.run(f"{JOBS}:outcast_experts", 2, policy, groups):
+    for sent, rerouted, kept in pool.run(f"{JOBS}:disabled_experts", 2, policy, groups):
         assert sent == 0 and kept > 0
         assert rerouted > 0 or policy == "expanded-drop" or groups
 
@@ -83,10 +83,10 @@ def test_the_dynamic_engines_own_mask_is_used():
     )
     ids = torch.tensor([[9, 1, 1, 2, 0]])
     found = model(ids, inference_context=context)
-    assert found.kinds.tolist() == [[TEXT, IMAGE, IMAGE, TEXT, TEXT]]
+    assert found.ids.tolist() == [[TEXT, IMAGE, IMAGE, TEXT, TEXT]]
     assert found.valid.tolist() == [[True] * 4 + [False]]
     context.current_image_token_mask = lambda: None  # a step without pictures
-    assert model(ids, inference_context=context).kinds.tolist() == [[IMAGE, TEXT, TEXT, TEXT, TEXT]]
+    assert model(ids, inference_context=context).ids.tolist() == [[IMAGE, TEXT, TEXT, TEXT, TEXT]]
     context.current_image_token_mask = lambda: torch.tensor([[0, -1]])
     with pytest.raises(ValueError, match=r"current_image_token_mask: found shape \(1, 2\)"):
         model(ids, inference_context=context)

@@ -20,8 +20,8 @@ import deepspeed_macs
 import macs
 from macs import Profile, Runtime
 from megatron_macs import attach_modality
+from support.cases import BUSY, busy
 
-from .cases import paper
 from .deepspeed_jobs import on_deepspeed
 from .deepspeed_tiny_jobs import tiny_engine
 from .megatron_jobs import on_megatron
@@ -68,8 +68,8 @@ def profile_of(runtime: Runtime, run: Any) -> Profile:
 @on_megatron
 def plans(policy: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The plan of every layer in three adapters, for the same recorded inputs, as sorted routes."""
-    runtime = Runtime(paper(**settings), policy=policy)
-    models = build_all(runtime, {"preset": "paper", "policy": policy, **settings})
+    runtime = Runtime(busy(**settings), policy=policy)
+    models = build_all(runtime, {**BUSY, "policy": policy, **settings})
     hidden, mask = layer_inputs(mine(data.draw_samples(5, "test", data.TASKS, 24)))
     runtimes = [runtime, models[1].macs, models[2].macs]
     layers = [
@@ -98,10 +98,9 @@ def plans(policy: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
         for adapter, one in enumerate(runtimes):
             one.use(policy, one.config, profiles[0])
             log: list[Any] = []
-            inner = one.layers[index].plan
-            one.layers[index].plan = lambda *a, inner=inner, log=log: log.append(inner(*a)) or log[-1]
+            stop = one.layers[index].on_plan(lambda event, log=log: log.append(event.plan))
             run(adapter, index)
-            one.layers[index].plan = inner
+            stop()
             routing, probs = log[0].as_map(16)
             if adapter == 0:  # its tokens come in the order s B + b
                 length, batch = mask.shape[1], mask.shape[0]
@@ -137,11 +136,11 @@ def answers(choices: list[tuple[str, dict[str, Any]]], count: int) -> list[dict[
     profile = profile_of(runtime, lambda: engines[0].generate(samples))
     found = []
     for policy, settings in choices:
-        given, stragglers = [], []
+        given, loads = [], []
         for engine, one in zip(engines, runtimes, strict=True):
-            one.use(policy, paper(**settings), profile)
+            one.use(policy, busy(**settings), profile)
             given.append(engine.generate(samples))
-            stragglers.append([float(report.prefill.load("after")[0]) for report in one.reports()])
+            loads.append([float(report.prefill.load("after")[0]) for report in one.reports()])
         right = [answer == sample.answer for answer, sample in zip(given[0], samples, strict=True)]
-        found.append({"answers": given, "stragglers": stragglers, "right": sum(right) / len(right)})
+        found.append({"answers": given, "loads": loads, "right": sum(right) / len(right)})
     return found

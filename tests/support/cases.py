@@ -11,6 +11,9 @@ from torch import Tensor
 
 from macs import POLICIES, WEIGHTINGS, MACSConfig, Planner, Policy, Tokens, Topology
 from macs.adapters import LayerAdapter
+from macs.routing import Field
+
+SCALARS = [field.name.lower() for field in Field]
 
 
 def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, **extras: Any) -> Planner:
@@ -21,6 +24,15 @@ def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, 
 def paper(**fields: Any) -> Policy:
     """The paper's policy, which has every step at work, with some fields changed."""
     return replace(POLICIES["paper"], **fields)
+
+
+BUSY = {"level": "expert", "weighting": "entropy", "reroute": "rank", "capacity_factor": 1.0}
+"""Settings under which the steps have work: a capacity of each expert, rerouting, entropy weights."""
+
+
+def busy(**settings: Any) -> MACSConfig:
+    """``BUSY`` with some settings changed."""
+    return MACSConfig().updated(**BUSY).updated(**settings)
 
 
 class AnyAdapter(LayerAdapter):

@@ -10,6 +10,8 @@ import warnings
 from contextlib import contextmanager
 from typing import Any
 
+from support.cases import BUSY, SCALARS, busy
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -26,7 +28,6 @@ from deepspeed_macs.compat import support_transformers
 from deepspeed_macs.models import expert_parallel_settings
 
 from . import hf_models
-from .cases import paper
 from .plan_log import PlanLog
 
 HIDDEN, FFN = 16, 24
@@ -129,7 +130,7 @@ def macs_engine(experts: int, k: int, block: dict[str, Any], **settings: Any) ->
     config = {
         "dtype": "fp32",
         "moe": {"ep_size": world},
-        "macs": {"preset": "paper", "image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block},
+        "macs": {**BUSY, "image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block},
     }
     return deepspeed_macs.init_inference(Model(experts, k, world, **settings), config).eval()
 
@@ -161,7 +162,7 @@ def gate_unbounded_is_stock(experts: int, k: int) -> dict[str, bool]:
     same = {}
     for name, block in (
         ("macs", {"capacity_factor": 1e6}),
-        ("pooled", {"capacity_factor": 1e6, "preset": "fast"}),
+        ("pooled", {"capacity_factor": 1e6, "level": "rank"}),
         ("token-drop", {"capacity_factor": 1e6, "policy": "token-drop"}),
         ("vanilla", {"policy": "vanilla"}),
         ("few tokens", {"capacity_factor": 0.1, "min_tokens": 1000}),
@@ -198,7 +199,7 @@ def gate_planned_output(policy: str, settings: dict, experts: int, k: int) -> di
         weight = torch.where(plan.experts == expert, plan.weights, 0).sum(1)
         expected += fill_expert(Expert(), expert)(flat) * weight[:, None]
     loads = torch.bincount(plan.experts[plan.experts >= 0], minlength=experts)
-    statistics = {name: float(getattr(plan.statistics, name)) for name in plan.statistics.scalar_names()}
+    statistics = {name: float(getattr(plan.statistics, name)) for name in SCALARS}
     return {
         "error": float((output.flatten(0, 1) - expected).abs().max()),
         "experts": plan.experts.tolist(),
@@ -251,7 +252,7 @@ def gate_under_tensor_parallelism(k: int, settings: dict) -> dict[str, Any]:
     ids = batch_of(0, 3, 9)
     # Rerouting that does not ask where experts live, so that one process can say what must come out.
     block = {"capacity_factor": 0.7, "reroute": "group", **settings}
-    block = {"preset": "paper", "image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block}
+    block = {**BUSY, "image_token_id": IMAGE_TOKEN, "min_tokens": 0, **block}
     alone = Model(4, k, 1)
     deepspeed_macs.add_macs(alone, block)
     expected = alone.eval()(ids)
@@ -303,7 +304,7 @@ def autoep_engine(
         config["tensor_parallel"] = {"autotp_size": tensor_parallel, "preset_model": name}
     if macs_block is not None:
         named = {} if name in hf_models.MULTIMODAL else {"image_token_id": hf_models.IMAGE_TOKEN}
-        config["macs"] = {"preset": "paper", "min_tokens": 0, **named, **macs_block}
+        config["macs"] = {**BUSY, "min_tokens": 0, **named, **macs_block}
     engine = deepspeed_macs.initialize(model=model, config=config)[0]
     engine.eval()  # which, unlike other modules', returns nothing
     return engine
@@ -322,7 +323,7 @@ def autoep_unbounded_is_stock(name: str, expert_parallel: dict[str, Any]) -> dic
     same = {}
     for title, block in (
         ("macs", {"capacity_factor": 1e6}),
-        ("pooled", {"capacity_factor": 1e6, "preset": "fast"}),
+        ("pooled", {"capacity_factor": 1e6, "level": "rank"}),
         ("token-drop", {"capacity_factor": 1e6, "policy": "token-drop"}),
         ("vanilla", {"policy": "vanilla"}),
         ("few tokens", {"capacity_factor": 0.1, "min_tokens": 1000}),
@@ -377,7 +378,7 @@ def autoep_planned_output(
         if layer.shared_experts_gate is not None:
             shared = torch.sigmoid(layer.shared_experts_gate(flat)) * shared
         expected += shared
-    statistics = {n: float(getattr(plan.statistics, n)) for n in plan.statistics.scalar_names()}
+    statistics = {n: float(getattr(plan.statistics, n)) for n in SCALARS}
     return {
         "error": float((output.flatten(0, 1) - expected).abs().max()),
         "finite": bool(torch.isfinite(logits).all()),
@@ -456,7 +457,7 @@ def folded(score_apply: str, tp_size: int) -> dict[str, Any]:
     with counted_traffic() as rows:
         bounded = logits_of(engine, ids)
     try:  # whose additions depend on the rank, not on the tokens alone
-        engine.macs.use("expanded-drop", paper(capacity_factor=0.5, min_tokens=0))
+        engine.macs.use("expanded-drop", busy(capacity_factor=0.5, min_tokens=0))
         refusal = ""
     except ValueError as error:
         refusal = str(error)
@@ -480,8 +481,7 @@ def padding_found(name: str, block: dict[str, Any], given: str, way: str = "call
     engine = autoep_engine(name, {"policy": "token-drop", "capacity_factor": 1.0, **block})
     seen: list[Any] = []
     layer = engine.macs.layers[0]
-    inner = layer.plan
-    layer.plan = lambda *args: seen.append(args[4]) or inner(*args)
+    layer.on_plan(lambda event: seen.append(event.tokens))
     arguments = {"input_ids": ids}
     if given == "mask":
         arguments["attention_mask"] = mask
@@ -505,11 +505,11 @@ def padding_found(name: str, block: dict[str, Any], given: str, way: str = "call
 
 
 @on_deepspeed
-def outcast_experts(policy: str) -> list[int]:
+def disabled_experts(policy: str) -> list[int]:
     """Assignments of each layer to the experts that a correction bias takes out: of the router, of the
     plan."""
     engine = autoep_engine(
-        "glm4_moe", {"policy": policy, "capacity_factor": 1.0, "preset": "fast", "reroute": "group"}
+        "glm4_moe", {"policy": policy, "capacity_factor": 1.0, "level": "rank", "reroute": "group"}
     )
     found = []
     for module in engine.modules():
@@ -539,8 +539,7 @@ def router_logits(name: str) -> dict[str, Any]:
 def gates_off_and_on(off: str, drop_tokens: bool, k: int) -> list[float]:
     """MoE layers whose MACS is on there and off here make the same collectives: no rank hangs."""
     engine = macs_engine(4, k, {"capacity_factor": 0.7}, drop_tokens=drop_tokens, eval_capacity_factor=0.5)
-    agreement = engine.macs.layers[0].agreement
-    agreement._store = None  # the comparison, which would tell, is not what is tried here
+    engine.macs.layers[0].consistency._store = None  # the comparison, which would raise, is not tried here
     ids = batch_of(dist.get_rank(), 3, 9)
     with counted_traffic() as rows:
         for step in range(3):

@@ -12,6 +12,7 @@ from tiny_vlm.vocabulary import FILLER, VOCABULARY
 from torch import Tensor
 
 import deepspeed_macs
+from support.cases import BUSY
 
 from .deepspeed_jobs import on_deepspeed
 
@@ -55,10 +56,9 @@ def generated(policy: str, settings: dict[str, Any], use_types: bool) -> dict[st
     inputs = padded_inputs(samples, [100, 20 + 5 * rank, 30, 100])
     steps = {"min_new_tokens": 3 + 2 * rank, "max_new_tokens": 3 + 2 * rank}  # ranks stop at different ones
     expected = tiny.load_model().generate(**inputs, **steps, do_sample=False)
-    engine = tiny_engine({"preset": "paper", "policy": policy, **settings})
+    engine = tiny_engine({**BUSY, "policy": policy, **settings})
     seen: list[Any] = []
-    inner = engine.macs.layers[0].plan
-    engine.macs.layers[0].plan = lambda *args: seen.append(args[-1]) or inner(*args)
+    engine.macs.layers[0].on_plan(lambda event: seen.append(event.tokens))
     if not use_types and inputs["pixel_values"] is not None:
         # Without a processor's kinds the ids tell; the model needs positions of its own then.
         ids = inputs["input_ids"]
@@ -76,10 +76,10 @@ def generated(policy: str, settings: dict[str, Any], use_types: bool) -> dict[st
     first = seen[0]
     return {
         "same": found is None or torch.equal(found, expected),
-        "kinds": torch.equal(first.kinds.view(ids.shape) == 1, ids == image),
+        "kinds": torch.equal(first.modality.view(ids.shape) == 1, ids == image),
         "valid": torch.equal(first.valid.view(ids.shape), real.bool()),
         "pictures": int((ids == image).any(1).sum()),
         "padding": int((real == 0).sum()),
-        "later": [(len(one.kinds), int(one.kinds.sum()), bool(one.valid.all())) for one in seen[1:]],
+        "later": [(len(one.modality), int(one.modality.sum()), bool(one.valid.all())) for one in seen[1:]],
         "planned": engine.macs.reports()[0].planned.tolist(),
     }

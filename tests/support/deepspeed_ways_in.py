@@ -18,12 +18,13 @@ from torch import nn
 import deepspeed_macs
 import macs
 from macs import MACSConfig
+from support.cases import BUSY
 
 from . import hf_models
 from .deepspeed_jobs import DROPLESS, IMAGE_TOKEN, Model, autoep_engine, batch_of, logits_of, on_deepspeed
 
 INFERENCE = {"dtype": "fp32"}
-BLOCK = {"preset": "paper", "capacity_factor": 0.5, "min_tokens": 0, "image_token_id": IMAGE_TOKEN}
+BLOCK = {**BUSY, "capacity_factor": 0.5, "min_tokens": 0, "image_token_id": IMAGE_TOKEN}
 TRAINING = {"train_micro_batch_size_per_gpu": 1}
 AUTOEP = {"expert_parallel": {"enabled": True, "autoep_size": 1}}
 
@@ -313,7 +314,7 @@ def pooled_capacity_is_told() -> tuple[list[str], bool]:
     logger.addHandler(handler)
     logging.disable(logging.NOTSET)
     try:
-        block = {**BLOCK, "preset": "fast"}
+        block = {**BLOCK, "level": "rank"}
         engine = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": block})
         engine.macs.use("rank-balanced")
         engine.eval()(batch_of(0, 3, 9))

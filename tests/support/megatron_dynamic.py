@@ -33,8 +33,8 @@ from torch.overrides import TorchFunctionMode
 from macs import Runtime
 from megatron_macs import attach_modality
 from megatron_macs.hooks import watch
+from support.cases import busy
 
-from .cases import paper
 from .megatron_jobs import drawn, on_megatron
 from .megatron_models import VOCABULARY, language_config, local_spec
 from .plan_log import PlanLog
@@ -179,7 +179,7 @@ def dynamic_answers(
     settings: dict[str, Any] | None, chunked: int | None, tokens: int = 4, image: bool = True
 ) -> dict[str, Any]:
     """Tokens generated, and what the layers were told; ``chunked``: prefill so many tokens a step."""
-    runtime = None if settings is None else Runtime(paper(**settings))
+    runtime = None if settings is None else Runtime(busy(**settings))
     with pretended_cuda():
         model = build_model(runtime, image)
         context = DynamicInferenceContext(
@@ -205,8 +205,7 @@ def dynamic_answers(
         log, seen = None, []
         if runtime is not None:
             log = PlanLog(runtime)
-            inner = runtime.layers[0].plan
-            runtime.layers[0].plan = lambda *args: seen.append(args[-1]) or inner(*args)
+            runtime.layers[0].on_plan(lambda event: seen.append(event.tokens))
         for number, prompt in enumerate(prompts()):
             sampling = SamplingParams(top_k=1, num_tokens_to_generate=tokens)
             engine.add_request(number, list(prompt), sampling)
@@ -217,7 +216,7 @@ def dynamic_answers(
     return {
         "answers": [answers[number] for number in range(len(LENGTHS))],
         "steps": steps,
-        "told": [(int(one.valid.sum()), int(one.visual.sum()), len(one.kinds)) for one in seen],
+        "told": [(int(one.valid.sum()), int(one.visual.sum()), len(one.modality)) for one in seen],
         "moved": 0
         if log is None
         else sum(int(plan.statistics.rerouted + plan.statistics.dropped) for plan in log.plans),
@@ -228,7 +227,7 @@ def dynamic_answers(
 @on_megatron
 def static_answers(settings: dict[str, Any] | None) -> dict[str, Any]:
     """Through ``StaticInferenceEngine`` that runs on the dynamic one, and whether it really does."""
-    runtime = None if settings is None else Runtime(paper(**settings))
+    runtime = None if settings is None else Runtime(busy(**settings))
     with pretended_cuda():
         model = build_model(runtime, True)
         context = StaticInferenceContext(8, 256)

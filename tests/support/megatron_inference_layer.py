@@ -29,8 +29,8 @@ from torch.nn import functional
 import macs
 from macs import Runtime
 from megatron_macs.spec import macs_mlp
+from support.cases import busy
 
-from .cases import paper
 from .fake_nvls import fake_nvls
 from .megatron_jobs import drawn, layer_config, on_megatron
 from .plan_log import PlanLog
@@ -142,7 +142,7 @@ def unbounded_is_stock(dispatcher: str, count: int) -> dict[str, bool]:
                 ("few tokens", "macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
                 ("off", "macs", {"capacity_factor": 0.1, "min_tokens": 0}),
             ):
-                runtime = Runtime(paper(**settings), policy=policy)
+                runtime = Runtime(busy(**settings), policy=policy)
                 runtime.enabled = name != "off"
                 output, _ = build(runtime, dispatcher)(hidden)
                 same[f"{name}, {mode}"] = torch.equal(output, stock)
@@ -159,7 +159,7 @@ def planned_output(dispatcher: str, count: int, settings: dict[str, Any], paddin
         NVLSAllGatherVDispatcher.set_real_token_count_tensor(
             torch.tensor([count - padding], dtype=torch.int32)
         )
-    runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
+    runtime = Runtime(busy(**{"min_tokens": 0, **settings}))
     layer = build(runtime, dispatcher)
     log = PlanLog(runtime)
     errors, moved = [], []

@@ -22,8 +22,8 @@ from torch.nn import functional
 import macs
 from macs import Runtime
 from megatron_macs import cpu_engine, with_macs
+from support.cases import SCALARS, busy
 
-from .cases import paper
 from .plan_log import PlanLog
 
 HIDDEN, FFN = 16, 24
@@ -144,13 +144,13 @@ def unbounded_is_stock(dispatcher: str, experts: int, top_k: int, changes: dict)
         ("few tokens", "macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
         ("off", "macs", {"capacity_factor": 0.1, "min_tokens": 0}),
     ):
-        runtime = Runtime(paper(**settings), policy=policy)
+        runtime = Runtime(busy(**settings), policy=policy)
         layer = build_layer(runtime, config)
         runtime.enabled = name != "off"
         with macs.modality(mask):
             output, _ = layer(hidden)
         same[name] = torch.equal(output, stock)
-    runtime = Runtime(paper(capacity_factor=0.1, min_tokens=0))
+    runtime = Runtime(busy(capacity_factor=0.1, min_tokens=0))
     layer = build_layer(runtime, config)
     with macs.modality(mask):
         same["calibrating"] = False
@@ -177,7 +177,7 @@ def planned_output(
     """A layer's output, plan and traffic, and what the plan says the output must be."""
     rank, world = dist.get_rank(), dist.get_world_size()
     config = layer_config(dispatcher, experts, top_k)
-    runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy, virtual_ranks=virtual_ranks)
+    runtime = Runtime(busy(**{"min_tokens": 0, **settings}), policy=policy, virtual_ranks=virtual_ranks)
     layer = build_layer(runtime, config)
     log = PlanLog(runtime)
     parts = [
@@ -208,7 +208,7 @@ def planned_output(
         value = functional.linear(functional.silu(gate) * up, drawn(900 + expert, (HIDDEN, FFN)) / 4)
         expected += torch.where(chosen[:, None], value * weight[:, None], 0)
     shape = (length, hidden.shape[1], -1)
-    statistics = {name: float(getattr(plan.statistics, name)) for name in plan.statistics.scalar_names()}
+    statistics = {name: float(getattr(plan.statistics, name)) for name in SCALARS}
     return {
         "error": float((output.flatten(0, 1) - expected).abs().max()) if flat.numel() else 0.0,
         "experts": plan.experts.view(shape).transpose(0, 1).tolist(),
@@ -249,14 +249,14 @@ def traced(folder: str, logits: bool) -> list[Any]:
 def scraped(steps: int) -> dict[str, Any]:
     """What the endpoint says after so many steps, and what was counted independently of it."""
     rank = dist.get_rank()
-    runtime = Runtime(paper(capacity_factor=0.7, min_tokens=20, reroute="group"))
+    runtime = Runtime(busy(capacity_factor=0.7, min_tokens=20, reroute="group"))
     layer = build_layer(runtime, layer_config("alltoall", 4, 2))
     server = macs.serve_metrics(runtime, 0)
     expected: dict[str, int] = {}
-    inner, mine = runtime.layers[0].plan, runtime.layers[0]
 
-    def counting(*given: Any) -> Any:
-        plan, chosen, tokens = inner(*given), given[1], given[-1]
+    def count(event: macs.PlanEvent) -> None:
+        plan, chosen, tokens = event.plan, event.experts, event.tokens
+        assert plan is not None
         for kind in ("text", "visual"):
             own = tokens.visual if kind == "visual" else ~tokens.visual
             for action, which in (
@@ -266,9 +266,8 @@ def scraped(steps: int) -> dict[str, Any]:
             ):
                 name = f"{kind} {action}"
                 expected[name] = expected.get(name, 0) + int(which.sum())
-        return plan
 
-    mine.plan = counting
+    runtime.layers[0].on_plan(count)
     answers = []
     try:
         for step in range(steps):
@@ -287,12 +286,11 @@ def scraped(steps: int) -> dict[str, Any]:
 def rerouted_within_groups(changes: dict) -> dict[str, Any]:
     """Where group-limited routing lets overflow go: the groups that the token uses already."""
     config = layer_config("alltoall", 8, 2, **changes)
-    runtime = Runtime(paper(min_tokens=0, capacity_factor=0.5, reroute="group"))
+    runtime = Runtime(busy(min_tokens=0, capacity_factor=1.0, reroute="group"))
     layer = build_layer(runtime, config)
     hidden, mask = batch_of(dist.get_rank(), 6, 16)
     seen: list[Any] = []
-    inner = runtime.layers[0].plan
-    runtime.layers[0].plan = lambda *args: seen.append((args[1], inner(*args))) or seen[-1][1]
+    runtime.layers[0].on_plan(lambda event: seen.append((event.experts, event.plan)))
     with macs.modality(mask):
         layer(hidden)
     chosen, plan = seen[0]
@@ -306,7 +304,7 @@ def rerouted_within_groups(changes: dict) -> dict[str, Any]:
 def uneven_tokens(settings: dict, lengths: list[int]) -> list[Any]:
     """One sequence a rank, of different lengths, perhaps none at all."""
     config = layer_config("alltoall", 4, 2)
-    runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
+    runtime = Runtime(busy(**{"min_tokens": 0, **settings}))
     layer = build_layer(runtime, config)
     length = lengths[dist.get_rank()]
     hidden, mask = batch_of(dist.get_rank(), 1, length)
@@ -321,7 +319,7 @@ def odd_batch(kind: str, settings: dict) -> dict[str, float]:
     """A batch that is odd in some way; whether the output is finite, and the statistics."""
     experts, top_k = (4, 4) if kind == "k is E" else (4, 2)
     layer_settings = layer_config("alltoall", experts, top_k)
-    runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
+    runtime = Runtime(busy(**{"min_tokens": 0, **settings}))
     layer = build_layer(runtime, layer_settings)
     hidden, mask = batch_of(dist.get_rank(), 2, 8)
     if kind == "one token":
@@ -350,7 +348,7 @@ def odd_batch(kind: str, settings: dict) -> dict[str, float]:
 @on_megatron
 def bad_mask(kind: str, ranks: list[int]) -> None:
     """Run a layer with a mask that does not fit, on some ranks; must raise there."""
-    runtime = Runtime(paper(min_tokens=0))
+    runtime = Runtime(busy(min_tokens=0))
     layer = build_layer(runtime, layer_config("alltoall", 4, 2))
     hidden, mask = batch_of(dist.get_rank(), 2, 8)
     if dist.get_rank() in ranks:
@@ -369,7 +367,7 @@ def bad_mask(kind: str, ranks: list[int]) -> None:
 def refused(changes: dict, settings: dict) -> None:
     """Build a layer with settings that MACS must refuse."""
     build_layer(
-        Runtime(paper(**settings)),
+        Runtime(busy(**settings)),
         layer_config(**{"dispatcher": "alltoall", "experts": 4, "top_k": 2, **changes}),
     )
 
@@ -378,7 +376,7 @@ def refused(changes: dict, settings: dict) -> None:
 def calibrate_and_use(folder: str) -> dict[str, Any]:
     """Measure a profile over all ranks, use it, and use one that belongs to another model."""
     config = layer_config("alltoall", 4, 2)
-    runtime = Runtime(paper(min_tokens=0))
+    runtime = Runtime(busy(min_tokens=0))
     layer = build_layer(runtime, config)
     hidden, mask = batch_of(dist.get_rank(), 2, 8)
     with macs.modality(mask), runtime.calibration():
@@ -452,7 +450,7 @@ def without_global_state(dispatcher: str, settings: dict) -> dict[str, Any]:
         parallel_state._set_global_memory_buffer()  # scratch of the all-gather
         config = layer_config(dispatcher, 8, 2)
         hidden, mask = batch_of(dist.get_rank(), 3, 12)
-        runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
+        runtime = Runtime(busy(**{"min_tokens": 0, **settings}))
         layer = build_layer(runtime, config, groups)
         log = PlanLog(runtime)
         with macs.modality(mask):
@@ -467,7 +465,7 @@ def with_global_state(dispatcher: str, settings: dict) -> dict[str, Any]:
     """The same layer in Megatron's own groups."""
     config = layer_config(dispatcher, 8, 2)
     hidden, mask = batch_of(dist.get_rank(), 3, 12)
-    runtime = Runtime(paper(**{"min_tokens": 0, **settings}))
+    runtime = Runtime(busy(**{"min_tokens": 0, **settings}))
     layer = build_layer(runtime, config)
     log = PlanLog(runtime)
     with macs.modality(mask):
@@ -481,7 +479,7 @@ def planned_where_graphs_are_on(first: str) -> dict[str, Any]:
     """A layer of a model whose decoding is captured, on a prompt: the first step, or after a small one."""
     changes = {"cuda_graph_impl": "local", "moe_pad_experts_for_cuda_graph_inference": True}
     config = layer_config("alltoall", 8, 2, **changes)
-    runtime = Runtime(paper(min_tokens=8, capacity_factor=0.5))
+    runtime = Runtime(busy(min_tokens=8, capacity_factor=0.5))
     layer = build_layer(runtime, config)
     dispatcher = layer.token_dispatcher
     small, small_mask = batch_of(dist.get_rank(), 1, 4)
@@ -511,7 +509,7 @@ def planned_where_graphs_are_on(first: str) -> dict[str, Any]:
 @on_megatron
 def reports_of_uneven_steps(extra: int, whole: bool) -> list[int]:
     """Reports summed over ranks of which the first ran ``extra`` more; ``whole``: each by itself."""
-    runtime = Runtime(paper(min_tokens=0), policy="vanilla")
+    runtime = Runtime(busy(min_tokens=0), policy="vanilla")
     layer = build_layer(runtime, layer_config("alltoall", 4, 2))
     hidden, mask = batch_of(dist.get_rank(), 2, 8)
     for step in range(1 + extra):
@@ -524,7 +522,7 @@ def reports_of_uneven_steps(extra: int, whole: bool) -> list[int]:
 @on_megatron
 def layer_that_guesses_ahead() -> dict[str, Any]:
     """A layer of multi-token prediction beside one of the decoder."""
-    runtime = Runtime(paper(min_tokens=0, capacity_factor=0.3))
+    runtime = Runtime(busy(min_tokens=0, capacity_factor=0.3))
     config = layer_config("alltoall", 4, 2)
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False, normalization="RMSNorm")
     mlp = with_macs(spec, runtime).submodules.mlp

@@ -17,8 +17,8 @@ from torch.nn import functional
 import macs
 from macs import Runtime
 from megatron_macs import attach_modality, cpu_engine
+from support.cases import busy
 
-from .cases import paper
 from .fake_deepep import fake_deepep
 from .megatron_jobs import (
     FFN,
@@ -106,7 +106,7 @@ def unbounded_is_stock(layout: dict[str, Any], dispatcher: str) -> dict[str, boo
         ("vanilla", "vanilla", {}),
         ("few tokens", "macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
     ):
-        runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
+        runtime = Runtime(busy(**{"min_tokens": 0, **settings}), policy=policy)
         layer = build(runtime, config)
         with macs.modality(mask):
             same[name] = torch.equal(layer(hidden)[0], stock)
@@ -118,13 +118,12 @@ def planned_output(
     layout: dict[str, Any], dispatcher: str, policy: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """A layer's plan, and how far its output is from what the plan says."""
-    runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
+    runtime = Runtime(busy(**{"min_tokens": 0, **settings}), policy=policy)
     layer = build(runtime, config_of(layout, dispatcher))
     log = PlanLog(runtime)
     hidden, mask = tokens_of(layout)
     seen: list[Any] = []
-    inner = runtime.layers[0].plan
-    runtime.layers[0].plan = lambda *args: seen.append(args[-1]) or inner(*args)
+    runtime.layers[0].on_plan(lambda event: seen.append(event.tokens))
     with macs.modality(mask):
         output, _ = layer(hidden)
     plan, flat = log.plans[0], hidden.flatten(0, 1)
@@ -142,7 +141,7 @@ def planned_output(
     return {
         "error": float((output.flatten(0, 1) - expected).abs().max()),
         "plan": (plan.experts.tolist(), plan.weights.tolist()),
-        "mask": torch.equal(seen[0].kinds.bool(), own.flatten()),
+        "mask": torch.equal(seen[0].modality.bool(), own.flatten()),
         "moved": int(plan.statistics.rerouted + plan.statistics.dropped),
         "loads": plan.statistics.load_after.tolist(),
     }
@@ -159,9 +158,9 @@ def over_deepep(
     hidden, mask = tokens_of(layout)
     with fake_deepep() as fake, macs.modality(mask):
         stock, _ = build(None, config)(hidden)
-        roomy = Runtime(paper(capacity_factor=1e6, min_tokens=0))
+        roomy = Runtime(busy(capacity_factor=1e6, min_tokens=0))
         same = torch.equal(build(roomy, config)(hidden)[0], stock)
-        runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
+        runtime = Runtime(busy(**{"min_tokens": 0, **settings}), policy=policy)
         layer = build(runtime, config)
         log = PlanLog(runtime)
         output, _ = layer(hidden)
@@ -201,7 +200,7 @@ def refused_flex(layout: dict[str, Any], policy: str, changes: dict[str, Any]) -
 @on_layout
 def refused(layout: dict[str, Any], policy: str, settings: dict[str, Any]) -> None:
     """Build a layer with a policy that tensor-parallel replicas could not plan alike."""
-    build(Runtime(paper(**settings), policy=policy), config_of(layout, "alltoall"))
+    build(Runtime(busy(**settings), policy=policy), config_of(layout, "alltoall"))
 
 
 @on_layout
@@ -209,7 +208,7 @@ def without_sequence_parallelism(
     layout: dict[str, Any], policy: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """The plan of a layer built for sequence parallelism that is then given whole sequences."""
-    runtime = Runtime(paper(**{"min_tokens": 0, **settings}), policy=policy)
+    runtime = Runtime(busy(**{"min_tokens": 0, **settings}), policy=policy)
     config = config_of(layout, "alltoall")
     layer = build(runtime, config)
     config.sequence_parallel = False
@@ -224,7 +223,7 @@ def without_sequence_parallelism(
 @on_layout
 def bad_mask(layout: dict[str, Any]) -> None:
     """A mask of a part of the sequence, where sequence parallelism wants the whole."""
-    layer = build(Runtime(paper(min_tokens=0)), config_of(layout, "alltoall"))
+    layer = build(Runtime(busy(min_tokens=0)), config_of(layout, "alltoall"))
     hidden, mask = tokens_of(layout)
     with macs.modality(mask[:, : hidden.shape[0]]):
         layer(hidden)
@@ -236,7 +235,7 @@ def tiny_answers(
 ) -> dict[str, Any]:
     """The tiny model's answers under a layout, and what every layer of this rank knew of the tokens."""
     source = tiny.load_model()
-    runtime = Runtime(paper(**settings), policy=policy)
+    runtime = Runtime(busy(**settings), policy=policy)
     model = build_megatron_model(
         source,
         runtime,
@@ -255,8 +254,7 @@ def tiny_answers(
     log = PlanLog(runtime)
     kinds: list[list[Any]] = [[] for _ in runtime.layers]
     for layer, seen in zip(runtime.layers, kinds, strict=True):
-        inner = layer.plan
-        layer.plan = lambda *args, inner=inner, seen=seen: seen.append(args[-1].kinds) or inner(*args)
+        layer.on_plan(lambda event, seen=seen: seen.append(event.tokens.modality))
     answers = Engine(model, PictureEncoder(source), len(samples)).generate(samples)
     ids = torch.tensor([sample.prompt for sample in samples])
     image = (ids == source.config.image_token_id).t().flatten()

@@ -31,8 +31,8 @@ import macs
 from macs import Runtime
 from megatron_macs import attach_modality, with_macs
 from megatron_macs.install import install
+from support.cases import busy
 
-from .cases import paper
 from .megatron_jobs import layer_config, on_megatron
 from .megatron_layouts import on_layout
 from .plan_log import PlanLog
@@ -48,8 +48,7 @@ class Watch:
         self.tokens: list[macs.Tokens] = []
         self.given: list[Tensor] = []
         for layer in runtime.layers:
-            inner = layer.plan
-            layer.plan = lambda *args, inner=inner: self.tokens.append(args[-1]) or inner(*args)
+            layer.on_plan(lambda event: self.tokens.append(event.tokens))
         language_model.register_forward_pre_hook(
             lambda module, args, kwargs: self.given.append(kwargs.get("decoder_input")), with_kwargs=True
         )
@@ -112,7 +111,7 @@ def local_spec(runtime: Runtime | None) -> Any:
 def llava_answers(layout: dict[str, Any], policy: str, settings: dict[str, Any], count: int) -> Any:
     """The tiny model's answers as a LLaVA model, through ``VLMInferenceWrapper``."""
     source = tiny.load_model()
-    runtime = Runtime(paper(**settings), policy=policy)
+    runtime = Runtime(busy(**settings), policy=policy)
     model = build_llava_model(
         source,
         runtime,
@@ -127,8 +126,7 @@ def llava_answers(layout: dict[str, Any], policy: str, settings: dict[str, Any],
     samples = data.draw_samples(5, "test", data.TASKS, count)[replica::replicas]
     kinds: list[Any] = []
     for layer in runtime.layers:
-        inner = layer.plan
-        layer.plan = lambda *args, inner=inner: kinds.append(args[-1].kinds) or inner(*args)
+        layer.on_plan(lambda event: kinds.append(event.tokens.modality))
     answers = LLaVAEngine(model).generate(samples)
     prompts = [kind for kind in kinds if len(kind) > 1]
     image = [torch.tensor(sample.prompt) == source.config.image_token_id for sample in samples]
@@ -141,15 +139,14 @@ def llava_answers(layout: dict[str, Any], policy: str, settings: dict[str, Any],
 def llava_stages(layout: dict[str, Any]) -> dict[str, Any]:
     """A prompt with a picture through a pipeline; stages after the first get no picture."""
     source = tiny.load_model()
-    runtime = Runtime(paper(capacity_factor=0.8))
+    runtime = Runtime(busy(capacity_factor=0.8))
     model = build_llava_model(source, runtime, pipeline_model_parallel_size=layout["pp"])
     attach_modality(model)
     (sample,) = data.draw_samples(5, "test", ("count",), 1)
     ids = torch.tensor([one_token_a_picture(sample.prompt, model.image_token_index)])
     log, kinds = PlanLog(runtime), []
     for layer in runtime.layers:
-        inner = layer.plan
-        layer.plan = lambda *args, inner=inner: kinds.append(args[-1].kinds.tolist()) or inner(*args)
+        layer.on_plan(lambda event: kinds.append(event.tokens.modality.tolist()))
     if not model.pre_process:
         before = torch.empty(ids.shape[1] + data.IMAGE_TOKENS - 1, 1, model.config.hidden_size)
         dist.recv(before, 0)
@@ -177,7 +174,7 @@ def llava_stages(layout: dict[str, Any]) -> dict[str, Any]:
 def llava_of_many_tiles() -> dict[str, Any]:
     """Prompts with several pictures of several tiles, and with none; a cached step; bad calls."""
     source = tiny.load_model()
-    runtime = Runtime(paper(min_tokens=0, normalization="image"))
+    runtime = Runtime(busy(min_tokens=0))
     model = build_llava_model(source, runtime)
     hidden = model.config.hidden_size
     model.vision_model = Constant(MARK[macs.IMAGE], hidden)
@@ -194,10 +191,10 @@ def llava_of_many_tiles() -> dict[str, Any]:
         model(position_ids=torch.arange(call["input_ids"].shape[1])[None], attention_mask=None, **call)
 
     run()
-    lengths = [len(one.kinds) for one in watch.tokens]
+    lengths = [len(one.modality) for one in watch.tokens]
     model._language_max_sequence_length = 12  # cuts the end of the longest off
     run()
-    cut = [len(one.kinds) for one in watch.tokens[len(lengths) :]]
+    cut = [len(one.modality) for one in watch.tokens[len(lengths) :]]
     errors = {}
     for name, changes in (
         ("tiles", {"num_image_tiles": tiles[:2]}),
@@ -218,8 +215,8 @@ def llava_of_many_tiles() -> dict[str, Any]:
         "lengths": [one // 3 for one in lengths],
         "cut": [one // 3 for one in cut],
         "errors": errors,
-        "cached": step.kinds.tolist(),
-        "outer": bool((outer.kinds == 1).all()) and tuple(outer.kinds.shape) == (3, 12),
+        "cached": step.ids.tolist(),
+        "outer": bool((outer.ids == 1).all()) and tuple(outer.ids.shape) == (3, 12),
         "segments": watch.tokens[0].segment.view(-1, 3).t()[0].tolist(),
     }
 
@@ -228,7 +225,7 @@ def llava_of_many_tiles() -> dict[str, Any]:
 def mimo_of_many_kinds(by: str) -> dict[str, Any]:
     """A model of text, pictures, film and sound, with MACS by ``with_macs`` or by ``install``."""
     config = language_config()
-    runtime = Runtime(paper(min_tokens=0))
+    runtime = Runtime(busy(min_tokens=0))
     ids_of = {"images": 28, "video_frames": 29, "audios": 30}
     kinds = {"images": macs.IMAGE, "video_frames": macs.VIDEO, "audios": macs.AUDIO}
     encoders = {
@@ -304,7 +301,7 @@ def hybrid_layers(by: str) -> dict[str, Any]:
     )
     spec = ModuleSpec(module=stack.module, submodules=kinds, params=stack.params)
     hybrid_block.TENorm = WrappedTorchNorm  # for want of transformer-engine
-    runtime = Runtime(paper(min_tokens=0))
+    runtime = Runtime(busy(min_tokens=0))
     undo = install(runtime, {"image_token_id": 28}) if by == "install" else None
     model = HybridModel(
         language_config(num_layers=4),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import macs
 from macs import Runtime
 from megatron_macs import attach_modality, install
+from support.cases import busy
 
-from .cases import paper
 from .megatron_jobs import batch_of, build_layer, drawn, layer_config, on_megatron
 from .megatron_models import LONGEST, VOCABULARY, language_config, local_spec
 from .plan_log import PlanLog
@@ -49,8 +49,7 @@ class Told:
     def __init__(self, runtime: Runtime) -> None:
         self.tokens: list[macs.Tokens] = []
         for layer in runtime.layers:
-            inner = layer.plan
-            layer.plan = lambda *args, inner=inner: self.tokens.append(args[-1]) or inner(*args)
+            layer.on_plan(lambda event: self.tokens.append(event.tokens))
 
     def of(self, call: int = 0) -> tuple[Tensor, Tensor]:
         tokens = self.tokens[call]
@@ -71,7 +70,7 @@ def padding_of_calls() -> dict[str, Any]:
     ids, valid = ids_of()
     found: dict[str, Any] = {}
     for name in ("padding_mask", "4-D", "block", "ids"):
-        runtime = Runtime(paper(**SETTINGS))
+        runtime = Runtime(busy(**SETTINGS))
         model = model_of(runtime)
         attach_modality(model, image_token_id=IMAGE, padding_token_id=PADDING if name == "ids" else None)
         told = Told(runtime)
@@ -100,7 +99,7 @@ def padding_of_calls() -> dict[str, Any]:
 def padding_that_nobody_read() -> str:
     """A ``padding_mask`` beside a block, without ``attach_modality``."""
     ids, valid = ids_of()
-    runtime = Runtime(paper(**SETTINGS))
+    runtime = Runtime(busy(**SETTINGS))
     model = model_of(runtime)
     with macs.modality(ids == IMAGE, valid=valid):
         forward(model, ids, padding_mask=~valid)
@@ -116,7 +115,7 @@ def padding_that_nobody_read() -> str:
 def chunks_of_a_slice(chunks: int, length: int) -> dict[str, bool]:
     """Chunks of hidden states that are part of a larger tensor, as an engine may hand them on."""
     config = layer_config("alltoall", 4, 2, mlp_chunks_for_prefill=chunks)
-    runtime = Runtime(paper(**SETTINGS))
+    runtime = Runtime(busy(**SETTINGS))
     layer = build_layer(runtime, config)
     hidden, mask = batch_of(0, 3, length)
     larger = torch.cat([drawn(9, (5, *hidden.shape[1:])), hidden, drawn(8, (7, *hidden.shape[1:]))])
@@ -126,7 +125,7 @@ def chunks_of_a_slice(chunks: int, length: int) -> dict[str, bool]:
         for _ in range(2):  # layer after layer, pass after pass
             for chunk in cut.chunk(min(chunks, length)):
                 layer(chunk)
-    kinds = [torch.stack([one.kinds.view(-1, 3) for one in [tokens]])[0] for tokens in told.tokens]
+    kinds = [torch.stack([one.modality.view(-1, 3) for one in [tokens]])[0] for tokens in told.tokens]
     half = len(kinds) // 2
     expected = mask.t().to(torch.int8)
     same = [torch.equal(torch.cat(part), expected) for part in (kinds[:half], kinds[half:])]
@@ -140,7 +139,7 @@ def chunks_of_a_slice(chunks: int, length: int) -> dict[str, bool]:
         layer(hidden)
         layer(hidden)
     layer(cut.chunk(min(chunks, length))[0])  # nor is a mask asked for
-    uncut = [torch.equal(one.kinds.view(-1, 3), expected) for one in told.tokens[:2]]
+    uncut = [torch.equal(one.modality.view(-1, 3), expected) for one in told.tokens[:2]]
     return {
         "whole": all(same),
         "again": torch.equal(first, expected[: len(first)]),
@@ -152,7 +151,7 @@ def chunks_of_a_slice(chunks: int, length: int) -> dict[str, bool]:
 def samples_in_a_row() -> dict[str, Any]:
     """``PackedSeqParams.tokens_per_sample``, by which 0.19 folds a row of samples for its MoE layers."""
     ids, _ = ids_of(1, 24, 0)
-    runtime = Runtime(paper(**SETTINGS))
+    runtime = Runtime(busy(**SETTINGS))
     model = model_of(runtime)
     attach_modality(model, image_token_id=IMAGE)
     told = Told(runtime)
@@ -201,7 +200,7 @@ class PacksInside(nn.Module):
 def packed_inside(inner: bool) -> dict[str, Any]:
     """A model that packs by itself, with a hook on the model it calls and without."""
     ids, valid = ids_of(2, 16, 5)
-    runtime = Runtime(paper(**SETTINGS))
+    runtime = Runtime(busy(**SETTINGS))
     language_model = model_of(runtime)
     for layer in language_model.decoder.layers:
         layer.self_attention = Passing()
@@ -219,7 +218,7 @@ def packed_inside(inner: bool) -> dict[str, Any]:
 
 
 @on_megatron
-def outcast_experts(policy: str, groups: bool) -> list[int]:
+def disabled_experts(policy: str, groups: bool) -> list[int]:
     """Assignments that a plan gives to experts which the correction bias takes out of service."""
     changes: dict[str, Any] = {
         "moe_router_score_function": "sigmoid",
@@ -227,7 +226,7 @@ def outcast_experts(policy: str, groups: bool) -> list[int]:
     }
     if groups:
         changes |= {"moe_router_num_groups": 2, "moe_router_group_topk": 1}
-    runtime = Runtime(paper(min_tokens=0, capacity_factor=0.6, reroute="group"), policy=policy)
+    runtime = Runtime(busy(min_tokens=0, capacity_factor=0.6, reroute="group"), policy=policy)
     layer = build_layer(runtime, layer_config("alltoall", 8, 2, **changes))
     layer.router.expert_bias.zero_()
     layer.router.expert_bias[6:] = float("-inf") if not groups else -1e4
@@ -267,7 +266,7 @@ def installed_in_any_order() -> list[bool]:
 @on_megatron
 def copied_layers() -> dict[str, bool]:
     """A deep copy of a layer plans by its own router, and is stock's where nothing overflows."""
-    runtime = Runtime(paper(**SETTINGS))
+    runtime = Runtime(busy(**SETTINGS))
     layer = build_layer(runtime, layer_config("alltoall", 4, 2))
     hidden, mask = batch_of(0, 3, 9)
     with macs.modality(mask):

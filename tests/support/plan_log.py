@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from macs import Runtime
+from macs import Plan, Runtime
 
 
 class PlanLog:
     """Keeps the plans of every layer of a runtime."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.plans: list[Any] = []
-        for layer in runtime.layers:
-            inner = layer.plan
-
-            def plan(*arguments: Any, inner: Any = inner) -> Any:
-                self.plans.append(inner(*arguments))
-                return self.plans[-1]
-
-            layer.plan = plan
+        self.plans: list[Plan] = []
+        runtime.on_plan(lambda event: event.plan is not None and self.plans.append(event.plan))

@@ -15,8 +15,8 @@ from tiny_vlm.megatron_engine import Engine
 import macs
 from macs import Runtime
 from megatron_macs import attach_modality
+from support.cases import busy
 
-from .cases import paper
 from .megatron_jobs import on_megatron
 
 
@@ -32,7 +32,7 @@ def logits_differ_by(tasks: tuple[str, ...], dispatcher: str) -> list[float]:
     expected = source(**tiny.sample_inputs(samples)).logits
     ids = torch.tensor([sample.prompt for sample in samples])
     found = []
-    for runtime in (None, Runtime(paper(capacity_factor=1e6))):
+    for runtime in (None, Runtime(busy(capacity_factor=1e6))):
         model = build_megatron_model(
             source,
             runtime,
@@ -52,7 +52,7 @@ def logits_differ_by(tasks: tuple[str, ...], dispatcher: str) -> list[float]:
 def engine_answers(policy: str, settings: dict[str, Any], count: int) -> dict[str, Any]:
     """Answers of Megatron's engine, what Hugging Face's greedy decoding says, and prompt steps."""
     source = tiny.load_model()
-    runtime = Runtime(paper(**settings), policy=policy)
+    runtime = Runtime(busy(**settings), policy=policy)
     model = build_megatron_model(source, runtime, expert_model_parallel_size=dist.get_world_size())
     attach_modality(model, image_token_id=source.config.image_token_id)
     samples = samples_of(data.TASKS, count)[dist.get_rank() :: dist.get_world_size()]
@@ -83,15 +83,14 @@ def engine_answers(policy: str, settings: dict[str, Any], count: int) -> dict[st
 def plan_of_real_pictures(virtual_ranks: int) -> list[Any]:
     """Plans of every layer for the same pictures on one process or on several."""
     source = tiny.load_model()
-    runtime = Runtime(paper(min_tokens=0), virtual_ranks=virtual_ranks)
+    runtime = Runtime(busy(min_tokens=0), virtual_ranks=virtual_ranks)
     model = build_megatron_model(source, runtime, expert_model_parallel_size=dist.get_world_size())
     attach_modality(model, image_token_id=source.config.image_token_id)
     samples = samples_of(data.TASKS, 12)
     share = len(samples) // dist.get_world_size()
     samples = samples[dist.get_rank() * share :][:share]
     plans = []
-    inner = runtime.layers[0].plan
-    runtime.layers[0].plan = lambda *arguments: plans.append(inner(*arguments)) or plans[-1]  # type: ignore[method-assign]
+    runtime.layers[0].on_plan(lambda event: plans.append(event.plan))
     ids = torch.tensor([sample.prompt for sample in samples])
     with model.pictures(PictureEncoder(source)(samples)):
         model(ids, torch.arange(ids.shape[1]).expand_as(ids), get_attention_mask(ids.shape[1]))

@@ -88,9 +88,9 @@ def test_prompts_are_planned_and_answers_are_not(attached):
     runtime.use("macs", MACSConfig(target_load=0.6, min_tokens=0))
     batch = data.draw_samples(3, "validation", ("read",), 8)
     prompt = read(model, runtime, tiny.sample_inputs(batch))
-    stragglers = [report.load("after") for report in runtime.reports()]
-    assert all(len(one) == 1 and float(one) <= 0.6 + 1e-6 for one in stragglers)
+    loads = [report.load("after") for report in runtime.reports()]
+    assert all(len(one) == 1 and float(one) <= 0.6 + 1e-6 for one in loads)
     prompt.said_of([sample.answer for sample in batch])
     assert runtime.enabled
-    assert [len(report.load("after")) for report in runtime.reports()] == [1] * len(stragglers)
+    assert [len(report.load("after")) for report in runtime.reports()] == [1] * len(loads)
     assert np.isfinite(prompt.logits.numpy()).all()

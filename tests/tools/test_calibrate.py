@@ -13,16 +13,17 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from macs import MACSConfig, Profile
+from macs import Profile
 
 ROOT = Path(__file__).parents[2]
 
-from macs_tools.calibrate import requests, stability  # noqa: E402
+from macs_tools.calibrate import stability
+from macs_tools.common import requests  # noqa: E402
 
 
 def calibrate(folder, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "macs", "calibrate", *arguments],
+        [sys.executable, "-m", "macs_tools", "calibrate", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -82,10 +83,10 @@ def test_stability_is_of_disjoint_halves():
         return Profile(torch.tensor([visual]), torch.tensor([text]), ("router",), 1)
 
     steady, other = profile([9, 1], [1, 9]), profile([1, 9], [9, 1])
-    same = stability.stability([steady] * 6, 10, MACSConfig())
+    same = stability.stability([steady] * 6, 10, 0.1)
     assert [one.requests for one in same] == [10, 20, 30] and stability.enough(same) == 10
     assert all(float(one.alike.mean()) == 1 and float(one.difference.mean()) == 0 for one in same)
-    opposed = stability.stability([steady, other] * 3, 10, MACSConfig())
+    opposed = stability.stability([steady, other] * 3, 10, 0.1)
     assert float(opposed[-1].alike.mean()) == 0 and stability.enough(opposed) is None
     assert float(opposed[-1].difference.mean()) == pytest.approx(0.8)
 

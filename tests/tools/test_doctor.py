@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from macs.steps.kernels.dispatch import has_triton
 from macs.steps.contracts import Placement
+from macs.steps.kernels.dispatch import has_triton
 from macs_tools import doctor
 
 
@@ -39,8 +39,8 @@ def test_a_plan_that_differs_is_found(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert doctor.equal_kernels().state == doctor.WORKS
 
-    def admit(demand, room, constants):
-        return Placement(demand.choice.experts.clone(), room.pools, room.rows)
+    def admit(demand, capacities, constants):
+        return Placement(demand.routing.experts.clone(), capacities.pools, capacities.rows)
 
     monkeypatch.setattr("macs.steps.kernels.admission.admit", admit)
     found = doctor.equal_kernels()
@@ -49,7 +49,7 @@ def test_a_plan_that_differs_is_found(monkeypatch):
 
 def test_everything_is_looked_at():
     run = subprocess.run(
-        [sys.executable, "-m", "macs", "doctor"],
+        [sys.executable, "-m", "macs_tools", "doctor"],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,

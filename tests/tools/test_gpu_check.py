@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def test_every_section_runs_dry():
-    command = [sys.executable, "-m", "macs", "bench", "gpu", "--dry", "--limit", "240"]
+    command = [sys.executable, "-m", "macs_tools", "bench", "gpu", "--dry", "--limit", "240"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
     found = [json.loads(line) for line in run.stdout.splitlines()]
@@ -32,7 +32,7 @@ def test_every_section_runs_dry():
     by_name = {one["section"]: one for one in found}
     assert by_name["no sync"]["skipped"] == by_name["graphs"]["skipped"] == "no GPU"
     assert by_name["launches"]["defaults"]["counted"]["demand"] == 1
-    assert by_name["image flood"]["after"]["straggler"] < by_name["image flood"]["before"]["straggler"]
+    assert by_name["image flood"]["after"]["load"] < by_name["image flood"]["before"]["load"]
 
 
 def test_a_section_that_fails_or_hangs_costs_no_other():

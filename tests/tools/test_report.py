@@ -46,7 +46,7 @@ def recording(seed, steps=6, tokens=96, skew=3.0, visual=0.6, ranks=RANKS, small
             "counts": torch.tensor(counts).repeat_interleave(LAYERS),
             "experts": logits.topk(TOP_K).indices.short(),
             "weights": torch.full((total, TOP_K), 0.5, dtype=torch.float16),
-            "kinds": kinds,
+            "modality": kinds,
         },
     )
 
@@ -58,7 +58,7 @@ def test_traffic_is_what_one_counts_by_hand():
     rows = {}
     for one in both:
         for record in one.records:
-            for kind, chosen in zip(record.kinds.tolist(), record.experts.tolist(), strict=True):
+            for kind, chosen in zip(record.modality.tolist(), record.experts.tolist(), strict=True):
                 for expert in chosen:
                     loads[int(kind > 0), record.layer, expert] += 1
                     here = rows.setdefault((record.step, record.layer), [0] * RANKS)
@@ -66,7 +66,7 @@ def test_traffic_is_what_one_counts_by_hand():
     assert (traffic.loads == loads).all() and traffic.small == 2 and traffic.sources == 2
     for (step, layer), each in rows.items():
         if step < 6:
-            assert traffic.straggler[step, layer] == pytest.approx(max(each) / (sum(each) / RANKS))
+            assert traffic.load[step, layer] == pytest.approx(max(each) / (sum(each) / RANKS))
     assert traffic.tokens.tolist() == [96.0] * 6
     assert traffic.typical > 1.3 and 0.55 < traffic.visual_share < 0.65
     first, mean, most = traffic.over_time(4)
@@ -83,7 +83,7 @@ def test_counting_goes_by_blocks(monkeypatch):
     monkeypatch.setattr("macs_tools.report.traffic.BLOCK", 40)  # less than a record, two records' experts
     parts = measured([recording(0)], RANKS)
     assert (whole.loads == parts.loads).all() and (whole.by_rank == parts.by_rank).all()
-    assert np.array_equal(whole.straggler, parts.straggler)
+    assert np.array_equal(whole.load, parts.load)
 
 
 def test_ranks_are_the_runs_or_as_many_as_divide():
@@ -126,7 +126,7 @@ def test_when_not_to_is_said():
     found = " ".join(advise(traffic, predicted(0.9, 0.6, replicas=0.85, pays=4000), None, None).against)
     assert "no visual token" in found and "from 4000 tokens a rank on" in found
     assert "EPLB, 1 replica a rank comes as far as a bound of 1.05" in found and "2 MB" in found
-    even = replace(traffic, straggler=np.ones_like(traffic.straggler))
+    even = replace(traffic, load=np.ones_like(traffic.load))
     found = " ".join(advise(even, predicted(1.0, 0.6), None, None).against)
     assert "balanced already" in found
 
@@ -272,6 +272,6 @@ def test_a_profile_of_another_model_is_refused(tmp_path):
 )
 def test_mistakes_are_one_line(tmp_path, flags, message):
     recording(0).save(tmp_path / "r.safetensors")
-    command = [sys.executable, "-m", "macs", "report", *flags, "--out", "page.html"]
+    command = [sys.executable, "-m", "macs_tools", "report", *flags, "--out", "page.html"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

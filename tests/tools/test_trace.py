@@ -26,7 +26,7 @@ def test_layers_are_numbered_in_order_and_those_that_guess_ahead_left_out(tmp_pa
     assert [(one.layer, one.step) for one in found.records] == [(1, 0), (0, 0)]
     assert found.records[0].experts.tolist() == [[0, 5], [4, 1]] and found.num_experts == 8
     assert read_trace(path, experts=6).num_experts == 6
-    assert found.records[0].weights.tolist() == [[0.5, 0.5]] * 2 and not found.records[0].kinds.any()
+    assert found.records[0].weights.tolist() == [[0.5, 0.5]] * 2 and not found.records[0].modality.any()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def recorded():
             "counts": torch.tensor(counts),
             "experts": torch.rand(count, 16, generator=generator).topk(3).indices.short(),
             "weights": torch.rand(count, 3, generator=generator).half(),
-            "kinds": torch.randint(0, 2, (count,), generator=generator).to(torch.int8),
+            "modality": torch.randint(0, 2, (count,), generator=generator).to(torch.int8),
         },
     )
 
@@ -108,7 +108,7 @@ def test_mistakes_are_one_line(tmp_path):
         ([path, "--to", tmp_path / "b.jsonl"], "found two files of one kind"),
         ([tmp_path / "x.jsonl", "--to", tmp_path / "b.safetensors"], "found no file"),
     ):
-        command = [sys.executable, "-m", "macs", "trace", *map(str, arguments)]
+        command = [sys.executable, "-m", "macs_tools", "trace", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -136,7 +136,7 @@ def test_what_stock_megatron_wrote_is_read_and_simulated(pool, tmp_path, logits)
     simulate.main([*given, "--tokens", "128", "--policies", "macs", "--replicas", "--json", str(out)])
     rows = json.loads(out.read_text())["sizes"]["recording"]
     assert [row["ranks"] for row in rows if row["policy"] == "macs"] == [2, 4]
-    assert all(row["straggler"] <= 1.06 for row in rows if row["policy"] == "macs")
+    assert all(row["load"] <= 1.06 for row in rows if row["policy"] == "macs")
     page = tmp_path / "page.html"
     report.main([*map(str, paths), *experts, "--sizes", "2", "4", "--shape", "tiny", "--out", str(page)])
     assert "do not say which they are" in page.read_text() and "2 of 8 steps" not in page.read_text()

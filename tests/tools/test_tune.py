@@ -18,23 +18,23 @@ from macs_tools.tune import search
 
 NATURAL = np.array([1.2, 1.4, 1.3])
 COST = np.array([5.0, 0.1, 0.5])
-"""Damage of a layer for each unit of load below its natural one, squared."""
+"""KL of a layer for each unit of load below its natural one, squared."""
 
 
 def measured(bounds, noise=0.0):
     loads = np.minimum(np.array(bounds), NATURAL)
     each = (COST * (NATURAL - loads) ** 2).sum()
-    damage = each * np.linspace(0.5, 1.5, 64) * (1 + noise)
-    return search.Measured(loads, damage, damage < 1)
+    kl = each * np.linspace(0.5, 1.5, 64) * (1 + noise)
+    return search.Measured(loads, kl, kl < 1)
 
 
-def test_damages_of_single_layers_make_a_split_that_spares_the_dear_one():
+def test_single_layers_make_a_split_that_spares_the_dear_one():
     curves = search.singles(measured, NATURAL)
-    assert all((np.diff(loads) > 0).all() and (np.diff(damage) <= 0).all() for loads, damage in curves)
+    assert all((np.diff(loads) > 0).all() and (np.diff(kl) <= 0).all() for loads, kl in curves)
     bounds = search.split_by(curves, 0.8)
     assert np.mean(bounds) == pytest.approx(0.8, abs=1e-6)
     assert bounds[0] > bounds[2] > bounds[1]
-    assert measured(bounds).damage.mean() < 0.5 * measured([0.8] * 3).damage.mean()
+    assert measured(bounds).kl.mean() < 0.5 * measured([0.8] * 3).kl.mean()
 
 
 def test_a_target_that_nothing_reaches_is_one_bound():
@@ -46,7 +46,7 @@ def test_moves_make_it_better_and_never_dearer():
     start = [0.8, 0.8, 0.8]
     best, held = search.refined(measured, start, 100.0, 60)
     assert held.loads.mean() <= 0.8 + 1e-3
-    assert held.damage.mean() < 0.5 * measured(start).damage.mean()
+    assert held.kl.mean() < 0.5 * measured(start).kl.mean()
     assert best[0] > best[2] > best[1]
     same, _ = search.refined(measured, start, 100.0, 0)
     assert same == start
@@ -55,7 +55,8 @@ def test_moves_make_it_better_and_never_dearer():
 def tune(folder, *arguments, launcher=("-m",)):
     folder.mkdir(exist_ok=True)
     return subprocess.run(
-        [sys.executable, *launcher, "macs", "tune", "--out", str(folder / "tuned.safetensors"), *arguments],
+        [sys.executable, *launcher, "macs_tools", "tune", "--out", str(folder / "tuned.safetensors")]
+        + list(arguments),
         cwd=folder,
         env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -70,29 +71,29 @@ def test_a_tuning_is_measured_kept_and_served(tmp_path):
     done = tune(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     found = Profile.load(tmp_path / "tuned.safetensors").tuning
-    assert found.targets.tolist() == [0.9, 0.6] and found.bounds.shape == (2, 4)
+    assert found.target_loads.tolist() == [0.9, 0.6] and found.layer_loads.shape == (2, 4)
     assert (found.ranks, found.requests, found.policy) == (2, 56, "macs")
-    assert bool((found.damage[:, 1] <= found.damage[:, 0]).all())
-    assert bool((found.damage[:, 0] <= found.damage[:, 2]).all())
+    assert bool((found.kl[:, 1] <= found.kl[:, 0]).all())
+    assert bool((found.kl[:, 0] <= found.kl[:, 2]).all())
     # Layers in groups share a bound, and other kinds of batches take turns.
     other = ("--groups", "2", "--batches", "mixed", "small", "--targets", "0.6", "--tries", "0")
     done = tune(tmp_path / "grouped", *flags, *other)
     assert done.returncode == 0 and "2 groups of layers" in done.stdout, done.stderr
-    bounds = Profile.load(tmp_path / "grouped" / "tuned.safetensors").tuning.bounds
+    bounds = Profile.load(tmp_path / "grouped" / "tuned.safetensors").tuning.layer_loads
     assert bounds.shape == (1, 4) and bool((bounds[:, ::2] == bounds[:, 1::2]).all())
     # The same again measures nothing.
     lines = (tmp_path / "tuned.measured.jsonl").read_text().splitlines()
     again = tune(tmp_path, *flags)
     assert again.returncode == 0 and (tmp_path / "tuned.measured.jsonl").read_text().splitlines() == lines
-    assert all(len(json.loads(line)["damage"]) == 56 for line in lines)
+    assert all(len(json.loads(line)["kl"]) == 56 for line in lines)
     profile = Profile.load(tmp_path / "tuned.safetensors")
-    assert torch.equal(profile.tuning.bounds, found.bounds)
-    runtime = Runtime(MACSConfig(max_kl=float(found.damage[:, 0].max())), profile=profile)
+    assert torch.equal(profile.tuning.layer_loads, found.layer_loads)
+    runtime = Runtime(MACSConfig(max_kl=float(found.kl[:, 0].max())), profile=profile)
     assert target_of(runtime.config, profile.tuning) == 0.6
 
 
 def test_megatron_measures_what_the_plain_adapter_does(tmp_path):
-    """Two processes of Megatron, and one that plans as two: the same loads, damages alike."""
+    """Two processes of Megatron, and one that plans as two: the same loads, KL alike."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     flags = ("--requests", "56", "--batch", "28", "--targets", "0.6", "--tries", "0")
     assert tune(tmp_path / "plain", *flags, "--ranks", "2").returncode == 0

@@ -57,7 +57,7 @@ def test_the_rules_of_the_published_workloads():
 
 def test_the_multimodal_workloads_lean_as_their_names_say():
     def visual(name, rank=0, step=0):
-        return float((draw(name, SHAPE, step, rank, RANKS).kinds != TEXT).float().mean())
+        return float((draw(name, SHAPE, step, rank, RANKS).ids != TEXT).float().mean())
 
     assert visual("image-flood") == pytest.approx(0.9, abs=0.01)
     assert visual("text-heavy") == pytest.approx(0.1, abs=0.01)
@@ -81,13 +81,13 @@ def test_an_unknown_workload_is_named():
 def test_a_recording_is_played_back(tmp_path, with_scores):
     drawn = [[draw("image-flood", SHAPE, step, rank, 2) for rank in range(2)] for step in range(2)]
     for rank in range(2):
-        runtime = Runtime(MACSConfig(similarity="none", min_tokens=0))
+        runtime = Runtime(MACSConfig(min_tokens=0))
         topology = Topology(SHAPE.experts, 2, sources=(rank,))
-        layer = runtime.add_layer(AnyAdapter(lambda: torch.zeros(1), topology, SHAPE.top_k))
+        layer = runtime.add_layer(AnyAdapter(lambda: torch.eye(SHAPE.experts), topology, SHAPE.top_k))
         with runtime.record_routing(tmp_path / f"{rank}", scores=with_scores):
             for step in range(2):
                 batch = drawn[step][rank]
-                with modality(Modality.of(batch.kinds[None])):
+                with modality(Modality.of(batch.ids[None])):
                     tokens = layer.tokens(1, SHAPE.tokens, False, torch.device("cpu"))
                 layer.plan(features(batch, 8, 0, 0), batch.experts, batch.weights, batch.scores, tokens)
     recordings = [Recording.load(tmp_path / str(rank)) for rank in range(2)]
@@ -95,7 +95,7 @@ def test_a_recording_is_played_back(tmp_path, with_scores):
     for step in range(2):
         for rank in range(2):
             mine, own = found[step][rank], drawn[step][rank]
-            assert torch.equal(mine.experts, own.experts) and torch.equal(mine.kinds, own.kinds)
+            assert torch.equal(mine.experts, own.experts) and torch.equal(mine.ids, own.ids)
             torch.testing.assert_close(mine.weights, own.weights, atol=1e-3, rtol=1e-3)
             torch.testing.assert_close(mine.scores.sum(1), torch.ones(SHAPE.tokens))
             least = mine.scores.gather(1, mine.experts).amin(1)
@@ -103,6 +103,6 @@ def test_a_recording_is_played_back(tmp_path, with_scores):
             assert bool((others <= least * 1.001).all())
             if with_scores:
                 torch.testing.assert_close(mine.scores, own.scores, atol=1e-3, rtol=2e-3)
-    assert int((found[0][0].kinds == IMAGE).sum()) > 0
+    assert int((found[0][0].ids == IMAGE).sum()) > 0
     with pytest.raises(ValueError, match="layer 7 has no step that all 2 files have"):
         workloads.replay(recordings, 7)

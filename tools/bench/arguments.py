@@ -22,9 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from macs.files import output_file, output_folder
-
-from ..common.command import Parser
+from ..common.command import Parser, output_file, output_folder
 from ..common.traces import load_recordings
 from ..common.workloads import (
     LADDER,
@@ -42,16 +40,16 @@ from ..common.workloads import (
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("macs bench", __doc__)
-    parser.add_argument("mode", choices=("planner", "layer", "virtual-ep", "generate"))
+    parser.add_argument("mode", choices=("planner", "layer", "generate"))
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
     parser.add_argument("--tokens", type=int, help="of a source rank, instead of the shape's")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--policies", nargs="+", help="titles to run beside vanilla (default: all)")
-    parser.add_argument("--straggler", type=float, default=1.05, help="bound on the busiest rank")
+    parser.add_argument("--load", type=float, default=1.05, help="bound on the busiest rank")
     parser.add_argument(
         "--ladder", nargs="*", type=float, default=[], help="further bounds for the drops and for macs"
     )
-    parser.add_argument("--ranks", type=int, default=2, help="processes, or ranks played in turn")
+    parser.add_argument("--ranks", type=int, default=2, help="processes")
     parser.add_argument("--threads", type=int, help="of each process (default: all cores, divided)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a workload")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
@@ -60,8 +58,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layer", type=int, default=0, help="layer of the recordings")
     parser.add_argument("--experts", type=int, help="of a layer, where a trace does not say")
     parser.add_argument("--json", type=output_file, help="append the result, one line")
-    parser.add_argument("--cost-model", type=Path, help="figures for what virtual-ep cannot measure")
-    parser.add_argument("--save-cost-model", type=Path, help="write this machine's, for simulate.py")
+    parser.add_argument("--save-cost-model", type=Path, help="write this machine's, for macs simulate")
     parser.add_argument("--plots", type=output_folder, help="folder for plots")
     arguments = parser.parse_args(given)
     arguments.shape_name, arguments.shape = arguments.shape, SHAPES[arguments.shape]
@@ -70,8 +67,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if arguments.tokens:
         arguments.shape = replace(arguments.shape, tokens=arguments.tokens)
     if arguments.recordings:
-        if arguments.mode not in ("layer", "virtual-ep"):
-            parser.error(f"--recordings: found mode {arguments.mode}, expected layer or virtual-ep")
+        if arguments.mode != "layer":
+            parser.error(f"--recordings: found mode {arguments.mode}, expected layer")
         recordings = load_recordings(arguments.recordings, arguments.experts)
         arguments.played = replay(recordings, arguments.layer, arguments.shape.tokens)
         arguments.ranks, arguments.workloads = len(recordings), ["recording"]
@@ -79,7 +76,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
             arguments.shape,
             experts=recordings[0].num_experts,
             top_k=recordings[0].top_k,
-            tokens=len(arguments.played[0][0].kinds),
+            tokens=len(arguments.played[0][0].ids),
         )
     for name in ("ranks", "steps", "repeats", "threads", "tokens"):
         value = getattr(arguments, name)
@@ -92,7 +89,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if arguments.threads is None:
         processes = arguments.ranks if arguments.mode in ("layer", "generate") else 1
         arguments.threads = max(1, (os.cpu_count() or 1) // processes)
-    known_titles = contenders(arguments.straggler)
+    known_titles = contenders(arguments.load)
     for title in arguments.policies or ():
         if title not in known_titles:
             parser.error(f"--policies: found {title!r}, expected some of {', '.join(known_titles)}")
@@ -101,7 +98,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def running(arguments: argparse.Namespace) -> dict[str, Contender]:
     """The policies asked for, vanilla first."""
-    chosen = contenders(arguments.straggler)
+    chosen = contenders(arguments.load)
     titles = [VANILLA, *(arguments.policies or list(chosen)[1:])]
     found = {title: chosen[title] for title in dict.fromkeys(titles)}
     for title in LADDER:

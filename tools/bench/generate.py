@@ -100,10 +100,8 @@ class Prompted:
 
 def prompts_of(batch: Batch, length: int) -> tuple[Tensor, Tensor]:
     """Input ids [B, S], and logits [S B, E] in Megatron's order, of a batch of sequences end to end."""
-    ids = torch.randint(
-        IMAGE_ID + 1, VOCABULARY, batch.kinds.shape, generator=torch.Generator().manual_seed(0)
-    )
-    ids = torch.where(batch.kinds != TEXT, IMAGE_ID, ids).view(-1, length)
+    ids = torch.randint(IMAGE_ID + 1, VOCABULARY, batch.ids.shape, generator=torch.Generator().manual_seed(0))
+    ids = torch.where(batch.ids != TEXT, IMAGE_ID, ids).view(-1, length)
     logits = batch.logits.view(len(ids), length, -1).transpose(0, 1)
     return ids, logits.flatten(0, 1).to(device())
 
@@ -131,7 +129,7 @@ def measure(
             draw(workload, shape, 0, rank, arguments.ranks, arguments.seed), length
         )
         times: dict[str, list[tuple[float, float]]] = {title: [] for title in chosen}
-        stragglers: dict[str, float] = {}
+        loads: dict[str, float] = {}
         answers: dict[str, Any] = {}
         for turn in range(arguments.repeats + 1):
             for title, contender in rng.sample(list(chosen.items()), len(chosen)):
@@ -153,15 +151,15 @@ def measure(
                         )
                 if title != VANILLA:
                     reports = runtime.reports(parallel_state.get_expert_model_parallel_group())
-                    stragglers[title] = float(reports[0].load("after").mean())
-                    stragglers[VANILLA] = float(reports[0].load("before").mean())
+                    loads[title] = float(reports[0].load("after").mean())
+                    loads[VANILLA] = float(reports[0].load("before").mean())
         for title in chosen:
             if len(answers[title]) != PROMPTS or any(len(one) != NEW_TOKENS for one in answers[title]):
                 raise RuntimeError(f"{title}: found {answers[title]}, expected {NEW_TOKENS} tokens a prompt")
             same = answers[title] == answers[VANILLA]
             if title == NOTHING_OVER and not same:
                 raise RuntimeError(f"{title}: found {answers[title]}, expected vanilla's {answers[VANILLA]}")
-            rows.append({"workload": workload, "policy": title, "straggler": stragglers.get(title)})
+            rows.append({"workload": workload, "policy": title, "load": loads.get(title)})
             for index, name in ((0, "prompt_"), (1, "")):
                 own = [one[index] for one in times[title]]
                 ratios = [one / base[index] for one, base in zip(own, times[VANILLA], strict=True)]
@@ -214,7 +212,7 @@ def run_generate(arguments: argparse.Namespace, console: Console) -> dict[str, A
             f"{row['prompt_ratio']:.3f}",
             f"{row['ms']:.0f}",
             f"{row['ratio']:.3f}",
-            "" if row["straggler"] is None else f"{row['straggler']:.3f}",
+            "" if row["load"] is None else f"{row['load']:.3f}",
         )
     console.print(table)
     return found

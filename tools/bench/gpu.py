@@ -48,8 +48,8 @@ SIZES = (
 DRY = Size(96, 64, 32, 8, 2, 4)
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "paper": {"preset": "paper"},
-    "paper at 1.05": {"preset": "paper", "target_load": 1.05},
+    "paper": {"policy": "paper"},
+    "paper at 1.05": {"policy": "paper", "target_load": 1.05},
     "safe": {"preset": "safe"},
 }
 
@@ -72,11 +72,17 @@ def inputs(size: Size, seed: int = 0) -> tuple[Any, ...]:
     return hidden.bfloat16(), experts, weights, scores, Modality.of(mask).batch_major()
 
 
+def case_of(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The policy, and the settings beside it."""
+    return settings.get("policy", "macs"), {k: v for k, v in settings.items() if k != "policy"}
+
+
 def planner_of(size: Size, settings: dict[str, Any]) -> Any:
     from macs import MACSConfig, Planner, Topology
 
-    config = MACSConfig.from_dict({"min_tokens": 0, **settings})
-    return Planner(config, Topology(size.experts, size.ranks), size.top_k)
+    policy, given = case_of(settings)
+    config = MACSConfig.from_dict({"min_tokens": 0, **given})
+    return Planner(config, Topology(size.experts, size.ranks), size.top_k, policy)
 
 
 def milliseconds(work: Callable[[], Any], repeats: int = 20) -> float:
@@ -184,7 +190,7 @@ def launches(dry: bool) -> dict[str, Any]:
     shape = size.tokens, size.hidden, size.experts, size.top_k, size.ranks
     found: dict[str, Any] = {}
     for name, settings in SETTINGS.items():
-        found[name] = {"counted": dict(count("macs", settings, shape).by_step)}
+        found[name] = {"counted": dict(count(*case_of(settings), shape).by_step)}
         if torch.cuda.is_available():
             planner, given = planner_of(size, settings), inputs(size)
             planner.plan(*given)
@@ -288,7 +294,7 @@ def flood(dry: bool) -> dict[str, Any]:
     for when in ("before", "after"):
         loads = getattr(plan.statistics, f"load_{when}").view(size.ranks, -1)
         busiest = loads[loads.sum(1).argmax()]
-        found[when] = {"straggler": float(busiest.sum()) / (size.tokens * size.top_k / size.ranks)}
+        found[when] = {"load": float(busiest.sum()) / (size.tokens * size.top_k / size.ranks)}
         experts = experts_of(size, (busiest * size.ranks).tolist())
         if experts is not None:
             found[when]["experts ms"] = milliseconds(experts)

@@ -10,22 +10,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from macs import IMAGE, Plan, Tokens
-from macs.planner import STEPS, watching_steps
-from macs.steps.kernels.dispatch import has_triton, kernels
+from macs import IMAGE, Modality, Plan, Planner, Tokens, Topology
+from macs.planner import STEPS
 from macs.steps.contracts import Counts
-from macs.steps.weighting import Weighting, semantic_weights
+from macs.steps.kernels.dispatch import has_triton, kernels
+from macs.steps.weighting import WeightRule, semantic_weights
 
 from ..common.clock import clocked, milliseconds
 from ..common.layers import Asked, around_plan, build_layer, device, engine, force, join, layout_of
 from ..common.workloads import SHAPES, Contender, Shape, contenders, draw, features
 from .planner_report import show_planner
-from .virtual_ep import planned
 from .watch import Watch, launches_unwatched
 
 
@@ -33,7 +33,15 @@ def planned_alone(
     shape: Shape, contender: Contender, ranks: int, workload: str = "image-flood"
 ) -> Callable[[], Plan]:
     """A call that plans one source rank's tokens of a workload."""
-    return planned(shape, contender, ranks, 0, draw(workload, shape, 0, 0, ranks), 0)
+    batch = draw(workload, shape, 0, 0, ranks)
+    planner = Planner(
+        contender.config, Topology(shape.experts, ranks, sources=(0,)), shape.top_k, contender.policy
+    )
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    hidden = features(batch, shape.hidden, 0, 0).to(device(), dtype)
+    experts, weights, scores = (one.to(device()) for one in (batch.experts, batch.weights, batch.scores))
+    tokens = Modality.of(batch.ids[None].to(device())).batch_major()
+    return partial(planner.plan, hidden, experts, weights, scores, tokens)
 
 
 def router_pass(shape: Shape) -> Callable[[], Any]:
@@ -44,8 +52,8 @@ def router_pass(shape: Shape) -> Callable[[], Any]:
 
 def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     shape, ranks = arguments.shape, max(arguments.ranks, 8)
-    names = arguments.policies or ["macs paper", "macs", "token drop", "rank-balanced"]
-    chosen = {title: contenders(arguments.straggler)[title] for title in names}
+    names = arguments.policies or ["paper", "macs", "token drop", "rank-balanced"]
+    chosen = {title: contenders(arguments.load)[title] for title in names}
     found: dict[str, Any] = {"tokens": shape.tokens, "virtual_ranks": ranks, "policies": {}}
     with engine(), torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         join(0, 1, folder)
@@ -78,7 +86,7 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
             parts: list[dict[str, float]] = []
             for _ in range(arguments.repeats):
                 parts.append({})
-                with watching_steps(partial(clocked, parts[-1])):
+                with mock.patch("macs.planner.step", partial(clocked, parts[-1])):
                     work()
             with Watch() as watch:
                 work()
@@ -144,11 +152,11 @@ def bandwidths(shape: Shape, repeats: int) -> dict[str, float]:
     hidden = torch.randn(shape.tokens, shape.hidden, device=device()).to(kind)
     tokens = Tokens.all_text(shape.tokens, hidden.device)
     tokens.modality[:] = IMAGE
-    rule = Weighting("entropy", 1.0, 0.5, False, 1)
+    rule = WeightRule("entropy", 1.0, 0.5, 1)
 
     def weigh() -> None:
         semantic_weights(
-            hidden, tokens, rule, Counts.zeros({"moments": (3, rule.groups(0))}, hidden.device), False
+            hidden, tokens, rule, Counts.zeros(rule.shapes(hidden.shape[1]), hidden.device), False
         )
 
     works = {"entropy": (weigh, 1), "copy": (hidden.clone, 2)}

@@ -44,7 +44,7 @@ def table_of(rows: Sequence[dict[str, Any]], caption: str) -> Table:
             f"{row['ratio']:.3f}" + (f" ± {row['ratio_spread'] / 2:.3f}" if row["turns"] > 1 else ""),
             f"{row['ideal']:.3f}",
             f"{row['share']:.0%}",
-            f"{row['straggler']:.3f}",
+            f"{row['load']:.3f}",
             f"{row['busiest_expert']:.2f}",
             f"{row['sent']:.1%}",
             f"{row['dropped']:.1%}",

@@ -53,7 +53,7 @@ class Done:
         report = self.report
         return {
             **report.summary(),
-            "straggler": float(report.load("after").mean()),
+            "load": float(report.load("after").mean()),
             "busiest_expert": self.busiest_expert,
             "sent": sum(self.sent) / float((report.kept + report.rerouted + report.dropped).sum()),
         }

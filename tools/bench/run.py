@@ -20,7 +20,6 @@ from .report import machine, plot_rows
 RUNS = {
     "planner": ("planner", "run_planner"),
     "layer": ("layer", "run_layer"),
-    "virtual-ep": ("virtual_ep", "run_virtual"),
     "generate": ("generate", "run_generate"),
 }
 """Of every mode the module, which imports an engine, and its function."""
@@ -50,7 +49,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if arguments.json:
         with arguments.json.open("a") as file:
             file.write(json.dumps(result) + "\n")
-    if arguments.plots and arguments.mode in ("layer", "virtual-ep"):
+    if arguments.plots and arguments.mode == "layer":
         arguments.plots.mkdir(parents=True, exist_ok=True)
         plot_rows(
             found["rows"],

@@ -1,5 +1,1 @@
-"""``macs calibrate``: which expert of a model serves which modality."""
-
-from ..common import clone
-
-clone.examples("tiny_vlm")
+"""``macs calibrate``: which expert serves which modality."""

@@ -10,19 +10,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
-from tiny_vlm import data
-from tiny_vlm import model as tiny
-from tiny_vlm.vocabulary import BEGIN, FILLER, build_tokenizer, encode
 
 from macs import Runtime
 
+from ..common import clone
 from ..common.processes import processes
-from .requests import Request, opened
+from ..common.requests import ProcessorEngine, Request, load_model, opened, question_of
 
 
-def tiny_sample(request: Request) -> data.Sample:
+def tiny_sample(request: Request) -> Any:
     """A request as the tiny model's prompt; words it does not know are unknown to it."""
+    clone.examples("tiny_vlm")
+    from tiny_vlm import data
+    from tiny_vlm import model as tiny
+    from tiny_vlm.vocabulary import BEGIN, FILLER, build_tokenizer, encode
+
     pixels = None if request.picture is None else opened(request.picture, tiny.open_picture)
     prefix = encode(BEGIN) if pixels is None else data.PICTURE_PREFIX
     room = data.PROMPT_TOKENS - len(prefix)
@@ -33,13 +35,16 @@ def tiny_sample(request: Request) -> data.Sample:
 @contextlib.contextmanager
 def megatron(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
     """The tiny model in Megatron's static engine."""
+    clone.examples("tiny_vlm")
+    import tiny_vlm
     from megatron.core import parallel_state
+    from tiny_vlm import model as tiny
     from tiny_vlm.megatron import PictureEncoder, build_megatron_model
     from tiny_vlm.megatron_engine import Engine
 
     from megatron_macs import attach_modality, cpu_engine
 
-    source, runtime = tiny.load_model(arguments.checkpoint), Runtime()
+    source, runtime = tiny.load_model(arguments.checkpoint or tiny_vlm.CHECKPOINT), Runtime()
     with contextlib.nullcontext() if torch.cuda.is_available() else cpu_engine(), processes():
         parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
         changes = {"expert_model_parallel_size": dist.get_world_size()}
@@ -56,8 +61,6 @@ def deepspeed(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
     """The tiny model, or a checkpoint of one's own, under DeepSpeed's AutoEP."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from tiny_vlm.plain import Engine
-
     import deepspeed_macs
 
     with processes():
@@ -66,28 +69,30 @@ def deepspeed(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
             "expert_parallel": {"enabled": True, "autoep_size": dist.get_world_size()},
             "macs": {},
         }
-        model: Any
         if arguments.model is None:
-            model = tiny.load_model(arguments.checkpoint)
-        else:
-            from transformers import AutoModelForImageTextToText, AutoProcessor
+            clone.examples("tiny_vlm")
+            import tiny_vlm.model
+            import tiny_vlm.plain
 
-            model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
+            model: Any = tiny_vlm.model.load_model(arguments.checkpoint or tiny_vlm.CHECKPOINT)
+        else:
+            model, processor = load_model(arguments.model, arguments.dtype)
         engine = deepspeed_macs.initialize(model=model, config=config)[0]
         engine.eval()
+        answers: Any
         if arguments.model is None:
-            answers: Any = Engine(engine.module)
+            answers = tiny_vlm.plain.Engine(engine.module)
         else:
-            from tiny_vlm.own_model import ProcessorEngine
-
-            processor = AutoProcessor.from_pretrained(arguments.model)
-            answers = ProcessorEngine(engine.module, processor, 1)
+            answers = ProcessorEngine(engine.module, processor, getattr(arguments, "tokens", 1))
         yield engine.macs, answers
 
 
 def own_batches(arguments: argparse.Namespace, requests: list[Request] | None) -> list[list[Any]]:
     """What the engine is asked, in batches; every rank has its share, and equally many batches."""
     if requests is None:
+        clone.examples("tiny_vlm")
+        from tiny_vlm import data
+
         asked: list[Any] = data.draw_samples(arguments.seed, "train", data.TASKS, arguments.samples)
     else:
         # In their order, pictures of one kind would make up one half, or all that is taken.
@@ -95,7 +100,7 @@ def own_batches(arguments: argparse.Namespace, requests: list[Request] | None) -
         requests = [requests[i] for i in order[: arguments.samples].tolist()]
         asked = [tiny_sample(one) for one in requests] if arguments.model is None else requests
     if arguments.model is not None:
-        asked = [processor_request(one) for one in asked]
+        asked = [question_of(one) for one in asked]
     whole = arguments.batch * dist.get_world_size()
     count = len(asked) // whole
     if count < 2:
@@ -106,15 +111,6 @@ def own_batches(arguments: argparse.Namespace, requests: list[Request] | None) -
     rank = dist.get_rank()
     batches = [asked[number * whole : (number + 1) * whole] for number in range(count)]
     return [batch[rank * arguments.batch : (rank + 1) * arguments.batch] for batch in batches]
-
-
-def processor_request(request: Request) -> Any:
-    """A request as ``ProcessorEngine`` takes it."""
-    from tiny_vlm.own_model import Request as Asked
-
-    if request.picture is None:
-        return Asked(request.text, None)
-    return Asked(request.text, opened(request.picture, lambda path: Image.open(path).convert("RGB")))
 
 
 ENGINES = {"deepspeed": deepspeed, "megatron": megatron}

@@ -24,14 +24,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from tiny_vlm import CHECKPOINT
 
-from macs import MACSConfig, Profile
-from macs.files import output_file
+from macs import Profile
 from macs.runtime.launch import first_process
 
-from ..common.command import Parser, quiet
-from .requests import read_requests
+from ..common.command import Parser, output_file, quiet
+from ..common.requests import read_requests
 from .stability import AGREEMENT, bias_table, check, counted, enough, plot, stability
 
 
@@ -40,7 +38,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("deepspeed", "megatron"), default="deepspeed")
     parser.add_argument("--model", type=Path, help="a checkpoint directory in Hugging Face format")
     parser.add_argument("--dtype", default="auto", help="of --model: auto, float32, bfloat16, ...")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="of the tiny model")
+    parser.add_argument("--checkpoint", type=Path, help="of the tiny model")
     parser.add_argument("--data", type=Path, help="a folder, or a file of JSON lines")
     parser.add_argument("--samples", type=int, default=448, help="requests at most")
     parser.add_argument("--batch", type=int, default=14, help="requests asked at once, on each process")
@@ -57,6 +55,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if arguments.model is not None and arguments.data is None:
         parser.error("--model: expected --data with it, a sample of your own requests")
+    if not 0 <= arguments.threshold <= 0.5:
+        parser.error(f"--threshold: found {arguments.threshold}, expected a value from 0 to 0.5")
     if arguments.batch < 1:
         parser.error(f"--batch: found {arguments.batch}, expected 1 or more")
     for name in ("model", "checkpoint", "data", "check"):
@@ -69,7 +69,6 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, show, write."""
     arguments = parse_arguments(given)
-    MACSConfig(bias_threshold=arguments.threshold)  # refuses what is out of range
     profile = None if arguments.check is None else Profile.load(arguments.check)
     requests = None if arguments.data is None else read_requests(arguments.data)
     quiet()
@@ -90,9 +89,9 @@ def main(given: Sequence[str] | None = None) -> None:
 
 def show(arguments: argparse.Namespace, profiles: Sequence[Profile], size: int, console: Console) -> None:
     """The profile of all batches, ``size`` requests each, how stable it is, and its file."""
-    profile, config = Profile.merged(profiles), MACSConfig(bias_threshold=arguments.threshold)
-    found = stability(profiles, size, config)
-    console.print(bias_table(profile, config, found[-1]))
+    profile, threshold = Profile.merged(profiles), arguments.threshold
+    found = stability(profiles, size, threshold)
+    console.print(bias_table(profile, threshold, found[-1]))
     for one in found:
         console.print(
             f"{one.requests:6d} requests a half: {float(one.alike.mean()):.0%} of the experts alike, "
@@ -108,4 +107,4 @@ def show(arguments: argparse.Namespace, profiles: Sequence[Profile], size: int, 
     profile.save(arguments.out)
     console.print(f"profile of {len(profiles) * size} requests in {arguments.out}")
     if arguments.plot is not None:
-        plot(profile, config, arguments.plot)
+        plot(profile, threshold, arguments.plot)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from macs import MACSConfig, Profile, Runtime
+from macs import Profile, Runtime
 
 AGREEMENT = 0.95
 """Two halves that class this share of the experts alike are a profile."""
@@ -39,7 +39,7 @@ class Stability:
     difference: torch.Tensor
 
 
-def stability(profiles: Sequence[Profile], requests: int, config: MACSConfig) -> list[Stability]:
+def stability(profiles: Sequence[Profile], requests: int, threshold: float) -> list[Stability]:
     """Halves of even and odd batches against each other, of 1, 2, 4, ... batches and of all of them.
 
     ``requests``: in a batch, over all processes.
@@ -50,7 +50,7 @@ def stability(profiles: Sequence[Profile], requests: int, config: MACSConfig) ->
     found = []
     for size in [*sizes, most]:
         one, other = Profile.merged(even[:size]), Profile.merged(odd[:size])
-        alike = (one.bias(config) == other.bias(config)).double().mean(1)
+        alike = (one.bias(threshold) == other.bias(threshold)).double().mean(1)
         apart = (one.visual_preference() - other.visual_preference()).abs().mean(1)
         found.append(Stability(size * requests, alike, apart))
     return found
@@ -66,7 +66,7 @@ def enough(found: Sequence[Stability]) -> int | None:
     return answer
 
 
-def bias_table(profile: Profile, config: MACSConfig, halves: Stability) -> Table:
+def bias_table(profile: Profile, threshold: float, halves: Stability) -> Table:
     """Every layer's experts by modality bias."""
     table = Table(
         title="experts by modality bias",
@@ -75,7 +75,7 @@ def bias_table(profile: Profile, config: MACSConfig, halves: Stability) -> Table
     )
     for name in ("layer", "visual", "both", "text", "most visual", "least visual", "alike", "apart"):
         table.add_column(name, justify="right", no_wrap=True)
-    bias, preference = profile.bias(config), profile.visual_preference()
+    bias, preference = profile.bias(threshold), profile.visual_preference()
     for layer in range(profile.num_layers):
         counts = [int((bias[layer] == sign).sum()) for sign in (1.0, 0.0, -1.0)]
         most, least = int(preference[layer].argmax()), int(preference[layer].argmin())
@@ -90,7 +90,7 @@ def bias_table(profile: Profile, config: MACSConfig, halves: Stability) -> Table
     return table
 
 
-def plot(profile: Profile, config: MACSConfig, path: Path) -> None:
+def plot(profile: Profile, threshold: float, path: Path) -> None:
     """Visual preference q of every layer's experts, in order, with the thresholds of a bias."""
     import matplotlib
 
@@ -101,7 +101,7 @@ def plot(profile: Profile, config: MACSConfig, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for layer in range(profile.num_layers):
         axes.plot(range(profile.num_experts), preference[layer].tolist(), marker=".", label=f"layer {layer}")
-    for bound in (0.5 - config.bias_threshold, 0.5 + config.bias_threshold):
+    for bound in (0.5 - threshold, 0.5 + threshold):
         axes.axhline(bound, color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="experts of the layer, in order", ylabel="visual preference q", ylim=(0, 1))
     if profile.num_layers <= 12:

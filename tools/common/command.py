@@ -12,8 +12,10 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from macs.files import check_output
 from macs.runtime.launch import INTERRUPTED, CommandParser, leave
 
 
@@ -66,3 +68,25 @@ def run(name: str, main: Callable[[Sequence[str]], int | None], given: Sequence[
     """The exit code of a command."""
     with one_line(name):
         return main(given) or 0
+
+
+def output_file(text: str) -> Path:
+    """A path to write to, as the ``type`` of an argument; its folder is made if it is missing."""
+    path = Path(text).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_output(path, "output")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """A folder to write to, likewise."""
+    path = Path(text).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        check_output(path / "any", "output")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path

@@ -22,7 +22,7 @@ CASE_OF = {
     "token drop": "token-drop",
     "expanded drop": "expanded-drop",
     "rank-balanced": "rank-balanced",
-    "macs paper": "paper at 1.05",
+    "paper": "paper at 1.05",
     "macs safe": "safe",
     "*": "defaults",
 }
@@ -221,9 +221,9 @@ def on_network(model: CostModel, inside: float | None, beyond: float | None, nod
     return replace(model, **{name: value for name, value in given.items() if value is not None})
 
 
-def break_even(shape: Shape, ranks: int, straggler: float, replayed: bool = False) -> int | None:
+def break_even(shape: Shape, ranks: int, load: float, replayed: bool = False) -> int | None:
     """From how many tokens a rank on, in steps of 32, a plan that holds the busiest rank to 1.05 takes less
-    time than it saves on ``stated_h100``, where that rank would have ``straggler`` times the mean; none if
+    time than it saves on ``stated_h100``, where that rank would have ``load`` times the mean; none if
     not up to 16384."""
     for tokens in range(32, 16384 + 1, 32):
         model = stated_h100(replace(shape, tokens=tokens))
@@ -235,6 +235,6 @@ def break_even(shape: Shape, ranks: int, straggler: float, replayed: bool = Fals
             asked = np.repeat(of_rank / ranks / (shape.experts // ranks), shape.experts // ranks)
             return model.layer(np.tile(asked, (ranks, 1))).total
 
-        if layer_ms(straggler) - layer_ms(1.05) > model.planning_ms("macs", tokens):
+        if layer_ms(load) - layer_ms(1.05) > model.planning_ms("macs", tokens):
             return tokens
     return None

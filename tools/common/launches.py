@@ -22,14 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from macs import MACSConfig, Modality, Topology
-from macs.adapters import routing_from_map
-from macs.planner import STEPS, watching_steps
+from macs import MACSConfig, Modality, Planner, Topology
+from macs.adapters import candidate_scores, routing_from_map
+from macs.planner import STEPS
 from macs.records.load import LayerRecorder
 from macs.steps.kernels.dispatch import kernels
-from macs.steps.scoring import full_scores
-from support.cases import build_policy
-from macs.records.counters import OWN, Row
+from macs.steps.record import TOTALS, Totals
 
 from .command import Parser
 
@@ -116,7 +114,7 @@ def counting() -> Iterator[Launches]:
         mock.patch("torch.cuda.device", return_value=contextlib.nullcontext()),  # there is none
         kernels("triton"),
         launches,
-        watching_steps(launches.step),
+        mock.patch("macs.planner.step", launches.step),
     ):
         yield launches
 
@@ -133,7 +131,7 @@ def count(
     tokens, size, experts, top_k, ranks = shape
     topology = Topology(experts, ranks)
     config = MACSConfig.from_dict(settings).updated(min_tokens=0)  # small shapes too
-    planner = build_policy(policy, config, topology, top_k)
+    planner = Planner(config, topology, top_k, policy)
     recorder = LayerRecorder(topology, top_k)
     with counting() as launches:
         device = torch.device("cuda", 0)
@@ -147,17 +145,17 @@ def count(
         launches.by_step.clear()
         launches.by_operator.clear()
         with launches.step(MASK):
-            found = Modality.of(mask).sequence_major(1, config.normalization == "image")
+            found = Modality.of(mask).sequence_major()
         with launches.step(ADAPTER):
-            scores = full_scores(logits, "softmax")
             choice = routing_from_map(chosen, probs, top_k)
+            scores = candidate_scores(logits, choice[0], "softmax")
         planned = planner.plan(hidden, *choice, scores, found, statistics=statistics)
         with launches.step(ADAPTER):
             routing_map, _ = planned.as_map(experts)
             routing_map.sum()
         if planned.statistics is not None:
-            sums = torch.empty(len(OWN) + len(planned.statistics.record), dtype=torch.int64, device=device)
-            row = Row(sums, torch.empty(ranks, experts // ranks, dtype=torch.int64, device=device))
+            sums = torch.empty(len(TOTALS) + len(planned.statistics.record), dtype=torch.int64, device=device)
+            row = Totals(sums, torch.empty(ranks, experts // ranks, dtype=torch.int64, device=device))
             with launches.step(RECORD):
                 recorder.record(planned.statistics, row if counted else None)
     return launches
@@ -185,10 +183,10 @@ AROUND = 6
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("macs", {}),
     "with rerouting": ("macs", {"reroute": "group"}),
-    "paper": ("macs", {"preset": "paper"}),
-    "paper at 1.05": ("macs", {"preset": "paper", "target_load": 1.05}),
+    "paper": ("paper", {}),
+    "paper at 1.05": ("paper", {"target_load": 1.05}),
     "safe": ("macs", {"preset": "safe"}),
-    "padded": ("macs", {"preset": "padded"}),
+    "padded": ("padded", {}),
     "token-drop": ("token-drop", {}),
     "rank-balanced": ("rank-balanced", {}),
     "expanded-drop": ("expanded-drop", {}),

@@ -25,8 +25,7 @@ from torch.nn import functional
 
 import macs
 from macs import Plan, Runtime
-from macs.adapters import routing_from_map
-from macs.steps.scoring import full_scores
+from macs.adapters import candidate_scores, routing_from_map
 from megatron_macs import cpu_engine, with_macs
 
 from .clock import milliseconds
@@ -154,13 +153,11 @@ class Side:
         self.macs = self.runtime.layers[0]
         self.plan: Plan | None = None
         self.inputs: tuple[Any, ...] = ()
-        inner = self.macs.routing
+        self.macs.on_plan(self._keep)
 
-        def keep(*inputs: Any) -> Any:
-            self.inputs, self.plan = inputs, inner(*inputs)
-            return self.plan
-
-        self.macs.routing = keep  # type: ignore[method-assign, assignment]
+    def _keep(self, event: macs.PlanEvent) -> None:
+        self.inputs = event.hidden, event.experts, event.weights, event.scores, event.tokens
+        self.plan = event.plan
 
     def __call__(self, hidden: Tensor, modality: macs.Modality) -> Tensor:
         with macs.modality(modality):
@@ -182,7 +179,7 @@ def around_plan(experts: Tensor, scores: Tensor) -> Callable[[Plan], Any]:
     routing_map = probs > 0
 
     def around(plan: Plan) -> Any:
-        full_scores(logits, "softmax")
+        candidate_scores(logits, experts, "softmax")
         routing_from_map(routing_map, probs, experts.shape[1])
         return plan.as_map(count)
 
@@ -246,5 +243,5 @@ def run_experts(layer: nn.Module, rows: Sequence[float], hidden: int) -> Callabl
 def layout_of(batch: Batch, hidden: Tensor) -> tuple[Tensor, macs.Modality, Tensor]:
     """hidden [T, 1, D] as Megatron has it, modality and logits, on the device in the layer's precision."""
     kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    modality = macs.Modality.of(batch.kinds[None].to(device()))
+    modality = macs.Modality.of(batch.ids[None].to(device()))
     return hidden[:, None].to(device(), kind), modality, batch.logits.to(device())

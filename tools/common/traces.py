@@ -73,7 +73,7 @@ def read_trace(path: Path, experts: int | None = None, ranks: int = 1) -> Record
         "counts": torch.tensor([one["num_tokens"] for one in found], dtype=torch.int64),
         "experts": flat,
         "weights": torch.full(flat.shape, 1 / top_k, dtype=torch.float16),
-        "kinds": torch.full((len(flat),), TEXT, dtype=torch.int8),
+        "modality": torch.full((len(flat),), TEXT, dtype=torch.int8),
     }
     weighed = all(WEIGHTS in one for one in found)
     if weighed:
@@ -81,7 +81,7 @@ def read_trace(path: Path, experts: int | None = None, ranks: int = 1) -> Record
         tensors["weights"] = torch.from_numpy(_rows(f"trace {path}: {WEIGHTS}", values, top_k)).half()
     if all(KINDS in one for one in found):
         kinds = [kind for one in found for kind in one[KINDS]]
-        tensors["kinds"] = torch.tensor(kinds, dtype=torch.int8)
+        tensors["modality"] = torch.tensor(kinds, dtype=torch.int8)
     if all("logit_offset" in one for one in found):
         scores = _logits(path, found).float().softmax(1)
         experts = experts or scores.shape[1]
@@ -175,10 +175,10 @@ def write_trace(recording: Recording, path: Path, rank: int = 0) -> None:
                 "block": DECODER,
                 "layer": one.layer,
                 "rank": rank,
-                "num_tokens": len(one.kinds),
+                "num_tokens": len(one.modality),
                 "topk": recording.top_k,
                 "top_indices": one.experts.tolist(),
-                KINDS: one.kinds.tolist(),
+                KINDS: one.modality.tolist(),
                 WEIGHTS: one.weights.tolist(),
                 EXPERTS: recording.num_experts,
             }

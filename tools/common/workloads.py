@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +44,12 @@ SHAPES = {
 @dataclass(frozen=True)
 class Batch:
     """What the router makes of one source rank's tokens: experts int64 [T, k], weights float32 [T, k],
-    scores float32 [T, E], kinds int8 [T]."""
+    scores float32 [T, E], modality ids int8 [T]."""
 
     experts: Tensor
     weights: Tensor
     scores: Tensor
-    kinds: Tensor
+    ids: Tensor
 
     @property
     def logits(self) -> Tensor:
@@ -57,7 +58,7 @@ class Batch:
 
     def first(self, count: int) -> Batch:
         """Of so many tokens."""
-        return Batch(self.experts[:count], self.weights[:count], self.scores[:count], self.kinds[:count])
+        return Batch(self.experts[:count], self.weights[:count], self.scores[:count], self.ids[:count])
 
     @property
     def tokens(self) -> Tokens:
@@ -65,7 +66,7 @@ class Batch:
 
     @property
     def modality(self) -> Modality:
-        return Modality.of(self.kinds[None])
+        return Modality.of(self.ids[None])
 
 
 Draw = Callable[[Shape, int, int, int, torch.Generator], Batch]
@@ -207,13 +208,13 @@ def features(batch: Batch, size: int, step: int, rank: int, seed: int = 0) -> Te
     common (background) or far from it, and flat or peaked, by a share drawn for it; those of a video in
     runs of 64 that hardly differ."""
     generator = stream("features", seed, step, rank)
-    hidden = torch.randn(len(batch.kinds), size, generator=generator)
+    hidden = torch.randn(len(batch.ids), size, generator=generator)
     common = torch.randn(size, generator=stream("common", seed, 0, 0))
     own = torch.rand(len(hidden), 1, generator=generator)
     visual = own * hidden * 2 + (1 - own) * common
     run = torch.arange(len(hidden)) // 64 * 64
-    visual = torch.where((batch.kinds == VIDEO)[:, None], visual[run] + 0.1 * hidden, visual)
-    return torch.where((batch.kinds != TEXT)[:, None], visual, hidden)
+    visual = torch.where((batch.ids == VIDEO)[:, None], visual[run] + 0.1 * hidden, visual)
+    return torch.where((batch.ids != TEXT)[:, None], visual, hidden)
 
 
 def replay(recordings: Sequence[Recording], layer: int, tokens: int | None = None) -> list[list[Batch]]:
@@ -241,11 +242,11 @@ def replay(recordings: Sequence[Recording], layer: int, tokens: int | None = Non
                 ratio = batch.scores / batch.scores.gather(1, experts).amin(1, keepdim=True)
                 scores = (ratio * weights.amin(1, keepdim=True)).scatter(1, experts, weights)
             scores = functional.normalize(scores, p=1, dim=1)
-            row.append(Batch(experts, weights, scores, record.kinds[real]))
+            row.append(Batch(experts, weights, scores, record.modality[real]))
         batches.append(row)
     if tokens is None:
         return batches
-    least = min(tokens, min(len(one.kinds) for row in batches for one in row))
+    least = min(tokens, min(len(one.ids) for row in batches for one in row))
     return [[one.first(least) for one in row] for row in batches]
 
 
@@ -263,19 +264,18 @@ class Contender:
     config: MACSConfig
 
 
-def contenders(straggler: float) -> dict[str, Contender]:
-    """By title: baselines and MACS, all with the busiest rank held to ``straggler`` times the mean, but for
+def contenders(load: float) -> dict[str, Contender]:
+    """By title: baselines and MACS, all with the busiest rank held to ``load`` times the mean, but for
     the presets that have a bound of their own and the one without any."""
-    # Routers of random weights have no similarity to speak of; without, every tool plans the same.
-    free = {"similarity": "none", "min_tokens": 0}
-    bound = {"target_load": straggler, **free}
+    free: dict[str, Any] = {"min_tokens": 0}
+    bound = {"target_load": load, **free}
     plain = MACSConfig(**bound)
     return {
         VANILLA: Contender("vanilla", plain),
         "token drop": Contender("token-drop", plain),
         "expanded drop": Contender("expanded-drop", plain),
         "rank-balanced": Contender("rank-balanced", plain),
-        "macs paper": Contender("macs", MACSConfig.preset("paper").updated(**bound)),
+        "paper": Contender("paper", plain),
         "macs": Contender("macs", MACSConfig(**bound)),
         "macs fast": Contender("macs", MACSConfig.preset("fast").updated(**free)),
         "macs safe": Contender("macs", MACSConfig.preset("safe").updated(**free)),
@@ -283,7 +283,7 @@ def contenders(straggler: float) -> dict[str, Contender]:
     }
 
 
-def loosened(title: str, contender: Contender, straggler: float) -> tuple[str, Contender]:
+def loosened(title: str, contender: Contender, load: float) -> tuple[str, Contender]:
     """The same policy with the busiest rank held to another bound."""
-    config = contender.config.updated(target_load=straggler)
-    return f"{title} {straggler:g}", replace(contender, config=config)
+    config = contender.config.updated(target_load=load)
+    return f"{title} {load:g}", replace(contender, config=config)

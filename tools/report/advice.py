@@ -118,7 +118,7 @@ def _against(traffic: Traffic, prediction: Prediction, size: int) -> list[str]:
         )
     found.append(
         "Pictures that must be read in full, such as dense text, stand no target far below the mean: tune on "
-        "requests like your own, and look at the damage of each kind."
+        "requests like your own, and look at the KL of each kind."
     )
     return found
 
@@ -128,7 +128,7 @@ def _commands(
 ) -> list[tuple[str, str]]:
     settings: dict[str, object] = {}
     if profile is not None and profile.tuning is not None:
-        within = profile.tuning.damage[:, 0]
+        within = profile.tuning.kl[:, 0]
         kl = MAX_KL if bool((within <= MAX_KL).any()) else float(within.min())
         settings = {"split": "tuned", "max_kl": kl}
     else:

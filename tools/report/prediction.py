@@ -54,7 +54,7 @@ def sizes_for(experts: int, wanted: Sequence[int] = (8, 32, 128, 512)) -> list[i
 
 
 def sampled_layers(traffic: Traffic) -> list[int]:
-    """The layer in the middle by its median straggler, and the worst one."""
+    """The layer in the middle by its median load, and the worst one."""
     order = np.argsort(traffic.percentiles()[0])
     return sorted({int(order[len(order) // 2]), int(order[-1])})
 
@@ -96,10 +96,10 @@ def predict(
     tuning = None if profile is None else profile.tuning
     targets: dict[float, float] = {}
     if tuning is not None:
-        targets = dict(zip(tuning.targets.tolist(), tuning.damage[:, 0].tolist(), strict=True))
-    if tuning is not None and tuning.bounds.shape[1] != traffic.layers:
+        targets = dict(zip(tuning.target_loads.tolist(), tuning.kl[:, 0].tolist(), strict=True))
+    if tuning is not None and tuning.layer_loads.shape[1] != traffic.layers:
         raise ValueError(
-            f"--profile: found a tuning of {tuning.bounds.shape[1]} layers, the recording has "
+            f"--profile: found a tuning of {tuning.layer_loads.shape[1]} layers, the recording has "
             f"{traffic.layers}"
         )
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}

@@ -22,10 +22,9 @@ import torch
 from rich.console import Console
 
 from macs import Profile, Recording
-from macs.files import output_file
 from macs.version import __version__
 
-from ..common.command import Parser, quiet
+from ..common.command import Parser, output_file, quiet
 from ..common.cost_model import CostModel, stated_h100
 from ..common.traces import load_recordings
 from ..common.workloads import SHAPES, WORKLOADS, Shape, draw
@@ -78,10 +77,10 @@ def drawn(workload: str, shape: Shape, ranks: int = 8, layers: int = 4, steps: i
                 {
                     "layers": torch.arange(layers, dtype=torch.int32).repeat(steps),
                     "steps": torch.arange(steps).repeat_interleave(layers),
-                    "counts": torch.tensor([len(one.kinds) for one in batches]),
+                    "counts": torch.tensor([len(one.ids) for one in batches]),
                     "experts": torch.cat([one.experts for one in batches]).short(),
                     "weights": torch.cat([one.weights for one in batches]).half(),
-                    "kinds": torch.cat([one.kinds for one in batches]),
+                    "modality": torch.cat([one.ids for one in batches]),
                 },
             )
         )
@@ -120,7 +119,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("recordings", nargs="*", type=Path, help="of each rank of one run")
     parser.add_argument("--workload", choices=WORKLOADS, help="instead: drawn traffic, of --shape, 8 ranks")
     parser.add_argument("--out", type=output_file, required=True, help="the page, .html")
-    parser.add_argument("--profile", type=Path, help="perhaps tuned: its verified damage is shown")
+    parser.add_argument("--profile", type=Path, help="perhaps tuned: its verified KL is shown")
     parser.add_argument("--experts", type=int, help="of a layer, where a trace does not say")
     parser.add_argument("--ranks", type=int, help="whose load is shown (default: the run's)")
     parser.add_argument(

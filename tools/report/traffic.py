@@ -23,7 +23,7 @@ BLOCK = 1 << 22
 @dataclass(frozen=True)
 class Traffic:
     """loads [2, L, E]: assignments of text and of visual tokens. by_rank [L, R]: rows of each rank, all steps
-    together. straggler [S, L]: busiest rank's rows over the mean's, NaN where a layer has no record. tokens
+    together. load [S, L]: busiest rank's rows over the mean's, NaN where a layer has no record. tokens
     [S]: of a source rank in a step. small: steps of fewer than ``LEAST_TOKENS``, as in decoding, left out
     where there are larger ones."""
 
@@ -33,7 +33,7 @@ class Traffic:
     sources: int
     loads: np.ndarray
     by_rank: np.ndarray
-    straggler: np.ndarray
+    load: np.ndarray
     tokens: np.ndarray
     small: int
 
@@ -43,7 +43,7 @@ class Traffic:
 
     @property
     def steps(self) -> int:
-        return len(self.straggler)
+        return len(self.load)
 
     @property
     def visual_share(self) -> float:
@@ -51,18 +51,18 @@ class Traffic:
         return float(self.loads[1].sum() / self.loads.sum())
 
     def percentiles(self) -> np.ndarray:
-        """Of the straggler over steps, by layer: [3, L]."""
-        return np.nanpercentile(self.straggler, PERCENTILES, axis=0)
+        """Of the load over steps, by layer: [3, L]."""
+        return np.nanpercentile(self.load, PERCENTILES, axis=0)
 
     @property
     def typical(self) -> float:
-        """The straggler of the median step, mean over layers."""
+        """The load of the median step, mean over layers."""
         return float(self.percentiles()[0].mean())
 
     def over_time(self, bins: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First steps of at most so many bins, and the straggler's mean and maximum over steps and layers."""
+        """First steps of at most so many bins, and the load's mean and maximum over steps and layers."""
         edges = np.unique(np.linspace(0, self.steps, min(bins, self.steps) + 1).astype(int))
-        parts = [self.straggler[low:high] for low, high in pairwise(edges)]
+        parts = [self.load[low:high] for low, high in pairwise(edges)]
         return (
             edges[:-1],
             np.array([np.nanmean(part) for part in parts]),
@@ -94,7 +94,7 @@ def measured(recordings: Sequence[Recording], ranks: int) -> Traffic:
     tokens = np.zeros(len(steps) * layers, dtype=np.int64)
     for one in recordings:
         counts, layer = one.tensors["counts"].numpy(), one.tensors["layers"].numpy().astype(np.int64)
-        chosen, kinds = one.tensors["experts"].numpy(), one.tensors["kinds"].numpy()
+        chosen, kinds = one.tensors["experts"].numpy(), one.tensors["modality"].numpy()
         place = np.searchsorted(steps, one.tensors["steps"].numpy()) * layers + layer
         tokens += np.bincount(place, counts, len(tokens)).astype(np.int64)
         ends = np.cumsum(counts)
@@ -124,7 +124,7 @@ def measured(recordings: Sequence[Recording], ranks: int) -> Traffic:
     kept = rows.reshape(len(steps), layers, ranks)[large]
     mean = kept.sum(2) / ranks
     with np.errstate(invalid="ignore"):
-        straggler = np.where(mean > 0, kept.max(2) / mean, np.nan)
+        load = np.where(mean > 0, kept.max(2) / mean, np.nan)
     return Traffic(
         experts,
         top_k,
@@ -132,7 +132,7 @@ def measured(recordings: Sequence[Recording], ranks: int) -> Traffic:
         len(recordings),
         loads.transpose(1, 0, 2),
         kept.sum(0),
-        straggler,
+        load,
         of_step[large],
         int((~large).sum()),
     )

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from macs import Recording, Topology
-from support.cases import build_policy
+from macs import Planner, Recording, Topology
 
 from ..common.cost_model import Breakdown, CostModel, captured
 from ..common.workloads import (
@@ -64,8 +63,8 @@ def asked_by(
         tokens = batch.tokens
         topology = Topology(shape.experts, ranks, sources=(rank,))
         for title, contender in chosen.items():
-            policy = build_policy(contender.policy, contender.config, topology, shape.top_k)
-            found = policy.plan(hidden, batch.experts, batch.weights, batch.scores, tokens).statistics
+            planner = Planner(contender.config, topology, shape.top_k, contender.policy)
+            found = planner.plan(hidden, batch.experts, batch.weights, batch.scores, tokens).statistics
             rows[title].append(found.load_after.numpy())
             parts = (found.kept_mass, found.rerouted_mass, found.dropped_mass)
             mass[title] += [float(part) for part in parts]
@@ -91,7 +90,7 @@ def simulate(
     sources: draw and plan no more ranks' tokens than these; the other ranks have the same again.
     """
     times: dict[str, list[Breakdown]] = {}
-    stragglers: dict[str, list[float]] = {}
+    largest: dict[str, list[float]] = {}
     masses: dict[str, list[np.ndarray]] = {}
     extra: dict[str, Placement] = {}
     replayed: dict[str, float] = {}
@@ -104,7 +103,7 @@ def simulate(
             planning = model.planning_ms(title, shape.tokens)
             replayed[title] = captured(model).planning_ms(title, shape.tokens) - planning
             times.setdefault(title, []).append(model.layer(one.rows, planning))
-            stragglers.setdefault(title, []).append(float(one.rows.sum(0).reshape(ranks, -1).sum(1).max()))
+            largest.setdefault(title, []).append(float(one.rows.sum(0).reshape(ranks, -1).sum(1).max()))
             masses.setdefault(title, []).append(one.mass)
         vanilla = asked[VANILLA].rows
         if not bounds:
@@ -124,7 +123,7 @@ def simulate(
         for title, placement in placed.items():
             moving = moving_ms(model, placement)
             times.setdefault(title, []).append(model.layer(vanilla, 0.0, placement.share, moving))
-            stragglers.setdefault(title, []).append(float((loads @ placement.share).max()))
+            largest.setdefault(title, []).append(float((loads @ placement.share).max()))
             worst = extra.get(title, placement)
             extra[title] = replace(
                 placement,
@@ -132,7 +131,7 @@ def simulate(
                 moved=max(worst.moved, placement.moved),
             )
         times.setdefault(IDEAL, []).append(ideal(model, vanilla))
-        stragglers.setdefault(IDEAL, []).append(loads.sum() / ranks)
+        largest.setdefault(IDEAL, []).append(loads.sum() / ranks)
         before = loads
     base = float(np.mean([one.total for one in times[VANILLA]]))
     best = float(np.mean([one.total for one in times[IDEAL]])) if bounds else 0.0
@@ -145,7 +144,7 @@ def simulate(
             "ms": total,
             "ratio": total / base,
             "captured": (total + replayed.get(title, 0.0)) / base,
-            "straggler": float(np.mean(stragglers[title])) / mean,
+            "load": float(np.mean(largest[title])) / mean,
             **{
                 part: float(np.mean([getattr(one, part) for one in parts]))
                 for part in ("source", "planner", "exchange", "experts")
@@ -175,14 +174,14 @@ def resampled(recordings: Sequence[Recording], layer: int, shape: Shape, seed: i
     of one recorded rank and step."""
     steps = replay(recordings, layer)
     # A trace has decoding steps, too, which nobody plans.
-    steps = [row for row in steps if min(len(one.kinds) for one in row) >= LEAST_TOKENS] or steps
+    steps = [row for row in steps if min(len(one.ids) for one in row) >= LEAST_TOKENS] or steps
     shape = replace(shape, experts=recordings[0].num_experts, top_k=recordings[0].top_k)
 
     def batch_of(step: int, rank: int) -> Batch:
         row = steps[step % len(steps)]
         own = row[rank % len(row)]
-        count = len(own.kinds)
+        count = len(own.ids)
         taken = torch.randint(count, (shape.tokens,), generator=stream("resampled", seed, step, rank))
-        return Batch(*(getattr(own, name)[taken] for name in ("experts", "weights", "scores", "kinds")))
+        return Batch(*(getattr(own, name)[taken] for name in ("experts", "weights", "scores", "ids")))
 
     return shape, batch_of

@@ -28,9 +28,8 @@ from rich.console import Console
 from rich.progress import track
 
 from macs import Recording
-from macs.files import output_file, output_folder
 
-from ..common.command import Parser, quiet
+from ..common.command import Parser, output_file, output_folder, quiet
 from ..common.cost_model import CostModel, on_network, stated_h100
 from ..common.traces import load_recordings
 from ..common.workloads import (
@@ -42,9 +41,8 @@ from ..common.workloads import (
     stream,
     with_visual_share,
 )
-from .check import check
 from .layers import resampled, simulate, synthetic
-from .report import plot_over, plot_quality, show, show_break_even
+from .report import plot_over, show, show_break_even
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[Recording]]:
@@ -60,13 +58,13 @@ def parse_arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namesp
     parser.add_argument("--layer", type=int, default=0, help="layer of the recordings")
     parser.add_argument("--experts", type=int, help="of a layer, where a trace does not say")
     parser.add_argument("--policies", nargs="+", help="titles beside vanilla (default: all with a bound)")
-    parser.add_argument("--straggler", type=float, default=1.05)
+    parser.add_argument("--load", type=float, default=1.05)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--layers", type=int, default=48, help="MoE layers of a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replicas", nargs="*", type=int, default=[1, 2], help="of EPLB, on every rank")
     parser.add_argument("--interval", type=int, default=100, help="steps between placements of EPLB")
-    parser.add_argument("--cost-model", type=Path, help="of benchmark.py (default: an H100 as stated)")
+    parser.add_argument("--cost-model", type=Path, help="of macs bench layer (default: an H100 as stated)")
     parser.add_argument("--inside-gbs", type=float, help="10^9 bytes/s of a rank within its node")
     parser.add_argument("--beyond-gbs", type=float, help="10^9 bytes/s of a rank beyond it")
     parser.add_argument("--node", type=int, help="ranks of a node")
@@ -74,14 +72,10 @@ def parse_arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namesp
     parser.add_argument(
         "--break-even", action="store_true", help="from how many tokens a rank on a plan pays, alone"
     )
-    parser.add_argument("--quality", type=Path, help="points of tools/evaluate.py")
-    parser.add_argument(
-        "--check", type=Path, help="results of benchmark.py to be predicted, and nothing else"
-    )
     parser.add_argument("--plots", type=output_folder)
     parser.add_argument("--json", type=output_file, help="append the result, one line")
     arguments = parser.parse_args(given)
-    known = contenders(arguments.straggler)
+    known = contenders(arguments.load)
     for title in arguments.policies or ():
         if title not in known:
             parser.error(f"--policies: found {title!r}, expected some of {', '.join(known)}")
@@ -107,8 +101,6 @@ def main(given: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(arguments).items()}}
     if arguments.break_even:
         show_break_even(SHAPES[arguments.shape], arguments.ranks[0], console)
-    elif arguments.check:
-        result["errors"] = check(arguments.check, console)
     else:
         result |= run(arguments, recordings, console)
     if arguments.json:
@@ -121,7 +113,7 @@ def run(arguments: argparse.Namespace, recordings: Sequence[Recording], console:
     model = CostModel.load(arguments.cost_model) if arguments.cost_model else stated_h100(shape)
     model.check(shape)
     model = on_network(model, arguments.inside_gbs, arguments.beyond_gbs, arguments.node)
-    known = contenders(arguments.straggler)
+    known = contenders(arguments.load)
     titles = arguments.policies or [title for title in list(known)[1:] if "nothing" not in title]
     chosen = {title: known[title] for title in (VANILLA, *titles)}
     options = {
@@ -161,6 +153,4 @@ def run(arguments: argparse.Namespace, recordings: Sequence[Recording], console:
         if arguments.plots:
             title = f"{ranks} ranks, T {shape.tokens} a rank, E {shape.experts}; {model.origin}"
             plot_over(everything["shares"], "share", arguments.plots / "share.png", title, "visual share")
-    if arguments.quality and arguments.plots:
-        plot_quality(arguments.quality, shape, model, arguments.plots / "quality.png")
     return everything

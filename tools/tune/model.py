@@ -85,17 +85,24 @@ class Tuned:
         self.runtime.use(self.policy, self.config.updated(target_load=UNBOUNDED))
         for layer, bound in zip(self.runtime.layers, np.repeat(bounds, self.share), strict=True):
             layer.planner.update_target(float(bound))
-        damage: list[float] = []
+        return self._measured(self.halves[half])
+
+    @torch.inference_mode()
+    def under(self, policy: str, config: MACSConfig, profile: Profile | None = None) -> Measured:
+        """What a policy and its settings do to the requests of both halves, of all ranks."""
+        self.runtime.use(policy, config.updated(min_tokens=0), profile)
+        return self._measured([*self.halves["tune"], *self.halves["verify"]])
+
+    def _measured(self, batches: Sequence[Batch]) -> Measured:
+        kl: list[float] = []
         same: list[bool] = []
-        for batch in self.halves[half]:
+        for batch in batches:
             said = self.said(batch.prompts, batch.answers)
             for expected, found, ids in zip(batch.expected, said, batch.answers, strict=True):
-                damage.append(divergence(expected, found))
+                kl.append(divergence(expected, found))
                 same.append(found.argmax(-1).tolist() == ids)
             self.passes += 1
-        return Measured(
-            self._loads("after"), np.array(self._gathered(damage)), np.array(self._gathered(same))
-        )
+        return Measured(self._loads("after"), np.array(self._gathered(kl)), np.array(self._gathered(same)))
 
     def natural(self) -> np.ndarray:
         """Loads [G] without a bound, on the tuning half."""

@@ -2,10 +2,10 @@
 
     macs tune                                       # the tiny model, on questions of its validation split
     macs tune --model DIR --data requests.jsonl --ranks 8 --out model.safetensors
-    torchrun --nproc-per-node 8 -m macs tune --engine deepspeed --model DIR --data requests.jsonl
+    torchrun --nproc-per-node 8 -m macs_tools tune --engine deepspeed --model DIR --data requests.jsonl
 
 One device, the plain adapter, ``--ranks`` virtual expert-parallel ranks; or DeepSpeed's AutoEP on as many as
-there are processes; or the tiny model in Megatron (your own: docs/tuning.md). Damage is the KL in nats, at
+there are processes; or the tiny model in Megatron (your own: docs/tuning.md). The KL in nats, at
 the tokens of the answers that the model gives without a bound, to the model under it. Every layer is bounded
 by itself first (``--groups``: layers in groups, for a model of many); a split of each target follows from
 that, is refined by moving load between layers, as measured on one half of the requests, and verified on the
@@ -27,18 +27,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from tiny_vlm import CHECKPOINT
 
 from macs import POLICIES, MACSConfig, Tuning
-from macs.files import output_file, read_mapping
+from macs.files import read_mapping
 from macs.runtime.launch import first_process
 
-from ..common.command import Parser, quiet
-from ..evaluate.kinds import MIXES
+from ..common.command import Parser, output_file, quiet
 from .tuning import TARGETS
 
-SHORT = set(MIXES) - {"multi-image", "pair", "read", "easy-vqa"}
-"""Kinds of batches whose prompts and answers are as long as the tiny model's engine in Megatron expects."""
+LONG = {"multi-image", "pair", "read", "easy-vqa"}
+"""Kinds of batches whose prompts or answers are longer than the tiny model's engine in Megatron expects."""
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,10 +46,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="of --model: a folder, or a file of JSON lines")
     parser.add_argument("--dtype", default="auto", help="of --model: auto, float32, bfloat16, ...")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer of --model")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="of the tiny model")
-    parser.add_argument(
-        "--batches", nargs="+", choices=tuple(MIXES), default=["mixed"], help="what the tiny model is asked"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="of the tiny model")
+    parser.add_argument("--batches", nargs="+", default=["mixed"], help="what the tiny model is asked")
     parser.add_argument("--ranks", type=int, help="expert-parallel ranks to tune for, of plain (default: 4)")
     parser.add_argument("--groups", type=int, help="of consecutive layers that share a bound")
     parser.add_argument(
@@ -74,10 +70,10 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if arguments.model is not None and arguments.batches != ["mixed"]:
         parser.error("--batches: found with --model, expected the tiny model")
     least = 2 * arguments.batch * (len(arguments.batches) if arguments.model is None else 1)
-    if arguments.engine == "megatron" and (arguments.model is not None or set(arguments.batches) - SHORT):
+    if arguments.engine == "megatron" and (arguments.model is not None or set(arguments.batches) & LONG):
         parser.error(
-            "--engine megatron: found --model or --batches of other lengths, expected the tiny model's "
-            f"{', '.join(sorted(SHORT))}; for a model of your own see docs/tuning.md"
+            f"--engine megatron: found --model or --batches of {', '.join(sorted(LONG))}, expected the tiny "
+            "model and shorter ones; for a model of your own see docs/tuning.md"
         )
     if arguments.requests < least:
         parser.error(f"--requests: found {arguments.requests}, expected two batches ({least}) or more")
@@ -116,8 +112,8 @@ def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
         table.add_row(
             f"{one['target']:g}",
             f"{told.loads.mean():.3f}",
-            f"{1e3 * plain.damage.mean():.3g}",
-            f"{1e3 * split.damage.mean():.3g}" + ("" if one["used"] else " *"),
+            f"{1e3 * plain.kl.mean():.3g}",
+            f"{1e3 * split.kl.mean():.3g}" + ("" if one["used"] else " *"),
             f"{one['ratio'][1]:.2f}-{one['ratio'][2]:.2f}",
             f"{told.same.mean():.4f}",
             " ".join(bounds) if len(bounds) <= 4 else f"{min(bounds)} to {max(bounds)}",

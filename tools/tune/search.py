@@ -20,17 +20,17 @@ STEP = 0.05
 """A split is made in steps of this load of a layer."""
 
 CAP = 98.0
-"""Percentile of the uniform split's damages at which damages are capped while splits are compared: the tail
+"""Percentile of the uniform split's kls at which kls are capped while splits are compared: the tail
 is a matter of few requests, and would decide otherwise."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """loads [L]: busiest rank's rows over the mean of the router's choice; damage [Q]: KL in nats; same
+    """loads [L]: busiest rank's rows over the mean of the router's choice; kl [Q]: KL in nats; same
     bool [Q]: whether the answer is the one that the model gives without a bound."""
 
     loads: np.ndarray
-    damage: np.ndarray
+    kl: np.ndarray
     same: np.ndarray
 
 
@@ -39,7 +39,7 @@ Measure = Callable[[Sequence[float]], Measured]
 
 
 def singles(measure: Measure, natural: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of every layer bounded alone: its loads, rising, and the mean damage at each; 0 at its natural load."""
+    """Of every layer bounded alone: its loads, rising, and the mean kl at each; 0 at its natural load."""
     found = []
     for layer in range(len(natural)):
         points = [(float(natural[layer]), 0.0)]
@@ -48,24 +48,24 @@ def singles(measure: Measure, natural: np.ndarray) -> list[tuple[np.ndarray, np.
                 bounds = [UNBOUNDED] * len(natural)
                 bounds[layer] = bound
                 one = measure(bounds)
-                points.append((float(one.loads[layer]), float(one.damage.mean())))
+                points.append((float(one.loads[layer]), float(one.kl.mean())))
         points.sort()
-        loads, damages = np.array(points).T
-        # Less load is never less damage; where it was measured so, that is noise.
-        found.append((loads, np.maximum.accumulate(damages[::-1])[::-1]))
+        loads, kls = np.array(points).T
+        # Less load is never less kl; where it was measured so, that is noise.
+        found.append((loads, np.maximum.accumulate(kls[::-1])[::-1]))
     return found
 
 
 def split_by(curves: Sequence[tuple[np.ndarray, np.ndarray]], target: float) -> list[float]:
-    """Bounds of mean load ``target`` that damage least if damages of single layers add up: the load is taken
-    away step by step, where the next step damages least."""
+    """Bounds of mean load ``target`` of least KL if those of single layers add up: the load is taken
+    away step by step, where the next step costs least."""
     loads = [float(curve[0][-1]) for curve in curves]
     least = [float(curve[0][0]) for curve in curves]
 
     def more(layer: int) -> float:
-        """What a step of this layer damages, over what it saves."""
-        known, damages = curves[layer]
-        here, there = np.interp((loads[layer], loads[layer] - STEP), known, damages)
+        """What a step of this layer costs, over what it saves."""
+        known, kls = curves[layer]
+        here, there = np.interp((loads[layer], loads[layer] - STEP), known, kls)
         return float(there - here)
 
     while np.mean(loads) > target:
@@ -78,8 +78,8 @@ def split_by(curves: Sequence[tuple[np.ndarray, np.ndarray]], target: float) -> 
 
 
 def objective(one: Measured, cap: float) -> float:
-    """What splits are compared by: mean damage, each request's at most ``cap``."""
-    return float(np.minimum(one.damage, cap).mean())
+    """What splits are compared by: mean kl, each request's at most ``cap``."""
+    return float(np.minimum(one.kl, cap).mean())
 
 
 def refined(measure: Measure, bounds: list[float], cap: float, tries: int) -> tuple[list[float], Measured]:

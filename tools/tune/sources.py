@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny_vlm import model as tiny
-from tiny_vlm.plain import Engine
-from tiny_vlm.sample import Sample
 from torch import Tensor
 
 import macs
 from macs import IMAGE, MACSConfig, Modality, Runtime
 
+from ..common import clone
 from ..common.answers import read
-from ..evaluate.kinds import answer_tokens, draw_batches
+from ..common.requests import ProcessorEngine, load_model, question_of, read_requests
 from .model import Said, Tuned
 
 
-def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Sample], list[list[int]]]]:
+def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Any], list[list[int]]]]:
     """Questions of the validation split with the tiny model's answers, batches of the kinds in turn; of every
     batch this rank's share."""
+    from tiny_vlm.kinds import answer_tokens, draw_batches
+
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     size = arguments.batch // ranks
     count = arguments.requests // arguments.batch // len(arguments.batches)
@@ -40,12 +40,9 @@ def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Sa
 
 def own_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Any], list[list[int]]]]:
     """One's own requests with the answers of one's own checkpoint; of every batch this rank's share."""
-    from ..calibrate.engines import processor_request
-    from ..calibrate.requests import read_requests
-
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     size = arguments.batch // ranks
-    asked = [processor_request(one) for one in read_requests(arguments.data)[: arguments.requests]]
+    asked = [question_of(one) for one in read_requests(arguments.data)[: arguments.requests]]
     found = []
     for start in range(0, len(asked) - arguments.batch + 1, arguments.batch):
         batch = asked[start + rank * size :][:size]
@@ -62,14 +59,15 @@ def plain(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
     """The tiny model, or a checkpoint of one's own, on one device with the plain adapter."""
     runtime = Runtime(virtual_ranks=arguments.ranks)
     if arguments.model is None:
-        engine: Any = Engine(tiny.load_model(arguments.checkpoint))
-    else:
-        from tiny_vlm.own_model import ProcessorEngine
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        import tiny_vlm.model
+        import tiny_vlm.plain
 
-        model: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
-        model = model.eval().cuda() if torch.cuda.is_available() else model.eval()
-        engine = ProcessorEngine(model, AutoProcessor.from_pretrained(arguments.model), arguments.tokens)
+        model: Any = tiny_vlm.model.load_model(arguments.checkpoint or tiny_vlm.CHECKPOINT)
+        engine: Any = tiny_vlm.plain.Engine(model)
+    else:
+        model, processor = load_model(arguments.model, arguments.dtype)
+        model = model.cuda() if torch.cuda.is_available() else model
+        engine = ProcessorEngine(model, processor, arguments.tokens)
     macs.attach_plain(engine.model, runtime)
     macs.attach_modality(engine.model)
     yield runtime, engine
@@ -85,7 +83,7 @@ def in_one_pass(engine: Any) -> Said:
     exempt, for they are decoded later, in steps too small to be planned."""
     from megatron.core.inference.utils import get_attention_mask
 
-    def said(samples: list[Sample], answers: list[list[int]]) -> list[Tensor]:
+    def said(samples: list[Any], answers: list[list[int]]) -> list[Tensor]:
         device = next(engine.model.parameters()).device
         longest, start = max(map(len, answers)), len(samples[0].prompt)
         padded = [
@@ -111,6 +109,8 @@ def opened(arguments: argparse.Namespace) -> Iterator[Tuned]:
     """The model in the engine that is asked for, with what it is asked."""
     from ..calibrate.engines import ENGINES
 
+    if arguments.model is None:
+        clone.examples("tiny_vlm")
     context = plain if arguments.engine == "plain" else ENGINES[arguments.engine]
     with context(arguments) as (runtime, engine):
         runtime.enabled = False
@@ -118,7 +118,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[Tuned]:
         if arguments.engine == "megatron":
             said = in_one_pass(engine)
         else:
-            inputs_of = tiny.sample_inputs if arguments.model is None else engine.inputs_of
+            inputs_of = engine.inputs_of
             said = from_cache(runtime, engine, inputs_of)
         yield Tuned(
             runtime,

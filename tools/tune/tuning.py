@@ -17,7 +17,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemaining
 from macs import Profile, Tuning
 from macs.runtime.launch import first_process
 
-from ..evaluate.intervals import bootstrap, bootstrap_ratio
+from ..common.intervals import bootstrap, bootstrap_ratio
 from .model import Tuned
 from .search import CAP, GRID, Measured, objective, refined, singles, split_by
 
@@ -47,7 +47,7 @@ class Kept:
             self.found[key] = {
                 "key": key,
                 "loads": one.loads.tolist(),
-                "damage": one.damage.tolist(),
+                "kl": one.kl.tolist(),
                 "same": one.same.tolist(),
             }
             if self.writes:
@@ -55,7 +55,7 @@ class Kept:
                     file.write(json.dumps(self.found[key]) + "\n")
         self.tell()
         one = self.found[key]
-        return Measured(*(np.array(one[name]) for name in ("loads", "damage", "same")))
+        return Measured(*(np.array(one[name]) for name in ("loads", "kl", "same")))
 
 
 def split_for(target: float, curves: Any, kept: Kept, tries: int) -> dict[str, Any]:
@@ -66,12 +66,12 @@ def split_for(target: float, curves: Any, kept: Kept, tries: int) -> dict[str, A
         return kept.measure("tune", bounds)
 
     uniform = on_tuning([target] * layers)
-    cap = max(float(np.percentile(uniform.damage, CAP)), 1e-9)
+    cap = max(float(np.percentile(uniform.kl, CAP)), 1e-9)
     best, held = refined(on_tuning, split_by(curves, float(uniform.loads.mean())), cap, tries)
     if objective(uniform, cap) <= objective(held, cap):
         best = [target] * layers
     plain, split = kept.measure("verify", [target] * layers), kept.measure("verify", best)
-    ratio = bootstrap_ratio(split.damage, plain.damage)
+    ratio = bootstrap_ratio(split.kl, plain.kl)
     better = ratio[2] < 1 and float(split.loads.mean()) <= float(plain.loads.mean()) + 0.01
     return {
         "target": target,
@@ -80,7 +80,7 @@ def split_for(target: float, curves: Any, kept: Kept, tries: int) -> dict[str, A
         "ratio": ratio,
         "used": better,
         "bounds": best if better else [target] * layers,
-        "damage": bootstrap((split if better else plain).damage),
+        "kl": bootstrap((split if better else plain).kl),
     }
 
 
@@ -131,9 +131,9 @@ def tuning_of(found: Sequence[dict[str, Any]], model: Tuned) -> Tuning:
     """What a profile keeps of the splits."""
     bounds = np.repeat(np.array([one["bounds"] for one in found]), model.share, axis=1)
     return Tuning(
-        targets=torch.tensor([one["target"] for one in found], dtype=torch.float64),
-        bounds=torch.tensor(bounds, dtype=torch.float64),
-        damage=torch.tensor([one["damage"] for one in found], dtype=torch.float64),
+        target_loads=torch.tensor([one["target"] for one in found], dtype=torch.float64),
+        layer_loads=torch.tensor(bounds, dtype=torch.float64),
+        kl=torch.tensor([one["kl"] for one in found], dtype=torch.float64),
         policy=model.policy,
         ranks=model.ranks,
         tokens=model.tokens,

@@ -7,7 +7,6 @@ import pytest
 import torch
 from support.cases import AnyAdapter, build_policy
 
-import macs
 from macs import MACSConfig, Planner, Profile, Runtime, Topology, modality
 from macs.planner import router_similarity
 from macs.records.load import LayerRecorder

@@ -1,7 +1,7 @@
 """What a bounded step costs in answers: policies and settings on the tiny model's held-out questions.
 
-    macs evaluate --grid baselines presets --batches mixed --ranks 4 8     # validation split
-    macs evaluate --chosen runs/quality.jsonl --split test --questions 3584
+    python examples/evaluate_tiny_vlm.py --grid baselines presets --batches mixed --ranks 4 8     # validation split
+    python examples/evaluate_tiny_vlm.py --chosen runs/quality.jsonl --split test --questions 3584
 
 Every point is a run of the Hugging Face model with ``macs.attach_plain``, in one process whose layers plan
 as several expert-parallel ranks would. For each: accuracy by task, agreement with vanilla and KL to it at all
@@ -9,7 +9,7 @@ tokens of the answer that vanilla gives, kept, rerouted and dropped, and loads o
 bootstrap intervals of 95 %. Points go to a file of JSON lines as they are done, and are not done twice.
 
 An equal capacity factor is not an equal load. The table compares policies at a bound on the *realised*
-straggler: the largest rank's rows over vanilla's mean, after planning, mean over layers and batches.
+load: the largest rank's rows over vanilla's mean, after planning, mean over layers and batches.
 Within it each policy is shown at its best setting; ``--chosen`` measures on another split what was
 best on the split of a file, and nothing else.
 """
@@ -26,12 +26,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tiny_vlm import CHECKPOINT
+from tiny_vlm.kinds import MIXES
 
 from macs import MACSConfig
-from macs.files import output_file
+from macs_tools.common.command import Parser, output_file
 
-from ..common.command import Parser
-from .kinds import MIXES
 from .points import PRESET_TITLES, Point, grids, split_points, tunings_of
 from .report import frontier_of, plot, plot_layers, table_of
 from .statistics import best_within, measured
@@ -90,8 +89,7 @@ def chosen_within(arguments: argparse.Namespace, ranks: int, bound: float) -> li
 def point_of(found: dict[str, Any]) -> Point:
     """The point that gave these figures."""
     config = MACSConfig(**found["settings"])
-    own = (found[name] for name in ("batches", "ranks", "random_weights", "rerouted_weight"))
-    return Point(found["title"], found["policy"], config, *own, spared_text=found.get("spared_text", False))
+    return Point(found["title"], found["policy"], config, found["batches"], found["ranks"])
 
 
 def run(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
@@ -134,7 +132,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser("macs evaluate", __doc__)
+    parser = Parser("evaluate_tiny_vlm.py", __doc__)
     parser.add_argument("--grid", nargs="+", choices=tuple(grids((1.05,))), default=["baselines", "presets"])
     parser.add_argument("--title", help="of a grid only the points whose titles have this in them")
     parser.add_argument(

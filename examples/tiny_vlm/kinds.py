@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from tiny_vlm import data, easy_vqa
-from tiny_vlm.pictures import draw_picture
+
+from . import data, easy_vqa
+from .pictures import draw_picture
 
 MIXES: dict[str, tuple[str, ...]] = {
     "mixed": data.TASKS,

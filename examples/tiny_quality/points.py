@@ -26,42 +26,38 @@ TARGETS = (0.9, 1.0, 1.05, 1.1, 1.2)
 """Bounds on the busiest rank."""
 
 
-PAPER = MACSConfig.preset("paper")
-
-
 DEFAULT = MACSConfig()
 
 
-BASELINE = MACSConfig(weighting="constant")  # which no baseline heeds
+def variant(policy: str, **fields: Any) -> str:
+    """The name of a row of ``POLICIES`` that is another with some fields changed."""
+    name = policy + "".join(f", {field} {value}" for field, value in fields.items())
+    row = POLICIES[policy]
+    settings = {key: fields.pop(key) for key in list(fields) if key in row.fixed}
+    POLICIES[name] = replace(row, fixed={**row.fixed, **settings}, **fields)
+    return name
 
 
 @dataclass(frozen=True)
 class Point:
-    """One thing to measure: a policy and its settings, on batches of a kind, planned for so many ranks.
-
-    random_weights: a control; semantic weights come of noise instead of the features. rerouted_weight: what
-    a rerouted assignment counts in its token's output, "score" as planned (by its new expert's score), half
-    of that, or what it counted at its "former" expert. spared_text: text is neither dropped nor rerouted, and
-    the bound gives way to it.
-    """
+    """One thing to measure: a policy and its settings, on batches of a kind, planned for so many ranks."""
 
     title: str
     policy: str
     config: MACSConfig
     batches: str = "mixed"
     ranks: int = 4
-    random_weights: bool = False
-    rerouted_weight: str = "score"
-    spared_text: bool = False
 
     def key(self, arguments: argparse.Namespace) -> str:
         """What tells this point from all others in the file."""
-        told = {**asdict(self), "split": arguments.split, "questions": arguments.questions}
-        if not self.spared_text:
-            del told["spared_text"]  # as points were kept before there was such a one
+        told = {
+            **asdict(self),
+            "config": self.config.as_dict(),
+            "split": arguments.split,
+            "questions": arguments.questions,
+        }
         if self.config.split == "tuned":
             told["tuning"] = sorted(map(str, arguments.tuning))
-        told["damage"] = "answer"  # once it was the first token's alone
         told |= {"seed": arguments.seed, "batch": arguments.batch, "model": str(arguments.checkpoint)}
         return json.dumps(told, sort_keys=True)
 
@@ -75,8 +71,7 @@ class Point:
 
 def by_gamma(title: str, policy: str, config: MACSConfig, **more: Any) -> list[Point]:
     """The same policy at every capacity factor that makes sense for it."""
-    weighted = policy == "macs" and config.cost == "weight"
-    factors = WEIGHTED if weighted else COUNTED
+    factors = WEIGHTED if POLICIES[policy].cost == "weight" else COUNTED
     return [Point(title, policy, config.updated(capacity_factor=gamma), **more) for gamma in factors]
 
 
@@ -116,46 +111,42 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
     baselines = [name for name, policy in POLICIES.items() if policy.is_baseline]
     controls: dict[str, dict[str, Any]] = {
         "constant weight": {"weighting": "constant"},
-        "flipped entropy": {"entropy_sharpness": -1.0},
+        "flipped entropy": {"sharpness": -1.0},
         "rho = 0": {"modality_strength": 0.0},
         "rho = 1": {"modality_strength": 1.0},
         "no rerouting": {"reroute": "none"},
         "rerouting anywhere": {"reroute": "group"},
-        "capacity per rank": {"level": "rank", "reroute": "group"},
         "cost of one": {"cost": "one"},
         "product as priority": {"priority": "product"},
+    }
+    rows: dict[str, dict[str, Any]] = {
+        "half as steep": {"sharpness": 0.5},
+        "twice as steep": {"sharpness": 2.0},
+        "flipped": {"sharpness": -1.0},
+        "score as priority": {"priority": "score"},
+        "costs its weight": {"cost": "weight"},
     }
     variants: dict[str, dict[str, Any]] = {
         "capacity per expert": {"level": "expert"},
         "per expert, in the rank": {"level": "expert", "reroute": "rank"},
         "rerouting": {"reroute": "group"},
-        "rerouting, 1 round": {"reroute": "group", "reroute_rounds": 1},
-        "rerouting, 4 rounds": {"reroute": "group", "reroute_rounds": 4},
-        "rerouting to any expert": {"reroute": "group", "similarity": "none"},
         "visual weight 1": {"visual_weight": 1.0},
         "visual weight 0.5": {"visual_weight": 0.5},
         "visual weight 0.1": {"visual_weight": 0.1},
         "visual weight 0.02": {"visual_weight": 0.02},
-        "normalised in the picture": {"normalization": "image"},
-        "half as steep": {"entropy_sharpness": 0.5},
-        "twice as steep": {"entropy_sharpness": 2.0},
-        "flipped": {"entropy_sharpness": -1.0},
         "constant": {"weighting": "constant"},
         "constant, rerouting": {"weighting": "constant", "reroute": "group"},
         "entropy": {"weighting": "entropy"},
-        "entropy, flipped": {"weighting": "entropy", "entropy_sharpness": -1.0},
-        "score as priority": {"priority": "score"},
-        "costs its weight": {"cost": "weight"},
     }
 
     def pooled(policy: str) -> bool:
-        return POLICIES[policy].configured(BASELINE).level == "rank"
+        return POLICIES[policy].configured(DEFAULT).level == "rank"
 
-    def changed(title: str, base: MACSConfig, changes: dict[str, dict[str, Any]]) -> list[Point]:
+    def changed(policy: str, changes: dict[str, dict[str, Any]]) -> list[Point]:
         return [
             point
-            for name, change in changes.items()
-            for point in by_target(f"{title}, {name}", "macs", base.updated(**change), bounds)
+            for name, fields in changes.items()
+            for point in by_target(f"{policy}, {name}", variant(policy, **fields), DEFAULT, bounds)
         ]
 
     return {
@@ -164,53 +155,35 @@ def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
             for policy in baselines
             for point in (
                 # Rank-balanced has a capacity per rank: there gamma is the bound.
-                *(() if pooled(policy) else by_gamma(policy, policy, BASELINE)),
-                *by_target(policy, policy, BASELINE),
+                *(() if pooled(policy) else by_gamma(policy, policy, DEFAULT)),
+                *by_target(policy, policy, DEFAULT),
             )
         ],
         "presets": [
-            *by_gamma("macs paper", "macs", PAPER),
-            *by_target("macs paper", "macs", PAPER),
+            *by_gamma("paper", "paper", DEFAULT),
+            *by_target("paper", "paper", DEFAULT),
             *by_target("macs", "macs", DEFAULT),
             Point("macs fast", "macs", MACSConfig.preset("fast")),
             Point("macs safe", "macs", MACSConfig.preset("safe")),
         ],
-        "controls": [
-            *by_target("paper", "macs", PAPER, bounds),
-            *changed("paper", PAPER, controls),
-            *by_target("paper, random weight", "macs", PAPER, bounds, random_weights=True),
-        ],
+        "controls": [*by_target("paper", "paper", DEFAULT, bounds), *changed("paper", controls)],
         "variants": [
-            *by_target("default", "macs", DEFAULT, bounds),
-            *changed("default", DEFAULT, variants),
-            *by_target(
-                "default, random weight",
-                "macs",
-                DEFAULT,
-                bounds,
-                random_weights=True,
-            ),
+            *by_target("macs", "macs", DEFAULT, bounds),
+            *changed("macs", rows),
             *(
                 point
-                for rule in ("half", "former")
-                for point in by_target(
-                    f"default, rerouted at {rule} weight",
-                    "macs",
-                    DEFAULT.updated(reroute="group"),
-                    bounds,
-                    rerouted_weight=rule,
-                )
+                for name, change in variants.items()
+                for point in by_target(f"macs, {name}", "macs", DEFAULT.updated(**change), bounds)
             ),
         ],
         "rules": [
             *by_target("macs", "macs", DEFAULT, bounds),
             *by_target("macs, rerouting", "macs", DEFAULT.updated(reroute="group"), bounds),
-            *by_target("macs, text spared", "macs", DEFAULT, bounds, spared_text=True),
-            *by_target("macs, by picture", "macs", DEFAULT.updated(normalization="image"), bounds),
-            *by_target("macs, score alone", "macs", DEFAULT.updated(priority="score"), bounds),
+            *by_target("macs, text spared", "macs", DEFAULT.updated(spare_text=True), bounds),
+            *changed("macs", {"score as priority": {"priority": "score"}}),
         ],
         # Every policy at every bound: the frontier of answers against load.
-        "bounded": [point for policy in baselines for point in by_target(policy, policy, BASELINE, bounds)]
+        "bounded": [point for policy in baselines for point in by_target(policy, policy, DEFAULT, bounds)]
         + by_target("macs", "macs", DEFAULT, bounds)
-        + by_target("macs paper", "macs", PAPER, bounds),
+        + by_target("paper", "paper", DEFAULT, bounds),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from tiny_vlm import data
 from torch import Tensor
 
 from macs import POLICIES
+from macs_tools.common.answers import divergence
+from macs_tools.common.intervals import bootstrap, bootstrap_ratio
 
-from ..common.answers import divergence
-from .intervals import bootstrap, bootstrap_ratio
 from .points import Point
+
+SHARES = [action + suffix for suffix in ("", "_mass") for action in ("kept", "rerouted", "dropped")]
 
 
 @dataclass
@@ -39,7 +41,7 @@ def measured(
     right = np.array([ids == sample.answer for ids, sample in zip(found.ids, asked, strict=True)])
     expected_right = np.array([ids == one.answer for ids, one in zip(vanilla.ids, asked, strict=True)])
     same = np.array([ids == other for ids, other in zip(found.ids, vanilla.ids, strict=True)])
-    damage = np.array([divergence(*pair) for pair in zip(vanilla.said, found.said, strict=True)])
+    kl = np.array([divergence(*pair) for pair in zip(vanilla.said, found.said, strict=True)])
     tasks = np.array([sample.task for sample in asked])
     pictures = np.array([sample.pixels is not None for sample in asked])
 
@@ -56,15 +58,11 @@ def measured(
     # Vanilla's own: before planning a layer has what the plans of those before it made of its input.
     before = torch.stack([report.load("before") for report in untouched])
     experts = torch.stack([report.imbalance("after") for report in reports])
-    shares = [report.shares() for report in reports]
     return {
         "title": point.title,
         "setting": point.setting,
         "policy": point.policy,
-        "random_weights": point.random_weights,
-        "rerouted_weight": point.rerouted_weight,
-        "spared_text": point.spared_text,
-        "settings": asdict(point.config),
+        "settings": point.config.as_dict(),
         "batches": point.batches,
         "ranks": point.ranks,
         "accuracy": {task: where(tasks == task, right) for task in dict.fromkeys(tasks)},
@@ -75,21 +73,21 @@ def measured(
         "vanilla_accuracy": {
             task: float(expected_right[tasks == task].mean()) for task in dict.fromkeys(tasks)
         },
-        "picture_kl_each": [float(f"{value:.3g}") for value in damage[pictures]],
+        "picture_kl_each": [float(f"{value:.3g}") for value in kl[pictures]],
         "agreement": bootstrap(same.astype(float)),
-        "kl": bootstrap(damage),
-        "picture_kl": where(pictures, damage),
-        "text_kl": where(~pictures, damage),
+        "kl": bootstrap(kl),
+        "picture_kl": where(pictures, kl),
+        "text_kl": where(~pictures, kl),
         "load_before": float(before.mean()),
-        "straggler": float(after.mean()),
-        "straggler_p95": float(after.flatten().quantile(0.95)),
+        "load": float(after.mean()),
+        "load_p95": float(after.flatten().quantile(0.95)),
         "busiest_expert": float(experts.mean()),
         "busiest_expert_p95": float(experts.flatten().quantile(0.95)),
         "layers": [
             {"before": float(one), "after": float(other)}
             for one, other in zip(before.mean(1), after.mean(1), strict=True)
         ],
-        **{name: float(np.mean([share[name] for share in shares])) for name in shares[0]},
+        **{name: float(np.mean([report.share(name) for report in reports])) for name in SHARES},
     }
 
 
@@ -105,7 +103,7 @@ def best_baseline(found: list[dict[str, Any]], bound: float) -> dict[str, Any] |
         for one in found
         if POLICIES[one["policy"]].is_baseline
         and one["settings"]["split"] == "uniform"
-        and one["straggler"] <= bound
+        and one["load"] <= bound
     ]
     return min(within, key=lambda one: one["kl"][0], default=None)
 
@@ -113,20 +111,20 @@ def best_baseline(found: list[dict[str, Any]], bound: float) -> dict[str, Any] |
 def least_load(found: list[dict[str, Any]], title: str, kl: float) -> float | None:
     """The least realised load at which a policy costs at most ``kl`` over all questions; no lower one that
     was measured costs more at a higher load, or it would be luck."""
-    mine = sorted((one for one in found if one["title"] == title), key=lambda one: -one["straggler"])
+    mine = sorted((one for one in found if one["title"] == title), key=lambda one: -one["load"])
     least = None
     for one in mine:
         if one["kl"][0] > kl:
             break
-        least = one["straggler"]
+        least = one["load"]
     return least
 
 
 def best_within(found: list[dict[str, Any]], bound: float) -> dict[str, dict[str, Any]]:
-    """By title: the point of least KL among those whose realised straggler keeps to the bound."""
+    """By title: the point of least KL among those whose realised load keeps to the bound."""
     best: dict[str, dict[str, Any]] = {}
     for one in found:
-        if one["straggler"] > bound:
+        if one["load"] > bound:
             continue
         held = best.get(one["title"])
         if held is None or measure_of(one)[0] < measure_of(held)[0]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from .intervals import bootstrap_ratio
+from macs_tools.common.intervals import bootstrap_ratio
+
 from .statistics import best_baseline, least_load, measure_of
 
 
@@ -31,7 +32,7 @@ def table_of(best: dict[str, dict[str, Any]], bound: float, caption: str) -> Tab
         table.add_row(
             title,
             one["setting"],
-            f"{one['straggler']:.3f}" + ("" if one["straggler"] <= bound else " !"),
+            f"{one['load']:.3f}" + ("" if one["load"] <= bound else " !"),
             f"{kl:.2f}",
             f"{low:.2f}-{high:.2f}",
             *over,
@@ -67,7 +68,7 @@ def frontier_of(found: list[dict[str, Any]], bound: float, caption: str) -> Tabl
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """KL against the realised straggler, a curve for each policy: the least at that load or a lower one."""
+    """KL against the realised load, a curve for each policy: the least at that load or a lower one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,11 +76,11 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for title in dict.fromkeys(one["title"] for one in found):
-        mine = sorted((one for one in found if one["title"] == title), key=lambda one: one["straggler"])
+        mine = sorted((one for one in found if one["title"] == title), key=lambda one: one["load"])
         curve: list[tuple[float, list[float]]] = []
         for one in mine:
             if not curve or measure_of(one)[0] < curve[-1][1][0]:
-                curve.append((one["straggler"], measure_of(one)))
+                curve.append((one["load"], measure_of(one)))
         x, kl = [load for load, _ in curve], np.maximum([value for _, value in curve], 1e-7)
         axes.plot(x, kl[:, 0], marker="o", markersize=3, label=title)
         axes.fill_between(x, kl[:, 1], kl[:, 2], alpha=0.15)

@@ -1,0 +1,1 @@
+"""What a bounded load costs the tiny model in answers: grids of policies and settings."""

@@ -1,0 +1,73 @@
+"""The tiny model with the plain adapter, planned as several expert-parallel ranks would."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tiny_vlm import data
+from tiny_vlm import model as tiny
+from tiny_vlm.kinds import answer_tokens, draw_batches
+from tiny_vlm.vocabulary import up_to_end
+
+from macs import Profile, Runtime, attach_modality, attach_plain
+from macs_tools.common.answers import read
+from macs_tools.common.command import quiet
+
+from .points import Point, tunings_of
+from .statistics import Answers
+
+
+class Bench:
+    """The tiny model in one process, planned as ``ranks`` expert-parallel ranks would."""
+
+    def __init__(self, arguments: argparse.Namespace, ranks: int) -> None:
+        self.arguments = arguments
+        self.runtime = Runtime(virtual_ranks=ranks)
+        self.model = tiny.load_model(arguments.checkpoint)
+        attach_plain(self.model, self.runtime)
+        attach_modality(self.model)
+        self.profile = self._calibrated()
+        self.tunings = tunings_of(arguments.tuning)
+
+    def batches(self, kind: str) -> list[list[data.Sample]]:
+        """Whole batches of the questions of a kind."""
+        arguments = self.arguments
+        count = arguments.questions // arguments.batch
+        return draw_batches(kind, arguments.split, arguments.seed, count, arguments.batch)
+
+    def _calibrated(self) -> Profile:
+        """A profile from the training split, which nothing is measured on."""
+        kind = self.arguments.batches[0]
+        with self.runtime.calibration():
+            for batch in draw_batches(kind, "train", 1, 4, self.arguments.batch):
+                read(self.model, self.runtime, tiny.sample_inputs(batch))
+        return self.runtime.measured_profile()
+
+    def ask(self, point: Point, expected: Answers | None) -> tuple[Answers, list[Any]]:
+        """Answers under a point's policy, and what its layers recorded while they read the prompts; what the
+        model makes of the ``expected`` answers, or of its own."""
+        tuning = self.tunings.get((point.policy, point.ranks)) if point.config.split == "tuned" else None
+        self.runtime.use(point.policy, point.config, replace(self.profile, tuning=tuning))
+        found = Answers()
+        for batch in self.batches(point.batches):
+            prompt = read(self.model, self.runtime, tiny.sample_inputs(batch))
+            ids = prompt.greedy(answer_tokens(point.batches)).tolist()
+            prompt.rewind()
+            start = len(found.ids)
+            found.ids += map(up_to_end, ids)
+            given = (found if expected is None else expected).ids[start : start + len(batch)]
+            found.said += prompt.said_of(given)
+        return found, [report.prefill for report in self.runtime.reports()]
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Without gradients, and without a word from a library."""
+    quiet()
+    with torch.inference_mode():
+        yield
