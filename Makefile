@@ -1,6 +1,6 @@
 # What one does here, by name. In a virtual environment: make setup, then the others.
 
-.PHONY: setup fast check test docs bench launches history soak ci
+.PHONY: setup fast check test docs bench launches soak ci
 
 setup:       ## everything, editable
 	pip install -e '.[all]'
@@ -25,9 +25,6 @@ bench:       ## what planning costs here
 
 launches:    ## what a plan launches on a GPU, counted without one
 	macs bench launches
-
-history:     ## this commit's figures, a row of docs/benchmarks.csv
-	macs bench history
 
 soak:        ## half an hour of two engines under traffic; needs Megatron-Core 0.19
 	python tests/soak.py --minutes 30

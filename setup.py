@@ -13,7 +13,7 @@ MEGATRON = ["megatron-core>=0.16.1,<0.20"]
 DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
 TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
 TOOLS = ["jinja2>=3.1", "matplotlib>=3.8", "plotly>=6", "rich>=13", "rich-argparse>=1.5"]
-METRICS = ["prometheus-client>=0.20", "python-json-logger>=3.1"]
+METRICS = ["prometheus-client>=0.20"]
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26"]
 EXAMPLES = [
     *TOOLS,

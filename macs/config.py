@@ -50,35 +50,35 @@ class MACSConfig:
 
     target_load: float | None = _setting(
         None,
-        "largest rank's rows over the mean of the router's choice: capacities are the largest that keep to it, "
-        "in every batch",
+        "largest rank's rows over the mean of the router's choice: capacities are the largest that keep to "
+        "it, in every batch",
         low=1e-3,
         high=1e6,
     )
     split: str = _setting(
         "uniform",
-        "uniform: target_load holds for every layer; tuned: for their mean, split among them by the profile's "
-        "tuning (macs tune)",
+        "uniform: target_load holds for every layer; tuned: for their mean, split among them by the "
+        "profile's tuning (macs tune)",
         choices=("uniform", "tuned"),
     )
     max_kl: float | None = _setting(
         None,
-        "instead of target_load: the smallest target whose KL, in nats, the profile's tuning verified to be at "
-        "most this; implies split = tuned",
+        "instead of target_load: the smallest target whose KL, in nats, the profile's tuning verified to be "
+        "at most this; implies split = tuned",
         low=0.0,
         high=1e3,
     )
     capacity_factor: float | None = _setting(
         None,
-        "[gamma] instead of target_load: capacity of an expert, or of a rank's experts together, over its even "
-        "share of the load",
+        "[gamma] instead of target_load: capacity of an expert, or of a rank's experts together, over its "
+        "even share of the load",
         low=1e-3,
         high=1e6,
     )
     level: str = _setting(
         "rank",
-        "expert: each expert has a capacity; rank: the experts of a rank share one (reroute = rank then finds "
-        "no capacity; use group)",
+        "expert: each expert has a capacity; rank: the experts of a rank share one (reroute = rank then "
+        "finds no capacity; use group)",
         choices=("expert", "rank"),
     )
     weighting: str = _setting(
@@ -89,7 +89,7 @@ class MACSConfig:
     )
     visual_weight: float = _setting(
         0.2,
-        "weight of a visual token under weighting = constant, of an average one under distinct; text weighs 1",
+        "weight of a visual token under weighting = constant, of a mean one under distinct; text weighs 1",
         low=1e-4,
         high=1.0,
     )

@@ -5,8 +5,8 @@
     macs.attach_modality(model)
 
 Every expert is computed here, so nothing gets faster: it shows on one device what MACS does to a model's
-answers and loads. It is also the smallest adapter. It hooks the block's ``gate``, which returns logits [T, E],
-combine weights [T, k] and experts [T, k].
+answers and loads. It is also the smallest adapter. It hooks the block's ``gate``, which returns logits
+[T, E], combine weights [T, k] and experts [T, k].
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .topology import Topology
 
 @dataclass(frozen=True)
 class Gate:
-    """A class of gates: its score function; the attributes of its correction bias, of the number of its groups
-    and of how many of them a token uses, if it has any."""
+    """A class of gates: its score function; the attributes of its correction bias, of the number of its
+    groups and of how many of them a token uses, if it has any."""
 
     score_function: str
     bias: str | None = None

@@ -44,7 +44,6 @@ from .steps.weighting import WeightRule, semantic_weights
 from .tokens import Tokens
 from .topology import Topology
 
-
 STEPS = ("weights", "demand", "capacities", "admission", "rerouting", "drops", "combine")
 
 

@@ -70,7 +70,7 @@ _COUNTED = {
 }
 """Every token costs one, whatever its modality, and stays at its expert or is dropped."""
 
-_MACS = {"reads_modality": True, "priority": "product", "similarity": True, "floor": 1.0}
+_MACS: dict[str, Any] = {"reads_modality": True, "priority": "product", "similarity": True, "floor": 1.0}
 
 POLICIES: dict[str, Policy] = {
     "vanilla": Policy("the router's choice", _COUNTED, plans=False),

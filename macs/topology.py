@@ -46,7 +46,8 @@ class Topology:
             object.__setattr__(self, "source_index", self.sources)
         if len(self.source_index) != len(self.sources) or any(index < 0 for index in self.source_index):
             raise ValueError(
-                f"topology.source_index: found {self.source_index}, expected {len(self.sources)} numbers, one a source"
+                f"topology.source_index: found {self.source_index}, expected {len(self.sources)} "
+                "numbers, one a source"
             )
 
     @property

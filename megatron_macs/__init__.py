@@ -22,7 +22,6 @@ if _found is None:
     )
 
 if TYPE_CHECKING:
-    from .options import add_macs_args, runtime_from_args, tokens_from_args
     from .cpu import cpu_engine
     from .dispatcher import (
         MACSAllGatherTokenDispatcher,
@@ -30,10 +29,11 @@ if TYPE_CHECKING:
         MACSFlexTokenDispatcher,
     )
     from .hooks import attach_modality
+    from .install import install
     from .layer import MACSMoELayer
+    from .options import add_macs_args, runtime_from_args, tokens_from_args
     from .router import MACSTopKRouter
     from .spec import with_macs
-    from .install import install
 
 __all__ = [
     "MACSAllGatherTokenDispatcher",

@@ -10,6 +10,7 @@ Shapes: S tokens of B sequences, T = S B tokens in the order s B + b, E experts,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
@@ -132,7 +133,8 @@ def plan_of(
     chunk: tuple[int, int] = (1, 0),
 ) -> Plan | None:
     """The layer's plan, if it makes one: hidden [S, B, D], experts and weights [T, k], logits [T, E]."""
-    bias = getattr(layer.adapter, "router").expert_bias
+    adapter: Any = layer.adapter
+    bias = adapter.router.expert_bias
     groups = config.moe_router_num_groups, config.moe_router_group_topk
     scores = candidate_scores(logits, experts, config.moe_router_score_function, bias, *groups)
     length, batch = hidden.shape[:2]

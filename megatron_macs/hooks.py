@@ -116,8 +116,8 @@ class LLaVAHook(MegatronHook):
         if given.get("imgs_sizes") is not None:
             if outer is None:
                 return Unreadable(
-                    "attach_modality: found imgs_sizes, pictures of many sizes, and cannot find their tokens; set "
-                    "macs.modality around the call"
+                    "attach_modality: found imgs_sizes, pictures of many sizes, and cannot find their "
+                    "tokens; set macs.modality around the call"
                 )
             return outer
         image_token = given.get("image_token_index")

@@ -22,8 +22,8 @@ def install(runtime: Runtime, token_ids: dict[str, int] | None = None) -> Callab
 
     Of several installations the last one acts; they may be undone in any order.
 
-    ``token_ids``: arguments of ``attach_modality``, for every model built; if neither they nor the model name a
-    modality's token, the mask is left to ``macs.modality``.
+    ``token_ids``: arguments of ``attach_modality``, for every model built; if neither they nor the model name
+    a modality's token, the mask is left to ``macs.modality``.
     """
     return _installed.add((runtime, token_ids or {}))
 

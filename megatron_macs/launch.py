@@ -21,7 +21,7 @@ from macs.adapters import CommandParser, LayerReport, Runtime, first_process, ru
 
 from .options import add_macs_args, macs_options
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_macs")  # also where this is __main__
 
 
 def summary(runtime: Runtime, reports: Sequence[LayerReport]) -> str:
@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     check_megatron()
     if options is None or runtime is None:
-        code = run_script(script, rest, by_name)
-        sys.exit(code) if code is not None else None
+        plain = run_script(script, rest, by_name)
+        sys.exit(plain) if plain is not None else None
         return
     from .install import install
 

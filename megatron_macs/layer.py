@@ -123,8 +123,8 @@ class MoELayerAdapter(LayerAdapter):
         return TokenShard(index, parts, self._source_index[parts])
 
     def unsupported(self) -> Unsupported:
-        """Some dispatchers send k assignments a token; tensor-parallel ranks with the same tokens must make the
-        same plan."""
+        """Some dispatchers send k assignments a token; tensor-parallel ranks with the same tokens must make
+        the same plan."""
         config, replicas = self.config, self._replicas[1] // self.token_shard().parts
         flex = config.moe_token_dispatcher_type == "flex"
         for narrow, what in (

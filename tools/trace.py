@@ -40,8 +40,8 @@ def main(given: Sequence[str] | None = None) -> None:
     tensors = recording.tensors
     print(
         f"{len(tensors['counts'])} records of {int(tensors['layers'].max()) + 1} layers, "
-        f"{len(tensors['modality'])} tokens, {float((tensors['modality'] != TEXT).double().mean()):.0%} of them "
-        f"visual, {recording.top_k} of {recording.num_experts} experts each: {arguments.to}"
+        f"{len(tensors['modality'])} tokens, {float((tensors['modality'] != TEXT).double().mean()):.0%} of "
+        f"them visual, {recording.top_k} of {recording.num_experts} experts each: {arguments.to}"
     )
 
 

@@ -1,6 +1,6 @@
 """What a bounded step costs in answers: policies and settings on the tiny model's held-out questions.
 
-    python examples/evaluate_tiny_vlm.py --grid baselines presets --batches mixed --ranks 4 8     # validation split
+    python examples/evaluate_tiny_vlm.py --grid baselines presets --ranks 4 8     # validation split
     python examples/evaluate_tiny_vlm.py --chosen runs/quality.jsonl --split test --questions 3584
 
 Every point is a run of the Hugging Face model with ``macs.attach_plain``, in one process whose layers plan

@@ -157,7 +157,7 @@ class Experiment:
     """The model in its engine on every rank, and what is measured on it.
 
     engine.generate answers samples; runtime is its MACS layers' own; clock times them; group holds
-    the expert-parallel ranks; columns are the policies and settings of MACS to show. Every rank makes the same calls.
+    the expert-parallel ranks; columns are those of MACS to show. Every rank makes the same calls.
     """
 
     def __init__(

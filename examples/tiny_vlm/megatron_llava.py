@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from macs import Runtime
+from macs_tools.common.static_engine import greedy, wrapper_arguments
 from megatron_macs import with_macs
 
 from .data import ANSWER_TOKENS, PROMPT_TOKENS, Sample
 from .megatron import copy_weights, transformer_config
-from .megatron_engine import WordTokenizer, greedy, wrapper_arguments
+from .megatron_engine import WordTokenizer
 from .model import picture_inputs
 from .pictures import IMAGE_TOKENS, PICTURE_SIZE
 from .vocabulary import up_to_end, words_of

@@ -1,8 +1,8 @@
 """Counters that last as long as the process, for monitoring a model while it serves.
 
 Every layer adds its steps to a row on the device, in the launch that records the step. At the end of a
-forward pass all rows are copied to the host, asynchronously and on the stream of the step. So they can be read
-at any time, from any thread, without a call to the device, also where a CUDA graph replays the step.
+forward pass all rows are copied to the host, asynchronously and on the stream of the step. So they can be
+read at any time, from any thread, without a call to the device, also where a CUDA graph replays the step.
 
 Shapes: E experts, R ranks.
 """
@@ -201,7 +201,9 @@ class Counters:
             block.publish()
 
     def bypassed(self, layer: Any) -> None:
-        """To be called when a layer gets a step that is too small to plan; two launches, in the last layer."""
+        """To be called when a layer gets a step that is too small to plan; two launches, in the last
+        layer.
+        """
         block, index = self._index[layer]
         if block.ends(index):
             block.rows[:1] += 1

@@ -1,8 +1,8 @@
 """An endpoint for Prometheus: what MACS does in this process, while it serves.
 
 A process counts the tokens that it sends; a scrape makes no rank communicate. The load is therefore that of
-this process's rows. Where the tokens of several processes meet, their rows add up, and the mean of their loads
-is an upper bound of the group's.
+this process's rows. Where the tokens of several processes meet, their rows add up, and the mean of their
+loads is an upper bound of the group's.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def serve_metrics(
     except (OSError, OverflowError) as error:
         runtime.counters = before
         raise ValueError(
-            f"metrics port: cannot listen on {address}, port {local_port} ({port} + LOCAL_RANK): {error}; give "
-            "another port, with those after it free for the other processes, or an address of this machine"
+            f"metrics port: cannot listen on {address}, port {local_port} ({port} + LOCAL_RANK): {error}; "
+            "give another port, with those after it free for other processes, or an address of this machine"
         ) from error
     return MetricsServer(server, thread, address)
 
@@ -102,8 +102,8 @@ class MetricsServer:
 class Collector:
     """The response to a scrape, at most 12 L + 14 series for L layers, and 2 E L more with ``per_expert``.
 
-    Counters are since the start. Gauges cover the tokens since the reading that is at least ``WINDOW`` seconds
-    old; layers without tokens are left out.
+    Counters are since the start. Gauges cover the tokens since the reading that is at least ``WINDOW``
+    seconds old; layers without tokens are left out.
     """
 
     def __init__(self, runtime: Runtime, per_expert: bool = False) -> None:

@@ -63,8 +63,8 @@ class RoutingRecorder:
         self._shape = self._shape or shape
         if shape != self._shape:
             raise ValueError(
-                f"record: layer {layer} has (k, E) = {shape}, expected {self._shape} as in the layers before: "
-                "the layers of a recording are alike"
+                f"record: layer {layer} has (k, E) = {shape}, expected {self._shape} as in the layers "
+                "before: the layers of a recording are alike"
             )
         valid = tokens.valid
         kept = {

@@ -127,8 +127,8 @@ def tuned_config(
     assert target is not None
     if (tuning.ranks, tuning.policy) != (ranks, policy):
         warn(
-            f"MACS: the profile was tuned for policy {tuning.policy} on {tuning.ranks} ranks, found {policy} on "
-            f"{ranks}: its KL was not verified for them"
+            f"MACS: the profile was tuned for policy {tuning.policy} on {tuning.ranks} ranks, found {policy} "
+            f"on {ranks}: its KL was not verified for them"
         )
     loads = tuning.layer_loads_at(target)
     if loads is None:

@@ -86,8 +86,8 @@ class ModalityHook:
             return modality
         if outer is None and ids is None and self.reader.has_no_modality(given):
             self._warn_once(
-                f"MACS: nothing in a call of {self._name} tells visual tokens from text; every token counts as "
-                "text"
+                f"MACS: nothing in a call of {self._name} tells visual tokens from text; every token counts "
+                "as text"
             )
         elif outer is not None and modality.ids.numel() > outer.ids.numel():
             # Not an error: it is also what ``generate`` without a cache does, whose calls grow.
@@ -200,8 +200,8 @@ def attach_modality(
 ) -> ModalityHook:
     """Set the modality mask around every forward pass of a model that takes ``input_ids`` [B, S].
 
-    ``macs.runtime.calls`` lists what is read from a call, in order of precedence. Every pipeline stage must be
-    called with the ids, as Megatron's inference engines do. A ``macs.modality`` block of the same [B, S]
+    ``macs.runtime.calls`` lists what is read from a call, in order of precedence. Every pipeline stage must
+    be called with the ids, as Megatron's inference engines do. A ``macs.modality`` block of the same [B, S]
     around the call takes precedence, so that it can exempt tokens.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class ModalityBuffers:
                     getattr(self._held[key], name).copy_(getattr(modality, name))
                 _refresh(self._held[key])
             else:
-                copies = (getattr(modality, name).clone() for name in FIELDS)
-                self._held[key] = Modality(*copies, held=True, states_valid=modality.states_valid)
+                copies = {name: getattr(modality, name).clone() for name in FIELDS}
+                self._held[key] = replace(modality, **copies, held=True, _layouts={}, _parts={})
         return self._held[key]
 
 

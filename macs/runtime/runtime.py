@@ -69,7 +69,8 @@ class Runtime(RuntimeState):
         """Switch policy, settings and profile of every layer, from the next forward pass on.
 
         Drops the records. Call it on every rank alike: the ranks compare what they were given before anything
-        takes effect. Another ``target_load`` or ``max_kl`` alone is applied in place, also in captured graphs.
+        takes effect. Another ``target_load`` or ``max_kl`` alone is applied in place, also in captured
+        graphs.
 
         Args:
             policy: a name of ``POLICIES``.

@@ -72,6 +72,7 @@ def pool_capacity(
 
     share = (counts.tokens.double() * top_k)[:, None] * members / len(of_expert)
     if bound is None:
+        assert rule.capacity_factor is not None
         share = rule.capacity_factor * share
     else:
         even = share * pooled / (members * UNIT)

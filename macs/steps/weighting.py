@@ -35,7 +35,8 @@ PART_ROWS, PART_SIZE = 4096, 1 << 18
 
 Value = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """hidden [T, D], token int64 [V] (all visual tokens, perhaps others), visual bool [T], source int64 [T] in
-0..S-1, directions float64 [S, D] zeros to add to (or empty) -> float32 [V], NaN where features are not finite."""
+0..S-1, directions float64 [S, D] zeros to add to (or empty) -> float32 [V], NaN where features are
+not finite."""
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
@@ -93,7 +94,8 @@ class WeightRule:
 
     def shapes(self, size: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the ``Counts`` that ``semantic_weights`` of features of this size adds to."""
-        chosen, shapes = WEIGHTINGS[self.weighting], {}
+        chosen = WEIGHTINGS[self.weighting]
+        shapes: dict[str, tuple[int, ...]] = {}
         if chosen.value is not None:
             shapes["moments"] = 3, self.groups
         if chosen.directions:
@@ -153,7 +155,7 @@ WEIGHTINGS["constant"] = Weighting("all alike: visual_weight", kernel=True)
 
 
 @weighting("entropy", purpose="low entropy of the features weighs more", sign=-1.0, average=0.5, kernel=True)
-def feature_entropy(hidden: Tensor, token: Tensor, *_: Tensor) -> Tensor:
+def feature_entropy(hidden: Tensor, token: Tensor, *rest: Tensor) -> Tensor:
     """H = -sum p ln p with p = softmax(z) of features z, in nats.
 
     hidden [T, D], any float dtype, token int64 [V] -> float32 [V]; NaN where the features are not finite.

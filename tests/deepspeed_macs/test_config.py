@@ -34,7 +34,7 @@ def test_a_block_is_its_own_fields_and_the_settings():
         ({"image_token_id": True}, "config.macs.image_token_id: found True, expected a token id"),
         ({"virtual_ranks": 0}, "config.macs.virtual_ranks: found 0, expected a number of ranks"),
         ({"metrics_port": 70000}, "config.macs.metrics_port: found 70000, expected a number from 0 to 65535"),
-        ({"metrics_address": "0.0.0.0"}, "config.macs.metrics_address: found '0.0.0.0', expected a metrics_port beside it"),
+        ({"metrics_address": "0.0.0.0"}, "macs.metrics_address: found '0.0.0.0', expected a metrics_port"),
         ({"profile": 3}, "config.macs.profile: found 3, expected a path"),
         (
             {"record": "/no/such/folder/file"},

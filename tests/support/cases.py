@@ -77,7 +77,8 @@ def routings(
 ):
     """A routing whose scores are multiples of 1/1024 and similarities multiples of 1/64.
 
-    config, policy: strategies of ``MACSConfig`` and ``Policy``. distinct: no two scores of an expert are equal.
+    config, policy: strategies of ``MACSConfig`` and ``Policy``. distinct: no two scores of an expert are
+    equal.
     """
     ranks = draw(st.sampled_from([1, 2, 4]))
     experts = ranks * draw(st.integers(1, 3))

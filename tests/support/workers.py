@@ -93,7 +93,8 @@ class Pool:
         timeout: float = 300.0,
         patience: timedelta = COLLECTIVE,
     ) -> list[Any]:
-        """Call ``job`` (a function of a module, or "module:function") on ``world`` ranks; its results by rank.
+        """Call ``job`` (a function of a module, or "module:function") on ``world`` ranks; its results by
+        rank.
 
         ``RankFailed`` if it raises anywhere, ``Hung`` if a rank does not answer in ``timeout`` s.
         ``patience`` is how long a collective waits for the other ranks.

@@ -13,11 +13,9 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 ROOT = Path(__file__).parents[2]
 
-from macs.records.recording import RoutingRecorder  # noqa: E402
 from macs_tools.bench import arguments as bench_arguments  # noqa: E402
 from macs_tools.bench.results import at_same_mass  # noqa: E402
 from macs_tools.bench.watch import Watch  # noqa: E402
-from macs_tools.common import workloads  # noqa: E402
 
 
 def test_time_at_the_same_damage_lies_between_the_bounds():

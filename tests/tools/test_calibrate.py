@@ -14,11 +14,10 @@ pytest.importorskip("skimage", reason="scikit-image is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from macs import Profile
+from macs_tools.calibrate import stability
+from macs_tools.common import requests
 
 ROOT = Path(__file__).parents[2]
-
-from macs_tools.calibrate import stability
-from macs_tools.common import requests  # noqa: E402
 
 
 def calibrate(folder, *arguments):

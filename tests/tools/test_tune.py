@@ -55,8 +55,10 @@ def test_moves_make_it_better_and_never_dearer():
 def tune(folder, *arguments, launcher=("-m",)):
     folder.mkdir(exist_ok=True)
     return subprocess.run(
-        [sys.executable, *launcher, "macs_tools", "tune", "--out", str(folder / "tuned.safetensors")]
-        + list(arguments),
+        [
+            *(sys.executable, *launcher, "macs_tools", "tune"),
+            *("--out", str(folder / "tuned.safetensors"), *arguments),
+        ],
         cwd=folder,
         env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
         capture_output=True,

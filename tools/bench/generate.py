@@ -28,15 +28,11 @@ from torch import Tensor
 from macs import TEXT, Runtime
 from megatron_macs import attach_modality, with_macs
 
-from ..common import clone
 from ..common.command import quiet
 from ..common.layers import Asked, device, engine, force, join, settings_of, together
+from ..common.static_engine import answer, static_engine
 from ..common.workloads import NOTHING_OVER, VANILLA, Batch, Contender, Shape, draw
 from .arguments import running
-
-clone.examples("tiny_vlm")
-
-from tiny_vlm.megatron_engine import answer, static_engine  # noqa: E402
 
 LAYERS, PROMPTS, NEW_TOKENS, VOCABULARY, IMAGE_ID = 2, 8, 8, 512, 3
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import macs
 from macs import IMAGE, MACSConfig, Modality, Runtime
+from macs.adapters import CallReader, ModalityHook
 
 from ..common import clone
 from ..common.answers import read
@@ -69,7 +70,10 @@ def plain(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
         model = model.cuda() if torch.cuda.is_available() else model
         engine = ProcessorEngine(model, processor, arguments.tokens)
     macs.attach_plain(engine.model, runtime)
-    macs.attach_modality(engine.model)
+    if hasattr(engine.model.config, "vision_config"):
+        macs.attach_modality(engine.model)
+    else:  # text alone
+        ModalityHook(engine.model, CallReader(text_only=True))
     yield runtime, engine
 
 

@@ -13,8 +13,8 @@ searched. All numbers are integers, so both are equal.
     source              int64 [T]
     of_expert           int64 [E]       pool of each expert
     capacity, left      int64 [Q]       of each source's pools
-    pools_left          int64 [S, P]    where the limit is on rows: capacity that they shut out is returned here
-    histogram           int64 [Q, BINS] memory for the search
+    pools_left          int64 [S, P]    where the limit is on rows: capacity that they shut out is returned
+    here histogram           int64 [Q, BINS] memory for the search
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def fill(
     key_bits(tie_count(demand.routing), sources * pools)  # raises
     tokens, count = demand.tokens, asked.numel()
     _admit[(sources * pools + 1,)](
-        asked, placed, demand.admission_key, demand.weight, tokens.valid.contiguous(), tokens.source.contiguous(),
+        asked, placed, demand.admission_key, demand.weight,
+        tokens.valid.contiguous(), tokens.source.contiguous(),
         tokens.exempt.contiguous(), constants.rank_of_expert if rows else constants.pool_of_expert, capacity,
         left, constants.pool_of_expert, pools_left if rows else left, memory_for(sources * pools, left),
         count, pools, constants.pools, PRICE=ROW if rows else price_in_pools(demand),

@@ -63,7 +63,8 @@ def combine(
         rerouted, counts.record, counts.by_source,
         count, slots, num_experts, sources, left.shape[1],
         WIDE=wide(weights), SCORE=wide(routing.scores), TINY=torch.finfo(routing.scores.dtype).tiny,
-        OWN=routing.top_k, MOVED=placement.moved, ADDED=added, RECORDED=finite is not None, BOUNDED=capacities.bounded, TEXT=TEXT,
+        OWN=routing.top_k, MOVED=placement.moved, ADDED=added, RECORDED=finite is not None,
+        BOUNDED=capacities.bounded, TEXT=TEXT,
         MASS=MASS_UNIT, LOADS_AT=len(Field), TOKENS=block, K=columns, SOURCES=power_of_2(sources),
         POOLS=power_of_2(left.shape[1]),
     )  # fmt: skip

@@ -50,7 +50,8 @@ def reroute(demand: Demand, placement: Placement, constants: LayerConstants, rou
     for turn in range(rounds):
         _propose[(triton.cdiv(count, block),)](
             chosen, scores, constants.affinity, source, tokens.position.contiguous(), demand.weight,
-            constants.pool_of_expert, constants.rank_of_expert, demand.admission_key, demand.planned, placed, queue,
+            constants.pool_of_expert, constants.rank_of_expert, demand.admission_key, demand.planned,
+            placed, queue,
             remaining, remaining if rows is None else rows, expert, column, key,
             count, k, num_experts, pools, constants.ranks, tie_bits(count),
             RULE=RULES[demand.rule.priority], FIRST=turn == 0, BOUNDED=rows is not None,

@@ -199,7 +199,8 @@ def _directions(
 
 @triton.jit(do_not_specialize=["count", "groups"])
 def _distinctness(
-    hidden, modality, valid, source, directions, norm_of, value, moments, groups, count, size, stride, sources,
+    hidden, modality, valid, source, directions, norm_of, value, moments, groups, count, size, stride,
+    sources,
     UNIT: tl.constexpr, DIRECTION: tl.constexpr, SOURCES: tl.constexpr,
     MODALITIES: tl.constexpr, GROUPS: tl.constexpr, SCALE: tl.constexpr,
     TEXT: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
