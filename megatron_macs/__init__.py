@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         MACSFlexTokenDispatcher,
     )
     from .hooks import attach_modality
-    from .install import install
+    from .installation import install
     from .layer import MACSMoELayer
     from .options import add_macs_args, runtime_from_args, tokens_from_args
     from .router import MACSTopKRouter
@@ -62,7 +62,7 @@ _HOMES = {
     "MACSMoELayer": "layer",
     "MACSTopKRouter": "router",
     "with_macs": "spec",
-    "install": "install",
+    "install": "installation",
 }
 
 

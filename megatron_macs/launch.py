@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         plain = run_script(script, rest, by_name)
         sys.exit(plain) if plain is not None else None
         return
-    from .install import install
+    from .installation import install
 
     uninstall = install(runtime, options.token_ids)
     code: object = 1

@@ -4,7 +4,7 @@ The members of an expert-parallel group exchange tokens in every layer. MACS add
 so members with different settings do not hang, but their answers would be of no setting that anybody chose.
 Each member therefore writes its settings to ``torch.distributed``'s store when they change, and reads those
 of the others: in ``Runtime.use`` before anything takes effect, and, for ``enabled``, calibration, train
-and eval, in the next pass that is large enough to plan. A pass without a change makes no request.
+and eval, in the next pass. A pass without a change makes no request.
 
 A member waits for the others as long as a collective of the group would. A rank that is late is no error; a
 different answer is.

@@ -104,8 +104,7 @@ class LayerRuntime:
             return
         try:
             consistency.refuse_broken()
-            if count >= self.runtime.config.least_tokens(device.type):
-                consistency.check(self.runtime.settings(training))
+            consistency.check(self.runtime.settings(training))
             self._count_bypassed(count, device, training)
             yield
         except BaseException as error:

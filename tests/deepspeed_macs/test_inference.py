@@ -48,14 +48,14 @@ def test_without_macs_deepspeed_is_as_it_was(pool, block):
     [
         ("no MoE layer", "config.macs: Linear has no MoE layer of DeepSpeed's"),
         ("no MoE layer in a Hugging Face model", '"expert_parallel": {"enabled": true, "autoep_size": ...}'),
-        ("no visual tokens", "policy macs: no way to find the visual tokens"),
+        ("no visual tokens", "the visual tokens cannot be found"),
         ("misspelt", "unknown macs field 'capacity_facter'; did you mean 'capacity_factor'?"),
         ("fused", "expert_parallel.combine_impl = 'fused_weighted_sum' cannot be used with MACS"),
         ("fused rows", "expert_parallel.row_weighting_impl = 'fused' cannot be used with MACS"),
         ("somebody's own layer", "config.macs: found Own in the model, expected AutoEPMoELayer"),
         ("MACS twice", "config.macs: found MACSTopKGate in the model, expected TopKGate"),
         ("a gate of one's own", "config.macs: found OwnGate in the model, expected TopKGate"),
-        ("blind, then macs", "policy macs: no way to find the visual tokens"),
+        ("blind, then macs", "policy macs: the visual tokens cannot be found"),
         ("a block too many", "config.macs: found both in the config and as an argument"),
         ("expanded drop, folded", "policy expanded-drop: the expert-parallel group holds"),
         ("expanded drop over DeepEP", "policy expanded-drop: the buffers of"),
@@ -100,7 +100,7 @@ def test_half_precision_stays_bit_for_bit(pool, dtype):
 
 def test_pooled_capacity_is_told_to_be_of_no_use_in_the_moe_layer(pool):
     said, padded = pool.run(f"{JOBS}:pooled_capacity_is_told", 1)[0]
-    assert len([line for line in said if "do not shorten its steps; use preset = padded" in line]) == 1
+    assert len([line for line in said if "do not shorten its steps; use policy = padded" in line]) == 1
     assert padded  # where nothing is said
 
 

@@ -12,8 +12,9 @@ from support.cases import AnyAdapter
 
 import macs
 from macs import MACSConfig, Runtime, Topology
+from macs.adapters import current_modality
 from megatron_macs import attach_modality, compat
-from megatron_macs.hooks import MegatronHook, kind_of_name
+from megatron_macs.hooks import MegatronHook, modality_of_name
 
 IMAGE_TOKEN = 7
 
@@ -30,7 +31,7 @@ class Model(nn.Module):
         )
 
     def forward(self, input_ids, inference_context=None):
-        return macs.current_modality()
+        return current_modality()
 
 
 def context(active, graphed=False):
@@ -75,7 +76,7 @@ def test_captured_layers_find_every_mask_in_the_same_place():
 def test_what_training_wraps_around_a_model_may_stay():
     model = Model(cuda_graph_impl="none")
     attach_modality(Wrapper(Wrapper(model)), image_token_id=IMAGE_TOKEN)
-    assert model(torch.tensor([[1, 7]])).kinds.tolist() == [[0, 1]]
+    assert model(torch.tensor([[1, 7]])).ids.tolist() == [[0, 1]]
     with pytest.raises(ValueError, match=r"Linear\.forward takes no input_ids"):
         attach_modality(Wrapper(nn.Linear(2, 2)), image_token_id=IMAGE_TOKEN)
 
@@ -102,11 +103,11 @@ def test_padding_of_the_dynamic_engine_is_told_from_the_rest(kinds):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "modality"),
     [("images", macs.IMAGE), ("Vision", macs.IMAGE), ("video_frames", macs.VIDEO), ("sounds", macs.AUDIO)],
 )
-def test_modalities_by_name(name, kind):
-    assert kind_of_name(name) == kind
+def test_modalities_by_name(name, modality):
+    assert modality_of_name(name) == modality
 
 
 def test_what_a_megatron_lacks_is_named(monkeypatch):

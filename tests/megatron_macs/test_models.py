@@ -35,8 +35,6 @@ def test_llava_with_several_pictures_of_several_tiles(pool):
     assert found["lengths"] == [20] * 4 and found["cut"] == [12] * 4
     assert found["right"] == [True] * 8
     assert found["cached"] == [[0], [0], [0]] and found["outer"]
-    first, second = found["segments"][1:11], found["segments"][12:17]
-    assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
     assert "num_image_tiles: found 2 pictures, expected 3, as in input_ids" in found["errors"]["tiles"]
     assert "found imgs_sizes" in found["errors"]["sizes"]
 

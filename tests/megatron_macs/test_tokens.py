@@ -70,7 +70,7 @@ def test_the_dynamic_engines_own_mask_is_used():
         config = SimpleNamespace(cuda_graph_impl="none")
 
         def forward(self, input_ids, inference_context=None):
-            from macs import current_modality
+            from macs.adapters import current_modality
 
             return current_modality()
 

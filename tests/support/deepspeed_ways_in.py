@@ -17,7 +17,7 @@ from torch import nn
 
 import deepspeed_macs
 import macs
-from macs import MACSConfig
+from macs.adapters import ModalityHook
 from support.cases import BUSY
 
 from . import hf_models
@@ -126,7 +126,7 @@ def left_alone(block: dict[str, Any] | None) -> dict[str, Any]:
         "kinds": sorted(kinds_of(engine) | kinds_of(trainer[0])),
         "macs": [hasattr(engine, "macs"), hasattr(trainer[0], "macs")],
         "config": seen,
-        "hooks": sum(isinstance(getattr(hook, "__self__", None), macs.ModalityHook) for hook in hooks),
+        "hooks": sum(isinstance(getattr(hook, "__self__", None), ModalityHook) for hook in hooks),
     }
 
 
@@ -162,7 +162,7 @@ def refused(kind: str) -> None:
         finally:
             deepspeed_macs.inference._topology = TOPOLOGY
             hooks = engine.module._forward_pre_hooks.values()
-            assert not any(isinstance(getattr(h, "__self__", None), macs.ModalityHook) for h in hooks)
+            assert not any(isinstance(getattr(h, "__self__", None), ModalityHook) for h in hooks)
     if kind == "MACS twice":
         engine = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": BLOCK})
         deepspeed_macs.add_macs(engine.module, BLOCK)
@@ -306,11 +306,11 @@ def half_precision(dtype: str) -> bool:
 @on_deepspeed
 def pooled_capacity_is_told() -> tuple[list[str], bool]:
     """What the log says of capacities that this layer cannot profit from, and how often; whether a block
-    that names no preset gets the one that it can profit from."""
+    that names no policy gets the one that it can profit from."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("macs.runtime.runtime")
+    logger = logging.getLogger("macs.runtime")
     logger.addHandler(handler)
     logging.disable(logging.NOTSET)
     try:
@@ -323,7 +323,7 @@ def pooled_capacity_is_told() -> tuple[list[str], bool]:
         logger.removeHandler(handler)
     block = {"image_token_id": IMAGE_TOKEN}
     bare = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": block})
-    return said, bare.macs.config == MACSConfig.preset("padded")
+    return said, bare.macs.policy == "padded"
 
 
 @on_deepspeed

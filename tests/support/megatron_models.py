@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import macs
 from macs import Runtime
 from megatron_macs import attach_modality, with_macs
-from megatron_macs.install import install
+from megatron_macs.installation import install
 from support.cases import busy
 
 from .megatron_jobs import layer_config, on_megatron
@@ -217,7 +217,6 @@ def llava_of_many_tiles() -> dict[str, Any]:
         "errors": errors,
         "cached": step.ids.tolist(),
         "outer": bool((outer.ids == 1).all()) and tuple(outer.ids.shape) == (3, 12),
-        "segments": watch.tokens[0].segment.view(-1, 3).t()[0].tolist(),
     }
 
 

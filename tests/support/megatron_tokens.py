@@ -133,7 +133,7 @@ def chunks_of_a_slice(chunks: int, length: int) -> dict[str, bool]:
         layer(cut.chunk(min(chunks, length))[0])
         told.tokens.clear()
         layer(cut.chunk(min(chunks, length))[0])
-    first = told.tokens[0].kinds.view(-1, 3)
+    first = told.tokens[0].modality.view(-1, 3)
     told.tokens.clear()
     with macs.modality(mask):  # a forward pass outside an engine is not cut
         layer(hidden)

@@ -12,8 +12,8 @@ from tiny_vlm import model as tiny
 from tiny_vlm.megatron import PictureEncoder, build_megatron_model
 from tiny_vlm.megatron_engine import Engine
 
-import macs
 from macs import Runtime
+from macs.adapters import current_modality
 from megatron_macs import attach_modality
 from support.cases import busy
 
@@ -94,6 +94,6 @@ def plan_of_real_pictures(virtual_ranks: int) -> list[Any]:
     ids = torch.tensor([sample.prompt for sample in samples])
     with model.pictures(PictureEncoder(source)(samples)):
         model(ids, torch.arange(ids.shape[1]).expand_as(ids), get_attention_mask(ids.shape[1]))
-    assert macs.current_modality() is None
+    assert current_modality() is None
     shape = (ids.shape[1], len(samples), -1)
     return [plans[0].experts.view(shape).transpose(0, 1).tolist(), float(plans[0].statistics.rerouted)]
