@@ -40,7 +40,7 @@ POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("macs", {"target_load": 0.8}),
     ("vanilla", {}),
     ("token-drop", {"target_load": 1.05}),
-    ("macs", {"preset": "paper"}),
+    ("paper", {}),
     ("macs", {"preset": "safe", "target_load": 0.9}),
     ("rank-balanced", {"target_load": 1.05}),
 )

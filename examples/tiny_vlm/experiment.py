@@ -369,9 +369,9 @@ def describe_run(arguments: argparse.Namespace, engine: str, share: int) -> str:
     return (
         f"{engine}, {ranks} expert-parallel ranks, {device}; {asked}\n"
         f"questions in batches of {batch}. "
-        "Busiest expert: load over the mean\nexpert's; busiest rank: rows over vanilla's mean rank; "
-        "before and after\nplanning. R_v: effective visual ratio. Times: medians, slowest rank, "
-        "vanilla is\nstock. Compare policies by their busiest rank."
+        "Load: the largest rank's rows over the\nmean of the router's choice; imbalance: the largest "
+        "expert's rows over the mean\nexpert's; before and after planning. R_v: effective visual ratio. "
+        "Times: medians,\nslowest rank; vanilla is stock. Compare policies at equal load."
     )
 
 

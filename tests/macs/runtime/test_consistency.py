@@ -154,6 +154,14 @@ def test_ranks_that_change_alike_go_on_and_a_steady_pass_asks_nothing():
     assert store.num_keys() == before > 0
 
 
+@on_ranks(2, timeout=60)
+def test_the_first_pass_may_be_too_small_to_plan_on_one_rank():
+    model = Model(Runtime())
+    for small in (0, 1):
+        ids = IDS[:, :3] if dist.get_rank() == small else IDS
+        assert model(ids).shape == (ids.numel(), HIDDEN)
+
+
 @on_ranks(2)
 def test_a_rank_that_is_late_is_waited_for():
     model = Model(Runtime())
