@@ -22,8 +22,7 @@ class Command:
 
 COMMANDS = {
     "doctor": Command("doctor", "what is installed here, and whether MACS can work with it"),
-    "calibrate": Command("calibrate.run", "measure which experts serve which modality, into a profile"),
-    "tune": Command("tune.run", "measure how a bound on the step is best split among layers"),
+    "tune": Command("tune.run", "a profile: the experts' modality, and the split of a load among layers"),
     "report": Command("report.run", "recorded traffic, and what would be won on it, as one page"),
     "trace": Command("trace", "Megatron's routing traces into recordings, and back"),
     "simulate": Command("simulate.run", "what policies and balancers would win on clusters of any size"),

@@ -118,7 +118,7 @@ def test_megatron_measures_what_the_plain_adapter_does(tmp_path):
     ("flags", "message"),
     [
         (("--requests", "10"), "--requests: found 10, expected two batches (112) or more"),
-        (("--model", "x"), "--model and --data go together"),
+        (("--model", "x"), "--model: expected --data with it"),
         (("--targets", "0"), "expected loads above 0"),
         (("--engine", "megatron", "--batches", "read"), "--engine megatron: found --model or --batches"),
         (("--engine", "deepspeed", "--ranks", "4"), "--ranks: found 4 with 1 processes of deepspeed"),

@@ -1,6 +1,6 @@
-"""``macs tune``, and the same for any engine: ``Tuned`` says what is measured, ``tune`` measures it."""
+"""``macs tune``, and the same for any engine: ``Scorer`` says what is measured, ``tune`` measures it."""
 
-from .model import Tuned
+from .model import Scorer
 from .tuning import tune
 
-__all__ = ["Tuned", "tune"]
+__all__ = ["Scorer", "tune"]

@@ -34,7 +34,7 @@ class Batch:
     expected: list[Tensor]
 
 
-class Tuned:
+class Scorer:
     """A model whose layers are bounded one by one, or in groups, and the requests that tell what it costs.
 
     runtime: the model's. said: scores answers. asked: batches of prompts, with the model's answers; every

@@ -1,6 +1,7 @@
 """Measure how a bound on the step is best split among layers, and keep it in a profile.
 
     macs tune                                       # the tiny model, on questions of its validation split
+    macs tune --only modality                       # which experts serve which modality, and nothing else
     macs tune --model DIR --data requests.jsonl --ranks 8 --out model.safetensors
     torchrun --nproc-per-node 8 -m macs_tools tune --engine deepspeed --model DIR --data requests.jsonl
 
@@ -58,12 +59,20 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=1120, help="half to tune on, half to verify")
     parser.add_argument("--batch", type=int, default=56, help="requests in a batch, over all ranks")
     parser.add_argument("--tries", type=int, default=24, help="moves that are tried for each target")
+    parser.add_argument("--only", choices=("modality",), help="measure the experts' modality bias alone")
+    parser.add_argument("--check", type=Path, help="with --only: hold this profile against the model")
+    parser.add_argument("--plot", type=output_file, help="with --only: a picture of the visual preferences")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=output_file, default=Path("runs") / "tuned.safetensors")
     arguments = parser.parse_args(given)
-    if (arguments.model is None) != (arguments.data is None):
-        parser.error("--model and --data go together: found one of them")
-    for name in ("model", "data", "checkpoint", "config"):
+    if arguments.model is not None and arguments.data is None:
+        parser.error("--model: expected --data with it, requests of your own")
+    if arguments.data is not None and arguments.model is None and arguments.only is None:
+        parser.error("--data: expected --model with it")
+    for name in ("check", "plot"):
+        if getattr(arguments, name) is not None and arguments.only is None:
+            parser.error(f"--{name}: expected --only modality with it")
+    for name in ("model", "data", "checkpoint", "config", "check"):
         path = getattr(arguments, name)
         if path is not None and not path.exists():
             parser.error(f"--{name}: found nothing at {path}")
@@ -129,6 +138,11 @@ def main(given: Sequence[str] | None = None) -> None:
     from .tuning import tune
 
     console = Console(quiet=not first_process())
+    if arguments.only == "modality":
+        from .modality import measure
+
+        measure(arguments, console)
+        return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in sorted(vars(arguments).items())}
     about = json.dumps({name: value for name, value in settings.items() if name not in ("out", "targets")})

@@ -13,12 +13,11 @@ from torch import Tensor
 
 import macs
 from macs import IMAGE, MACSConfig, Modality, Runtime
-from macs.adapters import CallReader, ModalityHook
 
-from ..common import clone
 from ..common.answers import read
-from ..common.requests import ProcessorEngine, load_model, question_of, read_requests
-from .model import Said, Tuned
+from ..common.requests import question_of, read_requests
+from .engines import rank_of, running
+from .model import Said, Scorer
 
 
 def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Any], list[list[int]]]]:
@@ -26,7 +25,7 @@ def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[An
     batch this rank's share."""
     from tiny_vlm.kinds import answer_tokens, draw_batches
 
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, ranks = rank_of()
     size = arguments.batch // ranks
     count = arguments.requests // arguments.batch // len(arguments.batches)
     by_kind = []
@@ -41,7 +40,7 @@ def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[An
 
 def own_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Any], list[list[int]]]]:
     """One's own requests with the answers of one's own checkpoint; of every batch this rank's share."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, ranks = rank_of()
     size = arguments.batch // ranks
     asked = [question_of(one) for one in read_requests(arguments.data)[: arguments.requests]]
     found = []
@@ -53,28 +52,6 @@ def own_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Any
             f"--data: found {len(asked)} requests, expected two batches ({2 * arguments.batch}) or more"
         )
     return found
-
-
-@contextlib.contextmanager
-def plain(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
-    """The tiny model, or a checkpoint of one's own, on one device with the plain adapter."""
-    runtime = Runtime(virtual_ranks=arguments.ranks)
-    if arguments.model is None:
-        import tiny_vlm.model
-        import tiny_vlm.plain
-
-        model: Any = tiny_vlm.model.load_model(arguments.checkpoint or tiny_vlm.CHECKPOINT)
-        engine: Any = tiny_vlm.plain.Engine(model)
-    else:
-        model, processor = load_model(arguments.model, arguments.dtype)
-        model = model.cuda() if torch.cuda.is_available() else model
-        engine = ProcessorEngine(model, processor, arguments.tokens)
-    macs.attach_plain(engine.model, runtime)
-    if hasattr(engine.model.config, "vision_config"):
-        macs.attach_modality(engine.model)
-    else:  # text alone
-        ModalityHook(engine.model, CallReader(text_only=True))
-    yield runtime, engine
 
 
 def from_cache(runtime: Runtime, engine: Any, inputs_of: Callable[[Any], dict[str, Tensor]]) -> Said:
@@ -109,14 +86,9 @@ def in_one_pass(engine: Any) -> Said:
 
 
 @contextlib.contextmanager
-def opened(arguments: argparse.Namespace) -> Iterator[Tuned]:
+def opened(arguments: argparse.Namespace) -> Iterator[Scorer]:
     """The model in the engine that is asked for, with what it is asked."""
-    from ..calibrate.engines import ENGINES
-
-    if arguments.model is None:
-        clone.examples("tiny_vlm")
-    context = plain if arguments.engine == "plain" else ENGINES[arguments.engine]
-    with context(arguments) as (runtime, engine):
+    with running(arguments) as (runtime, engine):
         runtime.enabled = False
         asked = (tiny_asked if arguments.model is None else own_asked)(arguments, engine)
         if arguments.engine == "megatron":
@@ -124,7 +96,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[Tuned]:
         else:
             inputs_of = engine.inputs_of
             said = from_cache(runtime, engine, inputs_of)
-        yield Tuned(
+        yield Scorer(
             runtime,
             said,
             asked,

@@ -18,16 +18,16 @@ from macs import Profile, Tuning
 from macs.runtime.launch import first_process
 
 from ..common.intervals import bootstrap, bootstrap_ratio
-from .model import Tuned
+from .model import Scorer
 from .search import CAP, GRID, Measured, objective, refined, singles, split_by
 
 TARGETS = (1.05, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
-class Kept:
+class MeasurementCache:
     """Measurements by what was measured, in a file of JSON lines; a repeated one costs nothing."""
 
-    def __init__(self, model: Tuned, path: Path, about: str, tell: Callable[[], None]) -> None:
+    def __init__(self, model: Scorer, path: Path, about: str, tell: Callable[[], None]) -> None:
         self.model, self.path, self.about, self.tell = model, path, about, tell
         self.found: dict[str, Any] = {}
         self.writes = first_process()
@@ -35,9 +35,9 @@ class Kept:
             lines = (json.loads(line) for line in path.read_text().splitlines() if line)
             self.found = {one["key"]: one for one in lines}
         if model.group is not None:  # every rank measures, or none
-            kept = [self.found]
-            dist.broadcast_object_list(kept, group=model.group, group_src=0)
-            self.found = kept[0]
+            cache = [self.found]
+            dist.broadcast_object_list(cache, group=model.group, group_src=0)
+            self.found = cache[0]
 
     def measure(self, half: str, bounds: Sequence[float]) -> Measured:
         """Of a half under the layers' bounds."""
@@ -58,19 +58,19 @@ class Kept:
         return Measured(*(np.array(one[name]) for name in ("loads", "kl", "same")))
 
 
-def split_for(target: float, curves: Any, kept: Kept, tries: int) -> dict[str, Any]:
+def split_for(target: float, curves: Any, cache: MeasurementCache, tries: int) -> dict[str, Any]:
     """The best split for a target, and what it does on the half that verifies, beside one bound for all."""
     layers = len(curves)
 
     def on_tuning(bounds: Sequence[float]) -> Measured:
-        return kept.measure("tune", bounds)
+        return cache.measure("tune", bounds)
 
     uniform = on_tuning([target] * layers)
     cap = max(float(np.percentile(uniform.kl, CAP)), 1e-9)
     best, held = refined(on_tuning, split_by(curves, float(uniform.loads.mean())), cap, tries)
     if objective(uniform, cap) <= objective(held, cap):
         best = [target] * layers
-    plain, split = kept.measure("verify", [target] * layers), kept.measure("verify", best)
+    plain, split = cache.measure("verify", [target] * layers), cache.measure("verify", best)
     ratio = bootstrap_ratio(split.kl, plain.kl)
     better = ratio[2] < 1 and float(split.loads.mean()) <= float(plain.loads.mean()) + 0.01
     return {
@@ -85,7 +85,7 @@ def split_for(target: float, curves: Any, kept: Kept, tries: int) -> dict[str, A
 
 
 def tune(
-    model: Tuned,
+    model: Scorer,
     out: Path,
     *,
     targets: Sequence[float] = TARGETS,
@@ -120,14 +120,16 @@ def tune(
     columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("measuring", total=most)
-        kept = Kept(model, out.with_suffix(".measured.jsonl"), about, lambda: progress.advance(bar))
-        curves = singles(lambda bounds: kept.measure("tune", bounds), natural)
-        found = [split_for(target, curves, kept, tries) for target in sorted(targets, reverse=True)]
+        cache = MeasurementCache(
+            model, out.with_suffix(".measured.jsonl"), about, lambda: progress.advance(bar)
+        )
+        curves = singles(lambda bounds: cache.measure("tune", bounds), natural)
+        found = [split_for(target, curves, cache, tries) for target in sorted(targets, reverse=True)]
         progress.update(bar, completed=most)
     return replace(model.profile(), tuning=tuning_of(found, model)), found
 
 
-def tuning_of(found: Sequence[dict[str, Any]], model: Tuned) -> Tuning:
+def tuning_of(found: Sequence[dict[str, Any]], model: Scorer) -> Tuning:
     """What a profile keeps of the splits."""
     bounds = np.repeat(np.array([one["bounds"] for one in found]), model.share, axis=1)
     return Tuning(

@@ -1,4 +1,4 @@
-"""The model that is calibrated, in an engine, and what it is asked."""
+"""Models in their engines: plain, DeepSpeed's AutoEP, Megatron for the tiny model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import macs
 from macs import Runtime
+from macs.adapters import CallReader, ModalityHook
 
 from ..common import clone
 from ..common.processes import processes
-from ..common.requests import ProcessorEngine, Request, load_model, opened, question_of
+from ..common.requests import ProcessorEngine, Request, load_model, opened
 
 
 def tiny_sample(request: Request) -> Any:
     """A request as the tiny model's prompt; words it does not know are unknown to it."""
-    clone.examples("tiny_vlm")
     from tiny_vlm import data
     from tiny_vlm import model as tiny
     from tiny_vlm.vocabulary import BEGIN, FILLER, build_tokenizer, encode
@@ -35,7 +36,6 @@ def tiny_sample(request: Request) -> Any:
 @contextlib.contextmanager
 def megatron(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
     """The tiny model in Megatron's static engine."""
-    clone.examples("tiny_vlm")
     import tiny_vlm
     from megatron.core import parallel_state
     from tiny_vlm import model as tiny
@@ -70,7 +70,6 @@ def deepspeed(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
             "macs": {},
         }
         if arguments.model is None:
-            clone.examples("tiny_vlm")
             import tiny_vlm.model
             import tiny_vlm.plain
 
@@ -83,34 +82,44 @@ def deepspeed(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
         if arguments.model is None:
             answers = tiny_vlm.plain.Engine(engine.module)
         else:
-            answers = ProcessorEngine(engine.module, processor, getattr(arguments, "tokens", 1))
+            answers = ProcessorEngine(engine.module, processor, arguments.tokens)
         yield engine.macs, answers
 
 
-def own_batches(arguments: argparse.Namespace, requests: list[Request] | None) -> list[list[Any]]:
-    """What the engine is asked, in batches; every rank has its share, and equally many batches."""
-    if requests is None:
-        clone.examples("tiny_vlm")
-        from tiny_vlm import data
+@contextlib.contextmanager
+def plain(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
+    """The tiny model, or a checkpoint of one's own, on one device with the plain adapter."""
+    runtime = Runtime(virtual_ranks=arguments.ranks)
+    if arguments.model is None:
+        import tiny_vlm.model
+        import tiny_vlm.plain
 
-        asked: list[Any] = data.draw_samples(arguments.seed, "train", data.TASKS, arguments.samples)
+        model: Any = tiny_vlm.model.load_model(arguments.checkpoint or tiny_vlm.CHECKPOINT)
+        engine: Any = tiny_vlm.plain.Engine(model)
     else:
-        # In their order, pictures of one kind would make up one half, or all that is taken.
-        order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(arguments.seed))
-        requests = [requests[i] for i in order[: arguments.samples].tolist()]
-        asked = [tiny_sample(one) for one in requests] if arguments.model is None else requests
-    if arguments.model is not None:
-        asked = [question_of(one) for one in asked]
-    whole = arguments.batch * dist.get_world_size()
-    count = len(asked) // whole
-    if count < 2:
-        raise ValueError(
-            f"--data: found {len(asked)} requests, expected {2 * whole} or more: two batches "
-            f"(--batch {arguments.batch}) for each of {dist.get_world_size()} processes"
-        )
-    rank = dist.get_rank()
-    batches = [asked[number * whole : (number + 1) * whole] for number in range(count)]
-    return [batch[rank * arguments.batch : (rank + 1) * arguments.batch] for batch in batches]
+        model, processor = load_model(arguments.model, arguments.dtype)
+        model = model.cuda() if torch.cuda.is_available() else model
+        engine = ProcessorEngine(model, processor, arguments.tokens)
+    macs.attach_plain(engine.model, runtime)
+    if hasattr(engine.model.config, "vision_config"):
+        macs.attach_modality(engine.model)
+    else:  # text alone
+        ModalityHook(engine.model, CallReader(text_only=True))
+    yield runtime, engine
 
 
-ENGINES = {"deepspeed": deepspeed, "megatron": megatron}
+def rank_of() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+ENGINES = {"plain": plain, "deepspeed": deepspeed, "megatron": megatron}
+
+
+@contextlib.contextmanager
+def running(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
+    """The model in the engine that is asked for."""
+    if arguments.model is None:
+        clone.examples("tiny_vlm")
+    with ENGINES[arguments.engine](arguments) as (runtime, engine):
+        yield runtime, engine

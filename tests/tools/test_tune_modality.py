@@ -1,4 +1,4 @@
-"""The calibration tool: requests from files, profiles, how far they can be trusted."""
+"""``macs tune --only modality``: requests from files, profiles, how far they can be trusted."""
 
 import json
 import os
@@ -14,15 +14,15 @@ pytest.importorskip("skimage", reason="scikit-image is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from macs import Profile
-from macs_tools.calibrate import stability
 from macs_tools.common import requests
+from macs_tools.tune import modality
 
 ROOT = Path(__file__).parents[2]
 
 
-def calibrate(folder, *arguments):
+def tune(folder, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "macs_tools", "calibrate", *arguments],
+        [sys.executable, "-m", "macs_tools", "tune", "--only", "modality", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -82,20 +82,31 @@ def test_stability_is_of_disjoint_halves():
         return Profile(torch.tensor([visual]), torch.tensor([text]), ("router",), 1)
 
     steady, other = profile([9, 1], [1, 9]), profile([1, 9], [9, 1])
-    same = stability.stability([steady] * 6, 10, 0.1)
-    assert [one.requests for one in same] == [10, 20, 30] and stability.enough(same) == 10
+    same = modality.stability([steady] * 6, 10, 0.1)
+    assert [one.requests for one in same] == [10, 20, 30] and modality.enough(same) == 10
     assert all(float(one.alike.mean()) == 1 and float(one.difference.mean()) == 0 for one in same)
-    opposed = stability.stability([steady, other] * 3, 10, 0.1)
-    assert float(opposed[-1].alike.mean()) == 0 and stability.enough(opposed) is None
+    opposed = modality.stability([steady, other] * 3, 10, 0.1)
+    assert float(opposed[-1].alike.mean()) == 0 and modality.enough(opposed) is None
     assert float(opposed[-1].difference.mean()) == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+@pytest.mark.parametrize("engine", ["plain", "deepspeed", "megatron"])
 def test_a_profile_is_measured_shown_and_checked(folder, engine):
     if engine == "megatron":
         pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    arguments = ("--engine", engine, "--data", str(folder), "--batch", "2", "--out", "found.safetensors")
-    done = calibrate(folder, *arguments, "--plot", "bias.png")
+    arguments = (
+        "--engine",
+        engine,
+        "--data",
+        str(folder),
+        "--requests",
+        "8",
+        "--batch",
+        "2",
+        "--out",
+        "found.safetensors",
+    )
+    done = tune(folder, *arguments, "--plot", "bias.png")
     assert done.returncode == 0, done.stderr
     profile = Profile.load(folder / "found.safetensors")
     assert (profile.num_layers, profile.num_experts, profile.top_k) == (4, 16, 2)
@@ -103,8 +114,8 @@ def test_a_profile_is_measured_shown_and_checked(folder, engine):
     assert "profile of 8 requests in found.safetensors" in done.stdout and "requests a half" in done.stdout
     assert (folder / "bias.png").stat().st_size > 1000
     if engine == "deepspeed":
-        fits = calibrate(folder, "--check", "found.safetensors")
+        fits = tune(folder, "--check", "found.safetensors")
         assert fits.returncode == 0 and "was measured on this model" in fits.stdout
         Profile(profile.visual, profile.text, tuple("abcd"), 2).save(folder / "other.safetensors")
-        foreign = calibrate(folder, "--check", "other.safetensors")
+        foreign = tune(folder, "--check", "other.safetensors")
         assert foreign.returncode == 2 and "it was measured on another model" in foreign.stderr

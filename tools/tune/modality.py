@@ -1,7 +1,8 @@
-"""Profiles of every batch, and how stable what they say is."""
+"""``macs tune --only modality``: which experts serve which modality, and how stable that is."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,86 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from macs import Profile, Runtime
+from macs import POLICIES, Profile, Runtime
+from macs.runtime.launch import first_process
+
+from ..common.requests import question_of, read_requests
+from .engines import rank_of, running, tiny_sample
+
+THRESHOLD = POLICIES["paper"].bias_threshold
+"""[tau] of a modality bias."""
 
 AGREEMENT = 0.95
 """Two halves that class this share of the experts alike are a profile."""
 
 
+def batches_of(arguments: argparse.Namespace) -> list[list[Any]]:
+    """What the engine is asked, in batches; every rank has its part, and equally many batches."""
+    if arguments.data is None:
+        from tiny_vlm import data
+
+        questions: list[Any] = data.draw_samples(arguments.seed, "train", data.TASKS, arguments.requests)
+    else:
+        requests = read_requests(arguments.data)
+        # In their order, pictures of one kind would make up one half, or all that is taken.
+        order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(arguments.seed))
+        requests = [requests[i] for i in order[: arguments.requests].tolist()]
+        questions = [(tiny_sample if arguments.model is None else question_of)(one) for one in requests]
+    count = len(questions) // arguments.batch
+    if count < 2:
+        raise ValueError(
+            f"--data: found {len(questions)} requests, expected two batches ({2 * arguments.batch}) or more"
+        )
+    rank, ranks = rank_of()
+    size = arguments.batch // ranks
+    return [questions[n * arguments.batch + rank * size :][:size] for n in range(count)]
+
+
 def counted(runtime: Runtime, engine: Any, batches: Sequence[list[Any]], console: Console) -> list[Profile]:
     """A profile of every batch, over all processes."""
-    found = []
-    for batch in track(batches, "calibrating", console=console, transient=True):
+    group = dist.group.WORLD if dist.is_initialized() else None
+    profiles = []
+    for batch in track(batches, "counting", console=console, transient=True):
         with runtime.calibration():
             engine.generate(batch, tokens=1)
-        found.append(runtime.measured_profile(dist.group.WORLD))
-    return found
+        profiles.append(runtime.measured_profile(group))
+    return profiles
+
+
+def measure(arguments: argparse.Namespace, console: Console) -> None:
+    """Measure, show and write a profile of modality, or hold one against the model."""
+    profile = None if arguments.check is None else Profile.load(arguments.check)
+    with running(arguments) as (runtime, engine), torch.inference_mode():
+        if profile is not None:
+            for layer in runtime.layers:
+                profile.row_of(layer.adapter.router_weight(), layer.top_k)
+            console.print(f"{arguments.check} was measured on this model")
+            return
+        profiles = counted(runtime, engine, batches_of(arguments), console)
+    if first_process():
+        show(arguments, profiles, console)
+
+
+def show(arguments: argparse.Namespace, profiles: Sequence[Profile], console: Console) -> None:
+    """The profile of all batches, how stable it is, and its file."""
+    profile, size = Profile.merged(profiles), arguments.batch
+    steps = stability(profiles, size, THRESHOLD)
+    console.print(bias_table(profile, THRESHOLD, steps[-1]))
+    for one in steps:
+        console.print(
+            f"{one.requests:6d} requests a half: {float(one.alike.mean()):.0%} of the experts alike, "
+            f"q differs by {float(one.difference.mean()):.3f}"
+        )
+    least = enough(steps)
+    console.print(
+        f"enough: {least} requests ({AGREEMENT:.0%} alike)"
+        if least is not None
+        else f"not enough yet: two halves class fewer than {AGREEMENT:.0%} of the experts alike; give more"
+    )
+    profile.save(arguments.out)
+    console.print(f"profile of {len(profiles) * size} requests in {arguments.out}")
+    if arguments.plot is not None:
+        plot(profile, THRESHOLD, arguments.plot)
 
 
 @dataclass(frozen=True)
@@ -110,9 +177,3 @@ def plot(profile: Profile, threshold: float, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def check(profile: Profile, runtime: Runtime) -> None:
-    """Raise a ``ValueError`` if a profile is of another model."""
-    for layer in runtime.layers:
-        profile.row_of(layer.adapter.router_weight(), layer.top_k)

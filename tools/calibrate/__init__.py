@@ -1,1 +1,0 @@
-"""``macs calibrate``: which expert serves which modality."""
