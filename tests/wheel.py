@@ -42,7 +42,7 @@ def check_imports() -> None:
             lacking = "pip install" in str(error) or (error.name or "").split(".")[0] not in ("", *PACKAGES)
             if name in NEWER:
                 continue
-            if EVERYTHING or "clone" in str(error) or not lacking:
+            if EVERYTHING or "needs a clone" in str(error) or not lacking:
                 raise
 
 

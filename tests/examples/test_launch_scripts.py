@@ -79,7 +79,7 @@ def test_megatron_and_macs_know_every_flag(tmp_path):
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_macs import add_macs_args
-    from megatron_macs.options import config_from_args, tokens_from_args
+    from megatron_macs.options import macs_options, tokens_from_args
 
     settings = tmp_path / "macs.yaml"
     settings.write_text("capacity_factor: 1.25\n")
@@ -88,7 +88,7 @@ def test_megatron_and_macs_know_every_flag(tmp_path):
     arguments, unknown = parser.parse_known_args(words[words.index("-m") + 3 :])
     assert {word for word in unknown if word.startswith("--")} <= SCRIPTS_OWN
     assert arguments.num_experts == 128 and arguments.expert_model_parallel_size == 8
-    assert config_from_args(arguments).capacity_factor == 1.25
+    assert macs_options(arguments).settings().capacity_factor == 1.25
     assert tokens_from_args(arguments) == {"image_token_id": 151655, "video_token_id": 151656}
 
 
@@ -121,4 +121,4 @@ def test_a_model_from_megatrons_flags(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "logits of (4, 256, 128), macs" in done.stdout and "busiest rank, before" in done.stdout
+    assert "logits of (4, 256, 128), macs" in done.stdout and "load, before" in done.stdout

@@ -47,6 +47,10 @@ def one_line(name: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         leave(name, "interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if os.environ.get("MACS_TRACEBACK") == "1":
+            raise
+        leave(name, f"found no package {error.name}: pip install 'macs-moe[all]', or what of it you need")
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("MACS_TRACEBACK") == "1":
             raise

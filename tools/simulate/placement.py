@@ -24,7 +24,7 @@ class Placement:
 
 def replicated(loads: np.ndarray, ranks: int, replicas: int, expert_bytes: int, interval: int) -> Placement:
     """As EPLB: ``replicas`` more experts on every rank. The busiest expert is copied, again and again, until
-    all source_index are taken; then the busiest copies go first, each to the idlest rank with a place.
+    all places are taken; then the busiest copies go first, each to the idlest rank with a place.
 
     loads [E]: what is known when experts are placed. All experts move, once in ``interval`` steps.
     """
