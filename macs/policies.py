@@ -55,6 +55,10 @@ class Policy:
         default = {} if self.default_bound is None or config.bound_given else self.default_bound
         return config.updated(**{**default, **self.fixed})
 
+    def uses_similarity(self, config: MACSConfig) -> bool:
+        """Whether plans under these settings depend on the routers' similarity."""
+        return self.similarity and self.configured(config).reroute != "none"
+
     @property
     def is_baseline(self) -> bool:
         """Whether MACS is compared with it."""

@@ -82,7 +82,7 @@ class LayerRecorder:
         count = 0 if self._count is None else int(self._count)
         if group is not None:
             count = _equal_count(count, group)
-        if self._ring is None:
+        if self._ring is None or (group is not None and count == 0):  # then on every member alike
             raise ValueError(
                 "load: no step was recorded; was the model run, in eval() mode, on min_tokens or more?"
             )

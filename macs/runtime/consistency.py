@@ -1,7 +1,7 @@
 """Ranks must run with the same settings: the members of a group compare them before they plan.
 
 The members of an expert-parallel group exchange tokens in every layer. MACS adds nothing to these exchanges,
-so members with different settings do not hang, but their answers would be of no setting that anybody chose.
+so members with different settings would exchange as ever, and give answers of no setting that anybody chose.
 Each member therefore writes its settings to ``torch.distributed``'s store when they change, and reads those
 of the others: in ``Runtime.use`` before anything takes effect, and, for ``enabled``, calibration, train
 and eval, in the next pass. A pass without a change makes no request.
@@ -57,6 +57,7 @@ class RankConsistency:
         """Compare with all members; every member must make the same call, in the same order."""
         if self._store is None:
             return
+        self.refuse_broken()
         number = next(_numbers.setdefault(self.group, itertools.count()))
         keys = {rank: f"macs/{self.group.group_name}/{number}/{rank}" for rank in self.ranks}
         self._store.set(keys[self.rank], json.dumps(settings, sort_keys=True))
@@ -64,10 +65,15 @@ class RankConsistency:
             self._store.wait(list(keys.values()), _timeout(self.group))
         except (dist.DistStoreError, RuntimeError) as error:
             missing = [rank for rank, key in keys.items() if not self._store.check([key])]
-            raise RankMismatch(
-                f"MACS: rank {self.rank} changed {_difference(self._compared or {}, settings)}, and ranks "
-                f"{missing} of its group {self.ranks} did not within {_timeout(self.group)}. {_WAY_OUT}"
-            ) from error
+            former = {name: (self._compared or {}).get(name) for name in settings}
+            mismatch = RankMismatch(
+                f"MACS: rank {self.rank} changed {_difference(former, settings)}, and ranks {missing} of its "
+                f"group {self.ranks} did not within {_timeout(self.group)}. {_WAY_OUT}"
+            )
+            # A rank that comes later must not succeed alone, and later comparisons would be out of step.
+            self._store.set(keys[self.rank], json.dumps({"settings": "withdrawn after the timeout"}))
+            self.break_off(mismatch)
+            raise mismatch from error
         for rank, key in keys.items():
             other = json.loads(self._store.get(key))
             if other != settings:
@@ -123,6 +129,8 @@ def model_call(layers: Callable[[], Iterable[Any]]) -> Iterator[None]:
     token = _completed.set(completed)
     try:
         yield
+    except RankMismatch:
+        raise  # no member has begun the pass, or the comparison itself has broken off
     except BaseException as error:
         for layer in layers():
             if layer not in completed and layer.consistency is not None:

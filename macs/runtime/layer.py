@@ -20,7 +20,7 @@ from ..routing import Plan
 from ..tokens import Modality, Tokens
 from ..topology import Topology
 from .adapter import LayerAdapter
-from .consistency import RankConsistency, complete
+from .consistency import RankConsistency, RankMismatch, complete
 from .modality import misfit, required_modality, select
 from .state import Callback, PlanEvent, RuntimeState, capturing
 
@@ -74,7 +74,7 @@ class LayerRuntime:
 
     def refresh(self) -> None:
         """Recompute the similarity from the router's current weights, in place."""
-        if self._planner is not None and self._planner.policy.similarity:
+        if self._planner is not None and self._planner.policy.uses_similarity(self.runtime.config):
             self._planner.update_similarity(router_similarity(self.adapter.router_weight()))
 
     def on_plan(self, callback: Callback) -> Callable[[], None]:
@@ -107,6 +107,8 @@ class LayerRuntime:
             consistency.check(self.runtime.settings(training))
             self._count_bypassed(count, device, training)
             yield
+        except RankMismatch:
+            raise  # as in ``model_call``
         except BaseException as error:
             consistency.break_off(error)
             raise
@@ -222,7 +224,7 @@ class LayerRuntime:
                     bias = runtime.profile.bias(policy.bias_threshold)[self.profile_row]
             elif policy.modality_strength > 0:
                 runtime.warn_once("MACS: no profile; no expert has a modality bias")
-            if policy.similarity:
+            if policy.uses_similarity(runtime.config):
                 similarity = router_similarity(self.adapter.router_weight())
             self._planner = Planner(
                 self._layer_config(),

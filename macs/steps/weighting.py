@@ -46,8 +46,9 @@ class Weighting:
     """A way to weigh visual tokens: w = 2 u sigmoid(sign delta v~).
 
     value: v, normalised to v~ over the visual tokens of a source and modality; none: every token weighs u.
-    u: the weight of an average token; none: the setting ``visual_weight``. directions: ``value`` sums unit
-    feature vectors. kernel: ``kernels/weighting.py`` computes it; otherwise plain torch does, on a GPU too.
+    average: u, the weight of an average token; none: the setting ``visual_weight``. directions: ``value``
+    sums unit feature vectors. kernel: ``kernels/weighting.py`` computes it; otherwise plain torch does, on a
+    GPU too.
     """
 
     purpose: str

@@ -265,7 +265,7 @@ class Contender:
 
 
 def contenders(load: float) -> dict[str, Contender]:
-    """By title: baselines and MACS, all with the busiest rank held to ``load`` times the mean, but for
+    """By title: baselines and MACS, all with the load held to ``load``, but for
     the presets that have a bound of their own and the one without any."""
     free: dict[str, Any] = {"min_tokens": 0}
     bound = {"target_load": load, **free}

@@ -69,8 +69,12 @@ def semantic_weights(
             hidden, *flags, counts.directions, norm, value, counts.moments, rule.groups, *sizes, rule.sources,
             UNIT=DISTINCT_UNIT, DIRECTION=DIRECTION_UNIT, SOURCES=power_of_2(rule.sources), **group, **form,
         )  # fmt: skip
-    else:
+    elif rule.weighting == "entropy":
         _entropy[grid](hidden, *flags, value, known, counts.moments, rule.groups, *sizes, **group, **form)
+    else:
+        raise NotImplementedError(
+            f"weighting {rule.weighting}: its row says kernel = True, and there is none"
+        )
     _weights[(triton.cdiv(count, TOKENS),)](
         value, *flags, counts.moments, rule.groups, weight, count, *map(float, rule.curve),
         MODALITIES=MODALITIES, SCALE=VALUE_UNIT, UNIT=UNIT, FLAT=FLAT_SPREAD, EPSILON=EPSILON, TEXT=TEXT,

@@ -97,6 +97,45 @@ def test_what_use_gets_is_compared_before_it_takes_effect(field, ran):
     model(IDS)  # as before
 
 
+@on_ranks(2, timeout=60, patience=SHORT)
+def test_a_use_of_one_rank_alone_is_withdrawn():
+    runtime = Runtime()
+    model = Model(runtime)
+    model(IDS)
+    if dist.get_rank() == 1:
+        time.sleep(2 * SHORT.total_seconds())  # too late: rank 0 has given up
+    with pytest.raises(RankMismatch, match=r"target_load: 1.05, 1.5|withdrawn after the timeout"):
+        runtime.use("macs", MACSConfig(target_load=1.5))
+    assert runtime.config == MACSConfig()
+    if dist.get_rank() == 0:
+        for again in (lambda: model(IDS), lambda: runtime.use("macs", MACSConfig(target_load=1.5))):
+            with pytest.raises(RuntimeError, match="an earlier forward pass on rank 0"):
+                again()
+
+
+@on_ranks(2, timeout=60)
+def test_after_a_difference_that_all_were_told_of_it_goes_on():
+    runtime = Runtime()
+    model = Model(runtime)
+    runtime.enabled = dist.get_rank() == 0
+    with pytest.raises(RankMismatch, match="enabled"):
+        model(IDS)
+    runtime.enabled = True
+    assert model(IDS).shape == (TOKENS, HIDDEN)
+
+
+@on_ranks(2, timeout=60)
+def test_reports_without_a_step_are_an_error_on_every_rank():
+    runtime = Runtime()
+    model = Model(runtime)
+    if dist.get_rank() == 0:  # memory for records, and none in it
+        for layer in runtime.layers:
+            layer.prepare(torch.device("cpu"))
+    with pytest.raises(ValueError, match="no step was recorded"):
+        runtime.reports(dist.group.WORLD)
+    assert len(model.layers) == 3
+
+
 SWITCHES = {
     "enabled": lambda runtime, model: setattr(runtime, "enabled", False),
     "calibrating": lambda runtime, model: runtime.start_calibration(),
