@@ -11,9 +11,7 @@ from .steps.contracts import LOADS, UNITS, Field
 
 
 def scalar_of(records: Tensor, name: str) -> Tensor:
-    """A scalar of ``Field`` out of records int64 [..., 17 + 3 E], by its name in lower case: float64
-    [...].
-    """
+    """A scalar of ``Field`` of records int64 [..., 17 + 3 E], by its name in lower case: float64 [...]."""
     field = Field[name.upper()]
     return records[..., field].double() / UNITS.get(field, 1)
 

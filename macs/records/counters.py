@@ -201,9 +201,7 @@ class Counters:
             block.publish()
 
     def bypassed(self, layer: Any) -> None:
-        """To be called when a layer gets a step that is too small to plan; two launches, in the last
-        layer.
-        """
+        """To be called when a layer gets a step too small to plan; two launches, in the last layer."""
         block, index = self._index[layer]
         if block.ends(index):
             block.rows[:1] += 1

@@ -133,9 +133,7 @@ class LayerReport:
         return LayerReport(self.rows[chosen], self.topology, self.top_k)
 
     def rows_of_experts(self, stage: str) -> Tensor:
-        """Assignments of each expert "before" or "after" planning, or "visual" ones before, float64 [N,
-        E].
-        """
+        """Assignments of each expert "before" or "after" planning, or "visual" before, float64 [N, E]."""
         return load_of(self.rows, f"load_{stage}").double()
 
     def rows_of_ranks(self, stage: str) -> Tensor:

@@ -169,8 +169,7 @@ class Profile:
 
         visual, text: assignments to each expert since, [E]. Half the sum of the differences of the
         experts' shares (total variation), less what counting so few independent assignments gives by
-        chance; 0 where either side has none. Tokens of a picture are alike, so compare over hundreds of
-        requests.
+        chance; 0 where either side has none. Tokens of a picture are alike: compare hundreds of requests.
         """
 
         def moved(now: Tensor, then: Tensor) -> float:

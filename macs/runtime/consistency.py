@@ -6,8 +6,7 @@ Each member therefore writes its settings to ``torch.distributed``'s store when 
 of the others: in ``Runtime.use`` before anything takes effect, and, for ``enabled``, calibration, train
 and eval, in the next pass. A pass without a change makes no request.
 
-A member waits for the others as long as a collective of the group would. A rank that is late is no error; a
-different answer is.
+A member waits as long as a collective of the group would: a late rank is no error, another answer is.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class RankConsistency:
                 f"MACS: rank {self.rank} changed {_difference(former, settings)}, and ranks {missing} of its "
                 f"group {self.ranks} did not within {_timeout(self.group)}. {_WAY_OUT}"
             )
-            # A rank that comes later must not succeed alone, and later comparisons would be out of step.
+            # A rank that comes later must not succeed alone; later comparisons would be out of step.
             self._store.set(keys[self.rank], json.dumps({"settings": "withdrawn after the timeout"}))
             self.break_off(mismatch)
             raise mismatch from error

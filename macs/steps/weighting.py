@@ -47,8 +47,7 @@ class Weighting:
 
     value: v, normalised to v~ over the visual tokens of a source and modality; none: every token weighs u.
     average: u, the weight of an average token; none: the setting ``visual_weight``. directions: ``value``
-    sums unit feature vectors. kernel: ``kernels/weighting.py`` computes it; otherwise plain torch does, on a
-    GPU too.
+    sums unit feature vectors. kernel: ``kernels/weighting.py`` has it; if not, plain torch on a GPU too.
     """
 
     purpose: str
