@@ -23,8 +23,7 @@ class Policy:
     default_bound        the bound where the user gives none; none: ``MACSConfig``'s
     plans                False: the router's choice is left unchanged, and only counted
     adds_assignments     a token may end with more than k experts
-    reads_modality       visual tokens are treated differently from text; a profile and the routers'
-                         similarity are used
+    reads_modality       visual tokens are treated differently from text, and a profile is used
     modality_strength    [rho] how far capacities follow the batch's visual ratio, 0..2
     bias_threshold       [tau] an expert's visual share beyond one half that makes it biased, 0..0.5
     sharpness            [delta] steepness of the weight in the normalised entropy or distinctness

@@ -48,8 +48,9 @@ class RankConsistency:
         Raises:
             RankMismatch: another rank has others, or did not compare within the group's timeout.
         """
-        if settings is not self._compared and settings != self._compared:
-            self.compare(settings)
+        if settings is not self._compared:
+            if settings != self._compared:
+                self.compare(settings)
             self._compared = settings
 
     def compare(self, settings: dict[str, Any]) -> None:
@@ -80,6 +81,7 @@ class RankConsistency:
                 raise RankMismatch(
                     f"MACS: the ranks {self.ranks} of a group have different settings: {fields}. {_WAY_OUT}"
                 )
+        self._compared = {**(self._compared or {}), **settings}
 
     def refuse_broken(self) -> None:
         """Raise a ``RuntimeError`` if an earlier forward pass of this process ended half way."""

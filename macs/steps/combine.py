@@ -121,18 +121,15 @@ def _record(
     flags = torch.stack([torch.ones_like(unmet), capacities.active, unmet])
     record[Field.SOURCES : Field.VISUAL].add_(flags.sum(1))
     record[Field.VISUAL : Field.KEPT].add_(torch.stack([visual, tokens.valid & ~finite]).sum(1))
-
-    def add(first: int, index: Tensor, amount: Tensor) -> None:
-        record.scatter_add_(0, (index + first).flatten(), amount.flatten())
-
     state = combined.rerouted[:, :top_k] + 2 * (now[:, :top_k] < 0)  # kept, rerouted, dropped
     planned_visual, expert = planned * visual[:, None], routing.experts[:, :top_k].clamp(min=0)
-    add(Field.KEPT, state, planned)
-    add(Field.KEPT_MASS, state, planned * to_fixed(routing.weights[:, :top_k], MASS_UNIT))
-    add(Field.VISUAL_KEPT, state, planned_visual)
-    add(len(Field), expert, planned_visual)
-    add(len(Field) + num_experts, expert, planned)
-    add(len(Field) + 2 * num_experts, now.clamp(min=0), ((now >= 0) & tokens.valid[:, None]).long())
+    mass = planned * to_fixed(routing.weights[:, :top_k], MASS_UNIT)
+    index = [state + Field.KEPT, state + Field.KEPT_MASS, state + Field.VISUAL_KEPT]
+    index += [expert + len(Field), expert + len(Field) + num_experts]
+    amount = [planned, mass, planned_visual, planned_visual, planned]
+    record.scatter_add_(0, torch.stack(index).flatten(), torch.stack(amount).flatten())
+    final = now.clamp(min=0) + len(Field) + 2 * num_experts
+    record.scatter_add_(0, final.flatten(), ((now >= 0) & tokens.valid[:, None]).long().flatten())
 
 
 def routing_from_map(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,10 @@ EXPERTS, TOP_K, TOKENS = 8, 2, 96
 
 
 def routed():
-    scores = (torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0)) * 2).softmax(1)
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randn(TOKENS, EXPERTS, generator=generator) * 2).softmax(1)
     weights, experts = scores.topk(TOP_K, 1)
-    return torch.randn(TOKENS, 4), experts, weights, scores
+    return torch.randn(TOKENS, 4, generator=generator), experts, weights, scores
 
 
 @pytest.mark.parametrize("name", list(POLICIES))

@@ -186,6 +186,7 @@ def test_ranks_that_change_alike_go_on_and_a_steady_pass_asks_nothing():
             runtime.use("token-drop", MACSConfig(target_load=1.2))
         model(ids)
     store = dist.distributed_c10d._get_default_store()
+    runtime.use("macs", MACSConfig(target_load=0.9))
     before = store.num_keys()
     for _ in range(3):
         model(IDS)
