@@ -370,8 +370,8 @@ def describe_run(arguments: argparse.Namespace, engine: str, share: int) -> str:
         f"{engine}, {ranks} expert-parallel ranks, {device}; {asked}\n"
         f"questions in batches of {batch}. "
         "Load: the largest rank's rows over the\nmean of the router's choice; imbalance: the largest "
-        "expert's rows over the mean\nexpert's; before and after planning. R_v: effective visual ratio. "
-        "Times: medians,\nslowest rank; vanilla is stock. Compare policies at equal load."
+        "expert's rows over the mean\nexpert's; before and after planning. R_v: effective visual ratio."
+        "\nTimes: medians, slowest rank; vanilla is stock. Compare policies at equal load."
     )
 
 
