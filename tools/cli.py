@@ -23,9 +23,9 @@ class Command:
 COMMANDS = {
     "doctor": Command("doctor", "what is installed here, and whether MACS can work with it"),
     "tune": Command("tune.run", "a profile: the experts' modality, and the split of a load among layers"),
-    "report": Command("report.run", "recorded traffic, and what would be won on it, as one page"),
-    "trace": Command("trace", "Megatron's routing traces into recordings, and back"),
-    "simulate": Command("simulate.run", "what policies and balancers would win on clusters of any size"),
+    "report": Command(
+        "report.run", "recorded traffic, and what policies and balancers would win on it, at any EP size"
+    ),
     "evaluate": Command(
         "evaluate", "what policies and loads cost in answers, on a model and requests of yours"
     ),

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from macs import Recording
-from macs_tools import trace
 from macs_tools.common.traces import load_recordings, read_trace, write_trace
 from macs_tools.report import run as report
-from macs_tools.simulate import run as simulate
 
 
 def line(**changes):
@@ -91,10 +89,10 @@ def recorded():
 def test_a_recording_goes_there_and_back(tmp_path, capsys):
     first, there, back = (tmp_path / name for name in ("a.rank2.safetensors", "b.jsonl", "c.safetensors"))
     recorded().save(first)
-    trace.main([str(first), "--to", str(there)])
+    report.main([str(first), "--to", str(there)])
     record = json.loads(there.read_text().splitlines()[1])
     assert record["rank"] == 2 and record["layer"] == 1 and record["num_tokens"] == 30
-    trace.main([str(there), "--to", str(back), "--ranks", "4"])
+    report.main([str(there), "--to", str(back), "--ranks", "4"])
     expected, found = recorded(), Recording.load(back)
     assert (found.num_experts, found.num_ranks) == (16, 4)
     assert all(torch.equal(found.tensors[name], one) for name, one in expected.tensors.items())
@@ -105,16 +103,16 @@ def test_mistakes_are_one_line(tmp_path):
     path = tmp_path / "a.jsonl"
     write_trace(recorded(), path)
     for arguments, message in (
-        ([path, "--to", tmp_path / "b.jsonl"], "found two files of one kind"),
+        ([path, "--to", tmp_path / "b.jsonl"], "expected one .jsonl for a .safetensors, or one back"),
         ([tmp_path / "x.jsonl", "--to", tmp_path / "b.safetensors"], "found no file"),
     ):
-        command = [sys.executable, "-m", "macs_tools", "trace", *map(str, arguments)]
+        command = [sys.executable, "-m", "macs_tools", "report", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("logits", [False, True])
-def test_what_stock_megatron_wrote_is_read_and_simulated(pool, tmp_path, logits):
+def test_what_stock_megatron_wrote_is_read_and_reported(pool, tmp_path, logits):
     pytest.importorskip(
         "megatron.core.transformer.moe.router_trace", reason="this Megatron has no routing trace"
     )
@@ -131,12 +129,11 @@ def test_what_stock_megatron_wrote_is_read_and_simulated(pool, tmp_path, logits)
             best = first.scores.topk(2).indices.sort(1).values
             assert torch.equal(best, first.experts.sort(1).values)
             assert not torch.allclose(first.weights[:, 0], torch.tensor(0.5))
-    given = ["--recordings", *map(str, paths), *experts, "--layer", "1", "--ranks", "2", "4", "--steps", "2"]
-    out = tmp_path / "found.json"
-    simulate.main([*given, "--tokens", "128", "--policies", "macs", "--replicas", "--json", str(out)])
-    rows = json.loads(out.read_text())["sizes"]["recording"]
-    assert [row["ranks"] for row in rows if row["policy"] == "macs"] == [2, 4]
-    assert all(row["load"] <= 1.06 for row in rows if row["policy"] == "macs")
     page = tmp_path / "page.html"
-    report.main([*map(str, paths), *experts, "--sizes", "2", "4", "--shape", "tiny", "--out", str(page)])
+    out = tmp_path / "found.json"
+    files = ["--out", str(page), "--json", str(out)]
+    report.main([*map(str, paths), *experts, "--sizes", "2", "4", "--shape", "tiny", *files])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["ranks"] for row in rows if row["policy"] == "macs 1.05"] == [2, 4]
+    assert all(row["load"] <= 1.1 for row in rows if row["policy"] == "macs 1.05")
     assert "do not say which they are" in page.read_text() and "2 of 8 steps" not in page.read_text()

@@ -58,7 +58,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layer", type=int, default=0, help="layer of the recordings")
     parser.add_argument("--experts", type=int, help="of a layer, where a trace does not say")
     parser.add_argument("--json", type=output_file, help="append the result, one line")
-    parser.add_argument("--save-cost-model", type=Path, help="write this machine's, for macs simulate")
+    parser.add_argument("--save-cost-model", type=Path, help="write this machine's, for macs report")
     parser.add_argument("--plots", type=output_folder, help="folder for plots")
     arguments = parser.parse_args(given)
     arguments.shape_name, arguments.shape = arguments.shape, SHAPES[arguments.shape]

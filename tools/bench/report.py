@@ -90,14 +90,12 @@ def plot_rows(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     width = 0.8 / max(1, len(titles))
     for index, policy in enumerate(titles):
         mine = [row for row in rows if row["policy"] == policy]
-        source_index = [
-            loads.index(row["workload"]) + width * (index - len(titles) / 2 + 0.5) for row in mine
-        ]
-        axes.bar(source_index, [row["ratio"] for row in mine], width, label=policy)
+        centers = [loads.index(row["workload"]) + width * (index - len(titles) / 2 + 0.5) for row in mine]
+        axes.bar(centers, [row["ratio"] for row in mine], width, label=policy)
         axes.hlines(
             [row["ideal"] for row in mine],
-            [place - width / 2 for place in source_index],
-            [place + width / 2 for place in source_index],
+            [center - width / 2 for center in centers],
+            [center + width / 2 for center in centers],
             color="black",
             linewidth=1,
         )

@@ -134,18 +134,22 @@ class CostModel:
         return self.latency_ms + slowest / 1e6
 
     def layer(
-        self, asked: np.ndarray, planning: float = 0.0, share: np.ndarray | None = None, moving: float = 0.0
+        self,
+        requested: np.ndarray,
+        planning: float = 0.0,
+        share: np.ndarray | None = None,
+        moving: float = 0.0,
     ) -> Breakdown:
-        """Of a layer whose sources ask for so many rows: asked [R, E].
+        """Of a layer whose sources send so many rows: requested [R, E].
 
         planning, moving: ms for the plan, and for weights that are sent. share [E, R]: what part of an
         expert's rows every rank computes, if not all at home.
         """
-        ranks, experts = asked.shape
+        ranks, experts = requested.shape
         share = at_home(experts, ranks) if share is None else share
-        sent = asked @ share
+        sent = requested @ share
         # Of every rank the experts it has a part of.
-        rows = (asked.sum(0)[:, None] * share).T
+        rows = (requested.sum(0)[:, None] * share).T
         handled = (sent.sum(1).max() + sent.sum(0).max()) / 2
         return Breakdown(
             source=self.fixed_ms + self.row_ms * handled,
@@ -232,8 +236,8 @@ def break_even(shape: Shape, ranks: int, load: float, replayed: bool = False) ->
         def layer_ms(busiest: float, tokens: int = tokens, model: CostModel = model) -> float:
             others = (ranks - busiest) / (ranks - 1)
             of_rank = np.array([busiest] + [others] * (ranks - 1)) * tokens * shape.top_k
-            asked = np.repeat(of_rank / ranks / (shape.experts // ranks), shape.experts // ranks)
-            return model.layer(np.tile(asked, (ranks, 1))).total
+            requested = np.repeat(of_rank / ranks / (shape.experts // ranks), shape.experts // ranks)
+            return model.layer(np.tile(requested, (ranks, 1))).total
 
         if layer_ms(load) - layer_ms(1.05) > model.planning_ms("macs", tokens):
             return tokens

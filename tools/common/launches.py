@@ -174,7 +174,7 @@ PLANS = {
     "rank-balanced": 10,
     "expanded-drop": 8,
 }
-"""What a plan of each case launches: a test holds every case to its number, and the simulator reckons with
+"""What a plan of each case launches: a test holds every case to its number, and the cost model uses
 it."""
 
 AROUND = 6

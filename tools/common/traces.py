@@ -185,13 +185,16 @@ def write_trace(recording: Recording, path: Path, rank: int = 0) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def load_recordings(paths: Sequence[Path], experts: int | None = None) -> list[Recording]:
-    """What the ranks of one run recorded, in the order given: files of MACS's own, or Megatron's traces.
+def load_recordings(
+    paths: Sequence[Path], experts: int | None = None, ranks: int | None = None
+) -> list[Recording]:
+    """Recordings of the ranks of one run, in the order given: files of MACS's own, or Megatron's traces.
 
-    experts: of a layer, where traces do not say.
+    experts, ranks: of a layer, and of the run, where traces do not say; by default as many ranks as files.
     """
     found = [
-        read_trace(path, experts, len(paths)) if is_trace(path) else Recording.load(path) for path in paths
+        read_trace(path, experts, ranks or len(paths)) if is_trace(path) else Recording.load(path)
+        for path in paths
     ]
     kinds = {(one.num_experts, one.top_k) for one in found}
     if len(kinds) != 1:

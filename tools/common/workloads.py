@@ -1,4 +1,4 @@
-"""What the benchmark and the simulator run: routings, shapes, policies.
+"""What benchmarks and reports run: routings, shapes, policies.
 
 W0 to W7 follow the rules of NVIDIA/Megatron-LM#7488, so that figures compare; but every source rank draws
 its own tokens, and runs take many steps, so that W6 does rotate and W7 does burst. They know nothing of
@@ -142,7 +142,7 @@ def _visual_experts(shape: Shape) -> Tensor:
     return torch.arange(shape.experts) < max(shape.top_k, shape.experts // 4)
 
 
-def _mixed(share: float, lean: float = 0.8) -> Draw:
+def with_visual_share(share: float, lean: float = 0.8) -> Draw:
     """So large a share of visual tokens, which lean to the visual experts."""
 
     def draw(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
@@ -154,7 +154,7 @@ def _mixed(share: float, lean: float = 0.8) -> Draw:
 
 
 def _alternating(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
-    return _mixed(0.0 if step % 2 else 0.9)(shape, step, rank, ranks, generator)
+    return with_visual_share(0.0 if step % 2 else 0.9)(shape, step, rank, ranks, generator)
 
 
 def _hot_rank(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
@@ -176,17 +176,17 @@ def _video(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Gene
 
 def _one_source(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
     """The first rank has all the pictures, and nothing else."""
-    return _mixed(1.0 if rank == 0 else 0.0)(shape, step, rank, ranks, generator)
+    return with_visual_share(1.0 if rank == 0 else 0.0)(shape, step, rank, ranks, generator)
 
 
 WORKLOADS: dict[str, Draw] = {
     **{f"W{number}": _w(number) for number in range(8)},
-    "image-flood": _mixed(0.9),
-    "text-heavy": _mixed(0.1),
+    "image-flood": with_visual_share(0.9),
+    "text-heavy": with_visual_share(0.1),
     "alternating": _alternating,
     "video": _video,
     "one-source": _one_source,
-    "background": _mixed(1.0, lean=2.0),
+    "background": with_visual_share(1.0, lean=2.0),
     "hot-rank": _hot_rank,
 }
 
@@ -196,11 +196,6 @@ def draw(workload: str, shape: Shape, step: int, rank: int, ranks: int, seed: in
     if workload not in WORKLOADS:
         raise ValueError(f"workload: found {workload!r}, expected one of {', '.join(WORKLOADS)}")
     return WORKLOADS[workload](shape, step, rank, ranks, stream(workload, seed, step, rank))
-
-
-def with_visual_share(share: float) -> Draw:
-    """Image-flood at another share of visual tokens."""
-    return _mixed(share)
 
 
 def features(batch: Batch, size: int, step: int, rank: int, seed: int = 0) -> Tensor:

@@ -1,16 +1,17 @@
-"""What to make of it: whether MACS pays on this traffic, what to put on the command line, and when not to."""
+"""The verdict of a report: whether MACS pays on this traffic, the flags to use, and when not to."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from macs import Profile
 
-from .prediction import BALANCED, TARGETS, Prediction
+from .prediction import BALANCED, Prediction
 from .traffic import Traffic
 
 WORTH = 0.02
@@ -18,12 +19,14 @@ WORTH = 0.02
 
 FEW_VISUAL = 0.05
 MAX_KL = 0.002
+LOSSY = 0.1
+"""Dropped share of the combine weight above which nothing is recommended before its KL is measured."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """verdict: in a line; reasons: what it rests on; against: why not, as far as this traffic says;
-    commands: (title, lines)."""
+    """verdict: one line; reasons: the figures behind it; against: when not to, on this traffic; commands:
+    (title, lines)."""
 
     verdict: str
     reasons: list[str]
@@ -31,59 +34,89 @@ class Advice:
     commands: list[tuple[str, str]]
 
 
-def size_of(traffic: Traffic, prediction: Prediction) -> int:
+def nearest_size(traffic: Traffic, prediction: Prediction) -> int:
     """The predicted cluster size that is nearest to the recorded one."""
     return min(prediction.sizes, key=lambda size: abs(np.log2(size / traffic.ranks)))
 
 
 def lowest(prediction: Prediction) -> str:
     """The policy with the lowest target: tuned, where the profile has a split for it."""
-    below = [one for one in prediction.policies if one.startswith("macs 0")]
-    tuned = [one for one in below if one.endswith("tuned")]
-    return (tuned or below)[-1]
+    ours = [one for one in prediction.policies if one.startswith("macs ")]
+    least = min(float(one.split()[1]) for one in ours)
+    return [one for one in ours if float(one.split()[1]) == least][-1]
 
 
-def advise(traffic: Traffic, prediction: Prediction, profile: Profile | None, named: Path | None) -> Advice:
-    """From the measured traffic and what was predicted for it; named: the profile's file."""
-    size = size_of(traffic, prediction)
-    balance, low = prediction.of(size, f"macs {BALANCED:g}"), prediction.of(size, lowest(prediction))
-    won, won_low = 1 - balance["ratio"], 1 - low["ratio"]
-    target = lowest(prediction).split()[1]
-    if won_low < WORTH:
-        verdict = f"Not here: on {size} ranks no target wins more than {max(won_low, 0):.0%} of a MoE layer."
-    elif won >= WORTH:
-        verdict = (
-            f"Worth it: on {size} ranks balance alone wins {won:.0%} of a MoE layer's time, a target of "
-            f"{target} {won_low:.0%}."
-        )
-    else:
-        verdict = (
-            f"Only below the mean: on {size} ranks balance alone wins {max(won, 0):.0%}, a target of "
-            f"{target} {won_low:.0%} of a MoE layer's time. macs tune measures what that costs in answers."
-        )
-    commands = [] if won_low < WORTH else _commands(profile, named, won, float(target))
+def eplb_of(prediction: Prediction, size: int) -> dict[str, Any] | None:
+    """EPLB's row with the fewest replicas, if it was predicted."""
+    found = [one for one in prediction.policies if "replica" in one]
+    return prediction.of(size, found[0]) if found else None
+
+
+def advise(traffic: Traffic, prediction: Prediction, profile: Profile | None, path: Path | None) -> Advice:
+    """From the measured traffic and what was predicted for it; path: the profile's file."""
+    size = nearest_size(traffic, prediction)
+    recommended, verdict = _verdict(prediction, size)
+    commands = _commands(prediction, size, profile, path) if recommended else []
+    has_tuning = profile is not None and profile.tuning is not None
+    if not has_tuning and 1 - prediction.of(size, lowest(prediction))["ratio"] >= WORTH:
+        tune = ("KL of each target on your requests", "macs tune --model MODEL --data REQUESTS --out FILE")
+        commands.insert(len(commands) if recommended else 0, tune)
     return Advice(verdict, _reasons(traffic, prediction), _against(traffic, prediction, size), commands)
+
+
+def _verdict(prediction: Prediction, size: int) -> tuple[bool, str]:
+    """Whether to turn MACS on, and why. What changes no answer comes first, an unmeasured loss last."""
+
+    def row(target: float) -> dict[str, Any]:
+        tuned = f"macs {target:g} tuned"
+        return prediction.of(size, tuned if tuned in prediction.policies else f"macs {target:g}")
+
+    low = float(lowest(prediction).split()[1])
+    won, won_low = 1 - row(BALANCED)["ratio"], 1 - row(low)["ratio"]
+    if max(won, won_low) < WORTH:
+        return False, f"Not here: on {size} ranks no target wins {WORTH:.0%} of a MoE layer's time."
+    predicted = [one for one in prediction.targets if f"macs {one:g}" in prediction.policies]
+    verified = [target for target in predicted if prediction.targets[target] <= MAX_KL]
+    target = min(verified) if verified else BALANCED if won >= WORTH else low
+    chosen = row(target)
+    gain = (
+        f"on {size} ranks a target of {target:g} wins {1 - chosen['ratio']:.0%} of a MoE layer's time and "
+        f"drops {chosen['dropped_mass']:.0%} of the combine weight"
+    )
+    eplb = eplb_of(prediction, size)
+    if eplb is not None and eplb["ratio"] < min(1, chosen["ratio"]) - WORTH:
+        return False, (
+            f"EPLB first: {eplb['policy'].removeprefix('EPLB, ')} a rank takes {eplb['ratio']:.3f} of "
+            f"vanilla's time and changes no answer, MACS at {target:g} {chosen['ratio']:.3f}; {gain}."
+        )
+    if verified:
+        return True, f"Worth it: {gain}, with a verified KL of {prediction.targets[target]:.2g} nats."
+    if predicted:
+        least = min(prediction.targets[each] for each in predicted)
+        return False, f"Not as tuned: the least verified KL is {least:.2g} nats, above {MAX_KL}; {gain}."
+    if chosen["dropped_mass"] > LOSSY:
+        return False, f"Measure first: {gain}. macs tune measures what that costs in answers."
+    if won < WORTH:
+        return True, f"Only below the mean: {gain}. macs tune measures what that costs in answers."
+    return True, f"Worth it: {gain}."
 
 
 def _reasons(traffic: Traffic, prediction: Prediction) -> list[str]:
     worst = traffic.percentiles()[2]
     median = float(np.median(traffic.tokens))
     found = [
-        f"In the median step the busiest of {traffic.ranks} ranks has {traffic.typical:.2f} times the mean "
-        f"rank's rows (mean of {traffic.layers} layers); at worst, p99 of layer {int(worst.argmax())}, "
-        f"{worst.max():.2f}.",
-        f"{traffic.visual_share:.0%} of the assignments are of visual tokens; a step has {median:.0f} tokens "
-        f"a rank in the median.",
+        f"The load over {traffic.ranks} ranks is {traffic.typical:.2f} in the median step (mean of "
+        f"{traffic.layers} layers) and {worst.max():.2f} at worst, p99 of layer {int(worst.argmax())}.",
+        f"{traffic.visual_share:.0%} of the assignments are of visual tokens; the median step has "
+        f"{median:.0f} tokens a rank.",
     ]
     if traffic.small:
         found.append(
             f"{traffic.small} of {traffic.small + traffic.steps} steps were small, as in decoding: left out."
         )
     if prediction.targets:
-        wanted = [target for target in prediction.targets if target in TARGETS] or list(prediction.targets)
-        kept = {target: prediction.targets[target] for target in wanted}
-        said = ", ".join(f"{kl:.2g} nats at {target:g}" for target, kl in kept.items())
-        found.append(f"The profile's tuning verified a KL of {said}.")
+        each = ", ".join(f"{kl:.2g} nats at {target:g}" for target, kl in prediction.targets.items())
+        found.append(f"The profile's tuning verified a KL of {each}.")
     return found
 
 
@@ -92,7 +125,7 @@ def _against(traffic: Traffic, prediction: Prediction, size: int) -> list[str]:
     if traffic.visual_share == 0:
         found.append(
             "The recording has no visual token (Megatron's traces do not say which they are). All tokens "
-            "count as text, whose load MACS bounds by score alone."
+            "count as text, which MACS drops by router score alone."
         )
     elif traffic.visual_share < FEW_VISUAL:
         found.append(
@@ -108,40 +141,34 @@ def _against(traffic: Traffic, prediction: Prediction, size: int) -> list[str]:
             f"By balance alone a plan pays {since} (launched one by one; sooner in a CUDA graph); the median "
             f"step has {median:.0f}."
         )
-    balance = prediction.of(size, f"macs {BALANCED:g}")["ratio"]
-    replicated = [one for one in prediction.policies if "replica" in one]
-    if replicated and prediction.of(size, replicated[0])["ratio"] < balance + WORTH:
-        memory = prediction.of(size, replicated[0]).get("extra_bytes", 0.0) / 1e6
+    balance, eplb = prediction.of(size, f"macs {BALANCED:g}"), eplb_of(prediction, size)
+    if eplb is not None and eplb["ratio"] < 1 - WORTH:
         found.append(
-            f"{replicated[0]} comes as far as a bound of {BALANCED:g} and changes no answer, for "
-            f"{memory:.0f} MB a layer and rank. Both together are possible."
+            f"{eplb['policy']} a rank takes {eplb['ratio']:.3f} of vanilla's time and changes no answer, for "
+            f"{eplb['extra_bytes'] / 1e6:.0f} MB a layer and rank; MACS at {BALANCED:g} takes "
+            f"{balance['ratio']:.3f}. Both together are possible."
         )
     found.append(
         "Pictures that must be read in full, such as dense text, stand no target far below the mean: tune on "
-        "requests like your own, and look at the KL of each kind."
+        "requests like your own, and look at the KL of each task."
     )
     return found
 
 
 def _commands(
-    profile: Profile | None, named: Path | None, won: float, target: float
+    prediction: Prediction, size: int, profile: Profile | None, path: Path | None
 ) -> list[tuple[str, str]]:
     settings: dict[str, object] = {}
     if profile is not None and profile.tuning is not None:
-        within = profile.tuning.kl[:, 0]
-        kl = MAX_KL if bool((within <= MAX_KL).any()) else float(within.min())
-        settings = {"split": "tuned", "max_kl": kl}
+        settings = {"split": "tuned", "max_kl": MAX_KL}
     else:
-        settings = {"target_load": BALANCED if won >= WORTH else target}
+        pays = 1 - prediction.of(size, f"macs {BALANCED:g}")["ratio"] >= WORTH
+        settings = {"target_load": BALANCED if pays else float(lowest(prediction).split()[1])}
     flags = "".join(f" --moe-macs-{name.replace('_', '-')} {value}" for name, value in settings.items())
-    if named is not None:
-        flags += f" --moe-macs-profile {named}"
-    block = {"macs": {**settings, **({} if named is None else {"profile": str(named)})}}
-    found = [
+    if path is not None:
+        flags += f" --moe-macs-profile {path}"
+    block = {"macs": {**settings, **({} if path is None else {"profile": str(path)})}}
+    return [
         ("Megatron", f"... -m megatron_macs.launch SCRIPT --moe-macs --moe-macs-image-token-id ID{flags}"),
         ("DeepSpeed", json.dumps(block)),
     ]
-    if profile is None or profile.tuning is None:
-        cost = ("What a lower target costs in answers", "macs tune --model MODEL --data REQUESTS")
-        found.insert(len(found) if won >= WORTH else 0, cost)  # first, where nothing else wins
-    return found

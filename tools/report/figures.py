@@ -1,19 +1,16 @@
-"""The figures of a report: each as data for plotly, and as pictures for who reads it without scripts."""
+"""The figures of a report, as plotly draws them, each with its table for readers without scripts."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..common.workloads import VANILLA
-from ..simulate.layers import IDEAL
 from .prediction import Prediction
+from .simulation import moves_weights
 from .traffic import PERCENTILES, Traffic
 
 THEMES: dict[str, dict[str, Any]] = {
@@ -30,23 +27,21 @@ THEMES: dict[str, dict[str, Any]] = {
         "lines": ["#6cb6ff", "#ffb26b", "#6fd39a", "#cda6ee", "#ff8fb4", "#b9bfc7", "#e3c35c", "#6fd6e6"],
     },
 }
-"""Every colour of text and lines stands out from its paper by 4.5 to 1 or more; a test says so."""
+"""Text and lines have a contrast of at least 4.5 to 1 to their paper; a test checks it."""
 
-SCALE = "cividis"
-"""Of heat maps: read by the colour-blind, and in print."""
+SCALE = "Cividis"
+"""Of heat maps: safe for the colour-blind, and in print."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """name: in links; title; what it shows, in words; plot: what plotly draws, with ``line`` the number of a
-    theme's colour in each trace; pictures: PNG by theme, base64; table: headings and rows, and what is in
-    it."""
+    """name: in links; caption: what it shows; plot: traces and layout of plotly, with ``meta`` the index of a
+    theme's line colour; table: headings and rows; in_table: what the table holds."""
 
     name: str
     title: str
-    said: str
+    caption: str
     plot: dict[str, Any]
-    pictures: dict[str, str]
     table: tuple[list[str], list[list[str]]]
     in_table: str = "The table below has the figures."
 
@@ -56,112 +51,52 @@ class Figure:
         return json.dumps(self.plot, separators=(",", ":")).replace("</", "<\\/")
 
 
-def pictures(draw: Callable[[Any, list[str]], None], height: float = 3.6) -> dict[str, str]:
-    """Draw on the axes of a figure, in the lines' colours, once for each theme."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = {}
-    for name, theme in THEMES.items():
-        style = {
-            "text.color": theme["ink"],
-            "axes.labelcolor": theme["ink"],
-            "axes.edgecolor": theme["grid"],
-            "xtick.color": theme["ink"],
-            "ytick.color": theme["ink"],
-            "figure.facecolor": theme["paper"],
-            "axes.facecolor": theme["paper"],
-            "savefig.facecolor": theme["paper"],
-            "legend.facecolor": theme["paper"],
-            "legend.edgecolor": theme["grid"],
-            "grid.color": theme["grid"],
-        }
-        with pyplot.rc_context(style):
-            figure = pyplot.figure(figsize=(9, height), layout="constrained")
-            draw(figure, theme["lines"])
-            file = io.BytesIO()
-            figure.savefig(file, format="png", dpi=100)
-            pyplot.close(figure)
-        found[name] = base64.b64encode(file.getvalue()).decode()
-    return found
-
-
 def _lines(
     name: str,
     title: str,
-    said: str,
-    across: tuple[str, list[Any]],
-    up: str,
+    caption: str,
+    x: tuple[str, list[Any]],
+    y_label: str,
     series: dict[str, list[float]],
-    dashed: tuple[str, ...] = (),
+    dotted: tuple[str, ...] = (),
     log: bool = False,
 ) -> Figure:
-    """Lines over one axis."""
-    label, source_index = across
+    """Lines over one axis; x: its label and values."""
+    label, values_x = x
+    few = len(values_x) < 60
     traces = [
         {
             "type": "scatter",
-            "mode": "lines+markers" if len(source_index) < 60 else "lines",
-            "name": title_,
-            "x": source_index,
+            "mode": "lines+markers" if few else "lines",
+            "name": one,
+            "x": values_x,
             "y": [round(float(value), 4) for value in values],
-            "line": {"dash": "dot" if title_ in dashed else "solid"},
+            "line": {"dash": "dot" if one in dotted else "solid"},
             "meta": number,
         }
-        for number, (title_, values) in enumerate(series.items())
+        for number, (one, values) in enumerate(series.items())
     ]
-    whole = len(source_index) < 60 and not log
-    layout = {
-        "xaxis": {
-            "title": {"text": label},
-            **({"type": "log", "tickvals": source_index} if log else {}),
-            **({"tickvals": source_index[:: _tick(len(source_index))]} if whole else {}),
-        },
-        "yaxis": {"title": {"text": up}, "rangemode": "tozero"},
-    }
-
-    def draw(figure: Any, colours: list[str]) -> None:
-        axes = figure.subplots()
-        for number, (title_, values) in enumerate(series.items()):
-            style = {"linestyle": ":" if title_ in dashed else "-", "color": colours[number % len(colours)]}
-            marker = "o" if len(source_index) < 60 else None
-            axes.plot(source_index, values, marker=marker, markersize=3, label=title_, **style)
-        axes.set_xlabel(label)
-        axes.set_ylabel(up)
-        axes.set_ylim(bottom=0)
-        if whole:
-            axes.set_xticks(source_index[:: _tick(len(source_index))])
-        if log:
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(source_index, [str(one) for one in source_index])
-        axes.grid(alpha=0.6)
-        figure.legend(loc="outside right upper", fontsize=8)
-
+    axis: dict[str, Any] = {"title": {"text": label}}
+    if log:
+        axis |= {"type": "log", "tickvals": values_x}
+    elif few:
+        axis |= {"tickvals": values_x[:: _tick(len(values_x))]}
+    layout = {"xaxis": axis, "yaxis": {"title": {"text": y_label}, "rangemode": "tozero"}}
     rows = [
-        [str(place), *(f"{values[at]:.3f}" for values in series.values())]
-        for at, place in enumerate(source_index)
+        [str(value), *(f"{values[index]:.3f}" for values in series.values())]
+        for index, value in enumerate(values_x)
     ]
-    return Figure(
-        name, title, said, {"data": traces, "layout": layout}, pictures(draw), ([label, *series], rows)
-    )
+    return Figure(name, title, caption, {"data": traces, "layout": layout}, ([label, *series], rows))
 
 
 def _tick(count: int) -> int:
-    """Of so many source_index, which are marked: each so-manyth."""
+    """Values from one tick to the next, for at most 12 ticks."""
     return next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if count <= 12 * step)
 
 
-def _maps(
-    name: str,
-    title: str,
-    said: str,
-    across: str,
-    maps: dict[str, np.ndarray],
-    most: float,
-) -> Figure:
-    """Heat maps beside one another, [L, columns] each, of one scale from 0 to ``most``."""
+def _maps(name: str, title: str, caption: str, x_label: str, maps: dict[str, np.ndarray]) -> Figure:
+    """Heat maps beside one another, [L, columns] each, on one scale from 0."""
+    most = min(max(float(np.quantile(one, 0.999)) for one in maps.values()), max(map(np.max, maps.values())))
     traces: list[dict[str, Any]] = []
     layout: dict[str, Any] = {}
     count, gap = len(maps), 0.06
@@ -177,48 +112,37 @@ def _maps(
                 "yaxis": f"y{suffix}",
                 "zmin": 0,
                 "zmax": round(most, 3),
-                "colorscale": SCALE.capitalize(),
+                "colorscale": SCALE,
                 "showscale": number == count,
-                "hovertemplate": f"layer %{{y}}, {across} %{{x}}: %{{z:.2f}}<extra>{label}</extra>",
+                "hovertemplate": f"layer %{{y}}, {x_label} %{{x}}: %{{z:.2f}}<extra>{label}</extra>",
             }
         )
         begin = (number - 1) * (width + gap)
-        for axis, many in (("xaxis", values.shape[1]), ("yaxis", len(values))):
-            layout.setdefault(f"{axis}{suffix}", {})["dtick"] = _tick(many)
-        layout[f"xaxis{suffix}"] |= {
-            "title": {"text": f"{across} ({label})"},
+        layout[f"xaxis{suffix}"] = {
+            "dtick": _tick(values.shape[1]),
+            "title": {"text": f"{x_label} ({label})"},
             "domain": [begin, begin + width],
             "anchor": f"y{suffix}",
         }
-        layout[f"yaxis{suffix}"] |= {
+        layout[f"yaxis{suffix}"] = {
+            "dtick": _tick(len(values)),
             "title": {"text": "layer" if number == 1 else ""},
             "autorange": "reversed",
             "anchor": f"x{suffix}",
         }
-
-    def draw(figure: Any, colours: list[str]) -> None:
-        for axes, (label, values) in zip(
-            np.atleast_1d(figure.subplots(1, count, sharey=True)), maps.items(), strict=True
-        ):
-            axes.set_xticks(range(0, values.shape[1], _tick(values.shape[1])))
-            axes.set_yticks(range(0, len(values), _tick(len(values))))
-            image = axes.imshow(values, aspect="auto", cmap=SCALE, vmin=0, vmax=most, interpolation="nearest")
-            axes.set_xlabel(f"{across} ({label})")
-        figure.axes[0].set_ylabel("layer")
-        figure.colorbar(image, ax=figure.axes, shrink=0.9)
-
-    rows = []
-    for layer in range(len(next(iter(maps.values())))):
-        row = [str(layer)]
-        for values in maps.values():
-            row += [f"{values[layer].max():.2f}", str(int(values[layer].argmax()))]
-        rows.append(row)
     headings = ["layer"]
     for label in maps:
-        headings += [f"most ({label})", f"{across} ({label})"]
-    plot = {"data": traces, "layout": layout}
-    in_table = "The table below has the most of each layer, and where it is."
-    return Figure(name, title, said, plot, pictures(draw), (headings, rows), in_table)
+        headings += [f"most ({label})", f"{x_label} ({label})"]
+    rows = [
+        [str(layer)] + [text for values in maps.values() for text in _largest(values[layer])]
+        for layer in range(len(next(iter(maps.values()))))
+    ]
+    in_table = "The table below has the largest value of each layer and its place."
+    return Figure(name, title, caption, {"data": traces, "layout": layout}, (headings, rows), in_table)
+
+
+def _largest(values: np.ndarray) -> tuple[str, str]:
+    return f"{values.max():.2f}", str(int(values.argmax()))
 
 
 def figures(traffic: Traffic, prediction: Prediction) -> list[Figure]:
@@ -228,40 +152,37 @@ def figures(traffic: Traffic, prediction: Prediction) -> list[Figure]:
     percentiles = traffic.percentiles()
     first, mean, most = traffic.over_time()
     maps = {
-        kind: share[number] for number, kind in enumerate(("text", "visual")) if traffic.loads[number].any()
+        name: share[number] for number, name in enumerate(("text", "visual")) if traffic.loads[number].any()
     }
-    top = min(max(float(np.quantile(one, 0.999)) for one in maps.values()), float(share.max()))
     found = [
         _maps(
             "experts",
-            "Which experts serve what",
+            "Assignments by expert",
             "Assignments of each expert over the mean expert's of its layer and modality: 1 is even.",
             "expert",
             maps,
-            top,
         ),
         _maps(
             "ranks",
-            f"Load of each of {traffic.ranks} ranks",
+            f"Rows of each of {traffic.ranks} ranks",
             "Rows of each rank over the mean rank's, all steps together: what stays from step to step.",
             "rank",
             {"all tokens": by_rank},
-            float(by_rank.max()),
         ),
         _lines(
             "layers",
-            "Busiest rank, by layer",
-            "Rows of a step's busiest rank over the mean rank's: the median step, and the worse ones.",
+            "Load by layer",
+            "Rows of a step's largest rank over the mean rank's: percentiles over steps.",
             ("layer", list(range(traffic.layers))),
-            "busiest rank / mean",
-            {f"p{which}": percentiles[at].tolist() for at, which in enumerate(PERCENTILES)},
+            "load",
+            {f"p{which}": percentiles[index].tolist() for index, which in enumerate(PERCENTILES)},
         ),
         _lines(
             "time",
-            "Busiest rank, over time",
+            "Load over time",
             "The same over the recorded steps: mean and worst of all layers.",
             ("step", first.tolist()),
-            "busiest rank / mean",
+            "load",
             {"mean of layers": mean.tolist(), "worst layer": most.tolist()},
         ),
     ]
@@ -271,7 +192,6 @@ def figures(traffic: Traffic, prediction: Prediction) -> list[Figure]:
             for policy in prediction.policies
             if policy != VANILLA
         }
-        bounds = tuple(one for one in series if "replica" in one or one in (IDEAL, "least-loaded EP"))
         found.append(
             _lines(
                 "sizes",
@@ -280,7 +200,7 @@ def figures(traffic: Traffic, prediction: Prediction) -> list[Figure]:
                 ("expert-parallel ranks", prediction.sizes),
                 "time / vanilla",
                 series,
-                bounds,
+                tuple(filter(moves_weights, series)),
                 True,
             )
         )

@@ -13,23 +13,23 @@ from macs import Profile, Recording
 
 from ..common.cost_model import CostModel, break_even
 from ..common.workloads import VANILLA, Contender, Shape, contenders, loosened
-from ..simulate.layers import LEAST_TOKENS, resampled, simulate
+from .simulation import LEAST_TOKENS, resampled, simulate
 from .traffic import Traffic
 
 BALANCED = 1.05
 TARGETS = BALANCED, 0.8, 0.6
 STEPS, SOURCES = 2, 32
-"""A layer is predicted for from so many recorded steps: the first is planned, for at most so many
-ranks, which stand for the others, too; by the second EPLB source_index its copies."""
+"""Recorded steps that a layer's prediction uses: the first is planned, for at most SOURCES ranks, which the
+others repeat; by the second EPLB places its replicas."""
 
 BASELINES = "token drop", "rank-balanced"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """rows: one for each EP size and policy, as ``simulate`` has them, means over the sampled layers. layers:
-    which they are. pays_from: tokens of a rank from which a plan pays by balance alone, at each EP size, if
-    any. targets: KL that the profile's tuning verified, by target."""
+    """rows: one for each EP size and policy, as ``simulate`` returns them, means over the sampled layers.
+    layers: which they are. pays_from: tokens of a rank from which a plan pays by balance alone, at each EP
+    size, if any. targets: KL in nats that the profile's tuning verified, by target."""
 
     rows: list[dict[str, Any]]
     sizes: list[int]
@@ -90,13 +90,17 @@ def predict(
     model: CostModel,
     shape: Shape,
     sizes: Sequence[int],
+    policies: Sequence[str] = BASELINES,
+    targets: Sequence[float] = TARGETS,
+    replicas: Sequence[int] = (1,),
     seed: int = 0,
 ) -> Prediction:
-    """Plan tokens drawn from the recording, by every policy, for clusters of these sizes."""
+    """Plan tokens drawn from the recording, by vanilla, ``policies`` and MACS at every target, for clusters
+    of these sizes."""
     tuning = None if profile is None else profile.tuning
-    targets: dict[float, float] = {}
+    verified: dict[float, float] = {}
     if tuning is not None:
-        targets = dict(zip(tuning.target_loads.tolist(), tuning.kl[:, 0].tolist(), strict=True))
+        verified = dict(zip(tuning.target_loads.tolist(), tuning.kl[:, 0].tolist(), strict=True))
     if tuning is not None and tuning.layer_loads.shape[1] != traffic.layers:
         raise ValueError(
             f"--profile: found a tuning of {tuning.layer_loads.shape[1]} layers, the recording has "
@@ -107,8 +111,8 @@ def predict(
     for layer in layers:
         own, batch_of = resampled(drawn_from(recordings, layer), layer, shape, seed)
         known = contenders(BALANCED)
-        chosen: dict[str, Contender] = {title: known[title] for title in (VANILLA, *BASELINES)}
-        for target in TARGETS:
+        chosen: dict[str, Contender] = {title: known[title] for title in (VANILLA, *policies)}
+        for target in sorted({BALANCED, *targets}, reverse=True):
             title, one = loosened("macs", known["macs"], target)
             chosen[title] = one
             if tuning is not None:
@@ -117,7 +121,7 @@ def predict(
                     split = one.config.updated(target_load=float(at[0][layer]))
                     chosen[f"{title} tuned"] = replace(one, config=split)
         for size in sizes:
-            for row in simulate(own, size, batch_of, chosen, model, 1, (1,), seed=seed, sources=SOURCES):
+            for row in simulate(own, size, batch_of, chosen, model, replicas, seed, SOURCES):
                 found.setdefault((size, row["policy"]), []).append(row)
     rows = []
     for (size, policy), each in found.items():
@@ -131,4 +135,4 @@ def predict(
         for size in sizes
         if traffic.typical > BALANCED and size > 1
     }
-    return Prediction(rows, list(sizes), layers, pays, targets, model, shape)
+    return Prediction(rows, list(sizes), layers, pays, verified, model, shape)

@@ -1,18 +1,22 @@
-"""Recorded traffic, and what would be won on it, as one page that needs no network.
+"""Recorded traffic, and what policies and balancers would win on it, on clusters of several sizes.
 
-    macs report runs/routing.rank*.safetensors --out report.html
-    macs report router_trace_rank*.jsonl --experts 128 --out report.html     # Megatron's routing traces
-    macs report routing.safetensors --profile model.safetensors --out report.html
-    macs report --workload W6 --shape cpu --out report.html                  # one that is drawn, to see
+    macs report runs/routing.rank*.safetensors                               # tables in the terminal
+    macs report runs/routing.rank*.safetensors --out report.html             # and a page
+    macs report router_trace_rank*.jsonl --experts 128                       # Megatron's routing traces
+    macs report --workload W6 --shape cpu                                    # a drawn workload
+    macs report router_trace_rank0.jsonl --to routing.safetensors            # convert, either way
 
-Is the traffic skewed, by layer, expert, modality and over time; what would each policy and target make of it
-on clusters of several sizes, beside balancers that move weights; what to put on the command line, and when
-not to. Record with --moe-macs-record, the DeepSpeed block's "record", or Runtime.record_routing.
+Shows load by layer, expert, modality and time; predicts the time of a MoE layer by policy and target beside
+EPLB, least-loaded EP and ideal balance, with the real planner and a cost model; says which flags to use, and
+when not to. Record with --moe-macs-record, the DeepSpeed block's "record", or Runtime.record_routing.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,25 +25,24 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from macs import Profile, Recording
+from macs import TEXT, Profile, Recording
 from macs.version import __version__
 
 from ..common.command import Parser, output_file, quiet
-from ..common.cost_model import CostModel, stated_h100
-from ..common.traces import load_recordings
-from ..common.workloads import SHAPES, WORKLOADS, Shape, draw
+from ..common.cost_model import CostModel, on_network, stated_h100
+from ..common.traces import is_trace, load_recordings, write_trace
+from ..common.workloads import SHAPES, VANILLA, WORKLOADS, Shape, contenders, draw
 from .advice import Advice, advise
-from .figures import THEMES, Figure, figures
-from .prediction import Prediction, predict, sizes_for
+from .figures import THEMES, figures
+from .prediction import BALANCED, BASELINES, TARGETS, Prediction, predict, sizes_for
+from .table import COLUMNS, LEGEND, cells, show
 from .traffic import Traffic, default_ranks, measured
 
 MOST_TOKENS, FEWEST_TOKENS = 1024, 64
 """Of a rank, in what is predicted for: a plan of more takes its time here."""
 
 
-def render(
-    traffic: Traffic, prediction: Prediction, advice: Advice, shown: list[Figure], sources: str
-) -> str:
+def render(traffic: Traffic, prediction: Prediction, advice: Advice, sources: str) -> str:
     """The page."""
     import jinja2
     from plotly.offline import get_plotlyjs
@@ -52,7 +55,10 @@ def render(
         traffic=traffic,
         prediction=prediction,
         advice=advice,
-        figures=shown,
+        figures=figures(traffic, prediction),
+        columns=[heading for heading, _ in COLUMNS.values()],
+        cells=cells,
+        legend=LEGEND,
         sources=sources,
         themes=THEMES,
         themes_json=json.dumps(THEMES),
@@ -62,7 +68,7 @@ def render(
 
 
 def drawn(workload: str, shape: Shape, ranks: int = 8, layers: int = 4, steps: int = 16) -> list[Recording]:
-    """Traffic of a workload as every rank would have recorded it, each layer's of another seed."""
+    """Traffic of a workload as every rank would have recorded it; each layer has its own seed."""
     found = []
     for rank in range(ranks):
         batches = [
@@ -87,9 +93,30 @@ def drawn(workload: str, shape: Shape, ranks: int = 8, layers: int = 4, steps: i
     return found
 
 
+def convert(paths: Sequence[Path], to: Path, experts: int | None, ranks: int | None) -> str:
+    """Write one of Megatron's traces as a recording, or a recording as a trace; returns a summary."""
+    if len(paths) != 1 or is_trace(paths[0]) == is_trace(to):
+        names = [path.name for path in paths]
+        raise ValueError(
+            f"--to {to.name}: found {names}, expected one .jsonl for a .safetensors, or one back"
+        )
+    recording = load_recordings(paths, experts, ranks)[0]
+    if is_trace(to):
+        rank = re.search(r"rank(\d+)", paths[0].name)
+        write_trace(recording, to, int(rank[1]) if rank else 0)
+    else:
+        recording.save(to)
+    tensors = recording.tensors
+    visual = float((tensors["modality"] != TEXT).double().mean())
+    return (
+        f"{len(tensors['counts'])} records of {int(tensors['layers'].max()) + 1} layers, "
+        f"{len(tensors['modality'])} tokens, {visual:.0%} of them visual, {recording.top_k} of "
+        f"{recording.num_experts} experts each: {to}"
+    )
+
+
 def report(
     recordings: Sequence[Recording],
-    out: Path,
     *,
     profile: Path | None = None,
     ranks: int | None = None,
@@ -97,9 +124,11 @@ def report(
     tokens: int | None = None,
     shape: Shape = SHAPES["qwen3-vl-30b-a3b"],
     model: CostModel | None = None,
-    sources: str = "",
-) -> Advice:
-    """Write the page of these recordings to ``out``; see the command's help for the rest."""
+    policies: Sequence[str] = BASELINES,
+    targets: Sequence[float] = TARGETS,
+    replicas: Sequence[int] = (1,),
+) -> tuple[Traffic, Prediction, Advice]:
+    """What the recordings hold, what is predicted for them, and the advice; arguments as the command's."""
     traffic = measured(recordings, default_ranks(recordings) if ranks is None else ranks)
     typical = int(np.median(traffic.tokens))
     count = min(MOST_TOKENS, max(FEWEST_TOKENS, typical)) if tokens is None else tokens
@@ -108,65 +137,91 @@ def report(
     model.check(shape)
     loaded = None if profile is None else Profile.load(profile)
     chosen = sizes_for(traffic.experts) if sizes is None else sizes
-    prediction = predict(recordings, traffic, loaded, model, shape, chosen)
-    advice = advise(traffic, prediction, loaded, profile)
-    out.write_text(render(traffic, prediction, advice, figures(traffic, prediction), sources))
-    return advice
+    prediction = predict(recordings, traffic, loaded, model, shape, chosen, policies, targets, replicas)
+    return traffic, prediction, advise(traffic, prediction, loaded, profile)
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("macs report", __doc__)
     parser.add_argument("recordings", nargs="*", type=Path, help="of each rank of one run")
     parser.add_argument("--workload", choices=WORKLOADS, help="instead: drawn traffic, of --shape, 8 ranks")
-    parser.add_argument("--out", type=output_file, required=True, help="the page, .html")
-    parser.add_argument("--profile", type=Path, help="perhaps tuned: its verified KL is shown")
+    parser.add_argument("--out", type=output_file, help="a page with pictures, .html")
+    parser.add_argument("--json", type=output_file, help="the prediction's rows, one JSON object")
+    parser.add_argument(
+        "--to", type=output_file, help="only convert: trace (.jsonl) or recording (.safetensors)"
+    )
+    parser.add_argument("--profile", type=Path, help="its tuned splits are predicted, its verified KL shown")
     parser.add_argument("--experts", type=int, help="of a layer, where a trace does not say")
     parser.add_argument("--ranks", type=int, help="whose load is shown (default: the run's)")
-    parser.add_argument(
-        "--sizes",
-        nargs="+",
-        type=int,
-        help="ranks to predict for (default: of 8, 32, 128, 512 those that divide the experts)",
-    )
-    parser.add_argument(
-        "--tokens", type=int, help=f"of a rank (default: the median step's, to {MOST_TOKENS})"
-    )
-    parser.add_argument(
-        "--shape", choices=SHAPES, default="qwen3-vl-30b-a3b", help="whose experts' size to reckon with"
-    )
+    sizes = "ranks to predict for (default: of 8, 32, 128, 512 those that divide the experts)"
+    parser.add_argument("--sizes", nargs="+", type=int, help=sizes)
+    tokens = f"of a rank (default: the median step's, to {MOST_TOKENS})"
+    parser.add_argument("--tokens", type=int, help=tokens)
+    shape = "sizes of the experts to predict for"
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-vl-30b-a3b", help=shape)
+    baselines = [title for title in contenders(BALANCED) if title != VANILLA]
+    parser.add_argument("--policies", nargs="*", choices=baselines, default=list(BASELINES))
+    parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="loads of MACS")
+    parser.add_argument("--replicas", nargs="*", type=int, default=[1], help="of EPLB, on every rank")
     parser.add_argument("--cost-model", type=Path, help="of macs bench layer (default: an H100 as stated)")
+    parser.add_argument("--inside-gbs", type=float, help="10^9 bytes/s of a rank within its node")
+    parser.add_argument("--beyond-gbs", type=float, help="10^9 bytes/s of a rank beyond it")
+    parser.add_argument("--node", type=int, help="ranks of a node")
     arguments = parser.parse_args(given)
     if bool(arguments.recordings) == bool(arguments.workload):
         parser.error("expected recordings, or a --workload")
     for path in (*arguments.recordings, *filter(None, (arguments.profile, arguments.cost_model))):
         if not path.is_file():
             parser.error(f"found no file {str(path)!r}")
-    for name in ("ranks", "tokens", "experts"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name}: found {getattr(arguments, name)}, expected 1 or more")
+    for name in ("ranks", "tokens", "experts", "inside_gbs", "beyond_gbs", "node"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')}: found {value}, expected more than 0")
+    for name in ("targets", "replicas"):
+        for value in getattr(arguments, name):
+            if not 0 < value < float("inf"):
+                parser.error(f"--{name}: found {value}, expected more than 0")
+    if arguments.experts is not None and not any(map(is_trace, arguments.recordings)):
+        parser.error("--experts: found without a trace (.jsonl), which it is of")
+    return arguments
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(given)
+    if arguments.to:
+        print(convert(arguments.recordings, arguments.to, arguments.experts, arguments.ranks))
+        return
     quiet()
+    shape = SHAPES[arguments.shape]
     if arguments.workload:
-        recordings = drawn(arguments.workload, SHAPES[arguments.shape])
+        recordings = drawn(arguments.workload, shape)
     else:
-        recordings = load_recordings(arguments.recordings, arguments.experts)
+        recordings = load_recordings(arguments.recordings, arguments.experts, arguments.ranks)
     experts = recordings[0].num_experts
     for size in arguments.sizes or ():
         if size < 2 or experts % size:
-            parser.error(f"--sizes: found {size}, expected divisors of the {experts} experts, 2 or more")
-    advice = report(
+            raise ValueError(f"--sizes: found {size}, expected divisors of the {experts} experts, 2 or more")
+    model = CostModel.load(arguments.cost_model) if arguments.cost_model else stated_h100(shape)
+    traffic, prediction, advice = report(
         recordings,
-        arguments.out,
         profile=arguments.profile,
         ranks=arguments.ranks,
         sizes=arguments.sizes,
         tokens=arguments.tokens,
-        shape=SHAPES[arguments.shape],
-        model=CostModel.load(arguments.cost_model) if arguments.cost_model else None,
-        sources=", ".join(path.name for path in arguments.recordings) or f"workload {arguments.workload}",
+        shape=shape,
+        model=on_network(model, arguments.inside_gbs, arguments.beyond_gbs, arguments.node),
+        policies=arguments.policies,
+        targets=arguments.targets,
+        replicas=arguments.replicas,
     )
-    console = Console(soft_wrap=True)
-    console.print(advice.verdict)
-    console.print(f"{arguments.out}, {arguments.out.stat().st_size / 1e6:.1f} MB")
+    show(traffic, prediction, advice, Console(width=None if sys.stdout.isatty() else 165))
+    if arguments.json:
+        result = {"rows": prediction.rows, "layers": prediction.layers, "verdict": advice.verdict}
+        arguments.json.write_text(json.dumps(result | {"costs": prediction.model.origin}) + "\n")
+    if arguments.out:
+        names = ", ".join(path.name for path in arguments.recordings) or f"workload {arguments.workload}"
+        arguments.out.write_text(render(traffic, prediction, advice, names))
+        print(f"{arguments.out}, {arguments.out.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

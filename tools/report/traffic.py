@@ -13,7 +13,7 @@ import numpy as np
 
 from macs import TEXT, Recording
 
-from ..simulate.layers import LEAST_TOKENS
+from .simulation import LEAST_TOKENS
 
 PERCENTILES = 50, 95, 99
 BLOCK = 1 << 22

@@ -12,6 +12,9 @@ import numpy as np
 
 from ..common.cost_model import Breakdown, CostModel, at_home
 
+INTERVAL = 100
+"""Steps between two placements of EPLB."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -22,11 +25,11 @@ class Placement:
     moved: float = 0.0
 
 
-def replicated(loads: np.ndarray, ranks: int, replicas: int, expert_bytes: int, interval: int) -> Placement:
+def replicated(loads: np.ndarray, ranks: int, replicas: int, expert_bytes: int) -> Placement:
     """As EPLB: ``replicas`` more experts on every rank. The busiest expert is copied, again and again, until
-    all places are taken; then the busiest copies go first, each to the idlest rank with a place.
+    all slots are taken; then the busiest copies go first, each to the idlest rank with a slot.
 
-    loads [E]: what is known when experts are placed. All experts move, once in ``interval`` steps.
+    loads [E]: what is known when experts are placed. All experts move, once in ``INTERVAL`` steps.
     """
     experts = len(loads)
     copies = np.ones(experts, dtype=int)
@@ -36,17 +39,17 @@ def replicated(loads: np.ndarray, ranks: int, replicas: int, expert_bytes: int, 
         _, expert = heapq.heappop(queue)
         copies[expert] += 1
         heapq.heappush(queue, (-loads[expert] / copies[expert], expert))
-    source_index = experts // ranks + replicas
+    slots = experts // ranks + replicas
     share = np.zeros((experts, ranks))
     ranks_by_load = [(0.0, rank, 0) for rank in range(ranks)]
     for expert in np.argsort(-loads / copies, kind="stable"):
         for _ in range(copies[expert]):
             load, rank, taken = heapq.heappop(ranks_by_load)
             share[expert, rank] += 1 / copies[expert]
-            if taken + 1 < source_index:
+            if taken + 1 < slots:
                 entry = load + loads[expert] / copies[expert], rank, taken + 1
                 heapq.heappush(ranks_by_load, entry)
-    return Placement(share, replicas * expert_bytes, source_index * expert_bytes / interval)
+    return Placement(share, replicas * expert_bytes, slots * expert_bytes / INTERVAL)
 
 
 def least_loaded(loads: np.ndarray, ranks: int, expert_bytes: int) -> Placement:
@@ -82,6 +85,6 @@ def moving_ms(model: CostModel, placement: Placement) -> float:
     return placement.moved / min(model.inside_gbs, model.beyond_gbs) / 1e6
 
 
-def ideal(model: CostModel, asked: np.ndarray) -> Breakdown:
+def ideal(model: CostModel, requested: np.ndarray) -> Breakdown:
     """The same rows, even over sources, ranks and experts."""
-    return model.layer(np.full(asked.shape, asked.sum() / asked.size))
+    return model.layer(np.full(requested.shape, requested.sum() / requested.size))

@@ -1,0 +1,139 @@
+"""Time of a MoE layer by policy and balancer, from routings and a cost model.
+
+Shapes: R ranks, E experts; requested [R, E] rows that each source sends to each expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from macs import Planner, Recording, Topology
+
+from ..common.cost_model import Breakdown, CostModel, captured
+from ..common.workloads import VANILLA, Batch, Contender, Shape, features, replay, stream
+from .placement import Placement, ideal, least_loaded, moving_ms, replicated
+
+IDEAL = "ideal balance"
+LEAST_LOADED = "least-loaded EP"
+LEAST_TOKENS = 64
+"""Tokens of a rank below which a recorded step is small, as in decoding; used only if there is no larger."""
+
+BatchOf = Callable[[int, int], Batch]
+"""(step, source rank) -> batch."""
+
+
+@dataclass(frozen=True)
+class Requested:
+    """rows [R, E] that the sources send in a step; mass [3]: combine weight kept, rerouted, dropped."""
+
+    rows: np.ndarray
+    mass: np.ndarray
+
+
+def moves_weights(title: str) -> bool:
+    """Whether a row is of a balancer, which moves weights and changes no answer, and not of a policy."""
+    return "replica" in title or title in (IDEAL, LEAST_LOADED)
+
+
+def requested_by(
+    shape: Shape,
+    chosen: dict[str, Contender],
+    batch_of: BatchOf,
+    step: int,
+    ranks: int,
+    seed: int,
+    sources: int | None = None,
+) -> dict[str, Requested]:
+    """What the ranks send under every policy. At most ``sources`` ranks are planned; the rest repeat them."""
+    rows: dict[str, list[np.ndarray]] = {title: [] for title in chosen}
+    mass = {title: np.zeros(3) for title in chosen}
+    planned = ranks if sources is None else min(ranks, sources)
+    for number in range(planned):
+        rank = number * ranks // planned
+        batch = batch_of(step, number)
+        # Features only tell visual tokens apart, and do so with fewer dimensions.
+        hidden = features(batch, min(shape.hidden, 256), step, rank, seed)
+        topology = Topology(shape.experts, ranks, sources=(rank,))
+        for title, contender in chosen.items():
+            planner = Planner(contender.config, topology, shape.top_k, contender.policy)
+            found = planner.plan(hidden, batch.experts, batch.weights, batch.scores, batch.tokens).statistics
+            rows[title].append(found.load_after.numpy())
+            parts = (found.kept_mass, found.rerouted_mass, found.dropped_mass)
+            mass[title] += [float(part) for part in parts]
+    planned_by = np.arange(ranks) * planned // ranks
+    return {
+        title: Requested(np.stack(rows[title])[planned_by], mass[title] / mass[title].sum())
+        for title in chosen
+    }
+
+
+def simulate(
+    shape: Shape,
+    ranks: int,
+    batch_of: BatchOf,
+    chosen: dict[str, Contender],
+    model: CostModel,
+    replicas: Sequence[int] = (),
+    seed: int = 0,
+    sources: int | None = None,
+) -> list[dict[str, Any]]:
+    """Layer time of every policy and balancer in step 0, one row each, times in ms.
+
+    EPLB's replicas are placed by the loads of step 1. At most ``sources`` ranks are planned; the rest repeat
+    them.
+    """
+    requested = requested_by(shape, chosen, batch_of, 0, ranks, seed, sources)
+    vanilla = requested[VANILLA].rows
+    loads = vanilla.sum(0).astype(float)
+    mean = loads.sum() / ranks
+    best, base = ideal(model, vanilla).total, model.layer(vanilla).total
+
+    def row(title: str, time: Breakdown, busiest: float, saved: float = 0.0) -> dict[str, Any]:
+        parts = {part: getattr(time, part) for part in ("source", "planner", "exchange", "experts")}
+        found = {"ranks": ranks, "policy": title, "ms": time.total, "ratio": time.total / base}
+        found |= {"captured": (time.total - saved) / base, "load": busiest / mean, **parts}
+        return found | ({"won_back": (base - time.total) / (base - best)} if base > best else {})
+
+    rows = []
+    for title, one in requested.items():
+        planning = model.planning_ms(title, shape.tokens)
+        saved = planning - captured(model).planning_ms(title, shape.tokens)
+        busiest = one.rows.sum(0).reshape(ranks, -1).sum(1).max()
+        masses = dict(zip(("kept_mass", "rerouted_mass", "dropped_mass"), one.mass.tolist(), strict=True))
+        rows.append(row(title, model.layer(one.rows, planning), float(busiest), saved) | masses)
+    placed: dict[str, Placement] = {}
+    if replicas:
+        other = requested_by(shape, {VANILLA: chosen[VANILLA]}, batch_of, 1, ranks, seed, sources)
+        before = other[VANILLA].rows.sum(0).astype(float)
+        for count in replicas:
+            title = f"EPLB, {count} replica{'s' * (count > 1)}"
+            placed[title] = replicated(before, ranks, count, model.expert_bytes)
+    placed[LEAST_LOADED] = least_loaded(loads, ranks, model.expert_bytes)
+    for title, placement in placed.items():
+        time = model.layer(vanilla, 0.0, placement.share, moving_ms(model, placement))
+        memory = {"extra_bytes": placement.memory, "moved_bytes": placement.moved}
+        rows.append(row(title, time, float((loads @ placement.share).max())) | memory)
+    rows.append(row(IDEAL, ideal(model, vanilla), mean))
+    return rows
+
+
+def resampled(recordings: Sequence[Recording], layer: int, shape: Shape, seed: int) -> tuple[Shape, BatchOf]:
+    """Recorded traffic for any number of ranks: each source draws its tokens, with replacement, from those
+    of one recorded rank and step."""
+    steps = replay(recordings, layer)
+    # A trace has decoding steps, too, which are not planned.
+    steps = [row for row in steps if min(len(one.ids) for one in row) >= LEAST_TOKENS] or steps
+    shape = replace(shape, experts=recordings[0].num_experts, top_k=recordings[0].top_k)
+
+    def batch_of(step: int, rank: int) -> Batch:
+        row = steps[step % len(steps)]
+        own = row[rank % len(row)]
+        taken = torch.randint(len(own.ids), (shape.tokens,), generator=stream("resampled", seed, step, rank))
+        return Batch(*(getattr(own, name)[taken] for name in ("experts", "weights", "scores", "ids")))
+
+    return shape, batch_of
