@@ -35,8 +35,8 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     import torch.distributed as dist
     from deepspeed.moe.layer import MoE
     from tiny_vlm import model as tiny
+    from tiny_vlm.clock import LayerClock
     from tiny_vlm.deepspeed import MoEExperiment, with_moe_layers
-    from tiny_vlm.experiment import LayerClock
     from tiny_vlm.plain import Engine
 
     import deepspeed_macs

@@ -46,7 +46,8 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     import torch.distributed as dist
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from tiny_vlm import model as tiny
-    from tiny_vlm.experiment import PAPER, Experiment, LayerClock
+    from tiny_vlm.clock import LayerClock
+    from tiny_vlm.experiment import PAPER, Experiment
     from tiny_vlm.own_model import OwnExperiment
     from tiny_vlm.plain import Engine
 

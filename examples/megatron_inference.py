@@ -32,7 +32,8 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from tiny_vlm import model as tiny
-    from tiny_vlm.experiment import Experiment, LayerClock, columns_of, share_of
+    from tiny_vlm.clock import LayerClock
+    from tiny_vlm.experiment import Experiment, columns_of, share_of
     from tiny_vlm.megatron import PictureEncoder, build_megatron_model
     from tiny_vlm.megatron_engine import Engine
 

@@ -32,7 +32,8 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from tiny_vlm import model as tiny
-    from tiny_vlm.experiment import Experiment, LayerClock
+    from tiny_vlm.clock import LayerClock
+    from tiny_vlm.experiment import Experiment
     from tiny_vlm.megatron_llava import LLaVAEngine, build_llava_model
 
     from macs import Runtime

@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 LIMITS = {
     "macs": 7750,
     "megatron_macs": 1450,
-    "deepspeed_macs": 1200,
-    "tools": 6400,
-    "examples": 3450,
+    "deepspeed_macs": 1215,
+    "tools": 6070,
+    "examples": 3480,
     "tests": 13650,
 }
 """Lines of Python a room may have. A room that is full gives something up before it gets more."""

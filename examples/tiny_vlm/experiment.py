@@ -6,29 +6,24 @@ import argparse
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from torch import nn
 
-from macs import METRICS, POLICIES, MACSConfig, Profile, Runtime
-from macs.adapters import summarized
+from macs import POLICIES, MACSConfig, Profile, Runtime
 from macs.config import TARGET_LOAD
 from macs.runtime.launch import first_process
 
 from . import CHECKPOINT, data
 from . import model as tiny
 from .arguments import PROFILE, question_tokens
+from .clock import LayerClock, slowest_rank
+from .results import Results, results_table, summarize
 
 VANILLA = "vanilla"
 Shown = dict[str, tuple[str, MACSConfig]]
@@ -91,66 +86,6 @@ def settings_by_name(arguments: argparse.Namespace, columns: Shown) -> Shown:
         entries = own if name == "macs" else {name: (name, base)}
         chosen |= {title: (one, config.updated(**changes)) for title, (one, config) in entries.items()}
     return chosen
-
-
-@dataclass
-class Results:
-    """What one policy did. Times are milliseconds a layer, on the slowest rank."""
-
-    accuracy: dict[str, float]
-    agreement: float
-    loads: dict[str, float]  # ``macs.METRICS``
-    layer_ms: float
-    time_ratio: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """As it is written to a file."""
-        told = asdict(self)
-        return {**told.pop("loads"), **told}
-
-
-class LayerClock:
-    """Wall time of a model's MoE layers in prompts (calls on more than one token a sequence)."""
-
-    def __init__(self, model: nn.Module, kind: type[nn.Module], length_axis: int) -> None:
-        """``kind`` of layer, called with hidden states whose ``length_axis`` counts a sequence's tokens."""
-        self.layers = [module for module in model.modules() if isinstance(module, kind)]
-        self.length_axis = length_axis
-
-    @contextmanager
-    def running(self) -> Iterator[list[float]]:
-        """Yields a list that holds, on leaving, the milliseconds of every call of a layer."""
-        times: list[float] = []
-        started: list[float] = []
-
-        def before(module: nn.Module, args: tuple) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            started.append(time.perf_counter())
-
-        def after(module: nn.Module, args: tuple, output: object) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            elapsed = (time.perf_counter() - started.pop()) * 1e3
-            if args[0].shape[self.length_axis] > 1:
-                times.append(elapsed)
-
-        handles = [layer.register_forward_pre_hook(before) for layer in self.layers]
-        handles += [layer.register_forward_hook(after) for layer in self.layers]
-        try:
-            yield times
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def slowest_rank(milliseconds: float) -> float:
-    """The largest of all ranks' values."""
-    value = torch.tensor([milliseconds], dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        value = value.cuda()
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return float(value)
 
 
 class Experiment:
@@ -303,61 +238,6 @@ class Experiment:
     def further_rows(self, titles: list[str]) -> dict[str, list[str]]:
         """Rows that only this engine's table has: name -> a cell for each policy."""
         return {}
-
-
-def summarize(
-    asked: list[data.Sample],
-    answers: list[list[int]],
-    vanilla: list[list[int]],
-    reports: list,
-    milliseconds: float,
-    vanilla_milliseconds: float,
-) -> Results:
-    """The figures of one policy: means over samples, or over layers and batches of prompts."""
-    accuracy = {}
-    for task in data.TASKS:
-        hits = [answer == s.answer for s, answer in zip(asked, answers, strict=True) if s.task == task]
-        if hits:
-            accuracy[task] = statistics.mean(hits)
-
-    return Results(
-        accuracy=accuracy,
-        agreement=statistics.mean(own == other for own, other in zip(answers, vanilla, strict=True)),
-        loads=summarized(reports),
-        layer_ms=milliseconds,
-        time_ratio=milliseconds / vanilla_milliseconds,
-    )
-
-
-def results_table(
-    results: dict[str, Results], caption: str, further: dict[str, list[str]] | None = None
-) -> Table:
-    """One column a policy, one row a figure."""
-    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", no_wrap=True)
-    for title in results:
-        short = title.replace("expanded", "exp.").replace("balanced", "bal.")
-        table.add_column(short.replace("-", " "), justify="right")
-
-    def row(name: str, cells: list[str], end: bool = False) -> None:
-        table.add_row(name, *cells, end_section=end)
-
-    values = list(results.values())
-    for task in values[0].accuracy:
-        row(f"{task}, accuracy", [f"{one.accuracy[task]:.3f}" for one in values])
-    for name, tasks in (("pictures", data.PICTURE_TASKS), ("texts", data.TEXT_TASKS)):
-        if set(tasks) <= set(values[0].accuracy):
-            means = [statistics.mean(one.accuracy[task] for task in tasks) for one in values]
-            row(f"mean of {name}", [f"{one:.3f}" for one in means])
-    row("same answer as vanilla", [f"{one.agreement:.3f}" for one in values], end=True)
-    for name, metric in METRICS.items():
-        last = name == list(METRICS)[-1]
-        row(metric.title, [format(one.loads[name], metric.form) for one in values], end=last)
-    row("MoE layer, ms", [f"{one.layer_ms:.1f}" for one in values])
-    row("time / vanilla", [f"{one.time_ratio:.2f}" for one in values])
-    for name, cells in (further or {}).items():
-        row(name, cells)
-    return table
 
 
 def describe_run(arguments: argparse.Namespace, engine: str, share: int) -> str:

@@ -29,7 +29,7 @@ TRAINING = {"train_micro_batch_size_per_gpu": 1}
 AUTOEP = {"expert_parallel": {"enabled": True, "autoep_size": 1}}
 
 
-TOPOLOGY = deepspeed_macs.inference._topology
+TOPOLOGY = deepspeed_macs.layers.topology_of
 
 
 def kinds_of(model: nn.Module) -> set[str]:
@@ -153,14 +153,14 @@ def refused(kind: str) -> None:
         if kind == "expanded drop, folded":
             layer.folding_group_handles = types.SimpleNamespace(spec=types.SimpleNamespace(tp_size=2))
             layer.ep_size = 2
-            deepspeed_macs.inference._topology = lambda *_: macs.Topology(8, 2)
+            deepspeed_macs.layers.topology_of = lambda *_: macs.Topology(8, 2)
         if kind == "somebody's own layer":
             layer.__class__ = type("Own", (AutoEPMoELayer,), {})
         try:
             policy = "expanded-drop" if kind == "expanded drop, folded" else "macs"
             deepspeed_macs.add_macs(engine.module, {"modality": "manual", "policy": policy})
         finally:
-            deepspeed_macs.inference._topology = TOPOLOGY
+            deepspeed_macs.layers.topology_of = TOPOLOGY
             hooks = engine.module._forward_pre_hooks.values()
             assert not any(isinstance(getattr(h, "__self__", None), ModalityHook) for h in hooks)
     if kind == "MACS twice":

@@ -40,3 +40,10 @@ def test_a_section_that_fails_or_hangs_costs_no_other():
     assert not found["ok"] and "KeyError" in found["error"]
     found = gpu_check.checked("environment", True, 0.01)
     assert not found["ok"] and "no answer in 0.01 s" in found["error"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_ends_at_once(capsys):
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main([])
+    assert end.value.code == 2 and "found no GPU that torch can use, expected one" in capsys.readouterr().err

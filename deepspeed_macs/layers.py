@@ -1,0 +1,171 @@
+"""One MoE layer of DeepSpeed as MACS sees it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.module_inject.auto_ep_comm import DEEPEP_BACKEND
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.sharded_moe import MOELayer
+from deepspeed.runtime.zero.utils import is_zero_param
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from macs.adapters import (
+    LayerAdapter,
+    LayerRuntime,
+    MACSConfig,
+    Runtime,
+    TokenShard,
+    Topology,
+    Unsupported,
+    policy_of,
+    source_index_of,
+)
+
+from .autoep import folded_size
+
+
+class DeepSpeedAdapter(LayerAdapter):
+    """``LayerAdapter`` of a layer of DeepSpeed.
+
+    weight: the router's. same_tokens: ranks of the expert-parallel group that hold the same tokens, and must
+    make the same plan. blind: why visual tokens cannot be found, if so.
+    """
+
+    def __init__(
+        self, layer: Any, weight: nn.Parameter, same_tokens: int, blind: str | None, topology: Topology
+    ) -> None:
+        super().__init__(topology, self.k_of(layer), layer.ep_group if layer.ep_size > 1 else None)
+        self.layer = layer
+        self.same_tokens = same_tokens
+        self.blind = blind
+        self._source_index: int | None = None
+        self._weight = weight
+        # ZeRO-3 keeps a part of the rows on each rank, and putting them together within a forward pass would
+        # disturb its own fetching: they are copied now, on all ranks together.
+        self._rows = _gathered(weight) if is_zero_param(weight) else None
+        if isinstance(self.group, torch.distributed.ProcessGroup):
+            members = torch.distributed.get_process_group_ranks(self.group)
+            self._source_index = source_index_of(members, torch.distributed.get_rank(), same_tokens)
+
+    @staticmethod
+    def k_of(layer: Any) -> int:
+        """How many experts a token of the layer has."""
+        raise NotImplementedError
+
+    def router_weight(self) -> Tensor:
+        return self._weight if self._rows is None else self._rows
+
+    def refetch(self) -> None:
+        """Fetch the rows anew where ZeRO-3 keeps them in parts."""
+        if self._rows is not None:
+            with torch.inference_mode():
+                self._rows.copy_(_gathered(self._weight))
+
+    def token_shard(self) -> TokenShard:
+        return TokenShard(source_index=self._source_index)
+
+    def unsupported(self) -> Unsupported:
+        """Visual tokens must be found, and ranks with the same tokens must make the same plan."""
+        modality, added = None, None
+        if self.blind is not None:
+            modality = (
+                f"the visual tokens cannot be found ({self.blind}). Give image_token_id, or set "
+                '"modality": "text" for a model that has nothing else, or "manual" and macs.modality(mask) '
+                "around every forward pass"
+            )
+        if self.same_tokens > 1:
+            added = (
+                f"the expert-parallel group holds {self.same_tokens} tensor-parallel ranks with the same "
+                "tokens, which would add other experts of their own"
+            )
+        return Unsupported(added, modality)
+
+
+class GateAdapter(DeepSpeedAdapter):
+    """Of ``deepspeed.moe.layer.MoE``."""
+
+    @staticmethod
+    def k_of(layer: Any) -> int:
+        return layer.gate.k
+
+    def advice(self, policy: str, config: MACSConfig) -> list[str]:
+        """The layer computes as many rows for every expert as the fullest one has."""
+        advice, row = [], policy_of(policy)
+        if self.layer.gate.drop_tokens:
+            advice.append(
+                "MACS: while it is on, deepspeed.moe.layer.MoE drops by its plan alone; drop_tokens and "
+                "eval_capacity_factor have no effect"
+            )
+        chosen = row.configured(config)
+        if row.plans and (chosen.level == "rank" or chosen.capacity_factor is None):
+            advice.append(
+                "MACS: deepspeed.moe.layer.MoE computes as many rows for every expert as the fullest one "
+                "has: a capacity of a rank (level = rank, rank-balanced) and target_load do not shorten its "
+                "steps; use policy = padded with a capacity_factor"
+            )
+        return advice
+
+
+class AutoEPAdapter(DeepSpeedAdapter):
+    """Of AutoEP."""
+
+    @staticmethod
+    def k_of(layer: Any) -> int:
+        return layer.top_k
+
+    def unsupported(self) -> Unsupported:
+        """DeepEP's buffers hold k assignments a token."""
+        unsupported, layer = super().unsupported(), self.layer
+        if (
+            unsupported.added_assignments is None
+            and layer.comm_backend == DEEPEP_BACKEND
+            and layer.ep_size > 1
+        ):
+            why = (
+                f"the buffers of expert_parallel.comm_backend = 'deepep' hold {layer.top_k} assignments a "
+                "token; use comm_backend = 'comm'"
+            )
+            return replace(unsupported, added_assignments=why)
+        return unsupported
+
+
+def _gathered(weight: nn.Parameter) -> Tensor:
+    """A copy of the whole of a weight that ZeRO-3 keeps in parts."""
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()
+
+
+class LeftLayer:
+    """A hook at the end of ``MOELayer``, whose collectives come after its gate."""
+
+    def __init__(self, macs: LayerRuntime) -> None:
+        self.macs = macs
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.macs.left()
+
+
+def topology_of(num_experts: int, ranks: int, group: Any) -> Topology:
+    own = dist.get_rank(group=group) if ranks > 1 else 0
+    return Topology(num_experts, ranks, sources=(own,))
+
+
+def add_gate(runtime: Runtime, layer: MOELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
+    if groups._get_expert_model_parallel_world_size() > 1:
+        same_tokens = 1  # then the group has one rank of every tensor-parallel group
+    ranks = layer.ep_size
+    topology = topology_of(ranks * layer.num_local_experts, ranks, layer.ep_group)
+    adapter = GateAdapter(layer, layer.gate.wg.weight, same_tokens if ranks > 1 else 1, blind, topology)
+    return runtime.add_layer(adapter)
+
+
+def add_autoep(runtime: Runtime, layer: AutoEPMoELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
+    same_tokens = max(same_tokens, folded_size(layer)) if layer.ep_size > 1 else 1
+    topology = topology_of(layer.num_experts, layer.ep_size, layer.ep_group)
+    return runtime.add_layer(AutoEPAdapter(layer, layer.router.gate.weight, same_tokens, blind, topology))
