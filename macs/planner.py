@@ -7,7 +7,7 @@ R ranks, P pools.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from .config import MACSConfig
 from .policies import Policy, policy_of
 from .routing import Plan, PlanStatistics
 from .steps.admission import admit
+from .steps.bounds import GroupField, group_rows
 from .steps.capacity import measure_capacities
 from .steps.combine import combine
 from .steps.contracts import (
@@ -43,6 +44,9 @@ from .steps.rerouting import reroute
 from .steps.weighting import WeightRule, semantic_weights
 from .tokens import Tokens
 from .topology import Topology
+
+SumOverGroup = Callable[[Tensor], None]
+"""Adds a tensor of every member of a process group, in place, as an all-reduce does."""
 
 STEPS = ("weights", "demand", "capacities", "admission", "rerouting", "drops", "combine")
 
@@ -140,6 +144,7 @@ class Planner:
         tokens: Tokens | None = None,
         *,
         statistics: bool = True,
+        sum_over_group: SumOverGroup | None = None,
     ) -> Plan:
         """Plan one layer.
 
@@ -150,6 +155,9 @@ class Planner:
             scores: the router's scores of every expert, [T, E] in 0..1, without correction bias.
             tokens: modality, padding and order of the tokens; none: all are text.
             statistics: whether the plan has statistics.
+            sum_over_group: where other processes plan the other sources of a batch. With a ``target_load`` of
+                1 or more it is called once a plan (``shares_bound``), with int64 [4, R]; without it the
+                sources of this process share a bound among themselves.
 
         Returns:
             Where every assignment goes; the router's choice itself for fewer than ``min_tokens`` tokens.
@@ -164,9 +172,37 @@ class Planner:
         with on_device(device):
             if not self.policy.plans or self.bypasses(count, device):
                 return self._unchanged(hidden, routing, tokens, statistics)
-            return self._planned(hidden, routing, tokens, statistics)
+            return self._planned(hidden, routing, tokens, statistics, sum_over_group)
 
-    def _planned(self, hidden: Tensor, routing: Routing, tokens: Tokens, statistics: bool) -> Plan:
+    @property
+    def shares_bound(self) -> bool:
+        """Whether sources lend one another what their bounds leave: for a ``target_load`` of 1 or more."""
+        target = self.config.target_load
+        return self.policy.plans and target is not None and target >= 1
+
+    def no_rows(self, device: torch.device) -> Tensor:
+        """What a process whose step is too small to plan adds in ``sum_over_group``: zeros int64 [4, R]."""
+        return torch.zeros(len(GroupField), self.topology.num_ranks, dtype=torch.int64, device=device)
+
+    def _group_rows(
+        self, counts: Counts, constants: LayerConstants, sum_over_group: SumOverGroup | None
+    ) -> Tensor | None:
+        """``group_rows`` of all sources; none where each keeps to its own bound."""
+        if not self.shares_bound or (sum_over_group is None and len(self.topology.sources) == 1):
+            return None
+        rows = group_rows(counts, constants, self.top_k)
+        if sum_over_group is not None:
+            sum_over_group(rows)
+        return rows
+
+    def _planned(
+        self,
+        hidden: Tensor,
+        routing: Routing,
+        tokens: Tokens,
+        statistics: bool,
+        sum_over_group: SumOverGroup | None,
+    ) -> Plan:
         config, rules, constants = self.config, self._rules, self.constants(hidden.device)
         if config.spare_text:
             tokens = tokens.with_text_exempt()
@@ -178,7 +214,8 @@ class Planner:
         with step("demand"):
             demand = measure_demand(routing, tokens, weights.weight, rules.admission, counts)
         with step("capacities"):
-            capacities = measure_capacities(counts, constants, rules.capacity, self.top_k)
+            group = self._group_rows(counts, constants, sum_over_group)
+            capacities = measure_capacities(counts, constants, rules.capacity, self.top_k, group)
         with step("admission"):
             placement = admit(demand, capacities, constants)
         if config.reroute != "none":

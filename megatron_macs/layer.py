@@ -114,6 +114,10 @@ class MoELayerAdapter(LayerAdapter):
             parts: source_index_of(ranks, dist.get_rank(), size // parts) for parts in {1, size}
         }
 
+    def plans_now(self) -> bool:
+        """A static engine may pad the experts while it decodes, which leaves nothing to plan."""
+        return not self.config.moe_pad_expert_input_to_capacity
+
     def router_weight(self) -> Tensor:
         return self.router.weight
 

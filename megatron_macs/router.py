@@ -34,9 +34,7 @@ class MACSTopKRouter(TopKRouter):
         """Offer logits [S, B, E] or [T, E] to the dispatcher, where it is to plan them."""
         if self.macs is None:
             return
-        # A static engine may pad the experts while it decodes, which leaves nothing to plan.
-        padded = self.config.moe_pad_expert_input_to_capacity
         count = logits.shape[:-1].numel()
-        plans = not self.training and not padded and self.macs.acts_on(count, logits.device)
+        plans = not self.training and self.macs.acts_on(count, logits.device)
         # None also clears what an interrupted forward pass may have left.
         self.macs.offer_logits(logits.flatten(0, -2) if plans else None)

@@ -98,6 +98,10 @@ class LayerAdapter:
     def group(self) -> dist.ProcessGroup | None:
         return self._group.group
 
+    def plans_now(self) -> bool:
+        """Whether the engine can apply a plan in the current pass; alike on every member of the group."""
+        return True
+
     def router_weight(self) -> Tensor:
         """The router's rows [E, D]; called once weights are loaded."""
         raise NotImplementedError

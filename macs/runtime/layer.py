@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import MACSConfig
-from ..planner import Planner, router_similarity
+from ..planner import Planner, SumOverGroup, router_similarity
 from ..policies import policy_of
 from ..records.load import LayerRecorder
 from ..records.tuning import tuned_config
@@ -66,6 +66,14 @@ class LayerRuntime:
         """The comparison of settings with the group's members; none for a process by itself."""
         return self.runtime.consistency_of(self.group)
 
+    @property
+    def _sum_over_group(self) -> SumOverGroup | None:
+        """The all-reduce of the group's members; none for a process by itself."""
+        group = self.group
+        if not isinstance(group, dist.ProcessGroup) or group.size() == 1:
+            return None
+        return lambda rows: dist.all_reduce(rows, group=group)
+
     def reset(self) -> None:
         """Drop the planner and the records."""
         self._planner: Planner | None = None
@@ -99,13 +107,13 @@ class LayerRuntime:
         captured = capturing(device)
         self.graphed |= captured
         if consistency is None or captured:
-            self._count_bypassed(count, device, training)
+            self._bypass(count, device, training)
             yield
             return
         try:
             consistency.refuse_broken()
             consistency.check(self.runtime.settings(training))
-            self._count_bypassed(count, device, training)
+            self._bypass(count, device, training)
             yield
         except RankMismatch:
             raise  # as in ``model_call``
@@ -133,6 +141,8 @@ class LayerRuntime:
         """Whether MACS does anything with a pass over so many tokens on a device. If not, the layer runs as
         the engine's own."""
         runtime = self.runtime
+        if not self.adapter.plans_now():
+            return False
         return runtime.calibrating or (runtime.enabled and not self.planner.bypasses(count, device))
 
     def offer_logits(self, logits: Tensor | None) -> None:
@@ -155,7 +165,15 @@ class LayerRuntime:
         if not runtime.calibrating:
             self.captured |= capturing(hidden.device)
             recorded = runtime.recording or runtime.counters is not None
-            plan = self.planner.plan(hidden, experts, weights, scores, tokens, statistics=recorded)
+            plan = self.planner.plan(
+                hidden,
+                experts,
+                weights,
+                scores,
+                tokens,
+                statistics=recorded,
+                sum_over_group=self._sum_over_group,
+            )
             self._record(plan, hidden.device)
         if self._callbacks or runtime.callbacks:
             event = PlanEvent(self, hidden, experts, weights, scores, tokens, plan)
@@ -177,14 +195,19 @@ class LayerRuntime:
             self.recorder.record(plan.statistics, counters.row(self))
             counters.publish(self)
 
-    def _count_bypassed(self, count: int, device: torch.device, training: bool) -> None:
-        """Count a step that is too small to plan; in a captured graph, too."""
+    def _bypass(self, count: int, device: torch.device, training: bool) -> None:
+        """What a step that is too small to plan does, in a captured graph, too: it is counted, and takes part
+        where other members of the group may plan."""
         runtime, counters = self.runtime, self.runtime.counters
-        if counters is None or training or runtime.calibrating or not runtime.enabled:
+        if training or runtime.calibrating or not (runtime.enabled and self.adapter.plans_now()):
             return
-        if self.planner.bypasses(count, device):
+        if not self.planner.bypasses(count, device):
+            return
+        if counters is not None:
             self._prepare_counters(device)
             counters.bypassed(self)
+        if self.planner.shares_bound and self._sum_over_group is not None:
+            self._sum_over_group(self.planner.no_rows(device))
 
     def _prepare_counters(self, device: torch.device) -> None:
         counters = self.runtime.counters

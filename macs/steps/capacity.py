@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .bounds import row_bound, shared_bound
 from .contracts import Capacities, CapacityRule, Counts, LayerConstants
 from .fixed_point import UNIT
 from .kernels.dispatch import kernels_enabled
@@ -18,15 +19,16 @@ UNBOUNDED = 1 << 62
 
 
 def measure_capacities(
-    counts: Counts, constants: LayerConstants, rule: CapacityRule, top_k: int
+    counts: Counts, constants: LayerConstants, rule: CapacityRule, top_k: int, group: Tensor | None = None
 ) -> Capacities:
     """Capacity of every pool and, where rows have a separate bound, of every rank.
 
     Args:
         counts: tokens, weights, rows and costs by source.
         constants: ``target_load``, and the pool and rank of each expert.
-        rule: how capacities follow from them; ``rows_only``: the ``row_bound`` is the capacity.
+        rule: how capacities follow from them; ``rows_only``: the bound on rows is the capacity.
         top_k: k.
+        group: ``group_rows`` of all sources, int64 [4, R]; none: each source keeps to its own bound.
 
     Returns:
         The capacities. A source with fewer than ``min_tokens`` valid tokens does not plan and is unbounded.
@@ -34,10 +36,14 @@ def measure_capacities(
     if kernels_enabled(counts.device):
         from .kernels import capacity as kernels
 
-        return kernels.measure_capacities(counts, constants, rule, top_k)
+        return kernels.measure_capacities(counts, constants, rule, top_k, group)
     active = counts.tokens >= constants.min_tokens
     idle = ~active[:, None]
-    rows = row_bound(counts.tokens, constants, top_k) if rule.bounded else None
+    rows = None
+    if rule.bounded and group is not None:
+        rows = shared_bound(counts, constants, group, top_k)
+    elif rule.bounded:
+        rows = row_bound(counts.tokens, constants, top_k)
     if rows is not None and rule.rows_only:
         return Capacities((rows * UNIT).masked_fill_(idle, UNBOUNDED), None, active, True)
     pools = pool_capacity(counts, constants, rule, top_k, rows).masked_fill_(idle, UNBOUNDED)
@@ -83,27 +89,6 @@ def pool_capacity(
     base = torch.minimum((share - 1e-9).ceil(), 1024.0 * everything).long()
     capacity = torch.minimum(base * pooled // members, everything * UNIT)
     return capacity.clamp(min=round(rule.floor * UNIT))
-
-
-def row_bound(tokens: Tensor, constants: LayerConstants, top_k: int) -> Tensor:
-    """Rows that a rank may compute under ``target_load``: int64 [S, R].
-
-    tokens int64 [S]: valid tokens of each source. The bound is floor(target T k / R) where that covers the
-    even share T k / R rounded up, so that an even routing loses nothing. A target of 1 or more may round to
-    less where a source is small. If every source then rounded up, the group would exceed the target.
-    So a source gives one row beyond floor(T k / R) to floor(target T k) - R floor(T k / R) ranks, from rank
-    ``source_index`` times as many on. With equally large sources the extra rows are spread evenly and the
-    group keeps to the target. With uneven ones the worst case is the sum of T k / R rounded up.
-    """
-    ranks, target = constants.ranks, constants.target_load
-    total = (tokens * top_k).double()[:, None]
-    even = total / ranks
-    least = even.floor()
-    bound = (even * target).floor()
-    extra = (total * target).floor() - ranks * least
-    turn = torch.arange(ranks, device=total.device) - constants.source_index[:, None] * extra
-    rounded = least + (turn.remainder(ranks) < extra)
-    return torch.where((bound < even.ceil()) & (target >= 1), rounded, bound).long()
 
 
 def max_capacity_factors(counts: Counts, constants: LayerConstants, even: Tensor, bound: Tensor) -> Tensor:

@@ -27,8 +27,10 @@ def planner_of(case, **changes):
     )
 
 
-def plan_of(case, **changes):
-    return planner_of(case, **changes).plan(case.hidden, case.experts, case.weights, case.scores, case.tokens)
+def plan_of(case, sum_over_group=None, **changes):
+    return planner_of(case, **changes).plan(
+        case.hidden, case.experts, case.weights, case.scores, case.tokens, sum_over_group=sum_over_group
+    )
 
 
 def weights_of(case):
@@ -47,6 +49,25 @@ def row_limits(target, assignments, ranks, index):
     return room
 
 
+def shared_limits(target, own, asked, tokens, top_k, ranks):
+    """The same for sources that share a bound: own [S][R] rows of each by itself, asked [S][R], tokens [S]"""
+    shared = [list(row) for row in own]
+    for rank in range(ranks):
+        over = [max(ask[rank] - row[rank], 0) for ask, row in zip(asked, own, strict=True)]
+        free = [max(row[rank] - ask[rank], 0) for ask, row in zip(asked, own, strict=True)]
+        even = Fraction(sum(tokens) * top_k, ranks)
+        whole = max(math.floor(sum(tokens) * top_k / ranks * target), math.ceil(even))
+        spare = max(sum(free), whole - sum(ask[rank] for ask in asked) + sum(over))
+        for source in range(len(own)):
+            if over[source]:
+                part = Fraction(over[source] * spare, sum(over))
+                shared[source][rank] += min(over[source], math.floor(part))
+            elif sum(free):
+                part = Fraction(free[source] * min(sum(over), sum(free)), sum(free))
+                shared[source][rank] -= math.ceil(part)
+    return shared
+
+
 def limits(case, weight):
     """Capacities of pools and rows of ranks, by source, and who plans: from checked parts."""
     tokens, topology, config = case.tokens, case.topology, case.config
@@ -61,6 +82,15 @@ def limits(case, weight):
         assignments = (counts.tokens * case.top_k).tolist()
         pairs = zip(assignments, topology.source_index, strict=True)
         rows = [row_limits(config.target_load, count, ranks, index) for count, index in pairs]
+        active = counts.tokens >= config.least_tokens("cpu")
+        if config.target_load >= 1 and len(rows) > 1:
+            home = torch.tensor(topology.expert_rank)
+            asked = counts.rows.new_zeros(len(rows), ranks).index_add(1, home, counts.rows)
+            chosen = active.nonzero()[:, 0].tolist()
+            several = [[one[s] for s in chosen] for one in (rows, asked.tolist(), counts.tokens.tolist())]
+            shared = shared_limits(config.target_load, *several, case.top_k, ranks)
+            for s, row in zip(chosen, shared, strict=True):
+                rows[s] = row
     bound = None if rows is None else torch.tensor(rows)
     pools = pool_capacity(counts, constants, planner._rules.capacity, case.top_k, bound).tolist()
     if rows is not None and planner._rules.capacity.rows_only:
@@ -270,34 +300,54 @@ def test_text_alone_gives_count_based_capacity(case):
             assert sorted(best) == [t for t in mine if j in plan.experts[t].tolist()]
 
 
+def alone(case, s, rank):
+    """The tokens of source ``s`` in a process of their own, and which rows they are."""
+    rows = (case.tokens.source == s).nonzero()[:, 0]
+    tokens = Tokens(**{name: value[rows] for name, value in vars(case.tokens).items()})
+    place = tokens.position.argsort().argsort()
+    tokens = replace(tokens, source=torch.zeros_like(tokens.source), position=place)
+    own = {name: getattr(case, name)[rows] for name in ("hidden", "experts", "weights", "scores")}
+    topology = replace(case.topology, sources=(rank,), source_index=())
+    return replace(case, topology=topology, tokens=tokens, **own), rows
+
+
 @given(routings(config=configs(), policy=policies()))
 def test_sources_in_one_process_are_as_many_processes(case):
-    """Each source planned alone plans the same."""
+    """Each source planned alone plans the same, where they add up their rows as a group does."""
+    if len(case.topology.sources) == 1:
+        return  # by itself a source keeps to its own bound
     whole = plan_of(case)
-    for s, rank in enumerate(case.topology.sources):
-        rows = (case.tokens.source == s).nonzero()[:, 0]
-        tokens = Tokens(**{name: value[rows] for name, value in vars(case.tokens).items()})
-        tokens = replace(
-            tokens,
-            source=torch.zeros_like(tokens.source),
-            position=tokens.position.argsort().argsort(),
-        )
-        topology = replace(case.topology, sources=(rank,), source_index=())
-        alone = replace(
-            case,
-            topology=topology,
-            hidden=case.hidden[rows],
-            experts=case.experts[rows],
-            weights=case.weights[rows],
-            scores=case.scores[rows],
-            tokens=tokens,
-        )
-        config = case.config
-        if len(rows) < config.least_tokens("cpu"):
-            continue  # left alone, padding and all, without a look
-        plan = plan_of(replace(alone, config=config))
+    each = [alone(case, s, rank) for s, rank in enumerate(case.topology.sources)]
+    # Fewer are left alone, padding and all, without a look.
+    each = [(one, rows) for one, rows in each if len(rows) >= case.config.least_tokens("cpu")]
+    total = []
+    for one, _ in each:
+        plan_of(one, sum_over_group=lambda rows: total.append(rows.clone()))
+    for one, rows in each:
+        plan = plan_of(one, sum_over_group=lambda rows: rows.copy_(sum(total)))
         assert torch.equal(plan.experts, whole.experts[rows])
         assert torch.equal(plan.weights, whole.weights[rows])
+
+
+@given(routings(config=configs(target_load=1.0, min_tokens=0), policy=policies(), exempt=False))
+def test_a_group_within_its_bound_loses_nothing(case):
+    """Whatever the single sources have; and no group is above its own bound, or the sum of its sources'."""
+    assume(len(case.topology.sources) > 1)
+    plan = plan_of(case)
+    ranks, valid = case.topology.num_ranks, int(case.tokens.valid.sum())
+    home = torch.tensor(case.topology.expert_rank)
+    before, after = (
+        torch.zeros(ranks, dtype=torch.int64).index_add(0, home, getattr(plan.statistics, name))
+        for name in ("load_before", "load_after")
+    )
+    even = math.ceil(Fraction(valid * case.top_k, ranks))
+    if int(before.max()) <= even:
+        assert torch.equal(plan.experts, case.experts)
+    counts = case.tokens.source[case.tokens.valid].bincount(minlength=len(case.topology.sources)) * case.top_k
+    pairs = zip(counts.tolist(), case.topology.source_index, strict=True)
+    own = torch.tensor([row_limits(1.0, count, ranks, index) for count, index in pairs]).sum(0)
+    if case.config.max_drop is None:
+        assert bool((after <= own.clamp(min=even)).all())
 
 
 @given(routings(config=configs(), policy=policies(), exempt=False))

@@ -10,7 +10,7 @@ from support.cases import build_policy
 
 from macs import MACSConfig, Planner, Topology
 from macs.adapters import source_index_of
-from macs.steps.capacity import row_bound
+from macs.steps.bounds import row_bound
 from macs.steps.scoring import candidate_scores, enabled_experts
 
 OUT = [-math.inf, -1e4, torch.finfo(torch.float32).min, -1.5]

@@ -41,12 +41,12 @@ def on_deepspeed(job):
     """Run a job with DeepSpeed on the worker's process group, and forget its groups afterwards."""
 
     @functools.wraps(job)
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **named: Any) -> Any:
         os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as a launcher would
         deepspeed.init_distributed("gloo", dist_init_required=False, verbose=False)
         try:
             with torch.inference_mode():
-                return job(*arguments)
+                return job(*arguments, **named)
         finally:
             del os.environ["LOCAL_RANK"]
             forget_groups()

@@ -36,14 +36,14 @@ def on_megatron(job):
     """Run a job with Megatron's parallel state, every rank an expert-parallel rank, on the CPU."""
 
     @functools.wraps(job)
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **named: Any) -> Any:
         with cpu_engine():
             parallel_state.initialize_model_parallel(
                 expert_model_parallel_size=dist.get_world_size(), distributed_timeout_minutes=1
             )
             try:
                 with torch.inference_mode():
-                    return job(*arguments)
+                    return job(*arguments, **named)
             finally:
                 parallel_state.destroy_model_parallel()
                 leave_inference_mode()

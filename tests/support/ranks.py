@@ -19,7 +19,9 @@ def on_ranks(world: int, **options: Any) -> Callable[[Callable[..., Any]], Calla
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(body)
         def test(pool: Any, **arguments: Any) -> None:
-            pool.run(run_body, world, inspect.getfile(body), body.__name__, arguments, **options)
+            pool.run(
+                run_body, world, inspect.getfile(inspect.unwrap(body)), body.__name__, arguments, **options
+            )
 
         names = ["pool", *inspect.signature(body).parameters]
         kind = inspect.Parameter.KEYWORD_ONLY

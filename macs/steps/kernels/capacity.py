@@ -4,6 +4,7 @@ Equal but for float64 sums of slopes, which are added in another order and round
 
     by_source                       int64   [3, S]  tokens, weights, visual weights
     source_index                    int64   [S]
+    group                           int64   [4, R]  ``GroupField``; read where SHARED
     target                          float64 [1]     target_load
     cost, rows                      int64   [S, E]
     modality_bias                   float64 [E]
@@ -18,15 +19,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..capacity import UNBOUNDED
 from ..contracts import Capacities, CapacityRule, Counts, LayerConstants
 from ..fixed_point import UNIT
+from .bounds import row_bound, rows_of_ranks, shared_bound
 from .shared import power_of_2, rint
 
 
 def measure_capacities(
-    counts: Counts, constants: LayerConstants, rule: CapacityRule, top_k: int
+    counts: Counts, constants: LayerConstants, rule: CapacityRule, top_k: int, group: Tensor | None = None
 ) -> Capacities:
     """One launch, a program a source."""
     sources, num_experts = counts.rows.shape
@@ -36,12 +39,18 @@ def measure_capacities(
     rows = (
         torch.empty(sources, constants.ranks, dtype=torch.int64, device=counts.device) if separate else pools
     )
-    limits = {"FREE": UNBOUNDED, "UNIT": UNIT, "RANKS": power_of_2(constants.ranks)}
-    bound = constants.source_index, constants.target_load
+    limits = {
+        "SHARED": group is not None,
+        "FREE": UNBOUNDED,
+        "UNIT": UNIT,
+        "RANKS": power_of_2(constants.ranks),
+    }
+    bound = constants.source_index, constants.target_load, counts.by_source if group is None else group
     if rule.bounded and rule.rows_only:
         _rank_capacities[(sources,)](
-            counts.by_source, *bound, pools, active, top_k, constants.ranks, constants.min_tokens, **limits
-        )
+            counts.by_source, *bound, counts.rows, constants.rank_of_expert, pools, active,
+            top_k, num_experts, constants.ranks, constants.min_tokens, **limits
+        )  # fmt: skip
         return Capacities(pools, None, active, True)
     _pool_capacities[(sources,)](
         counts.by_source, *bound, counts.cost, counts.rows,
@@ -56,23 +65,6 @@ def measure_capacities(
 
 
 @triton.jit
-def _row_bound(valid, source_index, target, rank, top_k, ranks):
-    """Rows of each of these ranks, for a source's valid tokens."""
-    target = tl.load(target)
-    rows = valid * top_k
-    total = rows.to(tl.float64)
-    even = total / tl.full((), ranks, tl.float64)
-    least = rows // ranks
-    whole = (rows + ranks - 1) // ranks
-    extra = tl.floor(total * target).to(tl.int64) - ranks * least
-    turn = (rank - tl.load(source_index + tl.program_id(0)) * extra) % ranks
-    turn = tl.where(turn < 0, turn + ranks, turn)
-    rounded = least + (turn < extra).to(tl.int64)
-    bound = tl.floor(even * target).to(tl.int64)
-    return tl.where((bound < whole) & (target >= 1), rounded, bound)
-
-
-@triton.jit
 def _source(by_source, active, min_tokens):
     """A program's source, its valid tokens, and whether it plans, which is stored."""
     source = tl.program_id(0)
@@ -84,29 +76,39 @@ def _source(by_source, active, min_tokens):
 
 @triton.jit
 def _rank_capacities(
-    by_source, source_index, target, capacity, active, top_k, ranks, min_tokens,
-    FREE: tl.constexpr, UNIT: tl.constexpr, RANKS: tl.constexpr,
+    by_source, source_index, target, group, rows, rank_of_expert, capacity, active,
+    top_k, num_experts, ranks, min_tokens,
+    SHARED: tl.constexpr, FREE: tl.constexpr, UNIT: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     source, valid, plans = _source(by_source, active, min_tokens)
     rank = tl.arange(0, RANKS)
-    bound = _row_bound(valid, source_index, target, rank, top_k, ranks)
+    target = tl.load(target)
+    bound = row_bound(valid, tl.load(source_index + source), target, rank, top_k, ranks)
+    if SHARED:
+        asked = rows_of_ranks(rows + source * num_experts, rank_of_expert, rank, num_experts)
+        bound = shared_bound(bound, asked, group, target, rank, top_k, ranks)
     bound = tl.where(plans, bound * UNIT, tl.full((), FREE, tl.int64))
     tl.store(capacity + source * ranks + rank, bound, mask=rank < ranks)
 
 
 @triton.jit
 def _pool_capacities(
-    by_source, source_index, target, cost, rows, modality_bias, pool_of_expert, rank_of_expert,
+    by_source, source_index, target, group, cost, rows, modality_bias, pool_of_expert, rank_of_expert,
     capacity, row_capacity, active, top_k, num_experts, sources, pools, ranks, min_tokens,
     RHO: tl.constexpr, GAMMA: tl.constexpr, LEAST: tl.constexpr,
     BY_WEIGHT: tl.constexpr, BOUNDED: tl.constexpr, POOLS: tl.constexpr,
-    FREE: tl.constexpr, UNIT: tl.constexpr, RANKS: tl.constexpr,
+    SHARED: tl.constexpr, FREE: tl.constexpr, UNIT: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     source, valid, plans = _source(by_source, active, min_tokens)
     free = tl.full((), FREE, tl.int64)
     if BOUNDED:
         each = tl.arange(0, RANKS)
-        most_rows = _row_bound(valid, source_index, target, each, top_k, ranks)
+        target = tl.load(target)
+        index = tl.load(source_index + source)
+        most_rows = row_bound(valid, index, target, each, top_k, ranks)
+        if SHARED:
+            sent = rows_of_ranks(rows + source * num_experts, rank_of_expert, each, num_experts)
+            most_rows = shared_bound(most_rows, sent, group, target, each, top_k, ranks)
         tl.store(row_capacity + source * ranks + each, tl.where(plans, most_rows, free), mask=each < ranks)
     pool = tl.arange(0, POOLS)
     total_weight = tl.load(by_source + sources + source)
@@ -115,7 +117,8 @@ def _pool_capacities(
     lean = tl.full((), RHO, tl.float64) * (ratio - 0.5)
 
     members, pooled = tl.zeros([POOLS], tl.int64), tl.zeros([POOLS], tl.int64)
-    price, asked, rank = tl.zeros([POOLS], tl.int64), tl.zeros([POOLS], tl.int64), tl.zeros([POOLS], tl.int64)
+    price, asked = tl.zeros([POOLS], tl.int64), tl.zeros([POOLS], tl.int64)
+    rank = tl.zeros([POOLS], tl.int64)
     for expert in range(num_experts):
         mine = pool == tl.load(pool_of_expert + expert)
         factor = rint((1 + lean * tl.load(modality_bias + expert)) * UNIT).to(tl.int64)
@@ -137,7 +140,15 @@ def _pool_capacities(
         want = asked.to(tl.float64)
         slope = tl.where(asked > 0, want / tl.maximum(full, 1e-12), 0.0)
         best, total = tl.zeros([POOLS], tl.float64), tl.zeros([POOLS], tl.float64)
-        limit = _row_bound(valid, source_index, target, rank, top_k, ranks).to(tl.float64)
+        limit = row_bound(valid, index, target, rank, top_k, ranks)
+        if SHARED:
+            of_rank = tl.zeros([POOLS], tl.int64)
+            for one in range(pools):
+                taken = pool == one
+                peers = real & (rank == tl.sum(tl.where(taken, rank, 0), 0))
+                of_rank += tl.where(peers, tl.sum(tl.where(taken, asked, 0), 0), 0)
+            limit = shared_bound(limit, of_rank, group, target, rank, top_k, ranks)
+        limit = limit.to(tl.float64)
         for one in range(pools):
             here = pool == one
             own = tl.sum(tl.where(here, full, 0.0), 0)

@@ -10,12 +10,12 @@ from support import reference
 from support.cases import configs, policies, routings
 from support.kernels import DEVICE, both, generator, kernel_test, same
 
+from macs.steps.bounds import group_rows, row_bound
 from macs.steps.capacity import (
     effective_visual_ratio,
     max_capacity_factors,
     measure_capacities,
     pool_capacity,
-    row_bound,
 )
 from macs.steps.contracts import AdmissionRule, CapacityRule, Counts, LayerConstants, Routing
 from macs.steps.demand import measure_demand
@@ -157,6 +157,28 @@ def test_kernel_of_the_bound_on_rows(ranks, target):
     for form in (rule(rows_only=True), rule(1.0)):
         found, expected, *_ = both(measure_capacities, counts, constants, form, 3)
         assert same(found, expected) and found.active.tolist() == [False, False, True, True, True]
+
+
+@kernel_test
+@pytest.mark.parametrize(("experts", "ranks"), [(6, 3), (64, 64), (5, 1)])
+@pytest.mark.parametrize("target", [1.0, 1.05, 0.7])
+@pytest.mark.parametrize("level", ["expert", "rank"])
+def test_kernel_of_the_shared_bound(experts, ranks, target, level):
+    """Of sources that borrow, lend, do not plan, and have no tokens."""
+    random = generator(experts, ranks)
+    rank = torch.randperm(experts, generator=random).remainder(ranks)
+    pool = rank if level == "rank" else None
+    constants = constants_of(rank, pool, source_index=(0, 5, 2, 1), min_tokens=70, target=target)
+    tokens = torch.tensor([0, 30, 1000, 7000])
+    rows = torch.rand(4, experts, generator=random).square() * tokens[:, None] * 6 / experts
+    counts = counts_of(tokens, 5, rows=rows.long())
+    group, reference, *_ = both(group_rows, counts, constants, 3)
+    assert torch.equal(group, reference) and group[3].tolist() == [8000] * ranks
+    for more in (0, 400):  # rows that other processes lend
+        group = reference + torch.tensor([0, 0, more, more], device=reference.device)[:, None]
+        for form in (rule(rows_only=True), rule()) if level == "rank" else (rule(),):
+            found, expected, *_ = both(measure_capacities, counts, constants, form, 3, group)
+            assert same(found, expected)
 
 
 @kernel_test
