@@ -20,11 +20,9 @@ from macs.adapters import (
     LayerRuntime,
     MACSConfig,
     Runtime,
-    TokenShard,
     Topology,
     Unsupported,
     policy_of,
-    source_index_of,
 )
 
 from .autoep import folded_size
@@ -44,14 +42,10 @@ class DeepSpeedAdapter(LayerAdapter):
         self.layer = layer
         self.same_tokens = same_tokens
         self.blind = blind
-        self._source_index: int | None = None
         self._weight = weight
         # ZeRO-3 keeps a part of the rows on each rank, and putting them together within a forward pass would
         # disturb its own fetching: they are copied now, on all ranks together.
         self._rows = _gathered(weight) if is_zero_param(weight) else None
-        if isinstance(self.group, torch.distributed.ProcessGroup):
-            members = torch.distributed.get_process_group_ranks(self.group)
-            self._source_index = source_index_of(members, torch.distributed.get_rank(), same_tokens)
 
     @staticmethod
     def k_of(layer: Any) -> int:
@@ -66,9 +60,6 @@ class DeepSpeedAdapter(LayerAdapter):
         if self._rows is not None:
             with torch.inference_mode():
                 self._rows.copy_(_gathered(self._weight))
-
-    def token_shard(self) -> TokenShard:
-        return TokenShard(source_index=self._source_index)
 
     def unsupported(self) -> Unsupported:
         """Visual tokens must be found, and ranks with the same tokens must make the same plan."""

@@ -5,7 +5,7 @@ from .files import read_mapping
 from .policies import policy_of
 from .records.load import LayerReport, summarized
 from .routing import Plan
-from .runtime.adapter import LayerAdapter, TokenShard, Unsupported, source_index_of
+from .runtime.adapter import LayerAdapter, TokenShard, Unsupported
 from .runtime.calls import CallReader, real_keys
 from .runtime.hooks import (
     ModalityHook,
@@ -69,7 +69,6 @@ __all__ = [
     "real_keys",
     "routing_from_map",
     "run_script",
-    "source_index_of",
     "summarized",
     "token_modality_of",
 ]

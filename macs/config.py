@@ -34,7 +34,7 @@ TARGET_LOAD = 1.05
 BOUNDS = ("target_load", "max_kl", "capacity_factor")
 """Settings that bound the load, of which one is given."""
 
-MIN_TOKENS = {"cpu": 64, "gpu": 1024}
+MIN_TOKENS = {"cpu": 64, "gpu": 1280}
 """Tokens of a rank below which a plan costs more than it saves. On a GPU: the break-even of an eager plan for
 Qwen3-VL-30B-A3B's layers over 8 ranks with a load of 1.2, at stated costs of an H100 (docs/performance.md).
 On a CPU: a decoding batch, not a prompt."""

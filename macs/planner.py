@@ -236,11 +236,12 @@ class Planner:
         weights = functional.pad(routing.weights, (0, added))
         if not statistics:
             return Plan(experts, weights, torch.zeros_like(experts, dtype=torch.bool), None)
-        counts, sources = self._counts(hidden, statistics), self.constants(hidden.device).source_index
+        counts = self._counts(hidden, statistics)
         weight = torch.full_like(tokens.position, UNIT)
         padded = Routing(experts, weights, routing.scores, self.top_k)
         demand = measure_demand(padded, tokens, weight, AdmissionRule("score", False), counts)
-        idle = Capacities(sources[:, None], None, torch.zeros_like(sources, dtype=torch.bool), False)
+        tokens_of = counts.tokens
+        idle = Capacities(tokens_of[:, None], None, torch.zeros_like(tokens_of, dtype=torch.bool), False)
         placement = Placement(experts, idle.pools, None)
         combined = combine(demand, placement, idle, torch.ones_like(tokens.valid), counts)
         return Plan(combined.experts, weights, combined.rerouted, PlanStatistics(counts.record))
@@ -285,7 +286,6 @@ class Planner:
                 affinity=self._affinity(),
                 modality_bias=self._bias.contiguous(),
                 target_load=torch.tensor([target], dtype=torch.float64),
-                source_index=torch.tensor(topology.source_index),
                 local_experts=by_rank[torch.tensor(topology.sources)],
                 pools=topology.num_experts if by_expert else topology.num_ranks,
                 ranks=topology.num_ranks,

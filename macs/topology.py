@@ -14,15 +14,12 @@ class Topology:
     expert_rank: for every expert the rank it lives on; contiguous blocks by default.
     sources: the ranks whose tokens this process plans. One, its own, under expert parallelism;
         several let one process plan what several would (``Tokens.source`` says whose a token is).
-    source_index: position of each source among those that share these experts, equal for
-    sources with the same tokens; their ranks by default. It only staggers how small sources round.
     """
 
     num_experts: int
     num_ranks: int = 1
     expert_rank: tuple[int, ...] = ()
     sources: tuple[int, ...] = (0,)
-    source_index: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_experts < 1 or self.num_ranks < 1:
@@ -40,14 +37,6 @@ class Topology:
         if not self.sources or not all(0 <= rank < self.num_ranks for rank in self.sources):
             raise ValueError(
                 f"topology.sources: found {self.sources}, expected ranks from 0 to {self.num_ranks - 1}"
-            )
-
-        if not self.source_index:
-            object.__setattr__(self, "source_index", self.sources)
-        if len(self.source_index) != len(self.sources) or any(index < 0 for index in self.source_index):
-            raise ValueError(
-                f"topology.source_index: found {self.source_index}, expected {len(self.sources)} "
-                "numbers, one a source"
             )
 
     @property

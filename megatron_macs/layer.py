@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -24,7 +23,6 @@ from macs.adapters import (
     Topology,
     Unsupported,
     current_modality,
-    source_index_of,
 )
 
 from .compat import (
@@ -108,11 +106,6 @@ class MoELayerAdapter(LayerAdapter):
         self.config = config
         self.router = layer.router
         self._replicas = utils.get_pg_rank(pg_collection.tp), utils.get_pg_size(pg_collection.tp)
-        ranks = dist.get_process_group_ranks(group) if utils.get_pg_size(group) > 1 else [dist.get_rank()]
-        size = self._replicas[1]
-        self._source_index = {
-            parts: source_index_of(ranks, dist.get_rank(), size // parts) for parts in {1, size}
-        }
 
     def plans_now(self) -> bool:
         """A static engine may pad the experts while it decodes, which leaves nothing to plan."""
@@ -124,7 +117,7 @@ class MoELayerAdapter(LayerAdapter):
     def token_shard(self) -> TokenShard:
         """Megatron's static engine turns sequence parallelism off when it begins to serve."""
         index, parts = self._replicas if self.config.sequence_parallel else (0, 1)
-        return TokenShard(index, parts, self._source_index[parts])
+        return TokenShard(index, parts)
 
     def unsupported(self) -> Unsupported:
         """Some dispatchers send k assignments a token; tensor-parallel ranks with the same tokens must make

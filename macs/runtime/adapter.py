@@ -23,28 +23,12 @@ from ..topology import Topology
 class TokenShard:
     """Which tokens a process has, of those that share a layer's experts.
 
-    index, parts: under sequence parallelism this process has part ``index`` of every sequence, while masks
-    cover whole ones. source_index: position of the process among those that share the experts, 0, 1, 2, ...,
-    equal for processes with the same tokens; none: its expert-parallel rank.
+    Under sequence parallelism it has part ``index`` of ``parts`` of every sequence, while masks cover whole
+    ones.
     """
 
     index: int = 0
     parts: int = 1
-    source_index: int | None = None
-
-
-def source_index_of(ranks: list[int], rank: int, replicas: int) -> int:
-    """``TokenShard.source_index`` of a rank.
-
-    Args:
-        ranks: the group's global ranks.
-        rank: one of them.
-        replicas: number of neighbours that hold the same tokens, as tensor-parallel ranks do.
-
-    Returns:
-        0 for the first.
-    """
-    return sorted({one // replicas for one in ranks}).index(rank // replicas)
 
 
 @dataclass(frozen=True)

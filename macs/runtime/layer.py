@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +37,6 @@ class LayerRuntime:
         self.topology = topology  # the adapter's, or that of virtual ranks
         self.top_k = adapter.top_k
         self._shard = adapter.token_shard()
-        self._set_source_index()
         self._start()
 
     def _start(self) -> None:
@@ -279,11 +277,6 @@ class LayerRuntime:
 
     # The tokens.
 
-    def _set_source_index(self) -> None:
-        index = self._shard.source_index
-        if index is not None and len(self.topology.sources) == 1:
-            self.topology = replace(self.topology, source_index=(index,))
-
     def tokens(
         self,
         batch: int,
@@ -319,7 +312,6 @@ class LayerRuntime:
         """The engine divides the tokens in another way: the planner has to be made anew."""
         self.check(self.runtime.policy, self.runtime.config)
         self._shard = shard
-        self._set_source_index()
         if self._planner is not None and self.captured:
             raise RuntimeError("sequence parallelism changed after a CUDA graph captured this layer")
         self._planner = None

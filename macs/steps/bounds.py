@@ -19,24 +19,21 @@ from .kernels.dispatch import kernels_enabled
 
 
 def row_bound(tokens: Tensor, constants: LayerConstants, top_k: int) -> Tensor:
-    """Rows that a source may send to a rank under ``target_load`` by itself: int64 [S, R].
+    """Rows that a source may send to a rank by itself, floor(target T k / R): int64 [S, R].
 
-    tokens int64 [S]: valid tokens of each source. The bound is floor(target T k / R) where that covers the
-    even share T k / R rounded up, so that an even routing loses nothing. A target of 1 or more may round to
-    less where a source is small. If every source then rounded up, the group would exceed the target.
-    So a source gives one row beyond floor(T k / R) to floor(target T k) - R floor(T k / R) ranks, from rank
-    ``source_index`` times as many on. With equally large sources the extra rows are spread evenly and the
-    group keeps to the target. With uneven ones the worst case is the sum of T k / R rounded up.
+    tokens int64 [S]: valid tokens of each source. With a target of 1 or more it covers the even share
+    T k / R rounded up, so that an even routing loses nothing.
     """
-    ranks, target = constants.ranks, constants.target_load
-    total = (tokens * top_k).double()[:, None]
-    even = total / ranks
-    least = even.floor()
-    bound = (even * target).floor()
-    extra = (total * target).floor() - ranks * least
-    turn = torch.arange(ranks, device=total.device) - constants.source_index[:, None] * extra
-    rounded = least + (turn.remainder(ranks) < extra)
-    return torch.where((bound < even.ceil()) & (target >= 1), rounded, bound).long()
+    even = (tokens * top_k).double() / constants.ranks
+    bound = (even * constants.target_load).floor()
+    whole = torch.where(constants.target_load >= 1, torch.maximum(bound, even.ceil()), bound)
+    return whole.long()[:, None].expand(-1, constants.ranks)
+
+
+def own_bound(tokens: Tensor, constants: LayerConstants, top_k: int) -> Tensor:
+    """``row_bound`` before rounding up: a source's part of the group's bound, int64 [S, R]."""
+    even = (tokens * top_k).double() / constants.ranks
+    return (even * constants.target_load).floor().long()[:, None].expand(-1, constants.ranks)
 
 
 class GroupField(IntEnum):
@@ -65,7 +62,7 @@ def group_rows(counts: Counts, constants: LayerConstants, top_k: int) -> Tensor:
         return kernels.group_rows(counts, constants, top_k)
     active = (counts.tokens >= constants.min_tokens).long()[:, None]
     rows = rows_of_ranks(counts, constants)
-    left = row_bound(counts.tokens, constants, top_k) - rows
+    left = own_bound(counts.tokens, constants, top_k) - rows
     tokens = counts.tokens[:, None].expand_as(rows)
     each = torch.stack([rows, (-left).clamp(min=0), left.clamp(min=0), tokens])
     return (each * active).sum(1)
@@ -79,21 +76,18 @@ def rows_of_ranks(counts: Counts, constants: LayerConstants) -> Tensor:
 
 def shared_bound(counts: Counts, constants: LayerConstants, group: Tensor, top_k: int) -> Tensor:
     """Rows of each source at each rank, int64 [S, R], under the group's bound; for a target below 1, the
-    source's own (``row_bound``).
+    source's own.
 
-    group int64 [4, R]: ``group_rows`` of all sources. The group's bound is floor(target N k / R) over its N
-    tokens, and covers the even share N k / R rounded up. What it leaves is divided among the sources that are
-    over, in proportion, rounded down; and taken from those that are under, in proportion, rounded up. So a
-    rank within the group's bound drops nothing, and the sources together stay within the larger of the
-    group's bound and the sum of theirs.
+    group int64 [4, R]: ``group_rows`` of all sources. The group's bound is the ``row_bound`` of all their
+    tokens. What it leaves is divided among the sources that are over, in proportion, rounded down; and taken
+    from those that are under, in proportion, rounded up. So a rank within the group's bound drops nothing,
+    and the sources together stay within it.
     """
-    bound = row_bound(counts.tokens, constants, top_k)
-    left = bound - rows_of_ranks(counts, constants)
+    own = own_bound(counts.tokens, constants, top_k)
+    left = own - rows_of_ranks(counts, constants)
     rows, over, under, tokens = group.unbind()
-    even = (tokens * top_k).double() / constants.ranks
-    whole = torch.maximum((even * constants.target_load).floor(), even.ceil()).long()
-    spare = torch.maximum(whole + over - rows, under)
-    borrowed = torch.minimum(-left, -left * spare // over.clamp(min=1))
+    whole = row_bound(tokens[:1], constants, top_k)[0]
+    borrowed = torch.minimum(-left, -left * (whole + over - rows) // over.clamp(min=1))
     lent = (left * torch.minimum(over, under) + under - 1) // under.clamp(min=1)
-    shared = bound + torch.where(left < 0, borrowed, -lent.clamp(min=0))
-    return torch.where(constants.target_load >= 1, shared, bound)
+    shared = own + torch.where(left < 0, borrowed, -lent.clamp(min=0))
+    return torch.where(constants.target_load >= 1, shared, own)

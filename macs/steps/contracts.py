@@ -63,7 +63,6 @@ class LayerConstants:
     affinity: Tensor  # float32 [E, E]: similarity in 0..1, 0 where rerouting is not allowed
     modality_bias: Tensor  # float64 [E]: m_j in -1..1
     target_load: Tensor  # float64 [1]; inf: rows are not bounded
-    source_index: Tensor  # int64 [S]: position of each source among those that share the experts
     local_experts: Tensor  # int64 [S, G]: experts on each source's rank
     pools: int  # P
     ranks: int  # R

@@ -98,6 +98,8 @@ def compile_all() -> dict[str, list[tuple[int, int, int]]]:
         _plan({}, 100, 6, 1, torch.float16)
         _plan({}, 100, 6, 3, sources=(0, 1))
         _plan({}, 2048, 128, 8, ranks=1)
+        _plan({}, 2048, 128, 8, sources=tuple(range(8)), ranks=8)
+        _plan({"target_load": 1.05}, 2048, 128, 8, sources=tuple(range(8)), policy="token-drop", ranks=8)
     return compiled
 
 

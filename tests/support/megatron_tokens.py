@@ -191,8 +191,8 @@ class PacksInside(nn.Module):
         packed = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=16, max_seqlen_kv=16
         )
-        source_index = torch.arange(int(ends[-1]))[None]
-        decoder_input = self.language_model.embedding(input_ids[real][None], source_index)
+        positions = torch.arange(int(ends[-1]))[None]
+        decoder_input = self.language_model.embedding(input_ids[real][None], positions)
         return self.language_model(None, None, None, decoder_input=decoder_input, packed_seq_params=packed)
 
 

@@ -36,6 +36,12 @@ def test_counters_cost_no_launch_of_a_layer():
     assert found.by_step[RECORD] == 1
 
 
+@pytest.mark.parametrize(("target", "more"), [(1.05, 1), (0.9, 0)])
+def test_sharing_a_bound_costs_one_launch_and_an_all_reduce(target, more):
+    found = launches.count("macs", {"target_load": target}, SHAPE, group=True)
+    assert sum(found.by_step[step] for step in (*STEPS, OTHER)) == PLANS["defaults"] + more
+
+
 def test_the_command_shows_them(capsys):
     launches.main(["--shape", "512", "256", "16", "2", "2", "--operators"])
     shown = capsys.readouterr().out

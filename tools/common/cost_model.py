@@ -103,6 +103,12 @@ class CostModel:
         launches = self.launches.get(title, self.launches.get("*", 0))
         return growing + launches * self.launch_ms
 
+    @property
+    def sharing_ms(self) -> float:
+        """Of the all-reduce by which the ranks share a bound (``Planner.shares_bound``), and its kernel: the
+        latency of an exchange."""
+        return self.latency_ms + 2 * self.launch_ms
+
     def expert_ms(self, rows: np.ndarray) -> np.ndarray:
         """Of experts that compute so many rows each, any shape."""
         slope = (self.ms[-1] - self.ms[-2]) / (self.rows[-1] - self.rows[-2])
@@ -239,6 +245,6 @@ def break_even(shape: Shape, ranks: int, load: float, replayed: bool = False) ->
             requested = np.repeat(of_rank / ranks / (shape.experts // ranks), shape.experts // ranks)
             return model.layer(np.tile(requested, (ranks, 1))).total
 
-        if layer_ms(load) - layer_ms(1.05) > model.planning_ms("macs", tokens):
+        if layer_ms(load) - layer_ms(1.05) > model.planning_ms("macs", tokens) + model.sharing_ms:
             return tokens
     return None

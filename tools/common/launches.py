@@ -125,9 +125,10 @@ def count(
     shape: Sequence[int],
     statistics: bool = True,
     counted: bool = False,
+    group: bool = False,
 ) -> Launches:
     """The launches of one plan, for T tokens of size D, E experts, k each, R ranks: shape (T, D, E, k, R);
-    counted: with a row of ``Counters`` beside the record."""
+    counted: with a row of ``Counters`` beside the record; group: among ranks, without their all-reduce."""
     tokens, size, experts, top_k, ranks = shape
     topology = Topology(experts, ranks)
     config = MACSConfig.from_dict(settings).updated(min_tokens=0)  # small shapes too
@@ -149,7 +150,8 @@ def count(
         with launches.step(ADAPTER):
             choice = routing_from_map(chosen, probs, top_k)
             scores = candidate_scores(logits, choice[0], "softmax")
-        planned = planner.plan(hidden, *choice, scores, found, statistics=statistics)
+        named = {"sum_over_group": lambda rows: None} if group else {}
+        planned = planner.plan(hidden, *choice, scores, found, statistics=statistics, **named)
         with launches.step(ADAPTER):
             routing_map, _ = planned.as_map(experts)
             routing_map.sum()

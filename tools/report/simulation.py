@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from macs import Planner, Recording, Topology
+from macs import Modality, Planner, Recording, Topology
 
 from ..common.cost_model import Breakdown, CostModel, captured
 from ..common.workloads import VANILLA, Batch, Contender, Shape, features, replay, stream
@@ -29,10 +29,12 @@ BatchOf = Callable[[int, int], Batch]
 
 @dataclass(frozen=True)
 class Requested:
-    """rows [R, E] that the sources send in a step; mass [3]: combine weight kept, rerouted, dropped."""
+    """rows [R, E] that the sources send in a step; mass [3]: combine weight kept, rerouted, dropped; shared:
+    whether the ranks share a bound."""
 
     rows: np.ndarray
     mass: np.ndarray
+    shared: bool
 
 
 def moves_weights(title: str) -> bool:
@@ -50,26 +52,33 @@ def requested_by(
     sources: int | None = None,
 ) -> dict[str, Requested]:
     """What the ranks send under every policy. At most ``sources`` ranks are planned; the rest repeat them."""
-    rows: dict[str, list[np.ndarray]] = {title: [] for title in chosen}
-    mass = {title: np.zeros(3) for title in chosen}
     planned = ranks if sources is None else min(ranks, sources)
-    for number in range(planned):
-        rank = number * ranks // planned
-        batch = batch_of(step, number)
-        # Features only tell visual tokens apart, and do so with fewer dimensions.
-        hidden = features(batch, min(shape.hidden, 256), step, rank, seed)
-        topology = Topology(shape.experts, ranks, sources=(rank,))
-        for title, contender in chosen.items():
-            planner = Planner(contender.config, topology, shape.top_k, contender.policy)
-            found = planner.plan(hidden, batch.experts, batch.weights, batch.scores, batch.tokens).statistics
-            rows[title].append(found.load_after.numpy())
-            parts = (found.kept_mass, found.rerouted_mass, found.dropped_mass)
-            mass[title] += [float(part) for part in parts]
+    own = [number * ranks // planned for number in range(planned)]
+    batches = [batch_of(step, number) for number in range(planned)]
+    # Features only tell visual tokens apart, and do so with fewer dimensions.
+    size = min(shape.hidden, 256)
+    hidden = torch.cat(
+        [features(batch, size, step, rank, seed) for batch, rank in zip(batches, own, strict=True)]
+    )
+    experts, weights, scores = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("experts", "weights", "scores")
+    )
+    tokens = Modality.of(torch.stack([batch.ids for batch in batches])).batch_major(planned)
+    topology = Topology(shape.experts, ranks, sources=tuple(own))
     planned_by = np.arange(ranks) * planned // ranks
-    return {
-        title: Requested(np.stack(rows[title])[planned_by], mass[title] / mass[title].sum())
-        for title in chosen
-    }
+    found = {}
+    for title, contender in chosen.items():
+        planner = Planner(contender.config, topology, shape.top_k, contender.policy)
+        plan = planner.plan(hidden, experts, weights, scores, tokens)
+        expert = torch.where(plan.experts < 0, shape.experts, plan.experts)
+        cell = expert + (shape.experts + 1) * tokens.source[:, None]
+        rows = torch.bincount(cell.flatten(), minlength=planned * (shape.experts + 1)).view(planned, -1)
+        numbers = plan.statistics
+        mass = np.array(
+            [float(part) for part in (numbers.kept_mass, numbers.rerouted_mass, numbers.dropped_mass)]
+        )
+        found[title] = Requested(rows[planned_by, :-1].numpy(), mass / mass.sum(), planner.shares_bound)
+    return found
 
 
 def simulate(
@@ -101,11 +110,13 @@ def simulate(
 
     rows = []
     for title, one in requested.items():
-        planning = model.planning_ms(title, shape.tokens)
-        saved = planning - captured(model).planning_ms(title, shape.tokens)
+        planning, replayed = (
+            machine.planning_ms(title, shape.tokens) + one.shared * machine.sharing_ms
+            for machine in (model, captured(model))
+        )
         busiest = one.rows.sum(0).reshape(ranks, -1).sum(1).max()
         masses = dict(zip(("kept_mass", "rerouted_mass", "dropped_mass"), one.mass.tolist(), strict=True))
-        rows.append(row(title, model.layer(one.rows, planning), float(busiest), saved) | masses)
+        rows.append(row(title, model.layer(one.rows, planning), float(busiest), planning - replayed) | masses)
     placed: dict[str, Placement] = {}
     if replicas:
         other = requested_by(shape, {VANILLA: chosen[VANILLA]}, batch_of, 1, ranks, seed, sources)

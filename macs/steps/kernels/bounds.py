@@ -26,7 +26,7 @@ def group_rows(counts: Counts, constants: LayerConstants, top_k: int) -> Tensor:
     ranks = constants.ranks
     group = torch.empty(len(GroupField), ranks, dtype=torch.int64, device=counts.device)
     _group_rows[(1,)](
-        counts.by_source, constants.source_index, constants.target_load, counts.rows,
+        counts.by_source, constants.target_load, counts.rows,
         constants.rank_of_expert, group, top_k, num_experts, sources, ranks, constants.min_tokens,
         RANKS=power_of_2(ranks),
     )  # fmt: skip
@@ -34,19 +34,17 @@ def group_rows(counts: Counts, constants: LayerConstants, top_k: int) -> Tensor:
 
 
 @triton.jit
-def row_bound(valid, index, target, rank, top_k, ranks):
-    """Rows of a source at each of these ranks by itself, for its valid tokens and its ``source_index``."""
-    rows = valid * top_k
-    total = rows.to(tl.float64)
-    even = total / tl.full((), ranks, tl.float64)
-    least = rows // ranks
-    whole = (rows + ranks - 1) // ranks
-    extra = tl.floor(total * target).to(tl.int64) - ranks * least
-    turn = (rank - index * extra) % ranks
-    turn = tl.where(turn < 0, turn + ranks, turn)
-    rounded = least + (turn < extra).to(tl.int64)
-    bound = tl.floor(even * target).to(tl.int64)
-    return tl.where((bound < whole) & (target >= 1), rounded, bound)
+def own_bound(tokens, target, top_k, ranks):
+    """A source's part of the group's bound on each rank's rows."""
+    even = (tokens * top_k).to(tl.float64) / tl.full((), ranks, tl.float64)
+    return tl.floor(even * target).to(tl.int64)
+
+
+@triton.jit
+def row_bound(tokens, target, top_k, ranks):
+    """The bound of a source, or of a group, by itself."""
+    bound = own_bound(tokens, target, top_k, ranks)
+    return tl.where(target >= 1, tl.maximum(bound, (tokens * top_k + ranks - 1) // ranks), bound)
 
 
 @triton.jit
@@ -60,26 +58,23 @@ def rows_of_ranks(rows, rank_of_expert, rank, num_experts):
 
 
 @triton.jit
-def shared_bound(bound, asked, group, target, rank, top_k, ranks):
-    """Rows of a source at each of these ranks, whose own bound and assignments there are given."""
+def shared_bound(valid, sent, group, target, rank, top_k, ranks):
+    """Rows of a source at each of these ranks, whose valid tokens and assignments there are given."""
     here = rank < ranks
     rows = tl.load(group + rank, mask=here, other=0)
     over = tl.load(group + ranks + rank, mask=here, other=0)
     under = tl.load(group + 2 * ranks + rank, mask=here, other=0)
-    total = tl.load(group + 3 * ranks + rank, mask=here, other=0) * top_k
-    even = total.to(tl.float64) / tl.full((), ranks, tl.float64)
-    whole = tl.maximum(tl.floor(even * target).to(tl.int64), (total + ranks - 1) // ranks)
-    spare = tl.maximum(whole + over - rows, under)
-    left = bound - asked
-    need, free = tl.maximum(-left, 0), tl.maximum(left, 0)
-    borrowed = tl.minimum(need, need * spare // tl.maximum(over, 1))
-    lent = (free * tl.minimum(over, under) + under - 1) // tl.maximum(under, 1)
-    return tl.where(target >= 1, bound + tl.where(left < 0, borrowed, -tl.maximum(lent, 0)), bound)
+    whole = row_bound(tl.load(group + 3 * ranks), target, top_k, ranks)
+    own = own_bound(valid, target, top_k, ranks)
+    need, free = tl.maximum(sent - own, 0), tl.maximum(own - sent, 0)
+    borrowed = tl.minimum(need, need * tl.maximum(whole + over - rows, 0) // tl.maximum(over, 1))
+    lent = (free * tl.minimum(over, under) + tl.maximum(under - 1, 0)) // tl.maximum(under, 1)
+    return tl.where(target >= 1, own + borrowed - lent, own)
 
 
 @triton.jit
 def _group_rows(
-    by_source, source_index, target, rows, rank_of_expert, group,
+    by_source, target, rows, rank_of_expert, group,
     top_k, num_experts, sources, ranks, min_tokens, RANKS: tl.constexpr,
 ):  # fmt: skip
     rank = tl.arange(0, RANKS)
@@ -88,10 +83,10 @@ def _group_rows(
     under, tokens = tl.zeros([RANKS], tl.int64), tl.zeros([RANKS], tl.int64)
     for source in range(sources):
         valid = tl.load(by_source + source)
-        asked = rows_of_ranks(rows + source * num_experts, rank_of_expert, rank, num_experts)
-        left = row_bound(valid, tl.load(source_index + source), target, rank, top_k, ranks) - asked
+        sent = rows_of_ranks(rows + source * num_experts, rank_of_expert, rank, num_experts)
+        left = own_bound(valid, target, top_k, ranks) - sent
         plans = valid >= min_tokens
-        total += tl.where(plans, asked, 0)
+        total += tl.where(plans, sent, 0)
         over += tl.where(plans, tl.maximum(-left, 0), 0)
         under += tl.where(plans, tl.maximum(left, 0), 0)
         tokens += tl.where(plans, valid, 0)

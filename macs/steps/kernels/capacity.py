@@ -3,7 +3,6 @@
 Equal but for float64 sums of slopes, which are added in another order and rounded up to whole tokens.
 
     by_source                       int64   [3, S]  tokens, weights, visual weights
-    source_index                    int64   [S]
     group                           int64   [4, R]  ``GroupField``; read where SHARED
     target                          float64 [1]     target_load
     cost, rows                      int64   [S, E]
@@ -45,7 +44,7 @@ def measure_capacities(
         "UNIT": UNIT,
         "RANKS": power_of_2(constants.ranks),
     }
-    bound = constants.source_index, constants.target_load, counts.by_source if group is None else group
+    bound = constants.target_load, counts.by_source if group is None else group
     if rule.bounded and rule.rows_only:
         _rank_capacities[(sources,)](
             counts.by_source, *bound, counts.rows, constants.rank_of_expert, pools, active,
@@ -76,24 +75,24 @@ def _source(by_source, active, min_tokens):
 
 @triton.jit
 def _rank_capacities(
-    by_source, source_index, target, group, rows, rank_of_expert, capacity, active,
+    by_source, target, group, rows, rank_of_expert, capacity, active,
     top_k, num_experts, ranks, min_tokens,
     SHARED: tl.constexpr, FREE: tl.constexpr, UNIT: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     source, valid, plans = _source(by_source, active, min_tokens)
     rank = tl.arange(0, RANKS)
     target = tl.load(target)
-    bound = row_bound(valid, tl.load(source_index + source), target, rank, top_k, ranks)
+    bound = row_bound(valid, target, top_k, ranks)
     if SHARED:
-        asked = rows_of_ranks(rows + source * num_experts, rank_of_expert, rank, num_experts)
-        bound = shared_bound(bound, asked, group, target, rank, top_k, ranks)
-    bound = tl.where(plans, bound * UNIT, tl.full((), FREE, tl.int64))
+        sent = rows_of_ranks(rows + source * num_experts, rank_of_expert, rank, num_experts)
+        bound = shared_bound(valid, sent, group, target, rank, top_k, ranks)
+    bound = tl.where(plans, bound * UNIT, tl.full((), FREE, tl.int64)) + tl.zeros([RANKS], tl.int64)
     tl.store(capacity + source * ranks + rank, bound, mask=rank < ranks)
 
 
 @triton.jit
 def _pool_capacities(
-    by_source, source_index, target, group, cost, rows, modality_bias, pool_of_expert, rank_of_expert,
+    by_source, target, group, cost, rows, modality_bias, pool_of_expert, rank_of_expert,
     capacity, row_capacity, active, top_k, num_experts, sources, pools, ranks, min_tokens,
     RHO: tl.constexpr, GAMMA: tl.constexpr, LEAST: tl.constexpr,
     BY_WEIGHT: tl.constexpr, BOUNDED: tl.constexpr, POOLS: tl.constexpr,
@@ -104,11 +103,10 @@ def _pool_capacities(
     if BOUNDED:
         each = tl.arange(0, RANKS)
         target = tl.load(target)
-        index = tl.load(source_index + source)
-        most_rows = row_bound(valid, index, target, each, top_k, ranks)
+        most_rows = tl.zeros([RANKS], tl.int64) + row_bound(valid, target, top_k, ranks)
         if SHARED:
             sent = rows_of_ranks(rows + source * num_experts, rank_of_expert, each, num_experts)
-            most_rows = shared_bound(most_rows, sent, group, target, each, top_k, ranks)
+            most_rows = shared_bound(valid, sent, group, target, each, top_k, ranks)
         tl.store(row_capacity + source * ranks + each, tl.where(plans, most_rows, free), mask=each < ranks)
     pool = tl.arange(0, POOLS)
     total_weight = tl.load(by_source + sources + source)
@@ -140,14 +138,14 @@ def _pool_capacities(
         want = asked.to(tl.float64)
         slope = tl.where(asked > 0, want / tl.maximum(full, 1e-12), 0.0)
         best, total = tl.zeros([POOLS], tl.float64), tl.zeros([POOLS], tl.float64)
-        limit = row_bound(valid, index, target, rank, top_k, ranks)
+        limit = tl.zeros([POOLS], tl.int64) + row_bound(valid, target, top_k, ranks)
         if SHARED:
             of_rank = tl.zeros([POOLS], tl.int64)
             for one in range(pools):
                 taken = pool == one
                 peers = real & (rank == tl.sum(tl.where(taken, rank, 0), 0))
                 of_rank += tl.where(peers, tl.sum(tl.where(taken, asked, 0), 0), 0)
-            limit = shared_bound(limit, of_rank, group, target, rank, top_k, ranks)
+            limit = shared_bound(valid, of_rank, group, target, rank, top_k, ranks)
         limit = limit.to(tl.float64)
         for one in range(pools):
             here = pool == one

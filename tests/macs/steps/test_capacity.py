@@ -22,7 +22,7 @@ from macs.steps.demand import measure_demand
 from macs.steps.fixed_point import UNIT
 
 
-def constants_of(ranks, pool=None, bias=None, source_index=(0,), min_tokens=0, target=math.inf):
+def constants_of(ranks, pool=None, bias=None, min_tokens=0, target=math.inf):
     """Of experts on these ranks, each in its pool."""
     ranks = torch.as_tensor(ranks)
     pool = torch.arange(len(ranks)) if pool is None else torch.as_tensor(pool)
@@ -33,7 +33,6 @@ def constants_of(ranks, pool=None, bias=None, source_index=(0,), min_tokens=0, t
         affinity=empty,
         modality_bias=torch.zeros(len(ranks), dtype=torch.float64) if bias is None else bias,
         target_load=torch.tensor([target], dtype=torch.float64),
-        source_index=torch.tensor(source_index),
         local_experts=empty,
         pools=int(pool.max()) + 1,
         ranks=int(ranks.max()) + 1,
@@ -152,7 +151,7 @@ def test_every_rank_has_the_largest_factor_that_meets_the_bound(ranks, target):
 @pytest.mark.parametrize("target", [1.05, 0.7, 1.2])
 def test_kernel_of_the_bound_on_rows(ranks, target):
     each = torch.arange(ranks)
-    constants = constants_of(each, each, source_index=(0, 5, 2, 63, 1), min_tokens=70, target=target)
+    constants = constants_of(each, each, min_tokens=70, target=target)
     counts = counts_of([0, 1, 70, 300, 100_000], 5, rows=torch.zeros(5, ranks, dtype=torch.int64))
     for form in (rule(rows_only=True), rule(1.0)):
         found, expected, *_ = both(measure_capacities, counts, constants, form, 3)
@@ -168,7 +167,7 @@ def test_kernel_of_the_shared_bound(experts, ranks, target, level):
     random = generator(experts, ranks)
     rank = torch.randperm(experts, generator=random).remainder(ranks)
     pool = rank if level == "rank" else None
-    constants = constants_of(rank, pool, source_index=(0, 5, 2, 1), min_tokens=70, target=target)
+    constants = constants_of(rank, pool, min_tokens=70, target=target)
     tokens = torch.tensor([0, 30, 1000, 7000])
     rows = torch.rand(4, experts, generator=random).square() * tokens[:, None] * 6 / experts
     counts = counts_of(tokens, 5, rows=rows.long())
@@ -193,7 +192,7 @@ def test_kernel_of_capacities(level, bound, experts, ranks, by_weight):
     bias = torch.randint(-1, 2, (experts,), generator=random).double()
     rank = torch.randperm(experts, generator=random).remainder(ranks)
     pool = rank if level == "rank" else None
-    constants = constants_of(rank, pool, bias, source_index=(0, 1, 2), min_tokens=1, target=bound[1])
+    constants = constants_of(rank, pool, bias, min_tokens=1, target=bound[1])
     counts = counts_of(tokens, 1200, 400, rows, rows * (UNIT // 3) if by_weight else None)
     found, expected, *_ = both(measure_capacities, counts, constants, rule(bound[0], 0.5), 4)
     assert same(found, expected)

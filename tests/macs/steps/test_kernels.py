@@ -92,7 +92,7 @@ def case_of(count, ranks=3, per_rank=2, k=3, by_weight=True, sources=1, seed=0, 
 def room_for(asked, constants, share, rows, seed=0):
     """Room for some share of what is asked; rows: whether ranks have a bound of their own."""
     random = generator(seed, "room")
-    sources = len(constants.source_index)
+    sources = len(constants.local_experts)
     even = len(asked.admission_key) * asked.admission_key.shape[1] / sources
 
     def some(pools, unit):
@@ -252,11 +252,11 @@ def test_records_in_a_ring():
 def test_counters_beside_a_ring(experts, ranks):
     """Counts of records, and of each one's busiest rank and expert, wherever experts live."""
     width = record_size(experts)
-    source_index = torch.randperm(experts, generator=generator(3)).view(ranks, -1).sort(1).values.to(DEVICE)
+    experts_of_rank = torch.randperm(experts, generator=generator(3)).view(ranks, -1).sort(1).values.to(DEVICE)
     kept = {}
     for choice in ("triton", "torch"):
         ring = torch.zeros(3, width, dtype=torch.int64, device=DEVICE)
-        kept[choice] = ring, ring[0, :1].clone(), ring.new_zeros(len(TOTALS) + width), source_index
+        kept[choice] = ring, ring[0, :1].clone(), ring.new_zeros(len(TOTALS) + width), experts_of_rank
     total = torch.zeros(len(TOTALS), dtype=torch.int64)
     for step in range(5):
         record = torch.randint(0, 2**40, (width,), generator=generator(step))
@@ -269,7 +269,7 @@ def test_counters_beside_a_ring(experts, ranks):
         total[0] += 1
         total[1] += step % 3 > 0
         for number, loads in enumerate((before, after)):
-            total[2 + number] += max(int(loads[one].sum()) for one in source_index.cpu())
+            total[2 + number] += max(int(loads[one].sum()) for one in experts_of_rank.cpu())
             total[4 + number] += int(loads.max())
     assert torch.equal(kept["triton"][2][: len(TOTALS)].cpu(), total)
 
