@@ -10,6 +10,7 @@ its own; ``fast`` is what is left.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             own = {tier for tier, paths in TIERS.items() if place.startswith(paths)}
         for tier in own or {"fast"}:
             item.add_marker(tier)
+
+
+@pytest.fixture(autouse=True)
+def logging_on():
+    """A command silences warnings for its whole process."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

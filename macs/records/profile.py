@@ -76,6 +76,19 @@ class Profile:
             raise ValueError(
                 f"profile.tuning: found {self.tuning.layer_loads.shape[1]} layers, expected {layers}"
             )
+        for row, name in enumerate(self.fingerprints):
+            first = self.fingerprints.index(name)
+            if not self._alike(first, row):
+                raise ValueError(
+                    f"profile: found layers {first} and {row} with equal router weights, expected different "
+                    "ones: a profile finds its layers by them, and these two were measured to differ"
+                )
+
+    def _alike(self, first: int, second: int) -> bool:
+        tensors = [self.visual, self.text]
+        if self.tuning is not None:
+            tensors.append(self.tuning.layer_loads.T)
+        return all(torch.equal(one[first], one[second]) for one in tensors)
 
     @property
     def num_layers(self) -> int:
@@ -130,7 +143,7 @@ class Profile:
         if experts != self.num_experts or top_k != self.top_k:
             raise ValueError(
                 f"profile: measured with {self.num_experts} experts and top-{self.top_k}, the model has "
-                f"{experts} experts and top-{top_k}; it was measured on another model"
+                f"{experts} experts and top-{top_k}; a profile is of one model, whose layers are alike"
             )
         fingerprint = router_fingerprint(router_weight)
         if fingerprint not in self.fingerprints:

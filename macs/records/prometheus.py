@@ -226,7 +226,7 @@ class Collector:
         kl = None
         if tuning is not None and target is not None and config.split == "tuned" and runtime.enabled:
             ranks = {layer.topology.num_ranks for layer in runtime.layers}
-            if (tuning.policy, {tuning.ranks}) == (runtime.policy, ranks):
+            if not tuning.differences(runtime.policy, config, ranks):
                 kl = tuning.kl_at(target)
         values = {
             "version": __version__,

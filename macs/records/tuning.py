@@ -5,14 +5,16 @@ Shapes: N targets, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, float64
 
 from ..checks import expect
-from ..config import MACSConfig
+from ..config import BOUNDS, MACSConfig
+from ..policies import policy_of
 
 TENSORS = ("target_loads", "layer_loads", "kl")
 
@@ -23,14 +25,16 @@ class Tuning:
 
     target_loads float64 [N], falling: load, mean over layers. layer_loads float64 [N, L]: ``target_load`` of
     each layer, all equal where no split was better. kl float64 [N, 3]: KL in nats to the model without a
-    bound at the answers' tokens, mean over requests and its 95 % interval. policy: the policy it was measured
-    with; ranks: expert-parallel ranks; tokens: of a rank in a batch; requests: of the half that verified.
+    bound at the answers' tokens, mean over requests and its 95 % interval. What it was measured with: policy;
+    settings, as ``settings_of``; ranks: expert-parallel ranks; tokens: of a rank in a batch; requests: of the
+    half that verified.
     """
 
     target_loads: Tensor
     layer_loads: Tensor
     kl: Tensor
     policy: str
+    settings: dict[str, Any]
     ranks: int
     tokens: int
     requests: int
@@ -48,6 +52,24 @@ class Tuning:
             value = getattr(self, name)
             if not bool(((value > 0) & (value < 1e6)).all()):
                 raise ValueError(f"tuning.{name}: found {value.min():g} to {value.max():g}, expected above 0")
+        if not bool(((self.kl >= 0) & (self.kl < torch.inf)).all()):
+            raise ValueError(f"tuning.kl: found {self.kl.tolist()}, expected numbers of 0 or more")
+        for name in ("ranks", "tokens", "requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"tuning.{name}: found {getattr(self, name)}, expected 1 or more")
+        policy_of(self.policy)
+        if settings_of(MACSConfig.from_dict(self.settings), self.policy) != self.settings:
+            raise ValueError(f"tuning.settings: found {self.settings}, expected those of a policy in force")
+
+    def differences(self, policy: str, config: MACSConfig, ranks: Iterable[int]) -> str:
+        """What is not as it was when the KL was verified, in words; empty if nothing is."""
+        found = {"policy": policy} | settings_of(config, policy)
+        tuned = {"policy": self.policy} | self.settings
+        names = [name for name in found if found[name] != tuned[name]]
+        different = [f"{name} {found[name]} (tuned with {tuned[name]})" for name in names]
+        other = sorted(set(ranks) - {self.ranks})
+        different += [f"{count} expert-parallel ranks (tuned with {self.ranks})" for count in other]
+        return ", ".join(different)
 
     def layer_loads_at(self, target: float) -> tuple[Tensor, bool] | None:
         """``target_load`` of every layer, float64 [L], and whether it was verified: between two verified
@@ -101,10 +123,16 @@ class Tuning:
         if not isinstance(header, dict) or set(header) != set(wanted):
             raise ValueError(f"tuning: its header must have the fields {', '.join(wanted)}")
         for name, kind in wanted.items():
-            if type(header[name]).__name__ != kind:
+            if type(header[name]).__name__ != kind.split("[")[0]:
                 raise ValueError(f"tuning.{name}: found {header[name]!r}, expected {kind}")
         fields: dict[str, Any] = {name: tensors[f"tuning_{name}"] for name in TENSORS}
         return cls(**fields, **header)
+
+
+def settings_of(config: MACSConfig, policy: str) -> dict[str, Any]:
+    """The settings in force that a verified KL depends on: all but bounds, split and ``min_tokens``."""
+    values = policy_of(policy).configured(config).as_dict()
+    return {name: value for name, value in values.items() if name not in (*BOUNDS, "split", "min_tokens")}
 
 
 def target_of(config: MACSConfig, tuning: Tuning | None) -> float | None:
@@ -115,21 +143,14 @@ def target_of(config: MACSConfig, tuning: Tuning | None) -> float | None:
     return tuning.target_within(config.max_kl)
 
 
-def tuned_config(
-    config: MACSConfig, tuning: Tuning, row: int, policy: str, ranks: int, warn: Callable[[str], None]
-) -> MACSConfig:
+def tuned_config(config: MACSConfig, tuning: Tuning, row: int, warn: Callable[[str], None]) -> MACSConfig:
     """The settings with the ``target_load`` of the tuning's layer ``row``.
 
-    Where the policy, the ranks or the target are not those that were verified, ``warn`` is called with a
-    message; a target beyond the verified ones holds for every layer.
+    ``warn`` is called with a message where the target is not one that was verified; one beyond those holds
+    for every layer.
     """
     target = target_of(config, tuning)
     assert target is not None
-    if (tuning.ranks, tuning.policy) != (ranks, policy):
-        warn(
-            f"MACS: the profile was tuned for policy {tuning.policy} on {tuning.ranks} ranks, found {policy} "
-            f"on {ranks}: its KL was not verified for them"
-        )
     loads = tuning.layer_loads_at(target)
     if loads is None:
         warn(

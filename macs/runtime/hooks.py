@@ -18,6 +18,7 @@ from .calls import CallReader
 from .consistency import model_call
 from .layer import LayerRuntime
 from .modality import Unreadable, current_modality, modality_of_call
+from .state import RuntimeState
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class ModalityHook:
         self._name = type(innermost(model)).__name__
         self._warned = False
         self._handles = []
+        self._runtimes: list[RuntimeState] = []
         modules = entrances(model)
         # A wrapper that takes any arguments passes them on to the model inside.
         self._order = {type(module): parameters(modules[-1]) for module in modules}
@@ -110,12 +112,20 @@ class ModalityHook:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack = ExitStack()
         _calls_of_thread().append((stack, sys.exc_info()[1]))
+        for runtime in self._runtimes_of(module):
+            stack.enter_context(runtime.forward_pass())
         stack.enter_context(model_call(lambda: collective_layers(module)))
         given = {**dict(zip(self._order[type(module)], args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         modality = self.of_call(given)
         if modality is not None:
             stack.enter_context(modality_of_call(modality))
+
+    def _runtimes_of(self, module: nn.Module) -> list[RuntimeState]:
+        """The runtimes of the module's layers; looked for until there are some."""
+        if not self._runtimes:
+            self._runtimes = list({layer.runtime: None for layer in planning_layers(module)})
+        return self._runtimes
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         stack, error_before = _calls_of_thread().pop()

@@ -101,6 +101,10 @@ class LayerRuntime:
         Settings that changed are compared among the group's members first. An error within leaves the others
         alone in the pass, and every later pass of this process is refused.
         """
+        with self.runtime.forward_pass():
+            yield from self._entering(count, device, training)
+
+    def _entering(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
         consistency = self.consistency
         captured = capturing(device)
         self.graphed |= captured
@@ -248,7 +252,7 @@ class LayerRuntime:
             if policy.uses_similarity(runtime.config):
                 similarity = router_similarity(self.adapter.router_weight())
             self._planner = Planner(
-                self._layer_config(),
+                self._layer_config(runtime.config),
                 self.topology,
                 self.top_k,
                 runtime.policy,
@@ -257,23 +261,34 @@ class LayerRuntime:
             )
         return self._planner
 
-    def retarget(self) -> None:
-        """Apply the ``target_load`` of the runtime's settings in place, and drop the records."""
-        if self._planner is not None:
-            target = self._layer_config().target_load
-            assert target is not None
+    def target_under(self, config: MACSConfig) -> float | None:
+        """The layer's ``target_load`` under other settings; none where it has no planner yet."""
+        if self._planner is None:
+            return None
+        target = self._layer_config(config).target_load
+        assert target is not None
+        if self.captured and (target >= 1) != self._planner.shares_bound:
+            former = self._planner.config.target_load
+            raise RuntimeError(
+                f"use: a CUDA graph has captured a layer with target_load {former}, found {target:g}: "
+                "expected both below 1, where sources share no bound, or neither"
+            )
+        return target
+
+    def retarget(self, target: float | None) -> None:
+        """Apply a ``target_load`` in place, and drop the records."""
+        if self._planner is not None and target is not None:
             self._planner.update_target(target)
         self.recorder.clear()
 
-    def _layer_config(self) -> MACSConfig:
+    def _layer_config(self, config: MACSConfig) -> MACSConfig:
         """The settings with this layer's ``target_load``, where the profile's tuning splits it."""
-        runtime = self.runtime
-        if runtime.config.split == "uniform":
-            return runtime.config
-        assert runtime.profile is not None and runtime.profile.tuning is not None
-        row = runtime.profile.row_of(self.adapter.router_weight(), self.top_k)
-        ranks, tuning = self.topology.num_ranks, runtime.profile.tuning
-        return tuned_config(runtime.config, tuning, row, runtime.policy, ranks, runtime.warn_once)
+        profile = self.runtime.profile
+        if config.split == "uniform":
+            return config
+        assert profile is not None and profile.tuning is not None
+        row = profile.row_of(self.adapter.router_weight(), self.top_k)
+        return tuned_config(config, profile.tuning, row, self.runtime.warn_once)
 
     # The tokens.
 

@@ -68,9 +68,9 @@ class Runtime(RuntimeState):
     ) -> None:
         """Switch policy, settings and profile of every layer, from the next forward pass on.
 
-        Drops the records. Call it on every rank alike: the ranks compare what they were given before anything
-        takes effect. Another ``target_load`` or ``max_kl`` alone is applied in place, also in captured
-        graphs.
+        Drops the records. It waits for a pass of another thread. Call it on every rank alike, with several
+        ranks between the same two passes: they compare what they were given before anything takes effect.
+        Another ``target_load`` or ``max_kl`` alone is applied in place, also in captured graphs.
 
         Args:
             policy: a name of ``POLICIES``.
@@ -81,7 +81,8 @@ class Runtime(RuntimeState):
             ValueError: no policy has that name, an engine cannot do what it needs, or the profile has no
                 tuning and the settings need one.
             RankMismatch: another rank was given something else.
-            RuntimeError: a CUDA graph has captured MACS layers, and more than the target changes.
+            RuntimeError: a CUDA graph has captured MACS layers, and more than the target changes; or it is
+                called inside a forward pass.
         """
         config = MACSConfig() if config is None else config
         if not isinstance(config, MACSConfig):
@@ -96,8 +97,12 @@ class Runtime(RuntimeState):
             raise ValueError(f"config.split: found 'tuned' and {found}, expected one that macs tune wrote")
         if config.max_kl is not None:
             target_of(config, None if profile is None else profile.tuning)  # raises
+        self._check_tuning(policy, config, profile, {layer.topology.num_ranks for layer in self.layers})
+        targets: dict[LayerRuntime, float | None] = {}
         retargets = self._retargets(policy, config, profile)
-        if not retargets:
+        if retargets:
+            targets = {layer: layer.target_under(config) for layer in self.layers}  # raises
+        else:
             self._refuse_captured("use")
             for layer in self.layers:
                 layer.check(policy, config)
@@ -105,9 +110,25 @@ class Runtime(RuntimeState):
             consistency = self.consistency_of(group)
             if consistency is not None:
                 consistency.compare(self.chosen(policy, config, profile))
-        self.policy, self.config, self.profile = policy, config, profile
-        for layer in self.layers:
-            layer.retarget() if retargets else layer.reset()
+        with self.between_passes("Runtime.use"):
+            self.policy, self.config, self.profile = policy, config, profile
+            for layer in self.layers:
+                layer.retarget(targets.get(layer)) if retargets else layer.reset()
+
+    def _check_tuning(
+        self, policy: str, config: MACSConfig, profile: Profile | None, ranks: set[int]
+    ) -> None:
+        """A KL holds for what it was verified with: others are an error under ``max_kl``, else a warning."""
+        if config.split != "tuned" or profile is None or profile.tuning is None:
+            return
+        different = profile.tuning.differences(policy, config, ranks)
+        if different and config.max_kl is not None:
+            raise ValueError(
+                f"config.max_kl: found {different}, expected what the profile's tuning verified its KL with; "
+                "tune with these, or give a target_load"
+            )
+        if different:
+            self.warn_once(f"MACS: the KL of the profile's tuning was not verified for {different}")
 
     def _retargets(self, policy: str, config: MACSConfig, profile: Profile | None) -> bool:
         """Whether only the target differs from the current one."""
@@ -143,6 +164,7 @@ class Runtime(RuntimeState):
             topology = Topology(topology.num_experts, self.virtual_ranks, sources=sources)
         layer = LayerRuntime(self, len(self.layers), adapter, topology)
         layer.check(self.policy, self.config)
+        self._check_tuning(self.policy, self.config, self.profile, {topology.num_ranks})
         self.register(layer)
         return layer
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +64,35 @@ class RuntimeState:
         self.counters: Counters | None = None
         self.callbacks: list[Callback] = []
         self._consistency: dict[int, RankConsistency] = {}
+        self._lock = threading.RLock()
+        self._passes = 0  # of the thread that holds the lock, one within the other
         self._compared: tuple[Any, dict[str, Any]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RuntimeState:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("counters", "callbacks", "_consistency", "_compared", "_layers")
+        dropped = ("counters", "callbacks", "_consistency", "_compared", "_layers", "_lock")
         return {name: value for name, value in vars(self).items() if name not in dropped}
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Around a forward pass of a model or, where it has no hook, of a layer: one thread at a time, and
+        settings stay."""
+        with self._lock:
+            self._passes += 1
+            try:
+                yield
+            finally:
+                self._passes -= 1
+
+    @contextmanager
+    def between_passes(self, what: str) -> Iterator[None]:
+        """Around a change of settings. A ``RuntimeError`` within a forward pass of this thread."""
+        with self._lock:
+            if self._passes:
+                raise RuntimeError(f"{what}: found inside a forward pass, expected between two")
+            yield
 
     def settings(self, training: bool) -> dict[str, Any]:
         """What the members of a group must have in common, as plain values; one object until it changes."""

@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("plotly", reason="plotly is not installed")
 
-from macs import Profile, Recording, Tuning
+from macs import MACSConfig, Profile, Recording, Tuning
+from macs.records.tuning import settings_of
 from macs_tools.common.cost_model import stated_h100
 from macs_tools.common.workloads import SHAPES
 from macs_tools.report.advice import advise
@@ -134,7 +135,7 @@ def test_the_verdict_weighs_time_drops_verified_kl_and_eplb(changes, verdict, fl
 def test_text_that_would_lose_half_its_weight_is_not_worth_it(capsys):
     main(["--workload", "W6", "--shape", "cpu", "--sizes", "8"])
     told = capsys.readouterr().out
-    assert "Measure first: on 8 ranks" in told and "Worth it" not in told
+    assert "EPLB first: 1 replica a rank takes 0.637" in told and "Worth it" not in told
     assert "0.493" in told and "The recording has no visual token" in told  # kept mass, and why not
 
 
@@ -155,6 +156,7 @@ def tuned(path, layers=LAYERS):
         torch.tensor([[1.05] * layers, [0.5] * layers], dtype=torch.float64),
         torch.tensor([[1e-5, 0, 1e-4], [1e-3, 0, 1e-2]], dtype=torch.float64),
         "macs",
+        settings_of(MACSConfig(), "macs"),
         RANKS,
         96,
         100,

@@ -62,6 +62,7 @@ class Scorer:
         self.runtime, self.said, self.group = runtime, said, group
         self.policy, self.config = policy, (config or MACSConfig()).updated(min_tokens=0)
         self.ranks = runtime.virtual_ranks if group is None else dist.get_world_size(group)
+        self.modality: Profile | None = None  # what is served with a tuning has it, too
         self.passes = 0
         runtime.enabled = False
         whole = [Batch(prompts, answers, said(prompts, answers)) for prompts, answers in asked]
@@ -82,7 +83,7 @@ class Scorer:
     @torch.inference_mode()
     def measure(self, half: str, bounds: Sequence[float]) -> Measured:
         """What bounds [G] do to the requests of a half, of all ranks."""
-        self.runtime.use(self.policy, self.config.updated(target_load=UNBOUNDED))
+        self.runtime.use(self.policy, self.config.updated(target_load=UNBOUNDED), self.modality)
         for layer, bound in zip(self.runtime.layers, np.repeat(bounds, self.share), strict=True):
             layer.planner.update_target(float(bound))
         return self._measured(self.halves[half])

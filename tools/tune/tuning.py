@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from macs import Profile, Tuning
+from macs.records.tuning import settings_of
 from macs.runtime.launch import first_process
 
 from ..common.intervals import bootstrap, bootstrap_ratio
@@ -109,6 +110,7 @@ def tune(
         The profile with its tuning, which the caller saves, and of every target what was measured.
     """
     console = console or Console(quiet=True)
+    model.modality = model.profile()
     natural = model.natural()
     most = len(natural) * len(GRID) + len(targets) * (tries + 4)
     passes = len(model.halves["tune"])
@@ -126,7 +128,7 @@ def tune(
         curves = singles(lambda bounds: cache.measure("tune", bounds), natural)
         found = [split_for(target, curves, cache, tries) for target in sorted(targets, reverse=True)]
         progress.update(bar, completed=most)
-    return replace(model.profile(), tuning=tuning_of(found, model)), found
+    return replace(model.modality, tuning=tuning_of(found, model)), found
 
 
 def tuning_of(found: Sequence[dict[str, Any]], model: Scorer) -> Tuning:
@@ -137,6 +139,7 @@ def tuning_of(found: Sequence[dict[str, Any]], model: Scorer) -> Tuning:
         layer_loads=torch.tensor(bounds, dtype=torch.float64),
         kl=torch.tensor([one["kl"] for one in found], dtype=torch.float64),
         policy=model.policy,
+        settings=settings_of(model.config, model.policy),
         ranks=model.ranks,
         tokens=model.tokens,
         requests=model.requests("verify"),

@@ -1,5 +1,6 @@
 """Splits of a bound among layers: what a file keeps, what a target gives every layer, what is refused."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from support.cases import AnyAdapter, build_policy
 
 from macs import MACSConfig, Modality, Profile, Runtime, Topology, Tuning
 from macs.records.profile import router_fingerprint
+from macs.records.prometheus import Collector
+from macs.records.tuning import settings_of
 
 ROUTERS = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -19,6 +22,7 @@ def tuning(**changes):
             "layer_loads": torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.3]], dtype=torch.float64),
             "kl": torch.tensor([[0.01, 0.0, 0.02], [0.05, 0.04, 0.06]], dtype=torch.float64),
             "policy": "macs",
+            "settings": settings_of(MACSConfig(), "macs"),
             "ranks": 4,
             "tokens": 100,
             "requests": 50,
@@ -80,8 +84,78 @@ def test_between_targets_it_is_interpolated_and_beyond_them_uniform(caplog):
 
 
 def test_another_number_of_ranks_is_said(caplog):
-    _, layers = runtime_of(MACSConfig(target_load=0.6, split="tuned"), ranks=2)
-    assert layers[0].planner is not None and "on 4 ranks, found macs on 2" in caplog.text
+    runtime_of(MACSConfig(target_load=0.6, split="tuned"), ranks=2)
+    assert "was not verified for 2 expert-parallel ranks (tuned with 4)" in caplog.text
+    with pytest.raises(ValueError, match=r"config.max_kl: found 2 expert-parallel ranks \(tuned with 4\)"):
+        runtime_of(MACSConfig(max_kl=0.05), ranks=2)
+
+
+def verified_kl_of(runtime):
+    info = next(one for one in Collector(runtime).collect() if one.name == "macs")
+    return info.samples[0].labels["verified_kl"]
+
+
+OTHERS = {
+    "weighting": "constant",
+    "visual_weight": 1.0,
+    "level": "expert",
+    "reroute": "group",
+    "max_drop": 0.1,
+    "spare_text": True,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_kl_holds_for_the_settings_it_was_verified_with(name, caplog):
+    """Others are refused under max_kl as soon as the runtime is made, and said to be unverified otherwise."""
+    assert set(OTHERS) == set(settings_of(MACSConfig(), "macs"))
+    with pytest.raises(ValueError, match=rf"config.max_kl: found {name} .* \(tuned with"):
+        Runtime(MACSConfig(max_kl=0.05).updated(**{name: OTHERS[name]}), profile=profile())
+    same, _ = runtime_of(MACSConfig(target_load=0.6, split="tuned", min_tokens=8))
+    assert not caplog.text and verified_kl_of(same) == "0.05"
+    runtime = Runtime(MACSConfig(target_load=0.6, split="tuned", **{name: OTHERS[name]}), profile=profile())
+    assert f"was not verified for {name}" in caplog.text
+    assert verified_kl_of(runtime) == ""
+
+
+def test_what_is_fixed_by_a_policy_does_not_matter():
+    """Whatever the user gives for what the policy replaces."""
+    of = tuning(policy="paper", settings=settings_of(MACSConfig(), "paper"))
+    config = MACSConfig(max_kl=0.05, weighting="constant", level="rank")
+    assert Runtime(config, policy="paper", profile=profile(of)).config == config
+    with pytest.raises(ValueError, match=r"found policy macs \(tuned with paper\), level rank \(tuned"):
+        Runtime(config, profile=profile(of))
+
+
+def test_a_switch_is_whole_or_not_at_all():
+    """One of the routers was exchanged, as by a refit: no layer gets another limit."""
+    runtime, layers = runtime_of(MACSConfig(target_load=1.0, split="tuned", min_tokens=0))
+    before = [layer.planner.config.target_load for layer in layers]
+    exchanged = torch.randn(8, 6)
+    layers[-1].adapter.router_weight = lambda: exchanged
+    with pytest.raises(ValueError, match="no layer of it was measured on a router with fingerprint"):
+        runtime.use("macs", MACSConfig(target_load=0.6, split="tuned", min_tokens=0), runtime.profile)
+    assert [layer.planner.config.target_load for layer in layers] == before == [1.0] * 3
+    assert runtime.config.target_load == 1.0
+
+
+def test_equal_routers_that_were_tuned_apart_are_refused():
+    """They would both get the first's limit."""
+    names = (*(router_fingerprint(one) for one in ROUTERS[:2]), router_fingerprint(ROUTERS[1]))
+    with pytest.raises(ValueError, match="found layers 1 and 2 with equal router weights"):
+        replace(profile(), fingerprints=names)
+    same = tuning(layer_loads=torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]], dtype=torch.float64))
+    assert replace(profile(same), fingerprints=names).num_layers == 3
+
+
+def test_a_captured_layer_stays_on_its_side_of_the_mean():
+    """With a target below 1 a step has one collective less."""
+    runtime, layers = runtime_of(MACSConfig(target_load=1.0, min_tokens=0))
+    planned(layers[0])
+    layers[0].captured = True
+    with pytest.raises(RuntimeError, match=r"captured a layer with target_load 1.0, found 0.9: expected"):
+        runtime.use("macs", MACSConfig(target_load=0.9, min_tokens=0), runtime.profile)
+    assert runtime.config.target_load == layers[0].planner.config.target_load == 1.0
 
 
 def test_a_kl_finds_the_smallest_target():
@@ -105,10 +179,10 @@ def test_another_target_reaches_a_planner_that_ran_in_inference_mode():
 
 
 def test_another_target_alone_is_put_where_the_planner_reads_it():
-    runtime, layers = runtime_of(MACSConfig(target_load=1.0, min_tokens=0))
+    runtime, layers = runtime_of(MACSConfig(target_load=0.9, min_tokens=0))
     planners = [layer.planner for layer in layers]
-    assert planned(layers[0]) == pytest.approx(1.0, abs=0.01)
-    for layer in layers:
+    assert planned(layers[0]) == pytest.approx(0.9, abs=0.01)
+    for layer in layers[:2]:  # the third one's limit is 1
         layer.captured = True  # a graph replays what these planners read
     runtime.use("macs", MACSConfig(target_load=0.6, split="tuned", min_tokens=0), runtime.profile)
     assert [layer.planner for layer in layers] == planners and not layers[0].recorder.started
@@ -128,6 +202,11 @@ def test_another_target_alone_is_put_where_the_planner_reads_it():
             "found 'tuned' and a profile without a tuning",
         ),
         (lambda: tuning(target_loads=torch.tensor([0.6, 1.0], dtype=torch.float64)), "expected them falling"),
+        (lambda: tuning(kl=torch.tensor([[math.nan, 0, 0], [1, 0, 0]]).double()), "tuning.kl: found"),
+        (lambda: tuning(kl=torch.tensor([[-1, 0, 0], [1, 0, 0]]).double()), "expected numbers of 0 or more"),
+        (lambda: tuning(ranks=0), "tuning.ranks: found 0, expected 1 or more"),
+        (lambda: tuning(policy="mac"), "unknown policy 'mac'; did you mean 'macs'"),
+        (lambda: tuning(settings={"level": "rank"}), "tuning.settings: found"),
         (
             lambda: profile(tuning(layer_loads=torch.ones(2, 5, dtype=torch.float64))),
             "profile.tuning: found 5 layers, expected 3",

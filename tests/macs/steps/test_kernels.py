@@ -252,7 +252,9 @@ def test_records_in_a_ring():
 def test_counters_beside_a_ring(experts, ranks):
     """Counts of records, and of each one's busiest rank and expert, wherever experts live."""
     width = record_size(experts)
-    experts_of_rank = torch.randperm(experts, generator=generator(3)).view(ranks, -1).sort(1).values.to(DEVICE)
+    experts_of_rank = (
+        torch.randperm(experts, generator=generator(3)).view(ranks, -1).sort(1).values.to(DEVICE)
+    )
     kept = {}
     for choice in ("triton", "torch"):
         ring = torch.zeros(3, width, dtype=torch.int64, device=DEVICE)
