@@ -11,6 +11,7 @@ answers and loads. It is also the smallest adapter. It hooks the block's ``gate`
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,10 @@ GATES = {
 """Known gates by the names of their classes; InternVL has Qwen3-MoE's, Kimi-VL DeepSeek-V3's."""
 
 
+EAGER_SKIPS_SINCE = 5, 24
+"""The version of transformers whose eager experts take index E for none; its grouped_mm always has."""
+
+
 def attach_plain(model: nn.Module, runtime: Runtime) -> Callable[[], None]:
     """Let a runtime plan every MoE block of a Hugging Face model.
 
@@ -55,7 +60,8 @@ def attach_plain(model: nn.Module, runtime: Runtime) -> Callable[[], None]:
         A function that undoes it.
 
     Raises:
-        ValueError: there is no block, or a gate is not in ``GATES``: its outputs may mean something else.
+        ValueError: there is no block; a gate is not in ``GATES``: its outputs may mean something else; or the
+            experts are divided among processes, or computed in a way that does not skip what is dropped.
     """
     blocks = {
         name: block
@@ -73,6 +79,13 @@ def attach_plain(model: nn.Module, runtime: Runtime) -> Callable[[], None]:
                 f"attach_plain: found a gate of {gate} in {name or type(block).__name__}, expected one of "
                 + ", ".join(GATES)
             )
+        if getattr(model, "has_ep", False) or _held(block.experts) != len(block.gate.weight):
+            raise ValueError(
+                f"attach_plain: found experts of {name} divided among processes, as in transformers' expert "
+                "parallelism, which computes the rows that a plan drops; expected one process, or AutoEP "
+                "(deepspeed_macs.initialize)"
+            )
+        check_skips(block.experts)
         if getattr(block, "macs", None) is not None:
             raise ValueError(f"attach_plain: {name} has MACS already; undo that first")
     attached = [_Block(block, runtime) for block in blocks.values()]
@@ -82,6 +95,28 @@ def attach_plain(model: nn.Module, runtime: Runtime) -> Callable[[], None]:
             block.remove()
 
     return undo
+
+
+def _held(experts: Any) -> int:
+    """Experts that this process has weights of."""
+    weight = getattr(experts, "down_proj", None)
+    return len(experts) if weight is None else weight.shape[0]
+
+
+def check_skips(experts: Any) -> None:
+    """Raise a ``ValueError`` where an assignment to index E, none of the experts, would be computed."""
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
+    if implementation == "grouped_mm":
+        return
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if implementation != "eager" or version < EAGER_SKIPS_SINCE:
+        raise ValueError(
+            f"attach_plain: found experts_implementation {implementation!r} of transformers "
+            f"{transformers.__version__}, which would compute dropped assignments; expected 'grouped_mm' "
+            '(model.set_experts_implementation("grouped_mm"))'
+        )
 
 
 class GateAdapter(LayerAdapter):
@@ -102,7 +137,10 @@ class _Block:
         self.block = block
         self.gate = GATES[type(block.gate).__name__]
         self.layer: LayerRuntime = runtime.add_layer(GateAdapter(block.gate))
-        self.shape: tuple[int, int] | None = None
+        self.skips = getattr(block.experts, "_is_expert_parallel", None)
+        if self.skips is not None:  # transformers 5.24 takes index E for none only where this is set
+            block.experts._is_expert_parallel = True
+        self.shapes: dict[int, tuple[int, int]] = {}  # by thread: several may be between block and gate
         block.macs = self.layer  # where attach_modality looks for layers that plan
         self._hooks = (
             block.register_forward_pre_hook(self.enter, with_kwargs=True),
@@ -112,30 +150,31 @@ class _Block:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        if self.skips is not None:
+            self.block.experts._is_expert_parallel = self.skips
         self.block.macs = None
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the shape of hidden_states [B, S, D], which the gate gets flattened."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.shape = hidden.shape[0], hidden.shape[1]
+        self.shapes[threading.get_ident()] = hidden.shape[0], hidden.shape[1]
 
     def route(
         self, gate: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The gate's logits, and the planned weights and experts in place of its own."""
-        assert self.shape is not None
+        shape = self.shapes.pop(threading.get_ident())
         logits, weights, experts = output
-        count, device = self.shape[0] * self.shape[1], logits.device
+        count, device = shape[0] * shape[1], logits.device
         with self.layer.forward_pass(count, device, gate.training):
             if gate.training or not self.layer.acts_on(count, device):
                 return None
             bias = None if self.gate.bias is None else getattr(gate, self.gate.bias)
             groups = () if self.gate.groups is None else (getattr(gate, name) for name in self.gate.groups)
             scores = candidate_scores(logits, experts, self.gate.score_function, bias, *groups)
-            tokens = self.layer.tokens(*self.shape, False, device)
+            tokens = self.layer.tokens(*shape, False, device)
             plan = self.layer.plan(args[0].reshape(count, -1), experts, weights, scores, tokens)
         if plan is None:
             return None
-        # Not every expert implementation takes an index for none: a dropped assignment goes to the first
-        # expert with weight 0.
-        return logits, plan.weights, torch.where(plan.experts < 0, 0, plan.experts)
+        check_skips(self.block.experts)  # generate may have changed it
+        return logits, plan.weights, torch.where(plan.experts < 0, len(gate.weight), plan.experts)

@@ -1,11 +1,17 @@
 """The adapter over plain Hugging Face blocks: the smallest one, and what the contract is tried with."""
 
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+import transformers
 from support.hf_models import IMAGE_TOKEN, build, token_ids
 
 from macs import MACSConfig, Runtime, attach_modality, attach_plain, modality
@@ -107,6 +113,97 @@ def test_training_and_small_steps_are_the_models_own():
         with torch.inference_mode():
             model(IDS[:, :3])
     assert not any(layer.recorder.started for layer in runtime.layers)
+
+
+def test_a_dropped_assignment_is_not_computed():
+    """Expert 0 is broken, and out of service by its bias: whatever it would give, it is not in the answer."""
+    model = build("deepseek_v3")
+    block = moe_blocks(model)[0]
+    with torch.no_grad():
+        block.gate.e_score_correction_bias[0] = -1e4
+        block.experts.down_proj[0] = math.inf
+    runtime = Runtime(MACSConfig(**TIGHT), virtual_ranks=4)
+    attach_plain(model, runtime)
+    with modality(IDS == IMAGE_TOKEN):
+        found = ran(model, block)["made"]
+    assert runtime.reports()[0].share("dropped") > 0.1 and bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "eager"])
+def test_experts_that_would_compute_what_is_dropped_are_refused(implementation):
+    model = build("qwen3_moe")
+    undo = attach_plain(model, runtime := Runtime(MACSConfig(**TIGHT)))
+    model.set_experts_implementation(implementation)
+    skips = implementation == "eager" and transformers.__version__ >= "5.24"
+    expected = (
+        nullcontext() if skips else pytest.raises(ValueError, match=f"found experts_impl.*{implementation}")
+    )
+    with modality(IDS == IMAGE_TOKEN), torch.inference_mode():
+        with expected:
+            model(IDS)
+        runtime.enabled = False
+        model(IDS)
+    undo()
+    with expected:
+        attach_plain(model, Runtime())
+
+
+def test_experts_that_are_divided_among_processes_are_refused():
+    model = build("qwen3_moe")
+    experts = moe_blocks(model)[0].experts
+    experts.down_proj = nn.Parameter(experts.down_proj[:4].clone())
+    with pytest.raises(ValueError, match="divided among processes, as in transformers' expert parallelism"):
+        attach_plain(model, Runtime())
+
+
+def test_requests_of_several_threads_are_planned_with_their_own_masks():
+    """As in the pool of a web server: prompts of other shapes, and each other's answers alone."""
+    model = build("qwen3_moe")
+    runtime = Runtime(MACSConfig(**TIGHT), virtual_ranks=2)
+    attach_plain(model, runtime)
+    attach_modality(model, image_token_id=IMAGE_TOKEN)
+    prompts = [token_ids(seed, rows=1 + seed % 3, length=16 + 4 * seed) for seed in range(4)]
+
+    def answer(ids):
+        with torch.inference_mode():
+            return model(ids).logits
+
+    expected = [answer(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(answer, prompts * 12))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected * 12, strict=True))
+
+
+def test_a_switch_waits_for_the_pass_of_another_thread():
+    """What a pass begins with it ends with: all layers of a step have one policy."""
+    model = build("qwen3_moe")
+    runtime = Runtime(MACSConfig(**TIGHT), virtual_ranks=2)
+    attach_plain(model, runtime)
+    attach_modality(model, image_token_id=IMAGE_TOKEN)
+    seen, stop = [], threading.Event()
+    runtime.on_plan(lambda event: seen.append((event.layer.index, event.layer.planner.policy.summary)))
+
+    def switch():
+        while not stop.is_set():
+            runtime.use("token-drop", MACSConfig(**TIGHT))
+            runtime.use("macs", MACSConfig(**TIGHT))
+
+    thread = threading.Thread(target=switch)
+    thread.start()
+    with torch.inference_mode():
+        for _ in range(60):
+            model(IDS)
+    stop.set()
+    thread.join()
+    layers = len(runtime.layers)
+    assert layers == 2 and len(seen) == 60 * layers
+    steps = [seen[first : first + layers] for first in range(0, len(seen), layers)]
+    assert all(len({summary for _, summary in step}) == 1 for step in steps)
+    assert len({step[0][1] for step in steps}) == 2
+    remove = runtime.on_plan(lambda event: runtime.use("macs", MACSConfig(**TIGHT)))
+    with pytest.raises(RuntimeError, match="found inside a forward pass, expected between two"):
+        model(IDS)
+    remove()
 
 
 class Unknown(nn.Module):
