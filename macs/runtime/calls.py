@@ -64,11 +64,17 @@ class CallReader:
 
         Returns:
             None for a call without tokens, such as that of a pipeline stage that gets hidden states alone;
-            an ``Unreadable`` for one that cannot be read, which the first layer that plans raises.
-
-        Raises:
-            ValueError: a mask has another shape than the tokens.
+            an ``Unreadable`` for one that cannot be read, which the first layer that plans raises. Where
+            nothing is planned, nothing is checked.
         """
+        try:
+            return self._read(given, outer, engine_ids)
+        except (ValueError, TypeError) as error:
+            return Unreadable(str(error))
+
+    def _read(
+        self, given: Mapping[str, Any], outer: Modality | None, engine_ids: Tensor | None
+    ) -> Modality | Unreadable | None:
         shape, device = shape_of(given)
         if shape is None:
             packed = given.get("packed_seq_params")
@@ -100,7 +106,8 @@ class CallReader:
                     None,
                     f"mm_token_type_ids: found shape {tuple(types.shape)}, expected [B, S]; {WAY_OUT}",
                 )
-            return last_columns("mm_token_type_ids", types, shape), None
+            # A processor's types are of the prompt; what was generated behind it is text.
+            return own_columns("mm_token_type_ids", types, shape, past_of(given), TEXT), None
         if isinstance(tokens, Tensor):
             if not (
                 self.token_modality or self.text_only or self.padding_id is not None or self._masks(given)
@@ -135,7 +142,7 @@ class CallReader:
         if isinstance(mask, Mapping):  # Hugging Face's, by kind of attention
             mask = mask.get("full_attention", next(iter(mask.values()), None))
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            masks.append(last_columns("attention_mask", mask, shape) != 0)
+            masks.append(own_columns("attention_mask", mask, shape, past_of(given)) != 0)
         elif isinstance(mask, Tensor) and mask.dim() == 4:
             seen = (~mask if self.masked_is_true else mask) if mask.dtype == torch.bool else mask >= 0
             if self.masked_is_true:
@@ -181,15 +188,34 @@ def shape_of(given: Mapping[str, Any]) -> tuple[tuple[int, int] | None, torch.de
     return None, torch.device("cpu")
 
 
-def last_columns(name: str, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The columns of ``tensor`` [B, S' >= S] that belong to a call's tokens [B, S]: those before are of
-    a cache."""
+def past_of(given: Mapping[str, Any]) -> int | Tensor:
+    """Tokens in the call's cache, before its own: a number, or a tensor where the cache keeps one."""
+    length = getattr(given.get("past_key_values"), "get_seq_length", None)
+    past: int | Tensor = 0 if length is None else length()
+    return past
+
+
+def own_columns(
+    name: str, tensor: Tensor, shape: tuple[int, int], past: int | Tensor, behind: int | None = None
+) -> Tensor:
+    """The columns of ``tensor`` [B, S'] that belong to a call's tokens [B, S], which follow ``past`` others.
+
+    As transformers reads them: a column is a position in the cache, also where a static cache has room to
+    spare. Positions beyond the last column are ``behind``; without it they are an error.
+    """
     rows, count = shape
-    if tensor.shape[0] != rows or tensor.shape[1] < count:
+    width = tensor.shape[1]
+    if width == count and tensor.shape[0] == rows:
+        return tensor
+    if tensor.shape[0] != rows or (width < count and behind is None):
         raise ValueError(
             f"{name}: found shape {tuple(tensor.shape)}, expected {rows} sequences of {count} tokens or more"
         )
-    return tensor[:, tensor.shape[1] - count :]
+    if isinstance(past, int) and past + count > width and behind is None:
+        past = width - count  # a window of the cache
+    place = torch.arange(count, device=tensor.device) + past
+    found = tensor.index_select(1, place.clamp(max=width - 1))
+    return found if behind is None else torch.where(place < width, found, behind)
 
 
 def real_keys(seen: Tensor, shape: tuple[int, ...]) -> Tensor:

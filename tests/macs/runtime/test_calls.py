@@ -114,10 +114,47 @@ def test_what_cannot_be_read_names_the_argument_and_the_way_out(given, message):
         ({"padding_mask": True}, "padding_mask: found bool"),
     ],
 )
-def test_masks_of_other_tokens_are_errors(given, message):
-    with pytest.raises(ValueError, match=r".") as caught:
-        READER.read({"input_ids": IDS, **given})
-    assert message in str(caught.value)
+def test_masks_of_other_tokens_are_errors_where_something_is_planned(given, message):
+    found = READER.read({"input_ids": IDS, **given})
+    assert isinstance(found, Unreadable) and message in found.reason
+
+
+class Cache:
+    """As a cache of Hugging Face's with so many tokens in it."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def get_seq_length(self):
+        return self.length
+
+
+@pytest.mark.parametrize("past", [None, 0, 2, torch.tensor(2)])
+def test_a_mask_of_fixed_length_is_read_at_the_tokens_positions(past):
+    """A static cache pads it: what is behind the tokens says nothing of them."""
+    start = 0 if past is None else int(past)
+    mask = torch.zeros(2, 12, dtype=torch.int64)
+    mask[:, : start + 4] = 1
+    mask[0, start] = 0
+    types = torch.zeros(2, 12, dtype=torch.int64)
+    types[1, start + 1] = 1
+    given = {"attention_mask": mask, "mm_token_type_ids": types}
+    if past is not None:
+        given["past_key_values"] = Cache(past)
+    found = READER.read({"input_ids": IDS, **given})
+    assert found.valid.tolist() == [[False, True, True, True], [True] * 4]
+    assert found.ids.tolist() == [[0] * 4, [0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(("past", "ids"), [(0, [0, 1, 0, 0]), (1, [1, 0, 0, 0]), (5, [0, 0, 0, 0])])
+def test_types_are_the_prompts_and_text_is_behind(past, ids):
+    """As prompt-lookup decoding hands them on with every longer candidate."""
+    given = {
+        "input_ids": IDS[:1],
+        "mm_token_type_ids": torch.tensor([[0, 1]]),
+        "past_key_values": Cache(past),
+    }
+    assert READER.read(given).ids.tolist() == [ids]
 
 
 def unattended(seen):

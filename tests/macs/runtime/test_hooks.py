@@ -9,6 +9,17 @@ from torch import nn
 
 from macs import AUDIO, IMAGE, TEXT, VIDEO, attach_modality, modality
 from macs.adapters import current_modality
+from macs.runtime.modality import required_modality
+
+
+class Cache:
+    """As a cache of Hugging Face's with so many tokens in it."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def get_seq_length(self):
+        return self.length
 
 
 class Model(nn.Module):
@@ -76,9 +87,9 @@ def test_what_the_caller_names_goes_before_the_config():
 def test_a_processors_ids_go_before_the_ids():
     model = Multimodal(image_token_id=5)
     attach_modality(model)
-    ids, ids = torch.tensor([[5, 5, 1]]), torch.tensor([[0, 2, 1]])
-    assert model(ids, mm_token_type_ids=ids).ids.tolist() == [[TEXT, VIDEO, IMAGE]]
-    assert model(mm_token_type_ids=ids).ids.tolist() == [[TEXT, VIDEO, IMAGE]]
+    ids, types = torch.tensor([[5, 5, 1]]), torch.tensor([[0, 2, 1]])
+    assert model(ids, mm_token_type_ids=types).ids.tolist() == [[TEXT, VIDEO, IMAGE]]
+    assert model(mm_token_type_ids=types).ids.tolist() == [[TEXT, VIDEO, IMAGE]]
 
 
 def test_a_model_without_token_ids_needs_its_processors_ids():
@@ -92,7 +103,8 @@ def test_a_model_without_token_ids_needs_its_processors_ids():
 def test_a_processors_ids_may_cover_what_is_in_the_cache(config):
     model = Multimodal(**config)
     attach_modality(model)
-    step = model(torch.tensor([[1], [5]]), mm_token_type_ids=torch.tensor([[1, 1, 0], [1, 0, 1]]))
+    types = torch.tensor([[1, 1, 0], [1, 0, 1]])
+    step = model(torch.tensor([[1], [5]]), mm_token_type_ids=types, past_key_values=Cache(2))
     assert step.ids.tolist() == [[TEXT], [IMAGE]]
 
 
@@ -102,7 +114,8 @@ def test_padding_follows_the_attention_mask_also_behind_a_cache():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     found = model(torch.tensor([[0, 5, 1], [5, 5, 1]]), attention_mask=mask)
     assert found.valid.tolist() == [[False, True, True], [True, True, True]]
-    step = model(torch.tensor([[1], [1]]), attention_mask=torch.cat([mask, torch.ones(2, 1).long()], 1))
+    longer = torch.cat([mask, torch.ones(2, 1).long()], 1)
+    step = model(torch.tensor([[1], [1]]), attention_mask=longer, past_key_values=Cache(3))
     assert step.valid.tolist() == [[True], [True]]
     four = model(torch.tensor([[0, 5, 1]]), attention_mask=torch.zeros(1, 1, 3, 3))
     assert four.valid.all()
@@ -123,13 +136,22 @@ def test_arguments_behind_stars_are_heeded():
     assert found.valid.tolist() == [[False, True]] and found.ids.tolist() == [[VIDEO, VIDEO]]
 
 
+def attach_to(model):
+    """A layer that plans: it requires the modality, inside the call."""
+    return model.register_forward_pre_hook(lambda *_: required_modality() and None)
+
+
 def test_a_mask_for_other_tokens_is_an_error():
     model = Multimodal(image_token_id=5)
     attach_modality(model)
     ids = torch.tensor([[5, 1, 1]])
     for mask in (torch.tensor([[1]]), torch.ones(2, 3)):
+        # The model by itself may not care, and runs; the first layer that plans raises.
+        assert model(ids, attention_mask=mask) is None
+        layer = attach_to(model)
         with pytest.raises(ValueError, match="attention_mask: found shape"):
             model(ids, attention_mask=mask)
+        layer.remove()
         assert current_modality() is None
 
 
