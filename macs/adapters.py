@@ -14,11 +14,10 @@ from .runtime.hooks import (
     completed,
     innermost,
     named_tokens,
-    planning_layers,
     token_modality_of,
 )
 from .runtime.launch import CommandParser, first_process, run_script
-from .runtime.layer import LayerRuntime
+from .runtime.layer import LayerRuntime, layers_of
 from .runtime.modality import ModalityBuffers, Unreadable, current_modality
 from .runtime.options import Options, add_flags, options_of
 from .runtime.patch import Patch, missing_symbols
@@ -59,11 +58,11 @@ __all__ = [
     "current_modality",
     "first_process",
     "innermost",
+    "layers_of",
     "loads_of",
     "missing_symbols",
     "named_tokens",
     "options_of",
-    "planning_layers",
     "policy_of",
     "read_mapping",
     "real_keys",

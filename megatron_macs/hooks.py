@@ -22,8 +22,8 @@ from macs.adapters import (
     completed,
     current_modality,
     innermost,
+    layers_of,
     named_tokens,
-    planning_layers,
     real_keys,
     token_modality_of,
 )
@@ -49,7 +49,7 @@ class MegatronHook(ModalityHook):
             )
         super().__init__(model, CallReader(by_token, padding_id, masked_is_true=True))
         self._buffers = ModalityBuffers() if captured else None
-        self._layers = planning_layers(model) if captured else []
+        self._layers = layers_of(model) if captured else []
 
     def engine_ids(self, given: dict[str, Any]) -> Tensor | None:
         """From the context of a dynamic engine that serves multimodal models: int8 [1, S]."""

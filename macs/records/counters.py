@@ -9,6 +9,7 @@ Shapes: E experts, R ranks.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -109,8 +110,7 @@ class Reading:
 class _Block:
     """Rows of the layers that were there when the first of them ran, after one number, ``bypassed``.
 
-    final: index of the layer that ends a forward pass: the last one, until a pass ends before. ran: index of
-    the layer that ran last.
+    final: index of the layer that ended the last forward pass. ran: index of the layer that ran last.
     """
 
     rows: Tensor
@@ -119,7 +119,7 @@ class _Block:
     shapes: Sequence[tuple[Topology, int]]
     parts: Sequence[Totals]
     final: int
-    ran: int = -1
+    ran: int | None = None
     lock: Any = field(default_factory=threading.Lock)
     seen: Tensor | None = None
 
@@ -127,14 +127,15 @@ class _Block:
     def alive(self) -> bool:
         return any(layer() is not None for layer in self.layers)
 
-    def ends(self, index: int) -> bool:
-        """Whether the layer that runs now ends the forward pass, as far as is known."""
-        if index <= self.ran:  # another pass has begun: the one before ended there
+    def runs(self, index: int) -> bool:
+        """Note that a layer runs; whether it is the first of a forward pass."""
+        begins = self.ran is None or index <= self.ran
+        if begins and self.ran is not None:  # the pass before ended there
             if self.ran < self.final:
                 self.publish()
             self.final = self.ran
         self.ran = index
-        return index >= self.final
+        return begins
 
     def publish(self) -> None:
         """Copy the rows to the host, behind the work queued on the device."""
@@ -166,8 +167,22 @@ class Counters:
     """
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._blocks: list[_Block] = []
         self._index: weakref.WeakKeyDictionary[Any, tuple[_Block, int]] = weakref.WeakKeyDictionary()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is another process than that which began to count."""
+        return self._process != os.getpid()
+
+    def check_process(self) -> None:
+        """Raise a ``RuntimeError`` in a forked process, whose counts nobody could read."""
+        if self.forked:
+            raise RuntimeError(
+                "serve_metrics: found a process forked after it, whose steps its endpoint does not count; "
+                "expected serve_metrics in every worker, each with its own port (in post_fork of gunicorn)"
+            )
 
     def __contains__(self, layer: Any) -> bool:
         return layer in self._index
@@ -197,14 +212,16 @@ class Counters:
     def publish(self, layer: Any) -> None:
         """To be called when a layer has added its step."""
         block, index = self._index[layer]
-        if block.ends(index):
+        block.runs(index)
+        if index >= block.final:
             block.publish()
 
     def bypassed(self, layer: Any) -> None:
-        """To be called when a layer gets a step too small to plan; two launches, in the last layer."""
+        """To be called when a layer gets a step too small to plan; a launch in the first and last layer."""
         block, index = self._index[layer]
-        if block.ends(index):
+        if block.runs(index):
             block.rows[:1] += 1
+        if index >= block.final:
             block.publish()
 
     def layers(self) -> list[Any]:

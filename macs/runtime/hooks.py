@@ -6,7 +6,8 @@ import inspect
 import logging
 import sys
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from ..tokens import AUDIO, IMAGE, VIDEO, Modality
 from .calls import CallReader
 from .consistency import model_call
-from .layer import LayerRuntime
+from .layer import LayerRuntime, layers_of
 from .modality import Unreadable, current_modality, modality_of_call
-from .state import RuntimeState
+from .state import RuntimeState, called_model
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class ModalityHook:
         _calls_of_thread().append((stack, sys.exc_info()[1]))
         for runtime in self._runtimes_of(module):
             stack.enter_context(runtime.forward_pass())
+        stack.enter_context(_called(module))
         stack.enter_context(model_call(lambda: collective_layers(module)))
         given = {**dict(zip(self._order[type(module)], args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
@@ -124,7 +126,7 @@ class ModalityHook:
     def _runtimes_of(self, module: nn.Module) -> list[RuntimeState]:
         """The runtimes of the module's layers; looked for until there are some."""
         if not self._runtimes:
-            self._runtimes = list({layer.runtime: None for layer in planning_layers(module)})
+            self._runtimes = list({layer.runtime: None for layer in layers_of(module)})
         return self._runtimes
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -132,6 +134,15 @@ class ModalityHook:
         error = sys.exc_info()
         # A model may be called while another error is handled.
         stack.__exit__(*(error if error[1] is not error_before else (None, None, None)))
+
+
+@contextmanager
+def _called(module: nn.Module) -> Iterator[None]:
+    token = called_model.set(module)
+    try:
+        yield
+    finally:
+        called_model.reset(token)
 
 
 @cache
@@ -153,15 +164,9 @@ def _calls_of_thread() -> list[tuple[ExitStack, BaseException | None]]:
     return calls
 
 
-def planning_layers(model: nn.Module) -> list[LayerRuntime]:
-    """The MACS layers of a model."""
-    layers = (getattr(module, "macs", None) for module in model.modules())
-    return list({id(layer): layer for layer in layers if isinstance(layer, LayerRuntime)}.values())
-
-
 def collective_layers(model: nn.Module) -> list[LayerRuntime]:
     """The layers of a model in which processes wait for each other, where those plan."""
-    return [] if model.training else [layer for layer in planning_layers(model) if layer.on]
+    return [] if model.training else [layer for layer in layers_of(model) if layer.on]
 
 
 def parameters(model: nn.Module) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import MACSConfig
 from ..planner import Planner, SumOverGroup, router_similarity
@@ -21,7 +21,7 @@ from ..topology import Topology
 from .adapter import LayerAdapter
 from .consistency import RankConsistency, RankMismatch, complete
 from .modality import misfit, required_modality, select
-from .state import Callback, PlanEvent, RuntimeState, capturing
+from .state import Callback, PlanEvent, RuntimeState, called_model, capturing
 
 
 class LayerRuntime:
@@ -213,10 +213,15 @@ class LayerRuntime:
 
     def _prepare_counters(self, device: torch.device) -> None:
         counters = self.runtime.counters
-        if counters is not None and self not in counters:
+        if counters is None:
+            return
+        counters.check_process()
+        if self not in counters:
+            # A runtime may have several models, whose passes are counted apart.
+            together = layers_of(called_model.get()) or self.runtime.layers
             layers = {
                 layer: (layer.topology, layer.top_k)
-                for layer in self.runtime.layers
+                for layer in (together if self in together else [self])
                 # A model may lie on several GPUs: each has memory of its own.
                 if layer is self or device.type == "cpu" or layer.adapter.router_weight().device == device
             }
@@ -347,3 +352,9 @@ class LayerRuntime:
         if modality.device != device:
             raise ValueError(f"modality mask: found on {modality.device}, the hidden states are on {device}")
         return modality
+
+
+def layers_of(model: nn.Module | None) -> list[LayerRuntime]:
+    """The MACS layers of a model."""
+    layers = (getattr(module, "macs", None) for module in ([] if model is None else model.modules()))
+    return list({id(layer): layer for layer in layers if isinstance(layer, LayerRuntime)}.values())

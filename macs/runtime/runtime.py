@@ -330,7 +330,7 @@ class Runtime(RuntimeState):
         Raises:
             RuntimeError: a CUDA graph has captured MACS layers, which would replay without counting.
         """
-        if self.counters is None:
+        if self.counters is None or self.counters.forked:
             if any(layer.graphed for layer in self.layers):
                 raise RuntimeError(
                     "counting: a CUDA graph has captured MACS layers, and would replay them without; "

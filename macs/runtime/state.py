@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,10 @@ from ..version import __version__
 from .consistency import RankConsistency
 
 logger = logging.getLogger("macs.runtime")
+
+
+called_model: ContextVar[Any] = ContextVar("macs_called_model", default=None)
+"""The model whose forward pass is running, where ``ModalityHook`` is on it."""
 
 
 @dataclass(frozen=True)

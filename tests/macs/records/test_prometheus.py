@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from support.cases import AnyAdapter
 
 import macs
 from macs import MACSConfig, Modality, Runtime, Topology, serve_metrics
+from macs.adapters import CallReader, ModalityHook
 from macs.records import prometheus
 from macs.records.prometheus import Collector
 
@@ -114,6 +116,78 @@ def test_counts_equal_an_independent_count():
         else:
             series = "macs_steps_total" if name in ("planned", "bypassed") else "macs_tokens_total"
             assert families[series, name] == amount, name
+
+
+def steps_of(runtime):
+    families = {
+        (one.name, *one.labels.values()): one.value
+        for family in Collector(runtime).collect()
+        for one in family.samples
+    }
+    return families["macs_steps_total", "planned"], families["macs_steps_total", "bypassed"]
+
+
+def test_a_pass_that_stops_half_way_is_counted_once_and_the_next_one_too():
+    runtime, layers = started(min_tokens=20)
+    runtime.start_counting()
+    step(layers, 64, 0)
+    step(layers[:2], 64, 1)  # an error in the last layer
+    for number in range(3):
+        step(layers, 4, number)
+    step(layers, 64, 2)
+    assert steps_of(runtime) == (3, 3)
+
+
+class Part(torch.nn.Module):
+    """A model of some layers, whose call is a step of them."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(torch.nn.Identity() for _ in layers)
+        for part, layer in zip(self.parts, layers, strict=True):
+            part.macs = layer
+        self.eval()
+
+    def forward(self, input_ids):
+        step([part.macs for part in self.parts], input_ids.numel(), 0)
+
+
+def test_the_models_of_a_runtime_are_counted_apart():
+    """A target and its draft, both built before either runs: every one's passes and tokens count."""
+    runtime, layers = started(min_tokens=20)
+    models = [Part(layers[:2]), Part(layers[2:])]
+    for model in models:
+        ModalityHook(model, CallReader(text_only=True))
+    runtime.start_counting()
+    for _ in range(5):
+        models[0](torch.ones(1, 64, dtype=torch.int64))
+        models[1](torch.ones(1, 64, dtype=torch.int64))
+        models[1](torch.ones(1, 4, dtype=torch.int64))
+    assert steps_of(runtime) == (10, 5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_worker_that_is_forked_after_the_endpoint_says_what_to_do():
+    runtime, layers = started()
+    server = serve_metrics(runtime, 0)
+    step(layers, 64, 0)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # a worker: no test runner, no clean-up
+        try:
+            step(layers, 64, 1)
+            os.write(writer, b"nothing")
+        except RuntimeError as error:
+            os.write(writer, str(error).encode())
+            own = serve_metrics(runtime, 0)
+            step(layers, 64, 1)
+            os.write(writer, f" {own.port != server.port} {steps_of(runtime)}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    told = os.read(reader, 10000).decode()
+    assert "found a process forked after it" in told and told.endswith(" True (1, 0)")
+    assert steps_of(runtime) == (1, 0)
+    server.close()
 
 
 def test_gauges_agree_with_the_recorders_reports_and_look_back_a_window(monkeypatch):
