@@ -235,6 +235,18 @@ def _check(name: str, num_experts: int, num_ranks: int, tensors: Mapping[str, Te
     ):
         if int(values.min()) < low or (high is not None and int(values.max()) > high):
             raise ValueError(f"{name}: found {what} outside {low}..{'' if high is None else high}")
+    _check_tokens(name, tensors)
+
+
+def _check_tokens(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise an error where weights or scores are not numbers of 0 or more, or a token has an expert twice."""
+    for what in ("weights", "scores"):
+        values = tensors.get(what)
+        if values is not None and not bool(((values >= 0) & (values < torch.inf)).all()):
+            raise ValueError(f"{name}: found {what} that are no finite numbers of 0 or more")
+    inside = tensors["experts"].sort(1).values
+    if bool(((inside[:, 1:] == inside[:, :-1]) & (inside[:, 1:] >= 0)).any()):
+        raise ValueError(f"{name}: found a token with an expert twice")
 
 
 def _whole(path: str | Path, header: dict[str, Any], name: str) -> int:

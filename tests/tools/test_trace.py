@@ -1,6 +1,7 @@
 """Megatron's routing trace as a recording, and back."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -31,18 +32,32 @@ def test_layers_are_numbered_in_order_and_those_that_guess_ahead_left_out(tmp_pa
     ("text", "message"),
     [
         ("", "found no record of block 'decoder'"),
-        ("{", "line 1 is no JSON"),
-        (line() + line(topk=3), "step 0, layer 3: found 3 experts a token, expected 2"),
-        (line(topk=0, top_indices=[[], []]), "found 0 experts a token, expected 1"),
-        (line(num_tokens=3), "step 0, layer 3: found 2 tokens, expected 3"),
-        (line(top_indices=[[0, 1], [2]]), "step 0, layer 3: found rows that are not of 2 numbers each"),
-        (line(top_indices=[[0, 1], [2, "x"]]), "found something that is no number"),
-        (line(top_indices=[[0, 1], [2, 0.7]]), "found an index that is no expert's"),
-        (line(top_indices=[[0, 1], [2, 40000]]), "found an index that is no expert's"),
-        (line(macs_weights=[[1.0, 0.0]]), "step 0, layer 3: found macs_weights of other tokens"),
-        (line(macs_kinds=[0, "image"]), "found something else than int in macs_kinds"),
-        (line(rank=None, logit_offset=0, logit_bytes=24), "no rank that says in which file"),
-        (line() + '{"step": 1}\n', "line 2 has no layer"),
+        ("{", ", line 1: Expecting"),
+        ("[" * 100000, ", line 1: "),
+        ("[]", ", line 1: found list, expected a record"),
+        ('{"step": 0, "step": 1}', ", line 1: found a name twice among step, step"),
+        (line() + line(topk=3, top_indices=[[0, 1, 2]] * 2), "line 2: found 3 experts a token, expected 2"),
+        (line(topk=0, top_indices=[[], []]), "topk: found '0', expected a whole number from 1"),
+        (line(num_tokens=3), r"line 1: top_indices: found shape \[2, 2\], expected \[3, 2\]"),
+        (line(top_indices=[[0, 1], [2]]), "top_indices: found something else than numbers in rows of one"),
+        (line(top_indices=[[0, 1], [2, "x"]]), "top_indices: found something else than numbers"),
+        (line(top_indices=[[0, 1], [2, 0.7]]), "found a number outside -1 to 32767 or not whole"),
+        (line(top_indices=[[0, 1], [2, 40000]]), "found a number outside -1 to 32767"),
+        (line(top_indices=[[0, 1], [2, 10**400]]), "top_indices: found something else than numbers"),
+        (line(top_indices=[[0, 1], [2, 2]]), "found a token with an expert twice"),
+        (line(step=10**400), "step: found '1000"),
+        (line(macs_weights=[[1.0, 0.0]]), r"macs_weights: found shape \[1, 2\], expected \[2, 2\]"),
+        (line(macs_weights=[[1.0, math.nan]] * 2), "macs_weights: found a number outside 0 to 65504"),
+        (line(macs_weights=[[1.0, math.inf]] * 2), "macs_weights: found a number outside 0 to 65504"),
+        (line(macs_modality=[0, "image"]), "macs_modality: found something else than numbers"),
+        (line(macs_modality=[0, 300]), "macs_modality: found a number outside 0 to 3"),
+        (line() + line(macs_modality=[0, 1]), "line 2: found macs_modality in some of the records"),
+        (line(rank=None), "rank: found 'None', expected a whole number"),
+        (line(logit_offset=-2, logit_bytes=24), "logit_offset: found '-2', expected"),
+        (line(logit_offset="0", logit_bytes=24), "logit_offset: found '0', expected"),
+        (line(logit_offset=0, logit_bytes=0), "logit_bytes: found '0', expected a whole number from 1"),
+        (line(logit_offset=0), "found one of logit_offset and logit_bytes, expected both or none"),
+        (line() + '{"step": 1}\n', "line 2: found no layer, which every record"),
         (line(top_indices=[[0, 9], [1, 2]]), "found experts outside -1..5"),
         (line(logit_offset=0, logit_bytes=24), "no file"),
     ],
@@ -52,6 +67,27 @@ def test_what_is_no_trace_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_trace(path, experts=6)
+
+
+@pytest.mark.parametrize(
+    ("places", "logits", "message"),
+    [
+        ([(0, 24), (24, 24)], torch.zeros(24), None),
+        ([(0, 24), (20, 24)], torch.zeros(24), "line 2: found logits that overlap another record's"),
+        ([(0, 24), (40, 24)], torch.zeros(24), "line 2: .* ends before its logits"),
+        ([(0, 24), (24, 22)], torch.zeros(24), "line 2: found logits of 22 bytes, which are no whole tokens"),
+        ([(0, 24), (24, 24)], torch.full((24,), math.nan), "line 1: found a logit that is not finite"),
+    ],
+)
+def test_logits_beside_a_trace_are_checked(tmp_path, places, logits, message):
+    path = tmp_path / "router_trace_rank0.jsonl"
+    path.write_text("".join(line(logit_offset=first, logit_bytes=size) for first, size in places))
+    (tmp_path / "logits_rank0.bin").write_bytes(logits.bfloat16().view(torch.int16).numpy().tobytes())
+    if message is None:
+        assert read_trace(path).num_experts == 6
+        return
+    with pytest.raises(ValueError, match=message):
+        read_trace(path)
 
 
 def test_how_many_experts_there_are_is_not_guessed(tmp_path):
@@ -92,7 +128,7 @@ def test_a_recording_goes_there_and_back(tmp_path, capsys):
     report.main([str(first), "--to", str(there)])
     record = json.loads(there.read_text().splitlines()[1])
     assert record["rank"] == 2 and record["layer"] == 1 and record["num_tokens"] == 30
-    report.main([str(there), "--to", str(back), "--ranks", "4"])
+    report.main([str(there), "--to", str(back)])
     expected, found = recorded(), Recording.load(back)
     assert (found.num_experts, found.num_ranks) == (16, 4)
     assert all(torch.equal(found.tensors[name], one) for name, one in expected.tensors.items())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,28 @@ from torch import Tensor
 
 from macs import TEXT, Recording
 from macs.files import check_output
+from macs.tokens import MODALITIES
 
 DECODER = "decoder"
 """The block whose layers MACS plans; those that guess tokens ahead (``mtp``) are left out."""
 
-FIELDS = {"step": int, "layer": int, "num_tokens": int, "topk": int, "top_indices": list}
-KINDS, WEIGHTS, EXPERTS = "macs_kinds", "macs_weights", "macs_experts"
+MODALITY, WEIGHTS, EXPERTS, RANKS = "macs_modality", "macs_weights", "macs_experts", "macs_ranks"
 """What a trace that ``write_trace`` wrote has besides."""
+
+WHOLE = {  # the least and the largest of every number of a record
+    "step": (0, 2**53),
+    "layer": (0, 2**20),
+    "num_tokens": (0, 2**31),
+    "topk": (1, 2**10),
+    "rank": (0, 2**20),
+    "logit_offset": (0, 2**53),
+    "logit_bytes": (1, 2**53),
+    EXPERTS: (1, 2**15 - 1),
+    RANKS: (1, 2**15 - 1),
+}
+NEEDED = "step", "layer", "num_tokens", "topk", "top_indices"
+OPTIONAL = MODALITY, WEIGHTS, "logit_offset"
+"""Of all records of a trace, or of none."""
 
 
 def is_trace(path: Path) -> bool:
@@ -33,7 +49,7 @@ def is_trace(path: Path) -> bool:
     return path.suffix in (".jsonl", ".json")
 
 
-def read_trace(path: Path, experts: int | None = None, ranks: int = 1) -> Recording:
+def read_trace(path: Path, experts: int | None = None, ranks: int | None = None) -> Recording:
     """A rank's trace as a recording.
 
     Tokens are text where the trace does not say; weights are even where it has no logits, else the logits'
@@ -43,123 +59,159 @@ def read_trace(path: Path, experts: int | None = None, ranks: int = 1) -> Record
         path: the ``.jsonl`` file.
         experts: how many each layer has; none: as many as the logits have, or as the trace says that
             ``write_trace`` wrote.
-        ranks: expert-parallel ranks of the run; 1 is said where they do not divide the experts.
+        ranks: expert-parallel ranks of the run; none: as the trace says, or 1. It is 1 where they do not
+            divide the experts.
 
     Raises:
-        ValueError: a line is no record of a trace; it is named.
+        ValueError: a line is no record of a trace; file and line are named.
     """
-    found = [record for record in _lines(path) if record.get("block", DECODER) == DECODER]
+    found = [(number, record) for number, record in _lines(path) if record["block"] == DECODER]
     if not found:
         raise ValueError(f"trace {path}: found no record of block {DECODER!r}")
-    top_k = found[0]["topk"]
-    chosen: list[np.ndarray] = []
+    first = found[0][1]
     often: Counter[tuple[int, int]] = Counter()
-    for record in found:
-        chosen.append(
-            _indices(f"trace {path}: step {record['step']}, layer {record['layer']}", record, top_k)
-        )
+    for number, record in found:
+        if record["topk"] != first["topk"]:
+            raise _wrong(path, number, f"found {record['topk']} experts a token, expected {first['topk']}")
+        for name in OPTIONAL:
+            if (name in record) != (name in first):
+                raise _wrong(path, number, f"found {name} in some of the records, expected it in all or none")
         # A layer's second call in a step, as of another microbatch, is a step of its own.
         record["again"] = often[record["step"], record["layer"]]
         often[record["step"], record["layer"]] += 1
     calls = max(often.values())
-    numbers = sorted({record["layer"] for record in found})
-    found = [record for record in found if record["num_tokens"]]
-    if not found:
+    layers = sorted({record["layer"] for _, record in found})
+    records = [record for _, record in found if record["num_tokens"]]
+    if not records:
         raise ValueError(f"trace {path}: found no token in any record")
-    flat = torch.from_numpy(np.concatenate(chosen))
+    flat = torch.from_numpy(np.concatenate([one["top_indices"] for one in records]))
     tensors = {
-        "layers": torch.tensor([numbers.index(one["layer"]) for one in found], dtype=torch.int32),
-        "steps": torch.tensor([one["step"] * calls + one["again"] for one in found], dtype=torch.int64),
-        "counts": torch.tensor([one["num_tokens"] for one in found], dtype=torch.int64),
+        "layers": torch.tensor([layers.index(one["layer"]) for one in records], dtype=torch.int32),
+        "steps": torch.tensor([one["step"] * calls + one["again"] for one in records], dtype=torch.int64),
+        "counts": torch.tensor([one["num_tokens"] for one in records], dtype=torch.int64),
         "experts": flat,
-        "weights": torch.full(flat.shape, 1 / top_k, dtype=torch.float16),
+        "weights": torch.full(flat.shape, 1 / first["topk"], dtype=torch.float16),
         "modality": torch.full((len(flat),), TEXT, dtype=torch.int8),
     }
-    weighed = all(WEIGHTS in one for one in found)
-    if weighed:
-        values = [row for one in found for row in one[WEIGHTS]]
-        tensors["weights"] = torch.from_numpy(_rows(f"trace {path}: {WEIGHTS}", values, top_k)).half()
-    if all(KINDS in one for one in found):
-        kinds = [kind for one in found for kind in one[KINDS]]
-        tensors["modality"] = torch.tensor(kinds, dtype=torch.int8)
-    if all("logit_offset" in one for one in found):
+    if MODALITY in first:
+        tensors["modality"] = torch.from_numpy(np.concatenate([one[MODALITY] for one in records]))
+    if "logit_offset" in first:
         scores = _logits(path, found).float().softmax(1)
         experts = experts or scores.shape[1]
         tensors["scores"] = scores.half()
-        if not weighed:
-            gates = scores.gather(1, flat.long().clamp(min=0))
-            tensors["weights"] = (gates / gates.sum(1, keepdim=True)).half()
-    told = {one[EXPERTS] for one in found if isinstance(one.get(EXPERTS), int)}
-    experts = experts or max(told, default=None)
+        gates = scores.gather(1, flat.long().clamp(min=0))
+        tensors["weights"] = (gates / gates.sum(1, keepdim=True)).half()
+    if WEIGHTS in first:
+        tensors["weights"] = torch.from_numpy(np.concatenate([one[WEIGHTS] for one in records])).half()
+    experts = experts or max((one[EXPERTS] for one in records if EXPERTS in one), default=None)
     if experts is None:
         raise ValueError(
             f"trace {path}: found nothing that says how many experts a layer has, and {int(flat.max())} as "
             "the largest index; expected --experts"
         )
+    ranks = ranks or first.get(RANKS, 1)
     return Recording(experts, 1 if experts % ranks else ranks, tensors, f"trace {path}")
 
 
-def _rows(name: str, rows: list[Any], width: int) -> np.ndarray:
-    """Numbers [N, width] of a list of lists."""
-    if not all(isinstance(row, list) and len(row) == width for row in rows):
-        raise ValueError(f"{name}: found rows that are not of {width} numbers each")
-    found = np.array(rows, dtype=object).reshape(-1, width)
-    if not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in found.flat):
-        raise ValueError(f"{name}: found something that is no number")
-    return found.astype(np.float64)
+def _wrong(path: Path, number: int, what: str) -> ValueError:
+    return ValueError(f"trace {path}, line {number}: {what}")
 
 
-def _indices(name: str, record: dict[str, Any], top_k: int) -> np.ndarray:
-    """A record's experts, int16 [tokens, k]; what else it has of tokens is of as many."""
-    if record["topk"] != top_k or top_k < 1:
-        raise ValueError(f"{name}: found {record['topk']} experts a token, expected {max(1, top_k)}")
-    found = _rows(name, record["top_indices"], top_k)
-    if len(found) != record["num_tokens"]:
-        raise ValueError(f"{name}: found {len(found)} tokens, expected {record['num_tokens']}")
-    if not ((found == found.round()) & (found >= -1) & (found < 2**15)).all():
-        raise ValueError(f"{name}: found an index that is no expert's")
-    for own, kind in ((KINDS, int), (WEIGHTS, list)):
-        values = record.get(own, [])
-        if own in record and not (isinstance(values, list) and len(values) == len(found)):
-            raise ValueError(f"{name}: found {own} of other tokens than it has")
-        if not all(isinstance(one, kind) for one in values):
-            raise ValueError(f"{name}: found something else than {kind.__name__} in {own}")
-    return found.astype(np.int16)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and record of every line, checked by itself."""
     with path.open() as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"trace {path}: line {number} is no JSON: {error}") from error
-            for name, kind in FIELDS.items():
-                if not isinstance(record, dict) or not isinstance(record.get(name), kind):
-                    raise ValueError(
-                        f"trace {path}: line {number} has no {name} ({kind.__name__}), which every record of "
-                        "Megatron's routing trace has"
-                    )
-            yield record
+            if line.strip():
+                try:
+                    yield number, _record(json.loads(line, object_pairs_hook=_once))
+                except (ValueError, RecursionError) as error:
+                    raise _wrong(path, number, str(error) or type(error).__name__) from error
 
 
-def _logits(path: Path, records: Sequence[dict[str, Any]]) -> Tensor:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"found a name twice among {', '.join(name for name, _ in pairs)}")
+    return found
+
+
+def _record(record: Any) -> dict[str, Any]:
+    """A record, its lists as arrays: top_indices int16 [T, k], modality int8 [T], weights float64 [T, k]."""
+    if not isinstance(record, dict):
+        raise ValueError(f"found {type(record).__name__}, expected a record of Megatron's routing trace")
+    for name in NEEDED:
+        if name not in record:
+            raise ValueError(f"found no {name}, which every record of Megatron's routing trace has")
+    for name, (low, high) in WHOLE.items():
+        value = record.get(name, low)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(
+                f"{name}: found {str(value)[:50]!r}, expected a whole number from {low} to {high}"
+            )
+    count, top_k = record["num_tokens"], record["topk"]
+    record.setdefault("block", DECODER)
+    chosen = _numbers("top_indices", record["top_indices"], (count, top_k), -1, 2**15 - 1, True)
+    inside = np.sort(chosen, 1)
+    if bool(((inside[:, 1:] == inside[:, :-1]) & (inside[:, 1:] >= 0)).any()):
+        raise ValueError("top_indices: found a token with an expert twice")
+    record["top_indices"] = chosen.astype(np.int16)
+    if MODALITY in record:
+        modality = _numbers(MODALITY, record[MODALITY], (count,), 0, MODALITIES - 1, True)
+        record[MODALITY] = modality.astype(np.int8)
+    if WEIGHTS in record:
+        record[WEIGHTS] = _numbers(WEIGHTS, record[WEIGHTS], (count, top_k), 0, 65504, False)
+    if ("logit_offset" in record) != ("logit_bytes" in record):
+        raise ValueError("found one of logit_offset and logit_bytes, expected both or none")
+    return record
+
+
+def _numbers(
+    name: str, values: Any, shape: tuple[int, ...], low: float, high: float, whole: bool
+) -> np.ndarray:
+    """Numbers of a list, or of a list of lists, of this shape: float64, finite, in a range."""
+    try:
+        found = np.array(values if values else np.empty(shape), dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: found something else than numbers in rows of one length") from error
+    if found.shape != shape:
+        raise ValueError(f"{name}: found shape {list(found.shape)}, expected {list(shape)}")
+    if not bool(((found >= low) & (found <= high) & (not whole or found == found.round())).all()):
+        raise ValueError(f"{name}: found a number outside {low} to {high}" + " or not whole" * whole)
+    return found
+
+
+def _logits(path: Path, records: Sequence[tuple[int, dict[str, Any]]]) -> Tensor:
     """Of all tokens of these records, bfloat16 [N, E]."""
-    if not isinstance(records[0].get("rank"), int):
-        raise ValueError(f"trace {path}: found logits in its records, and no rank that says in which file")
-    beside = path.with_name(f"logits_rank{records[0]['rank']}.bin")
+    rank = records[0][1].get("rank")
+    if rank is None:
+        raise _wrong(path, records[0][0], "found logits, and no rank that says in which file")
+    beside = path.with_name(f"logits_rank{rank}.bin")
     if not beside.is_file():
         raise ValueError(f"trace {path}: found logits in its records, but no file {beside}")
-    data, parts = np.memmap(beside, dtype=np.uint8, mode="r"), []
-    for record in records:
-        part = data[record["logit_offset"] :][: record["logit_bytes"]]
-        if len(part) != record["logit_bytes"]:
-            raise ValueError(f"trace {path}: {beside} ends before step {record['step']}")
-        if record["num_tokens"] < 1 or len(part) % (2 * record["num_tokens"]):
-            raise ValueError(f"trace {path}: step {record['step']}: found logits of no whole tokens")
-        parts.append(torch.from_numpy(part.copy()).view(torch.bfloat16).view(record["num_tokens"], -1))
+    data, parts, taken = np.memmap(beside, dtype=np.uint8, mode="r"), [], []
+    for number, record in records:
+        if not record["num_tokens"]:
+            continue
+        first, size = record["logit_offset"], record["logit_bytes"]
+        if first + size > len(data):
+            raise _wrong(path, number, f"{beside} ends before its logits")
+        if size % (2 * record["num_tokens"]):
+            raise _wrong(path, number, f"found logits of {size} bytes, which are no whole tokens")
+        taken.append((first, first + size, number))
+        part = torch.from_numpy(data[first : first + size].copy()).view(torch.bfloat16)
+        part = part.view(record["num_tokens"], -1)
+        if not bool(part.isfinite().all()):
+            raise _wrong(path, number, "found a logit that is not finite")
+        parts.append(part)
+    taken.sort()
+    for (_, end, _), (begin, _, number) in pairwise(taken):
+        if begin < end:
+            raise _wrong(path, number, "found logits that overlap another record's")
+    widths = {part.shape[1] for part in parts}
+    if len(widths) > 1:
+        raise ValueError(
+            f"trace {path}: found logits of {sorted(widths)} experts, expected one number of them"
+        )
     return torch.cat(parts)
 
 
@@ -178,9 +230,10 @@ def write_trace(recording: Recording, path: Path, rank: int = 0) -> None:
                 "num_tokens": len(one.modality),
                 "topk": recording.top_k,
                 "top_indices": one.experts.tolist(),
-                KINDS: one.modality.tolist(),
+                MODALITY: one.modality.tolist(),
                 WEIGHTS: one.weights.tolist(),
                 EXPERTS: recording.num_experts,
+                RANKS: recording.num_ranks,
             }
             file.write(json.dumps(record) + "\n")
 
@@ -193,7 +246,9 @@ def load_recordings(
     experts, ranks: of a layer, and of the run, where traces do not say; by default as many ranks as files.
     """
     found = [
-        read_trace(path, experts, ranks or len(paths)) if is_trace(path) else Recording.load(path)
+        read_trace(path, experts, ranks or (len(paths) if len(paths) > 1 else None))
+        if is_trace(path)
+        else Recording.load(path)
         for path in paths
     ]
     kinds = {(one.num_experts, one.top_k) for one in found}

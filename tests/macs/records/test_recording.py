@@ -117,6 +117,9 @@ def test_mistakes_are_named(tmp_path):
     [
         ({"counts": torch.tensor([3])}, "do not add up"),
         ({"experts": torch.full((20, TOP_K), EXPERTS, dtype=torch.int16)}, "experts outside -1..5"),
+        ({"experts": torch.full((20, TOP_K), 3, dtype=torch.int16)}, "found a token with an expert twice"),
+        ({"weights": torch.full((20, TOP_K), torch.nan).half()}, "found weights that are no finite numbers"),
+        ({"weights": torch.full((20, TOP_K), torch.inf).half()}, "found weights that are no finite numbers"),
         ({"weights": torch.zeros(20, TOP_K)}, "recording.weights"),
         ({"counts": torch.tensor([2**63 - 1, -(2**63 - 1), 20])}, "recording.layers: found shape"),
         ({"modality": torch.full((20,), 9, dtype=torch.int8)}, "modalities outside 0..3"),
