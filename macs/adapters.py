@@ -16,7 +16,7 @@ from .runtime.hooks import (
     named_tokens,
     token_modality_of,
 )
-from .runtime.launch import CommandParser, first_process, run_script
+from .runtime.launch import CommandParser, ProcessError, first_process, leave, run_script
 from .runtime.layer import LayerRuntime, layers_of
 from .runtime.modality import ModalityBuffers, Unreadable, current_modality
 from .runtime.options import Options, add_flags, options_of
@@ -44,6 +44,7 @@ __all__ = [
     "Options",
     "Patch",
     "Plan",
+    "ProcessError",
     "Runtime",
     "TokenShard",
     "Topology",
@@ -59,6 +60,7 @@ __all__ = [
     "first_process",
     "innermost",
     "layers_of",
+    "leave",
     "loads_of",
     "missing_symbols",
     "named_tokens",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -47,6 +48,17 @@ def save_tensors(
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+_place: list[tuple[int, int]] = []
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Rank of this process and number of processes: those of ``torch.distributed``, also when its group is
+    closed again; before that, the launcher's."""
+    if dist.is_available() and dist.is_initialized():
+        _place[:] = [(dist.get_rank(), dist.get_world_size())]
+    return _place[0] if _place else (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 LARGEST_SETTINGS = 1 << 16

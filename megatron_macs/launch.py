@@ -17,7 +17,16 @@ from pathlib import Path
 
 import torch
 
-from macs.adapters import CommandParser, LayerReport, Runtime, first_process, run_script, summarized
+from macs.adapters import (
+    CommandParser,
+    LayerReport,
+    ProcessError,
+    Runtime,
+    first_process,
+    leave,
+    run_script,
+    summarized,
+)
 
 from .options import add_macs_args, macs_options
 
@@ -66,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options = macs_options(flags)
         runtime = None if options is None else options.runtime()
+    except ProcessError as error:
+        leave(parser.prog, error)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     from .compat import check_megatron

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import expect
-from ..files import save_tensors
+from ..files import rank_and_world, save_tensors
 from ..tokens import MODALITIES, Tokens
 
 FORMAT = "macs-routing-2"
@@ -107,11 +105,7 @@ class RoutingRecorder:
 
 def rank_path(path: Path) -> Path:
     """``a/b.x`` on the only rank, ``a/b.rank3.x`` on rank 3 of several."""
-    if dist.is_available() and dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-    else:
-        # A script may have closed its process group by now; its launcher still says.
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     return path if world == 1 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 

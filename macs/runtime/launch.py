@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import runpy
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from ..files import rank_and_world
 
 MISTAKE, INTERRUPTED = 2, 130
 """Exit codes: the command line cannot be honoured; Ctrl-C."""
 
 
+class ProcessError(ValueError):
+    """An error of this process, which the others may not have: each that has it prints it."""
+
+
 def first_process() -> bool:
     """Whether this process prints for all that a launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank_and_world()[0] == 0
 
 
-def leave(name: str, message: str, code: int = MISTAKE) -> NoReturn:
-    """Exit with one line on stderr, from the first process alone."""
-    if first_process():
-        sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
+def leave(name: str, error: str | BaseException, code: int = MISTAKE) -> NoReturn:
+    """Exit with one line on stderr: from the first process alone, or of a ``ProcessError`` with the rank."""
+    own = isinstance(error, ProcessError)
+    if own or first_process():
+        rank = f", rank {rank_and_world()[0]}" if own else ""
+        sys.stderr.write(f"{name}{rank}: {' '.join(str(error).split())}\n")
     raise SystemExit(code)
+
+
+def exit_on_sigterm() -> None:
+    """End on SIGTERM, which SLURM and Kubernetes send, as on Ctrl-C: what was recorded is written. A handler
+    of the application's stays."""
+    unhandled = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if unhandled and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ..config import PRESETS, MACSConfig, check_name, default_of, settings
-from ..files import check_output, read_mapping
+from ..files import check_output, rank_and_world, read_mapping
 from ..policies import POLICIES
 from ..records.profile import Profile
 from ..records.prometheus import check_port, serve_metrics
 from ..records.recording import rank_path
 from .hooks import TOKEN_IDS
+from .launch import ProcessError, exit_on_sigterm
 from .runtime import Runtime
 
 Self = TypeVar("Self", bound="Options")
@@ -126,12 +127,22 @@ class Options:
             virtual_ranks=virtual_ranks,
         )
         if self.metrics_port is not None:
-            serve_metrics(runtime, self.metrics_port, address=self.metrics_address)
+            self._serve_metrics(runtime, self.metrics_port)
+        if self.calibrate is not None or self.record is not None:
+            exit_on_sigterm()
         if self.calibrate is not None:
             runtime.start_calibration()
         if self.record is not None:
             runtime.start_routing()
         return runtime
+
+    def _serve_metrics(self, runtime: Runtime, port: int) -> None:
+        try:
+            server = serve_metrics(runtime, port, address=self.metrics_address)
+        except ValueError as error:  # the port of this process; others have theirs
+            raise ProcessError(str(error)) from error
+        if not port:
+            print(f"MACS: metrics of rank {rank_and_world()[0]} on port {server.port}", file=sys.stderr)
 
     def finish(self, runtime: Runtime) -> None:
         """Write what was recorded or calibrated, when the script ends."""
@@ -148,11 +159,10 @@ def save_profile(runtime: Runtime, path: Path) -> None:
         mine: Profile | None = runtime.measured_profile()
     except ValueError:
         mine = None  # a pipeline stage may have no MoE layer
-    parts, rank, world = [mine], int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    parts, (rank, world) = [mine], rank_and_world()
     if dist.is_available() and dist.is_initialized():
-        parts = [None] * dist.get_world_size()
+        parts = [None] * world
         dist.all_gather_object(parts, mine)
-        rank = dist.get_rank()
     elif world > 1:
         path, rank = rank_path(path), 0
     counted = [part for part in parts if part is not None]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import MACSConfig
-from ..files import check_output
+from ..files import check_output, rank_and_world
 from ..policies import policy_of
 from ..records.counters import Counters
 from ..records.load import LayerReport
@@ -163,6 +163,7 @@ class Runtime(RuntimeState):
             sources = tuple(range(self.virtual_ranks))
             topology = Topology(topology.num_experts, self.virtual_ranks, sources=sources)
         layer = LayerRuntime(self, len(self.layers), adapter, topology)
+        rank_and_world()  # known from now on, also when the group is closed
         layer.check(self.policy, self.config)
         self._check_tuning(self.policy, self.config, self.profile, {topology.num_ranks})
         self.register(layer)
