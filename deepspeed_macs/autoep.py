@@ -35,6 +35,13 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
         layer.__class__ = cls
         layer.macs = macs
 
+    def train(self, mode: bool = True) -> MACSAutoEPMoELayer:
+        """As the base class; where serving begins, the router's rows are those of now."""
+        super().train(mode)
+        if not mode and self.macs is not None:
+            self.macs.refetch()
+        return self
+
     def _forward(self, hidden_states: Tensor) -> Any:
         """hidden_states [B, S, D] -> what the base class returns."""
         if self.macs is None:

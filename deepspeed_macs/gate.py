@@ -41,6 +41,13 @@ class MACSTopKGate(TopKGate):
         gate.__class__ = cls
         gate.macs, gate.sequence_major, gate.sampling = macs, sequence_major, sampling
 
+    def train(self, mode: bool = True) -> MACSTopKGate:
+        """As the base class; where serving begins, the router's rows are those of now."""
+        super().train(mode)
+        if not mode and self.macs is not None:
+            self.macs.refetch()
+        return self
+
     def forward(
         self,
         input: Tensor,

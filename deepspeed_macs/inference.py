@@ -239,7 +239,20 @@ def _initialize_with(
     runtime = _add_if_wanted(engine.module, block, default, engine.autotp_size())
     if runtime is not None:
         engine.macs = runtime
+        engine.load_checkpoint = _refreshing(engine.load_checkpoint, runtime)
     return returned
+
+
+def _refreshing(load: Callable[..., Any], runtime: Runtime) -> Callable[..., Any]:
+    """A function that loads weights, after which those of the routers are read anew."""
+
+    @functools.wraps(load)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        runtime.refresh()
+        return loaded
+
+    return load_checkpoint
 
 
 def _add_if_wanted(

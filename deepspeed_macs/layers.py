@@ -55,11 +55,12 @@ class DeepSpeedAdapter(LayerAdapter):
     def router_weight(self) -> Tensor:
         return self._weight if self._rows is None else self._rows
 
-    def refetch(self) -> None:
+    def refetch(self) -> bool:
         """Fetch the rows anew where ZeRO-3 keeps them in parts."""
         if self._rows is not None:
             with torch.inference_mode():
                 self._rows.copy_(_gathered(self._weight))
+        return self._rows is not None
 
     def unsupported(self) -> Unsupported:
         """Visual tokens must be found, and ranks with the same tokens must make the same plan."""

@@ -73,13 +73,13 @@ def attach_plain(model: nn.Module, runtime: Runtime) -> Callable[[], None]:
             f"attach_plain: found no MoE block in {type(model).__name__}, expected modules with experts"
         )
     for name, block in blocks.items():
-        gate = type(getattr(block, "gate", None)).__name__
-        if gate not in GATES:
+        gate, known = gate_of(block)
+        if known is None:
             raise ValueError(
-                f"attach_plain: found a gate of {gate} in {name or type(block).__name__}, expected one of "
-                + ", ".join(GATES)
+                f"attach_plain: found a gate of {type(gate).__name__} in {name or type(block).__name__}, "
+                "expected one of " + ", ".join(GATES)
             )
-        if getattr(model, "has_ep", False) or _held(block.experts) != len(block.gate.weight):
+        if getattr(model, "has_ep", False) or _held(block.experts) != len(gate.weight):
             raise ValueError(
                 f"attach_plain: found experts of {name} divided among processes, as in transformers' expert "
                 "parallelism, which computes the rows that a plan drops; expected one process, or AutoEP "
@@ -119,15 +119,47 @@ def check_skips(experts: Any) -> None:
         )
 
 
+def gate_of(block: Any) -> tuple[Any, Gate | None]:
+    """The gate inside wrappers such as PEFT's, and its row of ``GATES``, by its class or one it derives from,
+    as FSDP's do; none if it has none."""
+    gate: Any = getattr(block, "gate", None)
+    while type(gate).__name__ not in GATES and isinstance(getattr(gate, "base_layer", None), nn.Module):
+        gate = gate.base_layer
+    names = [one.__name__ for one in type(gate).__mro__ if one.__name__ in GATES]
+    return gate, GATES[names[0]] if names else None
+
+
 class GateAdapter(LayerAdapter):
     """``LayerAdapter`` of a Hugging Face gate."""
 
     def __init__(self, gate: Any) -> None:
         super().__init__(Topology(len(gate.weight)), gate.top_k)
         self.gate = gate
+        # FSDP2 keeps a part of the rows on each process: they are put together now, on all of them.
+        self._rows = gate.weight.full_tensor() if hasattr(gate.weight, "full_tensor") else None
 
     def router_weight(self) -> Tensor:
-        return self.gate.weight
+        """The rows, fetched as accelerate does where it keeps weights elsewhere between two calls."""
+        weight = self.gate.weight
+        if self._rows is not None:
+            return self._rows
+        if not weight.is_meta:
+            return weight
+        hook = getattr(self.gate, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            kept = getattr(one, "weights_map", None)
+            if kept is not None:
+                return kept["weight"]
+        raise ValueError(
+            f"router weights: found those of {type(self.gate).__name__} on the meta device, and no hook of "
+            "accelerate that fetches them; expected weights that are loaded"
+        )
+
+    def refetch(self) -> bool:
+        """Put the rows together anew where FSDP2 keeps them in parts."""
+        if self._rows is not None:
+            self._rows = self.gate.weight.full_tensor()
+        return self._rows is not None
 
 
 class _Block:
@@ -135,8 +167,10 @@ class _Block:
 
     def __init__(self, block: Any, runtime: Runtime) -> None:
         self.block = block
-        self.gate = GATES[type(block.gate).__name__]
-        self.layer: LayerRuntime = runtime.add_layer(GateAdapter(block.gate))
+        self.inner, known = gate_of(block)
+        assert known is not None  # ``attach_plain`` has refused others
+        self.gate = known
+        self.layer: LayerRuntime = runtime.add_layer(GateAdapter(self.inner))
         self.skips = getattr(block.experts, "_is_expert_parallel", None)
         if self.skips is not None:  # transformers 5.24 takes index E for none only where this is set
             block.experts._is_expert_parallel = True
@@ -169,12 +203,18 @@ class _Block:
         with self.layer.forward_pass(count, device, gate.training):
             if gate.training or not self.layer.acts_on(count, device):
                 return None
-            bias = None if self.gate.bias is None else getattr(gate, self.gate.bias)
-            groups = () if self.gate.groups is None else (getattr(gate, name) for name in self.gate.groups)
+            bias = None if self.gate.bias is None else getattr(self.inner, self.gate.bias)
+            groups = (
+                () if self.gate.groups is None else (getattr(self.inner, name) for name in self.gate.groups)
+            )
             scores = candidate_scores(logits, experts, self.gate.score_function, bias, *groups)
             tokens = self.layer.tokens(*shape, False, device)
             plan = self.layer.plan(args[0].reshape(count, -1), experts, weights, scores, tokens)
         if plan is None:
             return None
         check_skips(self.block.experts)  # generate may have changed it
-        return logits, plan.weights, torch.where(plan.experts < 0, len(gate.weight), plan.experts)
+        return (
+            logits,
+            plan.weights,
+            torch.where(plan.experts < 0, self.layer.topology.num_experts, plan.experts),
+        )

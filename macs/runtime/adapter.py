@@ -90,8 +90,9 @@ class LayerAdapter:
         """The router's rows [E, D]; called once weights are loaded."""
         raise NotImplementedError
 
-    def refetch(self) -> None:
-        """Update rows that the engine keeps elsewhere; called on all ranks together."""
+    def refetch(self) -> bool:
+        """Update rows that the engine keeps elsewhere; whether it does. Called on all ranks together."""
+        return False
 
     def token_shard(self) -> TokenShard:
         """Which tokens this process has; an engine may change it between passes."""

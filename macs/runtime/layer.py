@@ -78,6 +78,12 @@ class LayerRuntime:
         self.profile_row: int | None = None  # of the runtime's profile, as the planner has it
         self.recorder = LayerRecorder(self.topology, self.top_k)
 
+    def refetch(self) -> None:
+        """Fetch the router's rows anew where an engine keeps a part of them on each process; on all of them
+        together, outside a forward pass."""
+        if self.adapter.refetch():
+            self.refresh()
+
     def refresh(self) -> None:
         """Recompute the similarity from the router's current weights, in place."""
         if self._planner is not None and self._planner.policy.uses_similarity(self.runtime.config):

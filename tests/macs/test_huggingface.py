@@ -206,6 +206,51 @@ def test_a_switch_waits_for_the_pass_of_another_thread():
     remove()
 
 
+@pytest.mark.parametrize("placed", ["cpu", "disk"])
+def test_weights_that_accelerate_keeps_elsewhere_are_fetched(placed, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    settings = MACSConfig(reroute="group", **TIGHT)
+    with modality(IDS == IMAGE_TOKEN), torch.inference_mode():
+        runtime = Runtime(settings, virtual_ranks=2)
+        attach_plain(plain := build("qwen3_moe"), runtime)
+        with runtime.calibration():
+            plain(IDS)
+        profile = runtime.measured_profile()
+        runtime.use("macs", settings, profile)
+        expected = plain(IDS).logits
+        model = build("qwen3_moe")
+        if placed == "cpu":
+            accelerate.cpu_offload(model, torch.device("cpu"))
+        else:
+            accelerate.disk_offload(model, tmp_path, torch.device("cpu"))
+        assert moe_blocks(model)[0].gate.weight.is_meta
+        attach_plain(model, Runtime(settings, profile=profile, virtual_ranks=2))
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def test_gates_are_found_inside_wrappers():
+    class Wrapper(nn.Module):
+        """As PEFT's, around a layer whose parameter it trains."""
+
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base
+
+        def forward(self, hidden):
+            return self.base_layer(hidden)
+
+    model, stock = build("deepseek_v3"), build("deepseek_v3")
+    for index, block in enumerate(moe_blocks(model)):
+        if index:
+            block.gate = Wrapper(block.gate)
+        else:  # as FSDP2's
+            block.gate.__class__ = type("FSDPGate", (type(block.gate),), {})
+    with modality(IDS == IMAGE_TOKEN), torch.inference_mode():
+        for one in (model, stock):
+            attach_plain(one, Runtime(MACSConfig(**TIGHT), virtual_ranks=2))
+        assert torch.equal(model(IDS).logits, stock(IDS).logits)
+
+
 class Unknown(nn.Module):
     def __init__(self):
         super().__init__()

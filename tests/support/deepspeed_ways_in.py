@@ -21,7 +21,16 @@ from macs.adapters import ModalityHook
 from support.cases import BUSY
 
 from . import hf_models
-from .deepspeed_jobs import DROPLESS, IMAGE_TOKEN, Model, autoep_engine, batch_of, logits_of, on_deepspeed
+from .deepspeed_jobs import (
+    DROPLESS,
+    IMAGE_TOKEN,
+    Model,
+    autoep_engine,
+    batch_of,
+    drawn,
+    logits_of,
+    on_deepspeed,
+)
 
 INFERENCE = {"dtype": "fp32"}
 BLOCK = {**BUSY, "capacity_factor": 0.5, "min_tokens": 0, "image_token_id": IMAGE_TOKEN}
@@ -285,6 +294,16 @@ def zero_three() -> dict[str, Any]:
         logits_of(plain, ids)
     same = plain.macs.measured_profile(dist.group.WORLD)
     plain.macs.use("macs", plain.macs.config, same)
+    # A checkpoint that is loaded after the engine was made: served with its routers' rows.
+    config["macs"] = {**BLOCK, "reroute": "group"}
+    later = deepspeed_macs.initialize(model=hf_models.build("qwen3_moe"), config=config)[0]
+    for layer in later.macs.layers:
+        gate = layer.adapter.layer.router.gate.weight
+        with deepspeed.zero.GatheredParameters([gate], modifier_rank=0):
+            gate.copy_(drawn(layer.index, gate.shape))
+    later.eval()
+    rows = [layer.adapter.router_weight() for layer in later.macs.layers]
+    assert all(torch.equal(one, drawn(index, one.shape)) for index, one in enumerate(rows))
     return {
         "profile": profile.fingerprints == same.fingerprints and torch.equal(profile.visual, same.visual),
         "logits": torch.equal(logits, logits_of(plain, ids)),
