@@ -121,6 +121,11 @@ class MACSConfig:
     bound_given: bool = field(init=False, repr=False, default=True)
     """False where ``target_load`` is the default: a policy may have a default bound of its own."""
 
+    def __new__(cls, *args: Any, **given: Any) -> MACSConfig:
+        for name in given:
+            check_name("field", name, tuple(setting.name for setting in settings()))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for setting in settings():
             _check(setting, getattr(self, setting.name))

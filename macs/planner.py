@@ -265,6 +265,13 @@ class Planner:
         expect("weights", weights, (count, self.top_k), FLOATS, device)
         expect("scores", scores, (count, self.topology.num_experts), FLOATS, device)
         expect("modality mask", tokens.modality, (count,), (torch.int8,), device)
+        if device.type == "cpu" and count:  # on a GPU the values are not read
+            low, high = (int(value) for value in experts.aminmax())
+            if low < -1 or high >= self.topology.num_experts:
+                raise ValueError(
+                    f"experts: found indices from {low} to {high}, expected -1 to "
+                    f"{self.topology.num_experts - 1}"
+                )
 
     def _affinity(self) -> Tensor:
         """Similarity of the experts, 0 where rerouting is not allowed: float32 [E, E]."""

@@ -40,7 +40,8 @@ class RankConsistency:
         self.rank = dist.get_rank()
         self.broken: str | None = None
         self._store = _store(group)
-        self._compared: dict[str, Any] | None = None
+        # A model that is built once more on one rank goes on with what the others run with.
+        self._compared: dict[str, Any] | None = _last.get(group)
 
     def check(self, settings: dict[str, Any]) -> None:
         """Compare settings that changed since the last comparison.
@@ -51,7 +52,7 @@ class RankConsistency:
         if settings is not self._compared:
             if settings != self._compared:
                 self.compare(settings)
-            self._compared = settings
+            self._compared = _last[self.group] = settings
 
     def compare(self, settings: dict[str, Any]) -> None:
         """Compare with all members; every member must make the same call, in the same order."""
@@ -81,7 +82,7 @@ class RankConsistency:
                 raise RankMismatch(
                     f"MACS: the ranks {self.ranks} of a group have different settings: {fields}. {_WAY_OUT}"
                 )
-        self._compared = {**(self._compared or {}), **settings}
+        self._compared = _last[self.group] = {**(self._compared or {}), **settings}
 
     def refuse_broken(self) -> None:
         """Raise a ``RuntimeError`` if an earlier forward pass of this process ended half way."""
@@ -103,6 +104,10 @@ _WAY_OUT = "Change settings (Runtime.use, enabled, calibration, train and eval) 
 
 _numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
 """The number of the next comparison in each group: members make them in the same order."""
+
+
+_last: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""The settings that the members of each group last compared."""
 
 
 def _difference(first: dict[str, Any], second: dict[str, Any], one: str = "", other: str = "") -> str:

@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
@@ -236,6 +236,7 @@ def attach_modality(
     inner = innermost(model)
     by_token = completed(named, token_modality_of(getattr(inner, "config", None)))
     check_tells(inner, by_token)
+    check_vocabulary(inner, named)
     return ModalityHook(model, CallReader(by_token, padding_token_id))
 
 
@@ -253,6 +254,22 @@ def completed(named: dict[int, int], known: dict[int, int]) -> dict[int, int]:
         if modality not in named.values() and token not in named
     }
     return {**rest, **named}
+
+
+def check_vocabulary(model: nn.Module, named: Iterable[int]) -> None:
+    """Raise a ``ValueError`` for a token id that the model's vocabulary does not have."""
+    config = getattr(model, "config", None)
+    sizes = [
+        getattr(one, "vocab_size", None)
+        for one in (config, getattr(config, "text_config", None), getattr(config, "llm_config", None))
+    ]
+    largest = max((size for size in sizes if isinstance(size, int)), default=None)
+    for token in named:
+        if largest is not None and token >= largest:
+            raise ValueError(
+                f"attach_modality: found token id {token}, expected one of the {largest} of the model's "
+                "vocabulary"
+            )
 
 
 def check_tells(model: nn.Module, by_token: dict[int, int]) -> None:

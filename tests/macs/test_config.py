@@ -1,6 +1,8 @@
 """Settings: ranges, names, files, presets."""
 
+import copy
 import json
+import pickle
 
 import pytest
 
@@ -115,3 +117,16 @@ def test_the_least_step_follows_the_device_unless_it_is_given():
     assert MACSConfig().least_tokens("cpu") == 64 < MACSConfig().least_tokens("cuda")
     given = MACSConfig(min_tokens=7)
     assert given.least_tokens("cpu") == given.least_tokens("cuda") == 7
+
+
+@pytest.mark.parametrize("preset", [["paper"], {"safe": 1}, 3])
+def test_a_preset_that_is_no_name_is_an_error_that_says_so(preset):
+    with pytest.raises(ValueError, match="unknown preset .* Valid: fast, safe"):
+        MACSConfig.from_dict({"preset": preset})
+
+
+def test_a_misspelt_setting_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown field 'target_lod'; did you mean 'target_load'"):
+        MACSConfig(target_lod=1)
+    assert pickle.loads(pickle.dumps(MACSConfig(target_load=1.2))) == MACSConfig(target_load=1.2)
+    assert copy.deepcopy(MACSConfig(target_load=1.2)) == MACSConfig(target_load=1.2)

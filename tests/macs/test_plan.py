@@ -511,3 +511,11 @@ def test_rank_balanced_fills_the_ranks_evenly():
     rows = plan.statistics.load_after.view(4, 2).sum(1)
     assert int(plan.statistics.load_before.view(4, 2).sum(1).max()) > 100
     assert rows.tolist() == [32, 32, 32, 32]
+
+
+@pytest.mark.parametrize("index", [8, -2])
+def test_an_expert_that_there_is_not_is_an_error(index):
+    planner = Planner(MACSConfig(min_tokens=0), Topology(8, 4), 2)
+    experts = torch.tensor([[0, 1], [2, index]])
+    with pytest.raises(ValueError, match=r"experts: found indices from .*, expected -1 to 7"):
+        planner.plan(torch.randn(2, 4), experts, torch.ones(2, 2), torch.rand(2, 8))

@@ -20,9 +20,10 @@ Serve with it: --moe-macs-profile FILE --moe-macs-split tuned --moe-macs-target-
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from rich.table import Table
 
 from macs import POLICIES, MACSConfig, Tuning
 from macs.files import read_mapping
-from macs.runtime.launch import first_process
+from macs.runtime.launch import INTERRUPTED, first_process, leave
 
 from ..common.command import Parser, output_file, quiet
 from .tuning import TARGETS
@@ -130,6 +131,17 @@ def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
     return table
 
 
+@contextlib.contextmanager
+def keeping(out: Path) -> Iterator[None]:
+    """On Ctrl-C, say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = out.with_suffix(".measured.jsonl")
+        message = f"interrupted; what was measured is in {kept}, and the same command goes on from there"
+        leave("macs tune", message, INTERRUPTED)
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, show, write."""
     arguments = parse_arguments(given)
@@ -146,7 +158,7 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in sorted(vars(arguments).items())}
     about = json.dumps({name: value for name, value in settings.items() if name not in ("out", "targets")})
-    with opened(arguments) as model:
+    with keeping(arguments.out), opened(arguments) as model:
         profile, found = tune(
             model,
             arguments.out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -122,9 +123,15 @@ def tune(
     columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("measuring", total=most)
-        cache = MeasurementCache(
-            model, out.with_suffix(".measured.jsonl"), about, lambda: progress.advance(bar)
-        )
+        done = itertools.count(1)
+
+        def tell() -> None:
+            progress.advance(bar)
+            number = next(done)
+            if not console.is_terminal and number % max(1, most // 10) == 0:  # a file shows no bar
+                console.print(f"{number} of at most {most} measurements")
+
+        cache = MeasurementCache(model, out.with_suffix(".measured.jsonl"), about, tell)
         curves = singles(lambda bounds: cache.measure("tune", bounds), natural)
         found = [split_for(target, curves, cache, tries) for target in sorted(targets, reverse=True)]
         progress.update(bar, completed=most)

@@ -209,6 +209,40 @@ def test_a_rank_that_is_late_is_waited_for():
     assert model(IDS).shape == (TOKENS, HIDDEN)
 
 
+@on_ranks(2)
+def test_a_rank_that_is_late_after_a_switch_of_all_is_waited_for():
+    """Of a switch alone, of MACS off and on, of calibration, of training and back."""
+    runtime = Runtime()
+    model = Model(runtime)
+    model(IDS)
+    for number, switch in enumerate(
+        (
+            lambda: runtime.use("macs", MACSConfig(target_load=1.2)),
+            lambda: setattr(runtime, "enabled", False),
+            lambda: setattr(runtime, "enabled", True),
+            runtime.start_calibration,
+            runtime.stop_calibration,
+            model.train,
+            model.eval,
+        )
+    ):
+        switch()
+        time.sleep(0.3 * (dist.get_rank() == number % 2))
+        assert model(IDS).shape == (TOKENS, HIDDEN)
+
+
+@on_ranks(2, timeout=60)
+def test_a_model_that_is_built_once_more_on_one_rank_goes_on():
+    model = Model(Runtime())
+    model(IDS)
+    if dist.get_rank() == 1:
+        model = Model(Runtime())
+    started = time.monotonic()
+    for _ in range(3):
+        assert model(IDS).shape == (TOKENS, HIDDEN)
+    assert time.monotonic() - started < SHORT.total_seconds()
+
+
 @pytest.mark.parametrize("where", ["in a layer", "between layers", "before the first layer"])
 @on_ranks(2, patience=timedelta(seconds=8))
 def test_after_an_error_half_way_a_rank_sends_no_other_batch(where):

@@ -54,6 +54,14 @@ def test_what_the_caller_says_goes_first():
         assert model(ids[:, :1]).ids.tolist() == [[IMAGE]]  # another shape is another batch
 
 
+def test_an_id_outside_the_vocabulary_is_refused():
+    model = Model()
+    model.config = types.SimpleNamespace(text_config=types.SimpleNamespace(vocab_size=128))
+    with pytest.raises(ValueError, match="found token id 99999, expected one of the 128 of the model's"):
+        attach_modality(model, image_token_id=99999)
+    attach_modality(model, image_token_id=127)
+
+
 def test_the_hook_needs_something_to_look_for():
     with pytest.raises(ValueError, match="found none"):
         attach_modality(Model())
