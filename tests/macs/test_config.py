@@ -121,7 +121,7 @@ def test_the_least_step_follows_the_device_unless_it_is_given():
 
 @pytest.mark.parametrize("preset", [["paper"], {"safe": 1}, 3])
 def test_a_preset_that_is_no_name_is_an_error_that_says_so(preset):
-    with pytest.raises(ValueError, match="unknown preset .* Valid: fast, safe"):
+    with pytest.raises(ValueError, match=r"unknown preset .* Valid: fast, safe"):
         MACSConfig.from_dict({"preset": preset})
 
 
