@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -219,15 +219,17 @@ class Experiment:
         """A user's question about a user's picture."""
         return data.Sample("own", question_tokens(question), [], tiny.open_picture(picture))
 
-    def ask(self, picture: Path, question: str) -> dict[str, str]:
-        """The answer to a user's question about a user's picture, by policy."""
+    def ask(self, picture: Path, question: str) -> Iterator[tuple[str, str]]:
+        """Policy and answer to a user's question about a user's picture: of vanilla and of the last column of
+        MACS, or of every policy asked for."""
         sample = self.own_question(picture, question)
         profile = self.profile()
-        answers = {}
-        for title, (policy, config) in settings_by_name(self.arguments, self.columns).items():
+        chosen = settings_by_name(self.arguments, self.columns)
+        if not self.arguments.policy:
+            chosen = {title: chosen[title] for title in (VANILLA, list(chosen)[-1])}
+        for title, (policy, config) in chosen.items():
             self.runtime.use(policy, config, profile)
-            answers[title] = self.engine.words(self.engine.generate([sample])[0])
-        return answers
+            yield title, self.engine.words(self.engine.generate([sample])[0])
 
     caution = (
         "The model knows handwritten digits on photographs, and nothing else: its answer about any other "
@@ -259,7 +261,7 @@ def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> 
     """Run what the arguments ask for and print it."""
     console = experiment.console
     if arguments.picture is not None:
-        for title, answer in experiment.ask(arguments.picture, arguments.question).items():
+        for title, answer in experiment.ask(arguments.picture, arguments.question):
             console.print(f"{title:>16}: {answer}")
         console.print(experiment.caution)
         return
