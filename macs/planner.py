@@ -172,7 +172,13 @@ class Planner:
         with on_device(device):
             if not self.policy.plans or self.bypasses(count, device):
                 return self._unchanged(hidden, routing, tokens, statistics)
-            return self._planned(hidden, routing, tokens, statistics, sum_over_group)
+            try:
+                return self._planned(hidden, routing, tokens, statistics, sum_over_group)
+            except (IndexError, RuntimeError) as error:
+                high, largest = int(experts.max()) if count else 0, self.topology.num_experts - 1
+                if device.type != "cpu" or high <= largest:
+                    raise
+                raise ValueError(f"experts: found index {high}, expected -1 to {largest}") from error
 
     @property
     def shares_bound(self) -> bool:
@@ -261,17 +267,14 @@ class Planner:
     ) -> None:
         expect("hidden", hidden, (None, None), FLOATS)
         count, device = hidden.shape[0], hidden.device
+        if experts.dim() == 2 and experts.shape[1] != self.top_k:
+            raise ValueError(
+                f"experts: found {experts.shape[1]} a token, expected top_k = {self.top_k}, that of the layer"
+            )
         expect("experts", experts, (count, self.top_k), (torch.int64,), device)
         expect("weights", weights, (count, self.top_k), FLOATS, device)
         expect("scores", scores, (count, self.topology.num_experts), FLOATS, device)
         expect("modality mask", tokens.modality, (count,), (torch.int8,), device)
-        if device.type == "cpu" and count:  # on a GPU the values are not read
-            low, high = (int(value) for value in experts.aminmax())
-            if low < -1 or high >= self.topology.num_experts:
-                raise ValueError(
-                    f"experts: found indices from {low} to {high}, expected -1 to "
-                    f"{self.topology.num_experts - 1}"
-                )
 
     def _affinity(self) -> Tensor:
         """Similarity of the experts, 0 where rerouting is not allowed: float32 [E, E]."""

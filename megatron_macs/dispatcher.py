@@ -29,17 +29,13 @@ class _PlansFirst(MoETokenDispatcher):
 
     macs: LayerRuntime
     planned = False
-    chunk: Chunk | None = None
+    chunk: Chunk | None = None  # as ``MACSMoELayer`` finds it
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [S, B, D], routing_map bool [T, E], probs [T, E]: as the base class."""
-        chunks, first = self.config.mlp_chunks_for_prefill, 0
-        if chunks > 1:
-            # The engine divides the hidden states and calls the layer for each chunk.
-            self.chunk = Chunk.of(hidden_states, self.chunk)
-            first = self.chunk.first
+        chunks, first = self.config.mlp_chunks_for_prefill, 0 if self.chunk is None else self.chunk.first
         routing_map, probs, self.planned = replan(
             self.macs, hidden_states, routing_map, probs, self.config, (chunks, first)
         )

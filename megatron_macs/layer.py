@@ -33,6 +33,7 @@ from .compat import (
     inference_optimized,
 )
 from .dispatcher import (
+    Chunk,
     MACSAllGatherTokenDispatcher,
     MACSAlltoAllTokenDispatcher,
     MACSFlexTokenDispatcher,
@@ -83,8 +84,12 @@ class MACSMoELayer(MoELayer):
         """hidden_states [S, B, D] and the base class's other arguments -> what it returns."""
         if self.macs is None:
             return super().forward(hidden_states, *args, **kwargs)
-        count = hidden_states.shape[:-1].numel()
-        with self.macs.forward_pass(count, hidden_states.device, self.training):
+        count, continues = hidden_states.shape[:-1].numel(), False
+        if self.config.mlp_chunks_for_prefill > 1:
+            # The engine divides the hidden states of a prompt and calls the layer for each chunk.
+            chunk = Chunk.of(hidden_states, self.token_dispatcher.chunk)
+            self.token_dispatcher.chunk, continues = chunk, chunk.first > 0
+        with self.macs.forward_pass(count, hidden_states.device, self.training, continues):
             padding = kwargs.get("padding_mask")
             if padding is not None and not self.training and self.macs.acts_on(count, hidden_states.device):
                 refuse_unread_padding()

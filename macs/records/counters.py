@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..routing import load_of, scalar_of
-from ..steps.contracts import record_size
+from ..steps.contracts import Field, record_size
 from ..steps.record import TOTALS, Totals
 from ..topology import Topology
 from .load import relative_imbalance, relative_load
@@ -209,10 +209,18 @@ class Counters:
         block, index = self._index[layer]
         return block.parts[index]
 
-    def publish(self, layer: Any) -> None:
-        """To be called when a layer has added its step."""
+    def publish(self, layer: Any, continued: Tensor | None = None) -> None:
+        """To be called when a layer has added its step.
+
+        continued: the record of a further part of the step before, which is not counted again.
+        """
         block, index = self._index[layer]
-        block.runs(index)
+        if continued is None:
+            block.runs(index)
+        else:
+            steps = block.parts[index].sums
+            steps[TOTALS.index("steps")] -= 1
+            steps[TOTALS.index("planned_steps")] -= (continued[Field.PLANNED] > 0).long()
         if index >= block.final:
             block.publish()
 

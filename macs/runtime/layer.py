@@ -43,6 +43,7 @@ class LayerRuntime:
         self.captured = self.graphed = False  # a CUDA graph has captured its plans; anything of it
         self._callbacks: list[Callback] = []
         self._logits: Tensor | None = None
+        self._continues = False
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,13 +102,17 @@ class LayerRuntime:
     # A forward pass.
 
     @contextmanager
-    def entering(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
+    def entering(
+        self, count: int, device: torch.device, training: bool, continues: bool = False
+    ) -> Iterator[None]:
         """Around what a layer does with ``count`` tokens before its collectives; ``left`` comes after them.
 
         Settings that changed are compared among the group's members first. An error within leaves the others
-        alone in the pass, and every later pass of this process is refused.
+        alone in the pass, and every later pass of this process is refused. continues: this is a further part
+        of tokens that the engine has divided, which is no step of its own.
         """
         with self.runtime.forward_pass():
+            self._continues = continues
             yield from self._entering(count, device, training)
 
     def _entering(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
@@ -134,9 +139,11 @@ class LayerRuntime:
         complete(self)
 
     @contextmanager
-    def forward_pass(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
+    def forward_pass(
+        self, count: int, device: torch.device, training: bool, continues: bool = False
+    ) -> Iterator[None]:
         """``entering`` and ``left``, around all that a layer does."""
-        with self.entering(count, device, training):
+        with self.entering(count, device, training, continues):
             yield
         self.left()
 
@@ -201,7 +208,7 @@ class LayerRuntime:
         else:
             self._prepare_counters(device)
             self.recorder.record(plan.statistics, counters.row(self))
-            counters.publish(self)
+            counters.publish(self, plan.statistics.record if self._continues else None)
 
     def _bypass(self, count: int, device: torch.device, training: bool) -> None:
         """What a step that is too small to plan does, in a captured graph, too: it is counted, and takes part
@@ -211,7 +218,7 @@ class LayerRuntime:
             return
         if not self.planner.bypasses(count, device):
             return
-        if counters is not None:
+        if counters is not None and not self._continues:
             self._prepare_counters(device)
             counters.bypassed(self)
         if self.planner.shares_bound and self._sum_over_group is not None:

@@ -41,7 +41,7 @@ def started(policy="macs", **settings):
     return runtime, layers
 
 
-def step(layers, count, seed):
+def step(layers, count, seed, continues=False):
     """A step of all layers; what each planned."""
     generator = torch.Generator().manual_seed(seed)
     ids = (torch.rand(1, count, generator=generator) < 0.6).to(torch.int8)
@@ -55,7 +55,7 @@ def step(layers, count, seed):
             scores[:, 0] += 1
             scores = scores / scores.sum(1, keepdim=True)
             weights, experts = scores.topk(TOP_K)
-            with layer.forward_pass(count, hidden.device, False):
+            with layer.forward_pass(count, hidden.device, False, continues):
                 if layer.acts_on(count, hidden.device):
                     tokens = layer.tokens(1, count, False, hidden.device)
                     plans.append((experts, tokens, layer.plan(hidden, experts, weights, scores, tokens)))
@@ -136,6 +136,25 @@ def test_a_pass_that_stops_half_way_is_counted_once_and_the_next_one_too():
         step(layers, 4, number)
     step(layers, 64, 2)
     assert steps_of(runtime) == (3, 3)
+
+
+def test_prompts_in_chunks_are_counted_once():
+    """Each layer gets every chunk, one after the other, before the next layer has any."""
+    runtime, layers = started(min_tokens=20)
+    runtime.start_counting()
+    for number in range(5):
+        for count in (64, 4):
+            for layer in layers:
+                for continues in (False, True):
+                    step([layer], count, number, continues)
+    assert steps_of(runtime) == (5, 5)
+    tokens = {one.labels["modality"]: one.value for one in tokens_of(runtime)}
+    assert sum(tokens.values()) == sum(int(layer.recorder.read().tokens.sum()) for layer in layers[:1])
+
+
+def tokens_of(runtime):
+    family = next(one for one in Collector(runtime).collect() if one.name == "macs_tokens")
+    return [one for one in family.samples if one.name == "macs_tokens_total"]
 
 
 class Part(torch.nn.Module):
