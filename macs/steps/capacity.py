@@ -48,7 +48,7 @@ def measure_capacities(
         return Capacities((rows * UNIT).masked_fill_(idle, UNBOUNDED), None, active, True)
     pools = pool_capacity(counts, constants, rule, top_k, rows).masked_fill_(idle, UNBOUNDED)
     return Capacities(
-        pools, None if rows is None else rows.masked_fill_(idle, UNBOUNDED), active, rule.bounded
+        pools, None if rows is None else rows.masked_fill(idle, UNBOUNDED), active, rule.bounded
     )
 
 
