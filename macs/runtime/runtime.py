@@ -113,7 +113,11 @@ class Runtime(RuntimeState):
         with self.between_passes("Runtime.use"):
             self.policy, self.config, self.profile = policy, config, profile
             for layer in self.layers:
-                layer.retarget(targets.get(layer)) if retargets else layer.reset()
+                if retargets:
+                    layer.retarget(targets[layer])
+                else:
+                    layer.adapter.refetch()  # weights may be others by now
+                    layer.reset()
 
     def _check_tuning(
         self, policy: str, config: MACSConfig, profile: Profile | None, ranks: set[int]

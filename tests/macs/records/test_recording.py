@@ -2,6 +2,10 @@
 
 import json
 import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.cases import AnyAdapter
 
 import macs
-from macs import MACSConfig, Recording, Runtime, Topology
+from macs import MACSConfig, Recording, Runtime, Topology, files
 from macs.records.recording import OVERHEAD, RoutingRecorder, rank_path
 from macs.tokens import Modality
 
@@ -176,3 +180,47 @@ def test_every_rank_has_a_file_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert rank_path(tmp_path / "a.b") == tmp_path / "a.rank3.b"
+
+
+def test_ranks_that_torch_alone_knows_write_files_of_their_own(monkeypatch):
+    """Processes of spawn, srun or Ray have no RANK; their group may be closed when the file is written."""
+    monkeypatch.setattr(files, "_place", [])
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    runtime = running()  # layers are built while the group is there
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    assert len(runtime.layers) == 2 and rank_path(Path("a/b.x")) == Path("a/b.rank1.x")
+
+
+def test_sigterm_keeps_a_recording(tmp_path):
+    """What SLURM and Kubernetes send; a handler of the application's own stays."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import os, signal, sys, time, torch
+from macs import Topology
+from macs.adapters import LayerAdapter, Options
+from macs.tokens import Tokens
+
+class Adapter(LayerAdapter):
+    def router_weight(self):
+        return torch.ones(4, 8)
+
+options = Options.of({"record": sys.argv[1], "min_tokens": 0})
+runtime = options.runtime()
+layer = runtime.add_layer(Adapter(Topology(4), 2))
+scores = torch.rand(8, 4)
+weights, experts = scores.topk(2)
+layer.plan(torch.randn(8, 8), experts, weights, scores, Tokens.all_text(8, "cpu"))
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+finally:
+    options.finish(runtime)
+"""
+    )
+    command = [sys.executable, str(script), str(tmp_path / "routing.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert len(Recording.load(tmp_path / "routing.safetensors").records) == 1

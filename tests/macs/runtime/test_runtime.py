@@ -8,6 +8,7 @@ import torch
 from support.cases import AnyAdapter, build_policy
 
 from macs import MACSConfig, Planner, Profile, Runtime, Topology, modality
+from macs.adapters import ProcessError, leave
 from macs.planner import router_similarity
 from macs.records.load import LayerRecorder
 from macs.records.profile import router_fingerprint
@@ -139,7 +140,7 @@ def test_without_a_mask_every_token_is_text_and_it_says_so_once(caplog):
         (
             lambda h, e, w, s: (h, e[:, :1], w, s),
             ValueError,
-            "experts: found shape (32, 1), expected (32, 2)",
+            "experts: found 1 a token, expected top_k = 2",
         ),
         (
             lambda h, e, w, s: (h, e.int(), w, s),
@@ -238,3 +239,12 @@ def test_drift_compares_what_ran_with_the_profile(caplog):
         run(layer)
     ((visual, text),) = runtime.drift()
     assert visual > 0.3 and text == 0.0 and "calibrate again" in caplog.text
+
+
+def test_an_error_of_one_process_is_printed_by_it(monkeypatch, capsys):
+    """As a port that is taken on rank 1; what all have in common is printed by the first alone."""
+    monkeypatch.setattr("macs.runtime.launch.rank_and_world", lambda: (1, 2))
+    for error, printed in ((ValueError("all have it"), ""), (ProcessError("a port"), "x, rank 1: a port\n")):
+        with pytest.raises(SystemExit):
+            leave("x", error)
+        assert capsys.readouterr().err == printed
