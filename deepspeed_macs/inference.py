@@ -37,7 +37,7 @@ from .autoep import MACSAutoEPMoELayer, check_options
 from .compat import record_router_logits, support_transformers
 from .config import EXPERT_PARALLEL, MACSBlock, block_of, take_block
 from .gate import MACSTopKGate
-from .layers import LeftLayer, add_autoep, add_gate
+from .layers import LayerDone, add_autoep, add_gate
 from .models import expert_parallel_settings, why_no_layers
 
 Block = MACSBlock | Mapping[str, Any]
@@ -169,7 +169,7 @@ def _put_in(
         ModalityHook(model, CallReader(padding_id=block.padding_token_id, text_only=text_only))
     for layer, mine in zip([*gates, *autoep], own, strict=True):
         if isinstance(layer, MOELayer):
-            layer.register_forward_hook(LeftLayer(mine))
+            layer.register_forward_hook(LayerDone(mine))
             MACSTopKGate.adopt(
                 layer.gate,
                 mine,

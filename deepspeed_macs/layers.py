@@ -133,14 +133,14 @@ def _gathered(weight: nn.Parameter) -> Tensor:
         return weight.detach().clone()
 
 
-class LeftLayer:
+class LayerDone:
     """A hook at the end of ``MOELayer``, whose collectives come after its gate."""
 
     def __init__(self, macs: LayerRuntime) -> None:
         self.macs = macs
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.macs.left()
+        self.macs.done()
 
 
 def topology_of(num_experts: int, ranks: int, group: Any) -> Topology:

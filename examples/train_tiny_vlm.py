@@ -131,7 +131,7 @@ def samples_of(arguments: argparse.Namespace, split: str, count: int) -> dict[st
 
 
 def measure(model: torch.nn.Module, samples: dict[str, list[data.Sample]]) -> dict[str, object]:
-    """Accuracy by task, and the busiest of 4 and of 2 ranks in the first kind of batch."""
+    """Accuracy by task, and the load over 4 and 2 ranks in the first kind of batch."""
     accuracy: dict[str, float] = {}
     for group in samples.values():
         accuracy |= accuracy_by_task(model, group)

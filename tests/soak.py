@@ -216,7 +216,7 @@ class Ledger:
                 for name in SUMS:
                     sums[name] += int(getattr(report, name).sum())
         last = self.runtime.layers[-1].recorder
-        self.steps += len(last.read().rows) if last.started else 0
+        self.steps += len(last.read().records) if last.started else 0
         self.runtime.clear()
 
 

@@ -23,7 +23,7 @@ WEIGHTED = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
 
 
 TARGETS = (0.9, 1.0, 1.05, 1.1, 1.2)
-"""Bounds on the busiest rank."""
+"""Values of ``target_load``."""
 
 
 DEFAULT = MACSConfig()

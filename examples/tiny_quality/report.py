@@ -15,7 +15,7 @@ from .statistics import best_baseline, least_load, measure_of
 
 def table_of(best: dict[str, dict[str, Any]], bound: float, caption: str) -> Table:
     """Every policy, by KL. One whose load here is beyond the bound is marked."""
-    table = Table(title=f"busiest rank at most {bound:g} times the mean", caption=caption)
+    table = Table(title=f"load at most {bound:g}", caption=caption)
     names = ("", "set by", "rank", "KL x 1000", "95 %", "over macs", "95 %", "texts' KL", "same")
     for name in (*names, "pictures", "texts", "rerouted", "dropped"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
@@ -86,13 +86,13 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         axes.fill_between(x, kl[:, 1], kl[:, 2], alpha=0.15)
     before = float(np.mean([one["load_before"] for one in found]))
     axes.axvline(before, color="grey", linestyle=":", linewidth=1, label="vanilla's load")
-    axes.set(xlabel="busiest rank's rows over vanilla's mean", ylabel="KL to vanilla (nats)", yscale="log")
+    axes.set(xlabel="load", ylabel="KL to vanilla (nats)", yscale="log")
     axes.legend(fontsize=8)
     save(figure, path)
 
 
 def plot_layers(best: dict[str, dict[str, Any]], path: Path) -> None:
-    """The busiest rank of every layer, under vanilla and under every policy."""
+    """The load of every layer, under vanilla and under every policy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,7 +107,7 @@ def plot_layers(best: dict[str, dict[str, Any]], path: Path) -> None:
         after = [layer["after"] for layer in one["layers"]]
         axes.bar(layers - 0.4 + index * width, after, width, label=title, align="edge")
     axes.axhline(1.0, color="black", linewidth=0.5)
-    axes.set(xticks=layers, xlabel="layer", ylabel="busiest rank over the mean")
+    axes.set(xticks=layers, xlabel="layer", ylabel="load")
     axes.legend(fontsize=8)
     save(figure, path)
 

@@ -48,7 +48,7 @@ def accuracy_by_task(model: nn.Module, samples: Sequence[Sample]) -> dict[str, f
 
 @torch.inference_mode()
 def rank_imbalance(model: nn.Module, samples: Sequence[Sample], ranks: int) -> list[float]:
-    """Per layer: the busiest rank's assignments over the mean, with experts split contiguously."""
+    """The load of each layer, with experts split contiguously."""
     device = next(model.parameters()).device
     config = model.config.text_config
     counts = torch.zeros(config.num_hidden_layers, config.num_experts)

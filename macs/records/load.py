@@ -23,7 +23,7 @@ from ..topology import Topology
 
 
 def relative_load(busiest: Tensor, tokens: Tensor, top_k: int, ranks: int) -> Tensor:
-    """Rows of the busiest rank over the mean of the router's choice, tokens k / R; NaN without tokens.
+    """Rows of the largest rank over the mean of the router's choice, tokens k / R; NaN without tokens.
 
     busiest and tokens of one shape, for one step or summed over steps.
     """
@@ -111,9 +111,9 @@ def _equal_count(count: int, group: dist.ProcessGroup) -> int:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Recorded steps of a layer, on the CPU: rows int64 [N, 17 + 3 E]."""
+    """Recorded steps of a layer, on the CPU: records int64 [N, 17 + 3 E]."""
 
-    rows: Tensor
+    records: Tensor
     topology: Topology
     top_k: int
 
@@ -123,18 +123,18 @@ class LayerReport:
             raise AttributeError(
                 f"LayerReport has no {name!r}; scalars: {', '.join(Field.__members__).lower()}"
             )
-        return scalar_of(self.rows, name)
+        return scalar_of(self.records, name)
 
     @property
     def prefill(self) -> LayerReport:
         """The steps in which a source planned or, under vanilla, the largest ones."""
         largest = self.tokens == self.tokens.max()
         chosen = (self.planned > 0) if bool((self.planned > 0).any()) else largest
-        return LayerReport(self.rows[chosen], self.topology, self.top_k)
+        return LayerReport(self.records[chosen], self.topology, self.top_k)
 
     def rows_of_experts(self, stage: str) -> Tensor:
         """Assignments of each expert "before" or "after" planning, or "visual" before, float64 [N, E]."""
-        return load_of(self.rows, f"load_{stage}").double()
+        return load_of(self.records, f"load_{stage}").double()
 
     def rows_of_ranks(self, stage: str) -> Tensor:
         """Assignments of each rank, float64 [N, R]."""

@@ -105,7 +105,7 @@ class LayerRuntime:
     def entering(
         self, count: int, device: torch.device, training: bool, continues: bool = False
     ) -> Iterator[None]:
-        """Around what a layer does with ``count`` tokens before its collectives; ``left`` comes after them.
+        """Around what a layer does with ``count`` tokens before its collectives; ``done`` comes after them.
 
         Settings that changed are compared among the group's members first. An error within leaves the others
         alone in the pass, and every later pass of this process is refused. continues: this is a further part
@@ -134,7 +134,7 @@ class LayerRuntime:
             consistency.break_off(error)
             raise
 
-    def left(self) -> None:
+    def done(self) -> None:
         """The layer has made its last collective."""
         complete(self)
 
@@ -142,10 +142,10 @@ class LayerRuntime:
     def forward_pass(
         self, count: int, device: torch.device, training: bool, continues: bool = False
     ) -> Iterator[None]:
-        """``entering`` and ``left``, around all that a layer does."""
+        """``entering`` and ``done``, around all that a layer does."""
         with self.entering(count, device, training, continues):
             yield
-        self.left()
+        self.done()
 
     @property
     def on(self) -> bool:

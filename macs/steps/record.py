@@ -12,7 +12,7 @@ from .kernels.dispatch import kernels_enabled
 
 TOTALS = "steps", "planned_steps", "rank_before", "rank_after", "expert_before", "expert_after"
 """What ``Totals`` counts before the sums of the records: recorded steps, steps in which a source planned, and
-the summed rows of each step's busiest rank and busiest expert, before and after planning."""
+the summed rows of each step's largest rank and largest expert, before and after planning."""
 
 
 class Totals(NamedTuple):

@@ -516,7 +516,7 @@ def reports_of_uneven_steps(extra: int, whole: bool) -> list[int]:
         runtime.recording = step == 0 or dist.get_rank() == 0
         with macs.modality(mask):
             layer(hidden)
-    return [len(report.rows) for report in runtime.reports(None if whole else dist.group.WORLD)]
+    return [len(report.records) for report in runtime.reports(None if whole else dist.group.WORLD)]
 
 
 @on_megatron

@@ -75,7 +75,7 @@ def engine_answers(policy: str, settings: dict[str, Any], count: int) -> dict[st
         "right": sum(answer == sample.answer for answer, sample in zip(answers, samples, strict=True)),
         "steps": report.tokens.tolist(),
         "planned": report.planned.tolist(),
-        "prefill": [float(report.prefill.tokens.sum()), len(report.prefill.rows)],
+        "prefill": [float(report.prefill.tokens.sum()), len(report.prefill.records)],
     }
 
 

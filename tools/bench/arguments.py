@@ -45,7 +45,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of a source rank, instead of the shape's")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--policies", nargs="+", help="titles to run beside vanilla (default: all)")
-    parser.add_argument("--load", type=float, default=1.05, help="bound on the busiest rank")
+    parser.add_argument("--load", type=float, default=1.05, help="target_load of every policy")
     parser.add_argument(
         "--ladder", nargs="*", type=float, default=[], help="further bounds for the drops and for macs"
     )

@@ -197,7 +197,7 @@ def run_generate(arguments: argparse.Namespace, console: Console) -> dict[str, A
         "/ vanilla",
         "with answers, ms",
         "/ vanilla",
-        "busiest rank",
+        "load",
     ):
         table.add_column(title, justify="left" if title in ("workload", "policy") else "right")
     for row in found["rows"]:

@@ -205,7 +205,7 @@ def decoding(dry: bool) -> dict[str, Any]:
 
 
 def flood(dry: bool) -> dict[str, Any]:
-    """The busiest rank of an image flood whose sources are all alike, before and after: its rows, and its
+    """The largest rank of an image flood whose sources are all alike, before and after: its rows, and its
     experts' time."""
     size = DRY if dry else QWEN3_VL_30B
     plan = planner_of(size, {}).plan(*inputs(size))

@@ -19,8 +19,8 @@ from macs.steps.kernels.dispatch import has_triton
 from ..common.workloads import VANILLA
 
 HEADINGS = [
-    *("workload", "policy", "ms", "time / vanilla", "ideal", "share of ideal", "busiest rank"),
-    *("busiest expert", "sent", "dropped", "rerouted", "kept mass"),
+    *("workload", "policy", "ms", "time / vanilla", "ideal", "share of ideal", "load"),
+    *("imbalance", "sent", "dropped", "rerouted", "kept mass"),
 ]
 
 

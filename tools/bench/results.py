@@ -38,7 +38,7 @@ class Done:
 
     @property
     def busiest(self) -> float:
-        """Rows of the busiest rank, over all steps."""
+        """Rows of the largest rank, over all steps."""
         return float(self.report.rows_of_ranks("after").amax(1).sum())
 
     @property

@@ -232,7 +232,7 @@ def on_network(model: CostModel, inside: float | None, beyond: float | None, nod
 
 
 def break_even(shape: Shape, ranks: int, load: float, replayed: bool = False) -> int | None:
-    """From how many tokens a rank on, in steps of 32, a plan that holds the busiest rank to 1.05 takes less
+    """From how many tokens a rank on, in steps of 32, a plan that holds the load to 1.05 takes less
     time than it saves on ``stated_h100``, where that rank would have ``load`` times the mean; none if
     not up to 16384."""
     for tokens in range(32, 16384 + 1, 32):

@@ -279,6 +279,6 @@ def contenders(load: float) -> dict[str, Contender]:
 
 
 def loosened(title: str, contender: Contender, load: float) -> tuple[str, Contender]:
-    """The same policy with the busiest rank held to another bound."""
+    """The same policy under another ``target_load``."""
     config = contender.config.updated(target_load=load)
     return f"{title} {load:g}", replace(contender, config=config)

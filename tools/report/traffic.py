@@ -23,7 +23,7 @@ BLOCK = 1 << 22
 @dataclass(frozen=True)
 class Traffic:
     """loads [2, L, E]: assignments of text and of visual tokens. by_rank [L, R]: rows of each rank, all steps
-    together. load [S, L]: busiest rank's rows over the mean's, NaN where a layer has no record. tokens
+    together. load [S, L], NaN where a layer has no record. tokens
     [S]: of a source rank in a step. small: steps of fewer than ``LEAST_TOKENS``, as in decoding, left out
     where there are larger ones."""
 

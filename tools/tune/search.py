@@ -26,7 +26,7 @@ is a matter of few requests, and would decide otherwise."""
 
 @dataclass(frozen=True)
 class Measured:
-    """loads [L]: busiest rank's rows over the mean of the router's choice; kl [Q]: KL in nats; same
+    """loads [L], one a layer; kl [Q]: KL in nats; same
     bool [Q]: whether the answer is the one that the model gives without a bound."""
 
     loads: np.ndarray

@@ -102,7 +102,7 @@ def tune(
     Args:
         model: what is tuned, with its requests.
         out: the file that the profile is to go to; what was measured is kept beside it, by the first process.
-        targets: mean over layers of the busiest rank's rows over the even share of the router's choice.
+        targets: loads, means over layers.
         tries: moves of load between two layers that are measured for each target.
         about: what tells this run from others that are kept in the same place.
         console: where to say how far it is; none says nothing.
@@ -118,7 +118,7 @@ def tune(
     console.print(
         f"{len(natural)} {'layers' if model.share == 1 else 'groups of layers'}; "
         f"at most {most} measurements of {passes} forward passes each; "
-        f"busiest rank by layer {', '.join(f'{one:.2f}' for one in natural)}"
+        f"load by layer {', '.join(f'{one:.2f}' for one in natural)}"
     )
     columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:

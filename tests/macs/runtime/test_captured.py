@@ -87,8 +87,8 @@ def test_a_replayed_layer_plans_as_an_eager_one(settings):
         found = graph(*inputs)
         expected, report = eager(settings, seed)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-        assert torch.equal(layer.recorder.read().rows[-1], report.rows[0])
-    assert len(layer.recorder.read().rows) == 3
+        assert torch.equal(layer.recorder.read().records[-1], report.records[0])
+    assert len(layer.recorder.read().records) == 3
     assert not torch.equal(graph(*step(1)[0])[0], graph(*step(2)[0])[0])
 
 

@@ -149,7 +149,7 @@ def test_saved_layers_come_back_with_their_settings(way):
     assert runtime is not layer.macs.runtime and runtime.layers == [restored.macs]
     assert (runtime.policy, runtime.config) == ("rank-balanced", CONFIG)
     assert torch.equal(planned(restored), expected)
-    assert len(runtime.reports()[0].rows) == 1
+    assert len(runtime.reports()[0].records) == 1
 
 
 def test_layers_of_other_sizes_are_no_calibration():

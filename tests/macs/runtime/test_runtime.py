@@ -51,7 +51,7 @@ def test_reports_add_up_and_clear():
     for _ in range(3):
         plan = run(layer)
     (report,) = runtime.reports()
-    assert len(report.rows) == 3
+    assert len(report.records) == 3
     assert report.rows_of_experts("after")[0].tolist() == plan.statistics.load_after.tolist()
     ranks = plan.statistics.load_after.view(2, 2).sum(1)
     assert report.rows_of_ranks("after")[0].tolist() == ranks.tolist()
@@ -62,10 +62,10 @@ def test_reports_add_up_and_clear():
     with pytest.raises(AttributeError, match="scalars: tokens, weight"):
         _ = report.nothing
     runtime.clear()
-    assert len(runtime.reports()[0].rows) == 0
+    assert len(runtime.reports()[0].records) == 0
     runtime.recording = False
     run(layer)
-    assert len(runtime.reports()[0].rows) == 0
+    assert len(runtime.reports()[0].records) == 0
 
 
 def test_the_recorder_keeps_the_latest_steps_in_order():
@@ -88,7 +88,7 @@ def test_records_outlive_inference_mode_and_keep_no_graph():
     layer.plan(hidden, experts, weights.requires_grad_(), scores.requires_grad_(), tokens)
     runtime.clear()
     run(layer)
-    assert not runtime.reports()[0].rows.requires_grad
+    assert not runtime.reports()[0].records.requires_grad
     with runtime.calibration():
         with torch.inference_mode():
             run(layer)
