@@ -46,6 +46,8 @@ class DeepSpeedAdapter(LayerAdapter):
         # ZeRO-3 keeps a part of the rows on each rank, and putting them together within a forward pass would
         # disturb its own fetching: they are copied now, on all ranks together.
         self._rows = _gathered(weight) if is_zero_param(weight) else None
+        # Its own fetching of the router would come before our exchange on one rank and after it on another.
+        self.exchanges = self._rows is None
 
     @staticmethod
     def k_of(layer: Any) -> int:

@@ -79,13 +79,13 @@ def attach_plain(model: nn.Module, runtime: Runtime) -> Callable[[], None]:
                 f"attach_plain: found a gate of {type(gate).__name__} in {name or type(block).__name__}, "
                 "expected one of " + ", ".join(GATES)
             )
-        if getattr(model, "has_ep", False) or _held(block.experts) != len(gate.weight):
+        if getattr(model, "has_ep", False) or _held(unwrapped(block.experts)) != len(gate.weight):
             raise ValueError(
                 f"attach_plain: found experts of {name} divided among processes, as in transformers' expert "
                 "parallelism, which computes the rows that a plan drops; expected one process, or AutoEP "
                 "(deepspeed_macs.initialize)"
             )
-        check_skips(block.experts)
+        check_skips(unwrapped(block.experts))
         if getattr(block, "macs", None) is not None:
             raise ValueError(f"attach_plain: {name} has MACS already; undo that first")
     attached = [_Block(block, runtime) for block in blocks.values()]
@@ -119,47 +119,66 @@ def check_skips(experts: Any) -> None:
         )
 
 
+def unwrapped(module: Any) -> Any:
+    """The module inside PEFT's wrappers."""
+    while isinstance(getattr(module, "base_layer", None), nn.Module):
+        module = module.base_layer
+    return module
+
+
 def gate_of(block: Any) -> tuple[Any, Gate | None]:
-    """The gate inside wrappers such as PEFT's, and its row of ``GATES``, by its class or one it derives from,
-    as FSDP's do; none if it has none."""
-    gate: Any = getattr(block, "gate", None)
-    while type(gate).__name__ not in GATES and isinstance(getattr(gate, "base_layer", None), nn.Module):
-        gate = gate.base_layer
+    """The gate inside wrappers, and its row of ``GATES``, by its class or one it derives from, as FSDP's do;
+    none if it has none."""
+    gate = unwrapped(getattr(block, "gate", None))
     names = [one.__name__ for one in type(gate).__mro__ if one.__name__ in GATES]
     return gate, GATES[names[0]] if names else None
 
 
 class GateAdapter(LayerAdapter):
-    """``LayerAdapter`` of a Hugging Face gate."""
+    """``LayerAdapter`` of the gate of a block."""
 
-    def __init__(self, gate: Any) -> None:
+    def __init__(self, block: Any) -> None:
+        gate, _ = gate_of(block)
         super().__init__(Topology(len(gate.weight)), gate.top_k)
-        self.gate = gate
+        self.block = block
         # FSDP2 keeps a part of the rows on each process: they are put together now, on all of them.
         self._rows = gate.weight.full_tensor() if hasattr(gate.weight, "full_tensor") else None
 
     def router_weight(self) -> Tensor:
-        """The rows, fetched as accelerate does where it keeps weights elsewhere between two calls."""
-        weight = self.gate.weight
+        """The rows that route: fetched as accelerate does where it keeps weights elsewhere between two calls,
+        with what PEFT adds to them."""
         if self._rows is not None:
             return self._rows
-        if not weight.is_meta:
-            return weight
-        hook = getattr(self.gate, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):
-            kept = getattr(one, "weights_map", None)
-            if kept is not None:
-                return kept["weight"]
-        raise ValueError(
-            f"router weights: found those of {type(self.gate).__name__} on the meta device, and no hook of "
-            "accelerate that fetches them; expected weights that are loaded"
-        )
+        weight, wrapper = _loaded(gate_of(self.block)[0]), self.block.gate
+        while isinstance(getattr(wrapper, "base_layer", None), nn.Module):
+            if not (wrapper.disable_adapters or wrapper.merged):
+                for name in wrapper.active_adapters:
+                    if name in wrapper.lora_A:
+                        weight = weight + wrapper.get_delta_weight(name).detach()
+            wrapper = wrapper.base_layer
+        return weight
 
     def refetch(self) -> bool:
         """Put the rows together anew where FSDP2 keeps them in parts."""
         if self._rows is not None:
-            self._rows = self.gate.weight.full_tensor()
+            self._rows = gate_of(self.block)[0].weight.full_tensor()
         return self._rows is not None
+
+
+def _loaded(gate: Any) -> Tensor:
+    """The weight of a gate, also where accelerate keeps it elsewhere."""
+    if not gate.weight.is_meta:
+        weight: Tensor = gate.weight
+        return weight
+    hook = getattr(gate, "_hf_hook", None)
+    for one in (hook, *getattr(hook, "hooks", ())):
+        kept = getattr(one, "weights_map", None)
+        if kept is not None:
+            return kept["weight"]
+    raise ValueError(
+        f"router weights: found those of {type(gate).__name__} on the meta device, and no hook of accelerate "
+        "that fetches them; expected weights that are loaded"
+    )
 
 
 class _Block:
@@ -167,25 +186,26 @@ class _Block:
 
     def __init__(self, block: Any, runtime: Runtime) -> None:
         self.block = block
-        self.inner, known = gate_of(block)
+        inner, known = gate_of(block)
         assert known is not None  # ``attach_plain`` has refused others
         self.gate = known
-        self.layer: LayerRuntime = runtime.add_layer(GateAdapter(self.inner))
-        self.skips = getattr(block.experts, "_is_expert_parallel", None)
+        self.layer: LayerRuntime = runtime.add_layer(GateAdapter(block))
+        self.experts = unwrapped(block.experts)
+        self.skips = getattr(self.experts, "_is_expert_parallel", None)
         if self.skips is not None:  # transformers 5.24 takes index E for none only where this is set
-            block.experts._is_expert_parallel = True
+            self.experts._is_expert_parallel = True
         self.shapes: dict[int, tuple[int, int]] = {}  # by thread: several may be between block and gate
         block.macs = self.layer  # where attach_modality looks for layers that plan
         self._hooks = (
             block.register_forward_pre_hook(self.enter, with_kwargs=True),
-            block.gate.register_forward_hook(self.route),
+            inner.register_forward_hook(self.route),  # which stays when a wrapper is taken off
         )
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         if self.skips is not None:
-            self.block.experts._is_expert_parallel = self.skips
+            self.experts._is_expert_parallel = self.skips
         self.block.macs = None
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -203,16 +223,14 @@ class _Block:
         with self.layer.forward_pass(count, device, gate.training):
             if gate.training or not self.layer.acts_on(count, device):
                 return None
-            bias = None if self.gate.bias is None else getattr(self.inner, self.gate.bias)
-            groups = (
-                () if self.gate.groups is None else (getattr(self.inner, name) for name in self.gate.groups)
-            )
+            bias = None if self.gate.bias is None else getattr(gate, self.gate.bias)
+            groups = () if self.gate.groups is None else (getattr(gate, name) for name in self.gate.groups)
             scores = candidate_scores(logits, experts, self.gate.score_function, bias, *groups)
             tokens = self.layer.tokens(*shape, False, device)
             plan = self.layer.plan(args[0].reshape(count, -1), experts, weights, scores, tokens)
         if plan is None:
             return None
-        check_skips(self.block.experts)  # generate may have changed it
+        check_skips(self.experts)  # generate may have changed it
         return (
             logits,
             plan.weights,

@@ -69,13 +69,15 @@ class LayerAdapter:
     """One MoE layer of an engine, as MACS sees it; adapters override what their engine does otherwise.
 
     topology: where the layer's experts are, and the source of its tokens. top_k: k. group: the processes that
-    share its experts; none: this one alone. It belongs to the engine's module: a copy of the module has a
-    copy of it.
+    share its experts; none: this one alone. exchanges: whether these may add up a tensor between router and
+    dispatch, in one order with the engine's own collectives. It belongs to the engine's module: a copy of the
+    module has a copy of it.
     """
 
     def __init__(self, topology: Topology, top_k: int, group: dist.ProcessGroup | None = None) -> None:
         self.topology = topology
         self.top_k = top_k
+        self.exchanges = True
         self._group = _Group(group)
 
     @property

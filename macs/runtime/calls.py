@@ -106,8 +106,12 @@ class CallReader:
                     None,
                     f"mm_token_type_ids: found shape {tuple(types.shape)}, expected [B, S]; {WAY_OUT}",
                 )
-            # A processor's types are of the prompt; what was generated behind it is text.
-            return own_columns("mm_token_type_ids", types, shape, past_of(given), TEXT), None
+            # A processor's types are of the prompt; what was generated behind it is text. Types that are as
+            # wide as the call behind a cache may be either's, and ids tell.
+            past = past_of(given)
+            unclear = types.shape[1] == shape[1] and not (isinstance(past, int) and past == 0)
+            if not (unclear and self.token_modality and isinstance(tokens, Tensor)):
+                return own_columns("mm_token_type_ids", types, shape, past, TEXT), None
         if isinstance(tokens, Tensor):
             if not (
                 self.token_modality or self.text_only or self.padding_id is not None or self._masks(given)
@@ -189,8 +193,12 @@ def shape_of(given: Mapping[str, Any]) -> tuple[tuple[int, int] | None, torch.de
 
 
 def past_of(given: Mapping[str, Any]) -> int | Tensor:
-    """Tokens in the call's cache, before its own: a number, or a tensor where the cache keeps one."""
-    length = getattr(given.get("past_key_values"), "get_seq_length", None)
+    """Tokens in the call's cache, before its own: a number, or a tensor where the cache keeps one.
+
+    transformers calls the argument ``cache`` from 5.24 on.
+    """
+    cache = given.get("past_key_values", given.get("cache"))
+    length = getattr(cache, "get_seq_length", None)
     past: int | Tensor = 0 if length is None else length()
     return past
 
@@ -213,7 +221,8 @@ def own_columns(
         )
     if isinstance(past, int) and past + count > width and behind is None:
         past = width - count  # a window of the cache
-    place = torch.arange(count, device=tensor.device) + past
+    own = torch.arange(count, device=tensor.device)
+    place = own + (past.to(tensor.device) if isinstance(past, Tensor) else past)
     found = tensor.index_select(1, place.clamp(max=width - 1))
     return found if behind is None else torch.where(place < width, found, behind)
 

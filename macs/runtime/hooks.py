@@ -60,7 +60,7 @@ class ModalityHook:
         self._name = type(innermost(model)).__name__
         self._warned = False
         self._handles = []
-        self._runtimes: list[RuntimeState] = []
+        self._planning: list[nn.Module] = []
         modules = entrances(model)
         # A wrapper that takes any arguments passes them on to the model inside.
         self._order = {type(module): parameters(modules[-1]) for module in modules}
@@ -124,16 +124,22 @@ class ModalityHook:
             stack.enter_context(modality_of_call(modality))
 
     def _runtimes_of(self, module: nn.Module) -> list[RuntimeState]:
-        """The runtimes of the module's layers; looked for until there are some."""
-        if not self._runtimes:
-            self._runtimes = list({layer.runtime: None for layer in layers_of(module)})
-        return self._runtimes
+        """The runtimes of the module's layers; modules with layers are looked for until there are some."""
+        layers = [_layer(one) for one in self._planning]
+        if not any(layers):
+            self._planning = [one for one in module.modules() if isinstance(_layer(one), LayerRuntime)]
+            layers = [_layer(one) for one in self._planning]
+        return list({layer.runtime: None for layer in layers if layer is not None})
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         stack, error_before = _calls_of_thread().pop()
         error = sys.exc_info()
         # A model may be called while another error is handled.
         stack.__exit__(*(error if error[1] is not error_before else (None, None, None)))
+
+
+def _layer(module: nn.Module) -> Any:
+    return getattr(module, "macs", None)
 
 
 @contextmanager
@@ -212,6 +218,7 @@ def attach_modality(
     video_token_id: int | None = None,
     audio_token_id: int | None = None,
     padding_token_id: int | None = None,
+    text_only: bool = False,
 ) -> ModalityHook:
     """Set the modality mask around every forward pass of a model that takes ``input_ids`` [B, S].
 
@@ -225,6 +232,7 @@ def attach_modality(
         video_token_id, audio_token_id: likewise.
         padding_token_id: of padding, in prompts without an attention mask; padding has no weight and is not
             counted.
+        text_only: the model has no modality but text, whose padding is read from its calls.
 
     Returns:
         The hooks; ``remove`` removes them.
@@ -235,9 +243,12 @@ def attach_modality(
     named = named_tokens(image_token_id, video_token_id, audio_token_id)
     inner = innermost(model)
     by_token = completed(named, token_modality_of(getattr(inner, "config", None)))
-    check_tells(inner, by_token)
+    if text_only and by_token:
+        raise ValueError(f"attach_modality: found text_only and token ids {sorted(by_token)}, expected one")
+    if not text_only:
+        check_tells(inner, by_token)
     check_vocabulary(inner, named)
-    return ModalityHook(model, CallReader(by_token, padding_token_id))
+    return ModalityHook(model, CallReader(by_token, padding_token_id, text_only))
 
 
 def named_tokens(image: int | None, video: int | None, audio: int | None) -> dict[int, int]:
@@ -279,7 +290,7 @@ def check_tells(model: nn.Module, by_token: dict[int, int]) -> None:
         raise ValueError(
             "attach_modality: expected image_token_id, video_token_id or audio_token_id, as an argument or "
             f"in the model's config; found none, and {type(model).__name__}.forward takes no "
-            "mm_token_type_ids"
+            "mm_token_type_ids (text_only=True for a model that has nothing else)"
         )
     if "input_ids" not in taken:
         raise ValueError(f"attach_modality: {type(model).__name__}.forward takes no input_ids")

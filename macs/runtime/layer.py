@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,7 @@ class LayerRuntime:
         self._callbacks: list[Callback] = []
         self._logits: Tensor | None = None
         self._continues = False
+        self._lock = threading.RLock()
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class LayerRuntime:
     def _sum_over_group(self) -> SumOverGroup | None:
         """The all-reduce of the group's members; none for a process by itself."""
         group = self.group
-        if not isinstance(group, dist.ProcessGroup) or group.size() == 1:
+        if not isinstance(group, dist.ProcessGroup) or group.size() == 1 or not self.adapter.exchanges:
             return None
         return lambda rows: dist.all_reduce(rows, group=group)
 
@@ -111,7 +113,8 @@ class LayerRuntime:
         alone in the pass, and every later pass of this process is refused. continues: this is a further part
         of tokens that the engine has divided, which is no step of its own.
         """
-        with self.runtime.forward_pass():
+        # One thread at a time: what is kept between router and dispatch is of one call.
+        with self.runtime.forward_pass(), self._lock:
             self._continues = continues
             yield from self._entering(count, device, training)
 

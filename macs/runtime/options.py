@@ -101,7 +101,7 @@ class Options:
         raise ValueError(f"config.macs.{name}: found {getattr(self, name)!r}, expected {expected}")
 
     @property
-    def token_ids(self) -> dict[str, int]:
+    def token_ids(self) -> dict[str, Any]:
         """The token ids given, as arguments of ``attach_modality``."""
         return {name: getattr(self, name) for name in TOKEN_IDS if getattr(self, name) is not None}
 

@@ -98,26 +98,33 @@ class Runtime(RuntimeState):
         if config.max_kl is not None:
             target_of(config, None if profile is None else profile.tuning)  # raises
         self._check_tuning(policy, config, profile, {layer.topology.num_ranks for layer in self.layers})
-        targets: dict[LayerRuntime, float | None] = {}
-        retargets = self._retargets(policy, config, profile)
-        if retargets:
-            targets = {layer: layer.target_under(config) for layer in self.layers}  # raises
-        else:
-            self._refuse_captured("use")
-            for layer in self.layers:
-                layer.check(policy, config)
+        self.refuse_inside("Runtime.use")
+        self._targets(policy, config, profile)  # raises, before the ranks compare
         for group in {id(layer.group): layer.group for layer in self.layers}.values():
             consistency = self.consistency_of(group)
             if consistency is not None:
                 consistency.compare(self.chosen(policy, config, profile))
-        with self.between_passes("Runtime.use"):
+        with self.between_passes():
+            targets = self._targets(policy, config, profile)
             self.policy, self.config, self.profile = policy, config, profile
             for layer in self.layers:
-                if retargets:
+                if targets is not None:
                     layer.retarget(targets[layer])
                 else:
                     layer.adapter.refetch()  # weights may be others by now
                     layer.reset()
+
+    def _targets(
+        self, policy: str, config: MACSConfig, profile: Profile | None
+    ) -> dict[LayerRuntime, float | None] | None:
+        """The ``target_load`` of every layer where only the target changes, otherwise none; raises where the
+        change cannot be made."""
+        if self._retargets(policy, config, profile):
+            return {layer: layer.target_under(config) for layer in self.layers}
+        self._refuse_captured("use")
+        for layer in self.layers:
+            layer.check(policy, config)
+        return None
 
     def _check_tuning(
         self, policy: str, config: MACSConfig, profile: Profile | None, ranks: set[int]

@@ -25,6 +25,9 @@ from .consistency import RankConsistency
 logger = logging.getLogger("macs.runtime")
 
 
+PATIENCE = 1.0
+"""Seconds that a forward pass lets a change of settings go first."""
+
 called_model: ContextVar[Any] = ContextVar("macs_called_model", default=None)
 """The model whose forward pass is running, where ``ModalityHook`` is on it."""
 
@@ -69,35 +72,53 @@ class RuntimeState:
         self.counters: Counters | None = None
         self.callbacks: list[Callback] = []
         self._consistency: dict[int, RankConsistency] = {}
-        self._lock = threading.RLock()
-        self._passes = 0  # of the thread that holds the lock, one within the other
+        self._condition = threading.Condition()
+        self._passes = self._waiting = 0  # forward passes that run; changes that wait for their end
+        self._thread = threading.local()
         self._compared: tuple[Any, dict[str, Any]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RuntimeState:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("counters", "callbacks", "_consistency", "_compared", "_layers", "_lock")
-        return {name: value for name, value in vars(self).items() if name not in dropped}
+        of_process = {"counters", "callbacks", "_consistency", "_compared", "_layers"}
+        of_process |= {"_condition", "_passes", "_waiting", "_thread"}
+        return {name: value for name, value in vars(self).items() if name not in of_process}
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """Around a forward pass of a model or, where it has no hook, of a layer: one thread at a time, and
-        settings stay."""
-        with self._lock:
+        """Around a forward pass of a model or, where it has no hook, of a layer: settings stay."""
+        depth = getattr(self._thread, "depth", 0)
+        with self._condition:
+            if not depth:
+                # A change that waits goes first, but not for long: a pass that runs may wait for this one.
+                self._condition.wait_for(lambda: not self._waiting, PATIENCE)
             self._passes += 1
-            try:
-                yield
-            finally:
+        self._thread.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._thread.depth = depth
+            with self._condition:
                 self._passes -= 1
+                self._condition.notify_all()
+
+    def refuse_inside(self, what: str) -> None:
+        """Raise a ``RuntimeError`` within a forward pass of this thread."""
+        if getattr(self._thread, "depth", 0):
+            raise RuntimeError(f"{what}: found inside a forward pass, expected between two")
 
     @contextmanager
-    def between_passes(self, what: str) -> Iterator[None]:
-        """Around a change of settings. A ``RuntimeError`` within a forward pass of this thread."""
-        with self._lock:
-            if self._passes:
-                raise RuntimeError(f"{what}: found inside a forward pass, expected between two")
-            yield
+    def between_passes(self) -> Iterator[None]:
+        """Around a change of settings: waits until no forward pass runs, and none begins within."""
+        with self._condition:
+            self._waiting += 1
+            try:
+                self._condition.wait_for(lambda: not self._passes)
+                yield
+            finally:
+                self._waiting -= 1
+                self._condition.notify_all()
 
     def settings(self, training: bool) -> dict[str, Any]:
         """What the members of a group must have in common, as plain values; one object until it changes."""

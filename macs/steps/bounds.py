@@ -87,7 +87,8 @@ def shared_bound(counts: Counts, constants: LayerConstants, group: Tensor, top_k
     left = own - rows_of_ranks(counts, constants)
     rows, over, under, tokens = group.unbind()
     whole = row_bound(tokens[:1], constants, top_k)[0]
-    borrowed = torch.minimum(-left, -left * (whole + over - rows) // over.clamp(min=1))
+    spare = torch.maximum(whole + over - rows, under)  # the sum of rounded bounds may be one row more
+    borrowed = torch.minimum(-left, -left * spare // over.clamp(min=1))
     lent = (left * torch.minimum(over, under) + under - 1) // under.clamp(min=1)
     shared = own + torch.where(left < 0, borrowed, -lent.clamp(min=0))
     return torch.where(constants.target_load >= 1, shared, own)

@@ -1,6 +1,7 @@
 """The adapter over plain Hugging Face blocks: the smallest one, and what the contract is tried with."""
 
 import math
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -236,6 +237,8 @@ def test_gates_are_found_inside_wrappers():
             super().__init__()
             self.base_layer = base
 
+        disable_adapters, merged, active_adapters = False, False, ()
+
         def forward(self, hidden):
             return self.base_layer(hidden)
 
@@ -249,6 +252,116 @@ def test_gates_are_found_inside_wrappers():
         for one in (model, stock):
             attach_plain(one, Runtime(MACSConfig(**TIGHT), virtual_ranks=2))
         assert torch.equal(model(IDS).logits, stock(IDS).logits)
+
+
+def test_adapters_of_peft_on_routers_and_experts_are_part_of_the_model():
+    """Merged or not, a model plans alike; taken off after merging, MACS stays on."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    names = ["mlp.gate.weight", "mlp.experts.gate_up_proj"]
+    lora = peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_parameters=names)
+    settings = MACSConfig(reroute="group", **TIGHT)
+
+    def served(model):
+        runtime = Runtime(settings, virtual_ranks=4)
+        attach_plain(model, runtime)
+        return runtime
+
+    with modality(IDS == IMAGE_TOKEN), torch.inference_mode():
+        models = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            models.append(peft.get_peft_model(build("qwen3_moe"), lora).eval())
+        adapted, merged = models[0], models[1].merge_and_unload().eval()
+        runtime, other = served(adapted), served(merged)
+        plans = []
+        for one in (runtime, other):
+            one.on_plan(lambda event: plans.append(event.plan.experts))
+        found, expected = adapted(input_ids=IDS).logits, merged(input_ids=IDS).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert len(plans) == 4 and all(map(torch.equal, plans[:2], plans[2:]))
+        unloaded = adapted.merge_and_unload().eval()
+        unloaded(input_ids=IDS)
+        assert len(plans) == 6
+
+
+def test_generate_reads_its_mask_behind_the_cache():
+    """Whatever transformers calls the cache: a token of a left-padded row is one in decoding, too."""
+    model = build("qwen3_moe")
+    runtime = Runtime(MACSConfig(capacity_factor=1e6, min_tokens=0), virtual_ranks=2)
+    attach_plain(model, runtime)
+    attach_modality(model, image_token_id=IMAGE_TOKEN)
+    valid = []
+    runtime.layers[0].on_plan(lambda event: valid.append(int(event.tokens.valid.sum())))
+    mask = torch.ones_like(IDS)
+    mask[0, :9] = mask[1, :3] = 0
+    model.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert valid == [int(mask.sum()), 4, 4, 4]
+
+
+class Threads(nn.Module):
+    """As ``DataParallel``: calls the model inside from threads of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, *inputs):
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(self.module, inputs))
+
+
+def test_a_wrapper_may_call_the_model_from_threads_while_a_switch_waits():
+    model = build("qwen3_moe")
+    runtime = Runtime(MACSConfig(**TIGHT), virtual_ranks=2)
+    attach_plain(model, runtime)
+    outer = Threads(model)
+    attach_modality(outer, image_token_id=IMAGE_TOKEN)
+    entered = threading.Event()
+    runtime.on_plan(lambda event: entered.set())
+
+    def switch():
+        entered.wait(30)
+        runtime.use("macs", MACSConfig(target_load=0.6, min_tokens=0))
+
+    thread = threading.Thread(target=switch)
+    thread.start()
+    with torch.inference_mode():
+        first, second = outer(IDS, IDS[:2])
+    thread.join(60)
+    assert not thread.is_alive() and runtime.config.target_load == 0.6
+    # Also where the planners were made in that pass, which the switch waited for.
+    assert {layer.planner.config.target_load for layer in runtime.layers} == {0.6}
+    assert first.logits.shape[0] == 4 and second.logits.shape[0] == 2
+
+
+def test_the_hook_follows_a_model_to_another_runtime():
+    model = build("qwen3_moe")
+    first, second = (Runtime(MACSConfig(**TIGHT), virtual_ranks=2) for _ in range(2))
+    undo = attach_plain(model, first)
+    attach_modality(model, image_token_id=IMAGE_TOKEN)
+    with torch.inference_mode():
+        model(IDS)
+        undo()
+        attach_plain(model, second)
+        second.on_plan(lambda event: second.use("vanilla"))
+        with pytest.raises(RuntimeError, match=r"Runtime.use: found inside a forward pass"):
+            model(IDS)
+    copied = pickle.loads(pickle.dumps(second))
+    copied.use("vanilla")  # which no pass of another process holds up
+
+
+def test_padding_of_a_model_of_text_alone_is_read():
+    model = build("mixtral")
+    runtime = Runtime(MACSConfig(**TIGHT), virtual_ranks=2)
+    attach_plain(model, runtime)
+    with pytest.raises(ValueError, match="text_only=True for a model that has nothing else"):
+        attach_modality(model)
+    attach_modality(model, text_only=True)
+    mask = torch.ones_like(IDS)
+    mask[0, :9] = 0
+    with torch.inference_mode():
+        model(IDS, attention_mask=mask)
+    assert int(runtime.reports()[0].tokens.sum()) == int(mask.sum())
 
 
 class Unknown(nn.Module):

@@ -52,7 +52,7 @@ def shared_limits(target, asked, tokens, top_k, ranks):
     for rank in range(ranks):
         over = [max(row[rank] - one, 0) for row, one in zip(asked, own, strict=True)]
         free = [max(one - row[rank], 0) for row, one in zip(asked, own, strict=True)]
-        spare = row_limit(target, sum(tokens) * top_k, ranks) - sum(own) + sum(free)
+        spare = max(row_limit(target, sum(tokens) * top_k, ranks) - sum(own), 0) + sum(free)
         for source in range(len(own)):
             if over[source]:
                 part = Fraction(over[source] * spare, sum(over))

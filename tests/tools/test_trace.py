@@ -105,6 +105,15 @@ def test_a_second_call_in_a_step_is_a_step_of_its_own(tmp_path):
     assert [one.step for one in read_trace(path, experts=6).records] == [0, 1, 2, 3]
 
 
+def test_the_ranks_of_a_run_number_their_steps_alike(tmp_path):
+    """Also where one of them called a layer twice in a step, and the others did not."""
+    paths = [tmp_path / f"router_trace_rank{rank}.jsonl" for rank in range(2)]
+    paths[0].write_text(line() + line() + line(step=1))
+    paths[1].write_text(line() + line(step=1))
+    steps = [[one.step for one in found.records] for found in load_recordings(paths, 6)]
+    assert steps == [[0, 1, 2], [0, 2]]
+
+
 def recorded():
     generator = torch.Generator().manual_seed(0)
     count, counts = 90, [40, 30, 20]

@@ -49,7 +49,9 @@ def is_trace(path: Path) -> bool:
     return path.suffix in (".jsonl", ".json")
 
 
-def read_trace(path: Path, experts: int | None = None, ranks: int | None = None) -> Recording:
+def read_trace(
+    path: Path, experts: int | None = None, ranks: int | None = None, calls: int | None = None
+) -> Recording:
     """A rank's trace as a recording.
 
     Tokens are text where the trace does not say; weights are even where it has no logits, else the logits'
@@ -61,6 +63,7 @@ def read_trace(path: Path, experts: int | None = None, ranks: int | None = None)
             ``write_trace`` wrote.
         ranks: expert-parallel ranks of the run; none: as the trace says, or 1. It is 1 where they do not
             divide the experts.
+        calls: most calls of a layer in a step, in all files of the run; none: in this file.
 
     Raises:
         ValueError: a line is no record of a trace; file and line are named.
@@ -79,7 +82,7 @@ def read_trace(path: Path, experts: int | None = None, ranks: int | None = None)
         # A layer's second call in a step, as of another microbatch, is a step of its own.
         record["again"] = often[record["step"], record["layer"]]
         often[record["step"], record["layer"]] += 1
-    calls = max(often.values())
+    calls = calls or max(often.values())
     layers = sorted({record["layer"] for _, record in found})
     records = [record for _, record in found if record["num_tokens"]]
     if not records:
@@ -111,6 +114,12 @@ def read_trace(path: Path, experts: int | None = None, ranks: int | None = None)
         )
     ranks = ranks or first.get(RANKS, 1)
     return Recording(experts, 1 if experts % ranks else ranks, tensors, f"trace {path}")
+
+
+def calls_of(path: Path) -> int:
+    """Most calls of a layer in a step of a trace."""
+    often = Counter((one["step"], one["layer"]) for _, one in _lines(path) if one["block"] == DECODER)
+    return max(often.values(), default=1)
 
 
 def _wrong(path: Path, number: int, what: str) -> ValueError:
@@ -245,11 +254,11 @@ def load_recordings(
 
     experts, ranks: of a layer, and of the run, where traces do not say; by default as many ranks as files.
     """
+    traces = [path for path in paths if is_trace(path)]
+    calls = max(map(calls_of, traces)) if len(traces) > 1 else None
+    ranks = ranks or (len(paths) if len(paths) > 1 else None)
     found = [
-        read_trace(path, experts, ranks or (len(paths) if len(paths) > 1 else None))
-        if is_trace(path)
-        else Recording.load(path)
-        for path in paths
+        read_trace(path, experts, ranks, calls) if is_trace(path) else Recording.load(path) for path in paths
     ]
     kinds = {(one.num_experts, one.top_k) for one in found}
     if len(kinds) != 1:

@@ -76,7 +76,8 @@ def _verdict(prediction: Prediction, size: int) -> tuple[bool, str]:
     if max(won, won_low) < WORTH:
         return False, f"Not here: on {size} ranks no target wins {WORTH:.0%} of a MoE layer's time."
     predicted = [one for one in prediction.targets if f"macs {one:g}" in prediction.policies]
-    verified = [target for target in predicted if prediction.targets[target] <= MAX_KL]
+    within = [target for target in predicted if prediction.targets[target] <= MAX_KL]
+    verified = [target for target in within if 1 - row(target)["ratio"] >= WORTH]
     target = min(verified) if verified else BALANCED if won >= WORTH else low
     chosen = row(target)
     gain = (
@@ -92,8 +93,10 @@ def _verdict(prediction: Prediction, size: int) -> tuple[bool, str]:
     if verified:
         return True, f"Worth it: {gain}, with a verified KL of {prediction.targets[target]:.2g} nats."
     if predicted:
-        least = min(prediction.targets[each] for each in predicted)
-        return False, f"Not as tuned: the least verified KL is {least:.2g} nats, above {MAX_KL}; {gain}."
+        return (
+            False,
+            f"Not as tuned: no target that wins time has a verified KL of {MAX_KL} nats; {gain}.",
+        )
     if chosen["dropped_mass"] > LOSSY:
         return False, f"Measure first: {gain}. macs tune measures what that costs in answers."
     if won < WORTH:

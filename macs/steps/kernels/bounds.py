@@ -67,7 +67,7 @@ def shared_bound(valid, sent, group, target, rank, top_k, ranks):
     whole = row_bound(tl.load(group + 3 * ranks), target, top_k, ranks)
     own = own_bound(valid, target, top_k, ranks)
     need, free = tl.maximum(sent - own, 0), tl.maximum(own - sent, 0)
-    borrowed = tl.minimum(need, need * tl.maximum(whole + over - rows, 0) // tl.maximum(over, 1))
+    borrowed = tl.minimum(need, need * tl.maximum(whole + over - rows, under) // tl.maximum(over, 1))
     lent = (free * tl.minimum(over, under) + tl.maximum(under - 1, 0)) // tl.maximum(under, 1)
     return tl.where(target >= 1, own + borrowed - lent, own)
 

@@ -129,8 +129,9 @@ class Cache:
         return self.length
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # transformers 5.17 and 5.24
 @pytest.mark.parametrize("past", [None, 0, 2, torch.tensor(2)])
-def test_a_mask_of_fixed_length_is_read_at_the_tokens_positions(past):
+def test_a_mask_of_fixed_length_is_read_at_the_tokens_positions(past, name):
     """A static cache pads it: what is behind the tokens says nothing of them."""
     start = 0 if past is None else int(past)
     mask = torch.zeros(2, 12, dtype=torch.int64)
@@ -140,10 +141,19 @@ def test_a_mask_of_fixed_length_is_read_at_the_tokens_positions(past):
     types[1, start + 1] = 1
     given = {"attention_mask": mask, "mm_token_type_ids": types}
     if past is not None:
-        given["past_key_values"] = Cache(past)
+        given[name] = Cache(past)
     found = READER.read({"input_ids": IDS, **given})
     assert found.valid.tolist() == [[False, True, True, True], [True] * 4]
     assert found.ids.tolist() == [[0] * 4, [0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("past", [7, torch.tensor(7)])
+def test_types_as_wide_as_a_verified_draft_are_the_prompts(past):
+    """Assisted decoding: as many tokens are verified as the prompt has; their ids tell."""
+    types = torch.tensor([[0, 1, 1, 0]])
+    given = {"input_ids": torch.tensor([[1, 2, 5, 1]]), "mm_token_type_ids": types}
+    assert READER.read({**given, "past_key_values": Cache(past)}).ids.tolist() == [[0, 0, 1, 0]]
+    assert READER.read({**given, "past_key_values": Cache(0)}).ids.tolist() == [[0, 1, 1, 0]]
 
 
 @pytest.mark.parametrize(("past", "ids"), [(0, [0, 1, 0, 0]), (1, [1, 0, 0, 0]), (5, [0, 0, 0, 0])])

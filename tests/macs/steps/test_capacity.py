@@ -159,6 +159,16 @@ def test_kernel_of_the_bound_on_rows(ranks, target):
 
 
 @kernel_test
+def test_kernel_of_the_shared_bound_where_rounded_bounds_add_up_to_more():
+    """Three times floor(60 * 1.15) are 207, floor(180 * 1.15) is 206 in floating point."""
+    constants = constants_of(range(4), range(4), target=1.15)
+    counts = counts_of([120] * 3, 5, rows=torch.tensor([[90, 80, 40, 30]] * 3))
+    group = group_rows(counts, constants, 2)
+    found, expected, *_ = both(measure_capacities, counts, constants, rule(rows_only=True), 2, group)
+    assert same(found, expected) and (expected.pools // UNIT)[:, :2].tolist() == [[69, 69]] * 3
+
+
+@kernel_test
 @pytest.mark.parametrize(("experts", "ranks"), [(6, 3), (64, 64), (5, 1)])
 @pytest.mark.parametrize("target", [1.0, 1.05, 0.7])
 @pytest.mark.parametrize("level", ["expert", "rank"])
