@@ -16,6 +16,7 @@ TEXT_PRESETS: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"preset_model": "deepseek_v3"},
     "glm4_moe": {"preset_model": "deepseek_v3"},
     "qwen3_5_moe_text": {"preset_model": "qwen3_moe"},
+    "qwen3_omni_moe_text": {"preset_model": "qwen3_moe"},
     "minimax_m3_vl_text": {
         "preset_model": "deepseek_v3",
         "expert_activation": "swiglu_oai",
@@ -73,6 +74,11 @@ def why_no_layers(model: Any) -> str:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kind = getattr(text, "model_type", None)
+    if hasattr(model, "thinker"):
+        return (
+            f"config.expert_parallel: found {type(model).__name__}, a model of several models, expected the "
+            "one that answers: deepspeed_macs.initialize(model=model.thinker, ...)"
+        )
     return (
         f"config.expert_parallel: AutoEP is enabled and knows no MoE block of {type(model).__name__} "
         f"(model_type {kind!r}). If its block is made as one of {', '.join(sorted(PRESET_MODELS))}, name "

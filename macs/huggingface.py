@@ -40,6 +40,7 @@ GATES = {
     "MixtralTopKRouter": Gate("softmax"),
     "Qwen3MoeTopKRouter": Gate("softmax"),
     "Qwen3VLMoeTextTopKRouter": Gate("softmax"),
+    "Qwen3OmniMoeThinkerTextTopKRouter": Gate("softmax"),
     "DeepseekV3TopkRouter": Gate("sigmoid", "e_score_correction_bias", ("num_group", "topk_group")),
 }
 """Known gates by the names of their classes; InternVL has Qwen3-MoE's, Kimi-VL DeepSeek-V3's."""

@@ -8,6 +8,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.hf_models import CONFIGS
 
+from deepspeed_macs.models import why_no_layers
+
 JOBS = "support.deepspeed_jobs"
 
 
@@ -111,3 +113,10 @@ def test_folded_with_tensor_parallelism(pool, world, score_apply):
         # Together they send what the plan keeps, once, and less than stock does.
         assert first["sent"] + second["sent"] == first["kept"] == second["kept"]
         assert first["kept"] < first["stock sent"] + second["stock sent"] == 3 * 12 * 2
+
+
+def test_a_model_of_several_models_says_which_to_give():
+    """As Qwen3-Omni, whole: its talker has experts, too, and does not see pictures."""
+    whole = torch.nn.Module()
+    whole.thinker = torch.nn.Identity()
+    assert "deepspeed_macs.initialize(model=model.thinker, ...)" in why_no_layers(whole)

@@ -14,10 +14,14 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import transformers
 from support.hf_models import IMAGE_TOKEN, build, token_ids
+from support.ranks import on_ranks
 
 from macs import MACSConfig, Runtime, attach_modality, attach_plain, modality
 
-MODELS = ["mixtral", "qwen3_moe", "qwen3_moe, weights not normalised", "qwen3_vl_moe", "deepseek_v3", "kimi"]
+MODELS = [
+    *("mixtral", "qwen3_moe", "qwen3_moe, weights not normalised", "qwen3_vl_moe", "qwen3_omni"),
+    *("deepseek_v3", "kimi"),
+]
 IDS = token_ids(0, rows=4, length=24)
 TIGHT = {"target_load": 0.7, "min_tokens": 0}
 
@@ -225,6 +229,28 @@ def test_weights_that_accelerate_keeps_elsewhere_are_fetched(placed, tmp_path):
         else:
             accelerate.disk_offload(model, tmp_path, torch.device("cpu"))
         assert moe_blocks(model)[0].gate.weight.is_meta
+        attach_plain(model, Runtime(settings, profile=profile, virtual_ranks=2))
+        assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.engine
+@on_ranks(2)
+def test_weights_that_fsdp2_keeps_in_parts_are_put_together():
+    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP2")
+    settings = MACSConfig(reroute="group", **TIGHT)
+    with modality(IDS == IMAGE_TOKEN), torch.no_grad():
+        attach_plain(plain := build("qwen3_moe"), runtime := Runtime(settings, virtual_ranks=2))
+        with runtime.calibration():
+            plain(IDS)
+        profile = runtime.measured_profile()
+        runtime.use("macs", settings, profile)
+        expected = plain(IDS).logits
+        model = build("qwen3_moe")
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+        for block in moe_blocks(model):
+            fsdp.fully_shard(block.gate, mesh=mesh)
+        fsdp.fully_shard(model, mesh=mesh)
+        assert type(moe_blocks(model)[0].gate.weight).__name__ == "DTensor"
         attach_plain(model, Runtime(settings, profile=profile, virtual_ranks=2))
         assert torch.equal(model(IDS).logits, expected)
 

@@ -138,6 +138,22 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+CONFIGS["qwen3_omni"] = (
+    "qwen3_omni_moe_thinker",
+    {
+        **CONFIGS["qwen3_vl_moe"][1],
+        "audio_config": {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "num_mel_bins": 8,
+            "output_dim": 16,
+            "downsample_hidden_size": 8,
+        },
+        "audio_token_id": 4,
+    },
+)
 CONFIGS["qwen3_5_moe, multimodal"][1].update(
     text_config=CONFIGS["qwen3_5_moe"][1],
     vision_config=CONFIGS["qwen3_vl_moe"][1]["vision_config"],
@@ -170,6 +186,7 @@ MULTIMODAL = (
     "qwen3_5_moe, multimodal",
     "minimax_m3, multimodal",
     "qwen3_vl_moe",
+    "qwen3_omni",
     "internvl",
     "internvl, weights not normalised",
     "kimi",

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("skimage", reason="scikit-image is not installed")
 from macs import MACSConfig, Profile, Runtime
 from macs.records.tuning import target_of
 from macs_tools.tune import search
+from macs_tools.tune.run import keeping
 
 NATURAL = np.array([1.2, 1.4, 1.3])
 COST = np.array([5.0, 0.1, 0.5])
@@ -72,6 +74,7 @@ def test_a_tuning_is_measured_kept_and_served(tmp_path):
     flags = ("--requests", "112", "--batch", "28", "--targets", "0.6", "0.9", "--tries", "2", "--ranks", "2")
     done = tune(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
+    assert "of at most" in done.stdout  # a file shows no bar
     found = Profile.load(tmp_path / "tuned.safetensors").tuning
     assert found.target_loads.tolist() == [0.9, 0.6] and found.layer_loads.shape == (2, 4)
     assert (found.ranks, found.requests, found.policy) == (2, 56, "macs")
@@ -112,6 +115,13 @@ def test_megatron_measures_what_the_plain_adapter_does(tmp_path):
         assert np.allclose(mine["loads"], its["loads"], atol=0.08)
     tunings = [Profile.load(tmp_path / name / "tuned.safetensors").tuning for name in ("plain", "megatron")]
     assert [found.ranks for found in tunings] == [2, 2] and tunings[0].requests == tunings[1].requests == 28
+
+
+def test_an_interrupted_tuning_says_what_is_kept(capsys):
+    with pytest.raises(SystemExit) as end, keeping(Path("runs/tuned.safetensors")):
+        raise KeyboardInterrupt
+    told = capsys.readouterr().err
+    assert end.value.code == 130 and "runs/tuned.measured.jsonl, and the same command goes on from" in told
 
 
 @pytest.mark.parametrize(
