@@ -16,43 +16,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tests/, which has a folder of the same name
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # tests/ has a folder macs, too
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from support.small_layer import HIDDEN, Layer  # noqa: E402
 from torch import multiprocessing, nn  # noqa: E402
 
-from macs import MACSConfig, Runtime, Topology  # noqa: E402
-from macs.adapters import CallReader, LayerAdapter, ModalityHook  # noqa: E402
+from macs import MACSConfig, Runtime  # noqa: E402
+from macs.adapters import CallReader, ModalityHook  # noqa: E402
 
-TOKENS, EXPERTS, TOP_K, HIDDEN, LAYERS = 80, 8, 2, 16, 3
-ROUTER = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
-
-
-class Adapter(LayerAdapter):
-    def router_weight(self) -> torch.Tensor:
-        return ROUTER
-
-
-class Layer(nn.Module):
-    """An engine's layer in small: plans, then exchanges something with its group."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        super().__init__()
-        group = dist.group.WORLD
-        topology = Topology(EXPERTS, group.size(), sources=(group.rank(),))
-        self.macs = runtime.add_layer(Adapter(topology, TOP_K, group))
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        with self.macs.forward_pass(len(hidden), hidden.device, self.training):
-            scores = (hidden @ ROUTER.T).softmax(1)
-            weights, experts = scores.topk(TOP_K)
-            if not self.training and self.macs.acts_on(len(hidden), hidden.device):
-                tokens = self.macs.tokens(1, len(hidden), False, hidden.device)
-                self.macs.plan(hidden, experts, weights, scores, tokens)
-            total = hidden.sum(0)
-            dist.all_reduce(total)
-        return hidden + total / 1e6
+TOKENS, LAYERS = 80, 3
 
 
 class Model(nn.Module):

@@ -88,24 +88,30 @@ class RuntimeState:
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
         """Around a forward pass of a model or, where it has no hook, of a layer: settings stay."""
-        depth = getattr(self._thread, "depth", 0)
+        if self._inside:  # as a layer's within its model's
+            yield
+            return
         with self._condition:
-            if not depth:
-                # A change that waits goes first, but not for long: a pass that runs may wait for this one.
-                self._condition.wait_for(lambda: not self._waiting, PATIENCE)
+            # A change that waits goes first, but not for long: a pass that runs may wait for this one.
+            self._condition.wait_for(lambda: not self._waiting, PATIENCE)
             self._passes += 1
-        self._thread.depth = depth + 1
+        self._thread.inside = True
         try:
             yield
         finally:
-            self._thread.depth = depth
+            self._thread.inside = False
             with self._condition:
                 self._passes -= 1
                 self._condition.notify_all()
 
+    @property
+    def _inside(self) -> bool:
+        """Whether this thread is in a forward pass."""
+        return getattr(self._thread, "inside", False)
+
     def refuse_inside(self, what: str) -> None:
         """Raise a ``RuntimeError`` within a forward pass of this thread."""
-        if getattr(self._thread, "depth", 0):
+        if self._inside:
             raise RuntimeError(f"{what}: found inside a forward pass, expected between two")
 
     @contextmanager

@@ -24,10 +24,9 @@ def row_bound(tokens: Tensor, constants: LayerConstants, top_k: int) -> Tensor:
     tokens int64 [S]: valid tokens of each source. With a target of 1 or more it covers the even share
     T k / R rounded up, so that an even routing loses nothing.
     """
-    even = (tokens * top_k).double() / constants.ranks
-    bound = (even * constants.target_load).floor()
-    whole = torch.where(constants.target_load >= 1, torch.maximum(bound, even.ceil()), bound)
-    return whole.long()[:, None].expand(-1, constants.ranks)
+    bound = own_bound(tokens, constants, top_k)
+    even = (tokens[:, None] * top_k + constants.ranks - 1) // constants.ranks
+    return torch.where(constants.target_load >= 1, torch.maximum(bound, even), bound)
 
 
 def own_bound(tokens: Tensor, constants: LayerConstants, top_k: int) -> Tensor:
@@ -81,13 +80,14 @@ def shared_bound(counts: Counts, constants: LayerConstants, group: Tensor, top_k
     group int64 [4, R]: ``group_rows`` of all sources. The group's bound is the ``row_bound`` of all their
     tokens. What it leaves is divided among the sources that are over, in proportion, rounded down; and taken
     from those that are under, in proportion, rounded up. So a rank within the group's bound drops nothing,
-    and the sources together stay within it.
+    and the sources together stay within it, or within the sum of their own bounds where rounding makes that
+    one row more.
     """
     own = own_bound(counts.tokens, constants, top_k)
     left = own - rows_of_ranks(counts, constants)
     rows, over, under, tokens = group.unbind()
     whole = row_bound(tokens[:1], constants, top_k)[0]
-    spare = torch.maximum(whole + over - rows, under)  # the sum of rounded bounds may be one row more
+    spare = torch.maximum(whole + over - rows, under)
     borrowed = torch.minimum(-left, -left * spare // over.clamp(min=1))
     lent = (left * torch.minimum(over, under) + under - 1) // under.clamp(min=1)
     shared = own + torch.where(left < 0, borrowed, -lent.clamp(min=0))

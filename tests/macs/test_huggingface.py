@@ -211,18 +211,23 @@ def test_a_switch_waits_for_the_pass_of_another_thread():
     remove()
 
 
+def profiled(settings):
+    """The profile of a model whose weights are where they are used, and its answer with it."""
+    model, runtime = build("qwen3_moe"), Runtime(settings, virtual_ranks=2)
+    attach_plain(model, runtime)
+    with runtime.calibration():
+        model(IDS)
+    profile = runtime.measured_profile()
+    runtime.use("macs", settings, profile)
+    return profile, model(IDS).logits
+
+
 @pytest.mark.parametrize("placed", ["cpu", "disk"])
 def test_weights_that_accelerate_keeps_elsewhere_are_fetched(placed, tmp_path):
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     settings = MACSConfig(reroute="group", **TIGHT)
     with modality(IDS == IMAGE_TOKEN), torch.inference_mode():
-        runtime = Runtime(settings, virtual_ranks=2)
-        attach_plain(plain := build("qwen3_moe"), runtime)
-        with runtime.calibration():
-            plain(IDS)
-        profile = runtime.measured_profile()
-        runtime.use("macs", settings, profile)
-        expected = plain(IDS).logits
+        profile, expected = profiled(settings)
         model = build("qwen3_moe")
         if placed == "cpu":
             accelerate.cpu_offload(model, torch.device("cpu"))
@@ -239,12 +244,7 @@ def test_weights_that_fsdp2_keeps_in_parts_are_put_together():
     fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP2")
     settings = MACSConfig(reroute="group", **TIGHT)
     with modality(IDS == IMAGE_TOKEN), torch.no_grad():
-        attach_plain(plain := build("qwen3_moe"), runtime := Runtime(settings, virtual_ranks=2))
-        with runtime.calibration():
-            plain(IDS)
-        profile = runtime.measured_profile()
-        runtime.use("macs", settings, profile)
-        expected = plain(IDS).logits
+        profile, expected = profiled(settings)
         model = build("qwen3_moe")
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
         for block in moe_blocks(model):

@@ -49,9 +49,7 @@ def is_trace(path: Path) -> bool:
     return path.suffix in (".jsonl", ".json")
 
 
-def read_trace(
-    path: Path, experts: int | None = None, ranks: int | None = None, calls: int | None = None
-) -> Recording:
+def read_trace(path: Path, experts: int | None = None, ranks: int | None = None) -> Recording:
     """A rank's trace as a recording.
 
     Tokens are text where the trace does not say; weights are even where it has no logits, else the logits'
@@ -63,14 +61,31 @@ def read_trace(
             ``write_trace`` wrote.
         ranks: expert-parallel ranks of the run; none: as the trace says, or 1. It is 1 where they do not
             divide the experts.
-        calls: most calls of a layer in a step, in all files of the run; none: in this file.
 
     Raises:
         ValueError: a line is no record of a trace; file and line are named.
     """
-    found = [(number, record) for number, record in _lines(path) if record["block"] == DECODER]
+    return _recording(path, found := _records(path), calls_of(found), experts, ranks)
+
+
+Records = list[tuple[int, dict[str, Any]]]  # with the numbers of their lines
+
+
+def _records(path: Path) -> Records:
+    """Those of the layers that MACS plans."""
+    found = [one for one in _lines(path) if one[1]["block"] == DECODER]
     if not found:
         raise ValueError(f"trace {path}: found no record of block {DECODER!r}")
+    return found
+
+
+def calls_of(records: Records) -> int:
+    """Most calls of a layer in a step."""
+    return max(Counter((one["step"], one["layer"]) for _, one in records).values())
+
+
+def _recording(path: Path, found: Records, calls: int, experts: int | None, ranks: int | None) -> Recording:
+    """The recording of a trace; calls: ``calls_of`` over all traces of the run, to number steps alike."""
     first = found[0][1]
     often: Counter[tuple[int, int]] = Counter()
     for number, record in found:
@@ -82,7 +97,6 @@ def read_trace(
         # A layer's second call in a step, as of another microbatch, is a step of its own.
         record["again"] = often[record["step"], record["layer"]]
         often[record["step"], record["layer"]] += 1
-    calls = calls or max(often.values())
     layers = sorted({record["layer"] for _, record in found})
     records = [record for _, record in found if record["num_tokens"]]
     if not records:
@@ -114,12 +128,6 @@ def read_trace(
         )
     ranks = ranks or first.get(RANKS, 1)
     return Recording(experts, 1 if experts % ranks else ranks, tensors, f"trace {path}")
-
-
-def calls_of(path: Path) -> int:
-    """Most calls of a layer in a step of a trace."""
-    often = Counter((one["step"], one["layer"]) for _, one in _lines(path) if one["block"] == DECODER)
-    return max(often.values(), default=1)
 
 
 def _wrong(path: Path, number: int, what: str) -> ValueError:
@@ -189,7 +197,7 @@ def _numbers(
     return found
 
 
-def _logits(path: Path, records: Sequence[tuple[int, dict[str, Any]]]) -> Tensor:
+def _logits(path: Path, records: Records) -> Tensor:
     """Of all tokens of these records, bfloat16 [N, E]."""
     rank = records[0][1].get("rank")
     if rank is None:
@@ -254,11 +262,12 @@ def load_recordings(
 
     experts, ranks: of a layer, and of the run, where traces do not say; by default as many ranks as files.
     """
-    traces = [path for path in paths if is_trace(path)]
-    calls = max(map(calls_of, traces)) if len(traces) > 1 else None
     ranks = ranks or (len(paths) if len(paths) > 1 else None)
+    traces = {path: _records(path) for path in paths if is_trace(path)}
+    calls = max(map(calls_of, traces.values()), default=1)
     found = [
-        read_trace(path, experts, ranks, calls) if is_trace(path) else Recording.load(path) for path in paths
+        _recording(path, traces[path], calls, experts, ranks) if path in traces else Recording.load(path)
+        for path in paths
     ]
     kinds = {(one.num_experts, one.top_k) for one in found}
     if len(kinds) != 1:

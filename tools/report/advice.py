@@ -76,8 +76,7 @@ def _verdict(prediction: Prediction, size: int) -> tuple[bool, str]:
     if max(won, won_low) < WORTH:
         return False, f"Not here: on {size} ranks no target wins {WORTH:.0%} of a MoE layer's time."
     predicted = [one for one in prediction.targets if f"macs {one:g}" in prediction.policies]
-    within = [target for target in predicted if prediction.targets[target] <= MAX_KL]
-    verified = [target for target in within if 1 - row(target)["ratio"] >= WORTH]
+    verified = [t for t in predicted if prediction.targets[t] <= MAX_KL and 1 - row(t)["ratio"] >= WORTH]
     target = min(verified) if verified else BALANCED if won >= WORTH else low
     chosen = row(target)
     gain = (

@@ -9,44 +9,19 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from support.cases import AnyAdapter
 from support.ranks import on_ranks
+from support.small_layer import EXPERTS, HIDDEN, ROUTER, TOP_K, Layer
 
 import macs.runtime.state
-from macs import MACSConfig, Profile, Runtime, Topology
+from macs import MACSConfig, Profile, Runtime
 from macs.adapters import CallReader, ModalityHook
 from macs.records.profile import router_fingerprint
 from macs.runtime.consistency import RankMismatch
 
 pytestmark = pytest.mark.engine
-TOKENS, EXPERTS, TOP_K, HIDDEN = 80, 8, 2, 16
+TOKENS = 80
 IDS = torch.ones(1, TOKENS, dtype=torch.int64)
-ROUTER = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
 SHORT = timedelta(seconds=4)
-
-
-class Layer(torch.nn.Module):
-    """An engine's layer in small: plans what it gets, then exchanges something with its group."""
-
-    def __init__(self, runtime):
-        super().__init__()
-        group = dist.group.WORLD
-        topology = Topology(EXPERTS, group.size(), sources=(group.rank(),))
-        self.macs = runtime.add_layer(AnyAdapter(lambda: ROUTER, topology, TOP_K, group))
-        self.fails = False
-
-    def forward(self, hidden):
-        with self.macs.forward_pass(len(hidden), hidden.device, self.training):
-            scores = (hidden @ ROUTER.T).softmax(1)
-            weights, experts = scores.topk(TOP_K)
-            if not self.training and self.macs.acts_on(len(hidden), hidden.device):
-                tokens = self.macs.tokens(1, len(hidden), False, hidden.device)
-                self.macs.plan(hidden, experts, weights, scores, tokens)
-            if self.fails:
-                raise RuntimeError("in the layer")
-            total = hidden.sum(0)
-            dist.all_reduce(total)
-        return hidden + total
 
 
 class Model(torch.nn.Module):
