@@ -72,6 +72,7 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
             output = self._folded_route(x, routed, shape)
         else:
             output = self._route(x, routed, shape)
+        output = self.macs.compensate(output)
         return self._finalize_output(output, x, hidden_states, features)
 
     def _scored_routes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -136,13 +136,15 @@ def _gathered(weight: nn.Parameter) -> Tensor:
 
 
 class LayerDone:
-    """A hook at the end of ``MOELayer``, whose collectives come after its gate."""
+    """A hook at the end of ``MOELayer``, whose collectives come after its gate: it adds the estimates of what
+    was dropped."""
 
     def __init__(self, macs: LayerRuntime) -> None:
         self.macs = macs
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         self.macs.done()
+        return self.macs.compensate(output)
 
 
 def topology_of(num_experts: int, ranks: int, group: Any) -> Topology:

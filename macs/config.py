@@ -104,6 +104,13 @@ class MACSConfig:
         low=0.0,
         high=1.0,
     )
+    compensation: str = _setting(
+        "tuned",
+        "what a dropped assignment leaves behind: none: nothing; visual, all: the profile's estimate of its "
+        "expert's output, for visual tokens or for all; tuned: as the profile's tuning verified it where "
+        "split = tuned, otherwise none",
+        choices=("none", "visual", "all", "tuned"),
+    )
     spare_text: bool = _setting(
         False,
         "text is never dropped or rerouted; where text alone exceeds target_load, the bound is exceeded and "

@@ -183,7 +183,7 @@ def _loaded(gate: Any) -> Tensor:
 
 
 class _Block:
-    """The hooks of one block: on the block, which knows B and S, and on its gate, which routes."""
+    """The hooks of one block: on the block, which knows B and S, its gate, which routes, and its experts."""
 
     def __init__(self, block: Any, runtime: Runtime) -> None:
         self.block = block
@@ -200,6 +200,7 @@ class _Block:
         self._hooks = (
             block.register_forward_pre_hook(self.enter, with_kwargs=True),
             inner.register_forward_hook(self.route),  # which stays when a wrapper is taken off
+            block.experts.register_forward_hook(lambda module, args, output: self.layer.compensate(output)),
         )
 
     def remove(self) -> None:

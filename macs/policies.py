@@ -97,7 +97,13 @@ POLICIES: dict[str, Policy] = {
     ),
     "paper": Policy(
         "the paper: entropy weights, capacity of weighted load that follows modality, rerouting in the rank",
-        {"level": "expert", "weighting": "entropy", "reroute": "rank", "spare_text": False},
+        {
+            "level": "expert",
+            "weighting": "entropy",
+            "reroute": "rank",
+            "spare_text": False,
+            "compensation": "none",
+        },
         {"capacity_factor": 1.0},
         **{**_MACS, "modality_strength": 0.5, "cost": "weight", "priority": "score"},
     ),

@@ -41,6 +41,10 @@ class _PlansFirst(MoETokenDispatcher):
         )
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
+    def combine_postprocess(self, *args: Any) -> Tensor:
+        """As the base class -> [S, B, D], with the estimates of what was dropped."""
+        return self.macs.compensate(super().combine_postprocess(*args))
+
 
 class MACSAllGatherTokenDispatcher(_PlansFirst, MoEAllGatherTokenDispatcher):
     """The all-gather dispatcher: every rank gets all tokens, and computes its planned ones."""

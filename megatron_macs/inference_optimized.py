@@ -49,6 +49,10 @@ class _PlansChoice(MoETokenDispatcher):
                 routing_map, probs = plan.experts, plan.weights
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
+    def combine_postprocess(self, *args: Any) -> Tensor:
+        """As the base class -> [S, B, D], with the estimates of what was dropped."""
+        return self.macs.compensate(super().combine_postprocess(*args))
+
 
 class MACSNCCLAllGatherDispatcher(_PlansChoice, NCCLAllGatherDispatcher):
     """The all-gather of ``inference_moe_token_dispatcher_type = "nccl"``."""

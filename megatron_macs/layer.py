@@ -147,6 +147,17 @@ class MoELayerAdapter(LayerAdapter):
             )
         return Unsupported()
 
+    def mixes_outputs(self) -> str | None:
+        """Overlapped shared experts are added where the dispatcher combines."""
+        config = self.config
+        overlaps = config.transformer_impl == "inference_optimized" or config.moe_shared_expert_overlap
+        if config.moe_shared_expert_intermediate_size is None or not overlaps:
+            return None
+        return (
+            "found shared experts that are added as the dispatcher combines (moe_shared_expert_overlap, "
+            "transformer_impl = 'inference_optimized'), expected neither while estimates are fitted"
+        )
+
 
 def refuse_unread_padding() -> None:
     """Refuse a padding mask that was not read where the model was called."""

@@ -20,11 +20,13 @@ from torch import Tensor
 from ..checks import FLOATS, expect
 from ..files import save_tensors
 from ..tokens import Tokens
+from .compensation import TENSORS as COMPENSATION_TENSORS
+from .compensation import Compensation
 from .tuning import TENSORS as TUNING_TENSORS
 from .tuning import Tuning
 
 FORMAT = "macs-profile-2"
-LARGEST_FILE = 1 << 30
+LARGEST_FILE = 1 << 33
 
 
 def router_fingerprint(router_weight: Tensor) -> str:
@@ -50,7 +52,7 @@ class Profile:
 
     visual, text: int64 [L, E], assignments of visual and of text tokens to each expert on the
     calibration set. fingerprints: L strings of ``router_fingerprint``. top_k: the router's k. tuning: the
-    split of a load among these layers, if it was measured.
+    split of a load among these layers, compensation: estimates of their experts, if they were measured.
     """
 
     visual: Tensor
@@ -58,6 +60,7 @@ class Profile:
     fingerprints: tuple[str, ...]
     top_k: int
     tuning: Tuning | None = None
+    compensation: Compensation | None = None
 
     def __post_init__(self) -> None:
         expect("profile.visual", self.visual, (None, None), (torch.int64,))
@@ -76,6 +79,14 @@ class Profile:
             raise ValueError(
                 f"profile.tuning: found {self.tuning.layer_loads.shape[1]} layers, expected {layers}"
             )
+        given = self.compensation
+        if given is not None and (len(given.mean), given.coefficients.shape[2]) != (layers, experts):
+            raise ValueError(
+                f"profile.compensation: found {len(given.mean)} layers of {given.coefficients.shape[2]} "
+                f"experts, expected {layers} of {experts}"
+            )
+        if given is None and self.tuning is not None and set(self.tuning.compensation) != {"none"}:
+            raise ValueError("profile.tuning: verified with compensation, and the profile has none")
         for row, name in enumerate(self.fingerprints):
             first = self.fingerprints.index(name)
             if not self._alike(first, row):
@@ -88,6 +99,8 @@ class Profile:
         tensors = [self.visual, self.text]
         if self.tuning is not None:
             tensors.append(self.tuning.layer_loads.T)
+        if self.compensation is not None:
+            tensors.append(self.compensation.coefficients)
         return all(torch.equal(one[first], one[second]) for one in tensors)
 
     @property
@@ -105,9 +118,11 @@ class Profile:
         if self.tuning is not None:
             more.append(self.tuning.header())
             tensors += self.tuning.tensors().values()
+        if self.compensation is not None:
+            tensors += self.compensation.tensors().values()
         digest = hashlib.sha256(json.dumps([list(self.fingerprints), self.top_k, *more]).encode())
         for tensor in tensors:
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def visual_preference(self) -> Tensor:
@@ -157,8 +172,8 @@ class Profile:
     def merged(profiles: Sequence[Profile]) -> Profile:
         """One profile of several runs, ranks or pipeline stages of one model.
 
-        Layers are matched by fingerprint, and counts of the same layer add up. A tuning belongs to all
-        layers of a model together, and is not kept.
+        Layers are matched by fingerprint, and counts of the same layer add up. A tuning and compensation
+        belong to all layers of a model together, and are not kept.
         """
         counts: dict[str, list[Tensor]] = {}
         shapes = {(one.num_experts, one.top_k) for one in profiles}
@@ -203,6 +218,8 @@ class Profile:
         if self.tuning is not None:
             tensors |= self.tuning.tensors()
             header["tuning"] = self.tuning.header()
+        if self.compensation is not None:
+            tensors |= self.compensation.tensors()
         save_tensors(tensors, path, {"format": FORMAT, "macs": json.dumps(header)})
 
     @classmethod
@@ -222,10 +239,12 @@ class Profile:
                         f"profile {path}: found format {metadata.get('format')!r}, expected {FORMAT!r}"
                     )
                 tuned = {f"tuning_{name}" for name in TUNING_TENSORS}
-                if names not in ({"visual", "text"}, {"visual", "text"} | tuned):
+                estimates = {f"compensation_{name}" for name in COMPENSATION_TENSORS}
+                parts = [part for part in (tuned, estimates) if names & part]
+                if names != {"visual", "text"}.union(*parts):
                     raise ValueError(
                         f"profile {path}: found tensors {sorted(names)}, expected visual, text, and all or "
-                        "none of a tuning's"
+                        "none of a tuning's and of a compensation's"
                     )
                 tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
@@ -239,6 +258,7 @@ class Profile:
             fingerprints=fingerprints,
             top_k=top_k,
             tuning=None if tuning is None else Tuning.of(tuning, tensors),
+            compensation=Compensation.of(tensors) if names & estimates else None,
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, float64
 from ..checks import expect
 from ..config import BOUNDS, MACSConfig
 from ..policies import policy_of
+from .compensation import SCOPES
 
 TENSORS = ("target_loads", "layer_loads", "kl")
 
@@ -25,14 +26,15 @@ class Tuning:
 
     target_loads float64 [N], falling: load, mean over layers. layer_loads float64 [N, L]: ``target_load`` of
     each layer, all equal where no split was better. kl float64 [N, 3]: KL in nats to the model without a
-    bound at the answers' tokens, mean over requests and its 95 % interval. What it was measured with: policy;
-    settings, as ``settings_of``; ranks: expert-parallel ranks; tokens: of a rank in a batch; requests: of the
-    half that verified.
+    bound at the answers' tokens, mean over requests and its 95 % interval. compensation [N]: the setting that
+    was verified at each target. What it was measured with: policy; settings, as ``settings_of``; ranks:
+    expert-parallel ranks; tokens: of a rank in a batch; requests: of the half that verified.
     """
 
     target_loads: Tensor
     layer_loads: Tensor
     kl: Tensor
+    compensation: list[str]
     policy: str
     settings: dict[str, Any]
     ranks: int
@@ -54,6 +56,10 @@ class Tuning:
                 raise ValueError(f"tuning.{name}: found {value.min():g} to {value.max():g}, expected above 0")
         if not bool(((self.kl >= 0) & (self.kl < torch.inf)).all()):
             raise ValueError(f"tuning.kl: found {self.kl.tolist()}, expected numbers of 0 or more")
+        if len(self.compensation) != count or not set(self.compensation) <= set(SCOPES):
+            raise ValueError(
+                f"tuning.compensation: found {self.compensation}, expected {count} of {', '.join(SCOPES)}"
+            )
         for name in ("ranks", "tokens", "requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"tuning.{name}: found {getattr(self, name)}, expected 1 or more")
@@ -84,6 +90,11 @@ class Tuning:
         part = float((target - low) / (high - low))
         loads = self.layer_loads
         return loads[below] + part * (loads[below - 1] - loads[below]), False
+
+    def compensation_at(self, target: float) -> str:
+        """The compensation verified for a target; of one that was not, that of the next lower target."""
+        lower = int((self.target_loads > target + 1e-9).sum())
+        return self.compensation[lower] if lower < len(self.compensation) else "none"
 
     def kl_at(self, target: float) -> float | None:
         """The mean KL verified for a target; none if it was not verified."""
@@ -143,8 +154,18 @@ def target_of(config: MACSConfig, tuning: Tuning | None) -> float | None:
     return tuning.target_within(config.max_kl)
 
 
+def compensation_of(config: MACSConfig, tuning: Tuning | None) -> str:
+    """What is compensated under these settings: a name of ``SCOPES``."""
+    if config.compensation != "tuned":
+        return config.compensation
+    target = target_of(config, tuning)
+    if config.split != "tuned" or tuning is None or target is None:
+        return "none"
+    return tuning.compensation_at(target)
+
+
 def tuned_config(config: MACSConfig, tuning: Tuning, row: int, warn: Callable[[str], None]) -> MACSConfig:
-    """The settings with the ``target_load`` of the tuning's layer ``row``.
+    """The settings with the ``target_load`` of the tuning's layer ``row``, and its ``compensation``.
 
     ``warn`` is called with a message where the target is not one that was verified; one beyond those holds
     for every layer.
@@ -160,4 +181,6 @@ def tuned_config(config: MACSConfig, tuning: Tuning, row: int, warn: Callable[[s
         return config.updated(target_load=target, split="uniform")
     if not loads[1]:
         warn(f"MACS: target_load {target:g} lies between verified ones; its split was not verified")
-    return config.updated(target_load=float(loads[0][row]), split="uniform")
+    return config.updated(
+        target_load=float(loads[0][row]), split="uniform", compensation=compensation_of(config, tuning)
+    )

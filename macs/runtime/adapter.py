@@ -104,6 +104,10 @@ class LayerAdapter:
         """What the engine cannot do here, as it is set up now."""
         return Unsupported()
 
+    def mixes_outputs(self) -> str | None:
+        """Why the routed output cannot be read by itself, as a fit of compensation needs; none: it can."""
+        return None
+
     def advice(self, policy: str, config: MACSConfig) -> list[str]:
         """Warnings for this policy and these settings, logged once for all layers."""
         return []

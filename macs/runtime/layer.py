@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from ..config import MACSConfig
 from ..planner import Planner, SumOverGroup, router_similarity
 from ..policies import policy_of
+from ..records.compensation import SCOPES
 from ..records.load import LayerRecorder
 from ..records.tuning import tuned_config
 from ..routing import Plan
+from ..steps.compensation import CompensationTables, Dropped, compensate
 from ..tokens import Modality, Tokens
 from ..topology import Topology
 from .adapter import LayerAdapter
 from .consistency import RankConsistency, RankMismatch, complete
 from .modality import misfit, required_modality, select
-from .state import Callback, PlanEvent, RuntimeState, called_model, capturing
+from .state import Callback, OutputCallback, PlanEvent, RuntimeState, called_model, capturing
 
 
 class LayerRuntime:
@@ -43,6 +45,10 @@ class LayerRuntime:
     def _start(self) -> None:
         self.captured = self.graphed = False  # a CUDA graph has captured its plans; anything of it
         self._callbacks: list[Callback] = []
+        self._output_callbacks: list[OutputCallback] = []
+        self._planned = (
+            threading.local()
+        )  # the step between ``plan`` and ``compensate``, where engines combine
         self._logits: Tensor | None = None
         self._continues = False
         self._lock = threading.RLock()
@@ -79,6 +85,7 @@ class LayerRuntime:
         """Drop the planner and the records."""
         self._planner: Planner | None = None
         self.profile_row: int | None = None  # of the runtime's profile, as the planner has it
+        self._tables: CompensationTables | None = None
         self.recorder = LayerRecorder(self.topology, self.top_k)
 
     def refetch(self) -> None:
@@ -101,6 +108,15 @@ class LayerRuntime:
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
+    def on_output(self, callback: OutputCallback) -> Callable[[], None]:
+        """Call ``callback`` with a step's ``PlanEvent`` and its routed output [T, D], not compensated.
+
+        Returns:
+            A function that removes it.
+        """
+        self._output_callbacks.append(callback)
+        return lambda: self._output_callbacks.remove(callback)
+
     # A forward pass.
 
     @contextmanager
@@ -116,6 +132,7 @@ class LayerRuntime:
         # One thread at a time: what is kept between router and dispatch is of one call.
         with self.runtime.forward_pass(), self._lock:
             self._continues = continues
+            self._planned.event = None
             yield from self._entering(count, device, training)
 
     def _entering(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
@@ -193,11 +210,37 @@ class LayerRuntime:
                 sum_over_group=self._sum_over_group,
             )
             self._record(plan, hidden.device)
-        if self._callbacks or runtime.callbacks:
-            event = PlanEvent(self, hidden, experts, weights, scores, tokens, plan)
-            for callback in (*self._callbacks, *runtime.callbacks):
-                callback(event)
+        if not (self._callbacks or runtime.callbacks or self._output_callbacks or self._tables):
+            return plan
+        event = PlanEvent(self, hidden, experts, weights, scores, tokens, plan)
+        for callback in (*self._callbacks, *runtime.callbacks):
+            callback(event)
+        if self._output_callbacks or self._tables is not None:
+            self._planned.event = event
         return plan
+
+    def compensate(self, output: Tensor) -> Tensor:
+        """Add the estimates of what the step's plan dropped, where the settings ask for it.
+
+        Called on the tokens' own process once all experts' outputs are combined, before shared experts.
+
+        Args:
+            output: [..., D], the routed output of the tokens that ``plan`` had.
+
+        Returns:
+            The same shape and dtype; the output itself in a step that was not planned.
+        """
+        event: PlanEvent | None = getattr(self._planned, "event", None)
+        if event is None:
+            return output
+        self._planned.event = None
+        rows = output.reshape(-1, output.shape[-1])
+        for callback in self._output_callbacks:
+            callback(event, rows)
+        if event.plan is None or self._tables is None:
+            return output
+        dropped = Dropped(event.hidden, event.experts, event.weights, event.plan.experts, event.tokens.visual)
+        return compensate(rows, dropped, self._tables).view(output.shape)
 
     # Records.
 
@@ -280,7 +323,20 @@ class LayerRuntime:
                 modality_bias=bias,
                 similarity=similarity,
             )
+            self._set_tables()
         return self._planner
+
+    def _set_tables(self) -> None:
+        """Put what the settings compensate with on the layer's device."""
+        assert self._planner is not None
+        scope, profile = self._planner.config.compensation, self.runtime.profile
+        if SCOPES.get(scope):
+            assert profile is not None and profile.compensation is not None  # ``use`` has refused others
+            weight = self.adapter.router_weight()
+            row = profile.row_of(weight, self.top_k)
+            self._tables = profile.compensation.tables(row, scope, weight)
+        else:
+            self._tables = None
 
     def target_under(self, config: MACSConfig) -> float | None:
         """The layer's ``target_load`` under other settings; none where it has no planner yet."""

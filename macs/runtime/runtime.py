@@ -14,11 +14,12 @@ import torch.distributed as dist
 from ..config import MACSConfig
 from ..files import check_output, rank_and_world
 from ..policies import policy_of
+from ..records.compensation import SCOPES
 from ..records.counters import Counters
 from ..records.load import LayerReport
 from ..records.profile import Calibration, Profile, router_fingerprint
 from ..records.recording import RoutingRecorder
-from ..records.tuning import target_of
+from ..records.tuning import compensation_of, target_of
 from ..topology import Topology
 from .adapter import LayerAdapter
 from .layer import LayerRuntime
@@ -95,6 +96,12 @@ class Runtime(RuntimeState):
         if config.split == "tuned" and (profile is None or profile.tuning is None):
             found = "no profile" if profile is None else "a profile without a tuning"
             raise ValueError(f"config.split: found 'tuned' and {found}, expected one that macs tune wrote")
+        if SCOPES.get(config.compensation) and (profile is None or profile.compensation is None):
+            found = "no profile" if profile is None else "a profile without compensation"
+            raise ValueError(
+                f"config.compensation: found {config.compensation!r} and {found}, expected one that "
+                "macs tune --compensation-rank wrote"
+            )
         if config.max_kl is not None:
             target_of(config, None if profile is None else profile.tuning)  # raises
         self._check_tuning(policy, config, profile, {layer.topology.num_ranks for layer in self.layers})
@@ -150,6 +157,8 @@ class Runtime(RuntimeState):
         if former == config or None in (target_of(former, tuning), target_of(config, tuning)):
             return False
         if not former.bound_given and policy_of(policy).default_bound is not None:
+            return False
+        if compensation_of(former, tuning) != compensation_of(config, tuning):
             return False
         same = {"target_load": 1.0, "split": "uniform"}
         return former.updated(**same) == config.updated(**same)

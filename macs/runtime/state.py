@@ -48,6 +48,8 @@ class PlanEvent:
 
 Callback = Callable[[PlanEvent], None]
 
+OutputCallback = Callable[[PlanEvent, Tensor], None]
+
 
 class RuntimeState:
     """Policy, settings and switches, which ``Runtime`` changes and layers read.

@@ -156,6 +156,7 @@ def tuned(path, layers=LAYERS):
         torch.tensor([1.05, 0.6], dtype=torch.float64),
         torch.tensor([[1.05] * layers, [0.5] * layers], dtype=torch.float64),
         torch.tensor([[1e-5, 0, 1e-4], [1e-3, 0, 1e-2]], dtype=torch.float64),
+        ["none", "none"],
         "macs",
         settings_of(MACSConfig(), "macs"),
         RANKS,

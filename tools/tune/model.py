@@ -5,7 +5,7 @@ Shapes: L layers, G groups of them that share a bound, Q requests, A tokens of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from macs import MACSConfig, Profile, Runtime
+from macs.adapters import LayerRuntime
+from macs.runtime.state import OutputCallback
 
 from ..common.answers import divergence
 from .search import UNBOUNDED, Measured
@@ -81,9 +83,10 @@ class Scorer:
         return len(self.runtime.layers) // self.groups
 
     @torch.inference_mode()
-    def measure(self, half: str, bounds: Sequence[float]) -> Measured:
-        """What bounds [G] do to the requests of a half, of all ranks."""
-        self.runtime.use(self.policy, self.config.updated(target_load=UNBOUNDED), self.modality)
+    def measure(self, half: str, bounds: Sequence[float], compensation: str = "none") -> Measured:
+        """What bounds [G] and a setting of compensation do to the requests of a half, of all ranks."""
+        settings = self.config.updated(target_load=UNBOUNDED, compensation=compensation)
+        self.runtime.use(self.policy, settings, self.modality)
         for layer, bound in zip(self.runtime.layers, np.repeat(bounds, self.share), strict=True):
             layer.planner.update_target(float(bound))
         return self._measured(self.halves[half])
@@ -117,6 +120,19 @@ class Scorer:
             for batch in self.halves["tune"]:
                 self.said(batch.prompts, batch.answers)
         return self.runtime.measured_profile(self.group)
+
+    @torch.inference_mode()
+    def observe(self, half: str, callbacks: Mapping[LayerRuntime, OutputCallback]) -> None:
+        """Read the requests of a half without a plan; callbacks get the routed output of some layers."""
+        ends = [layer.on_output(callback) for layer, callback in callbacks.items()]
+        try:
+            with self.runtime.calibration():
+                for batch in self.halves[half]:
+                    self.said(batch.prompts, batch.answers)
+                    self.passes += 1
+        finally:
+            for end in ends:
+                end()
 
     def requests(self, half: str) -> int:
         """Of a half, over all ranks."""

@@ -32,6 +32,7 @@ from rich.table import Table
 
 from macs import POLICIES, MACSConfig, Tuning
 from macs.files import read_mapping
+from macs.records.compensation import Compensation
 from macs.runtime.launch import INTERRUPTED, first_process, leave
 
 from ..common.command import Parser, output_file, quiet
@@ -60,6 +61,11 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=1120, help="half to tune on, half to verify")
     parser.add_argument("--batch", type=int, default=56, help="requests in a batch, over all ranks")
     parser.add_argument("--tries", type=int, default=24, help="moves that are tried for each target")
+    parser.add_argument(
+        "--compensation-rank",
+        type=int,
+        help="fit estimates of this rank of what is dropped, for example 16; used where they verify",
+    )
     parser.add_argument("--only", choices=("modality",), help="measure the experts' modality bias alone")
     parser.add_argument("--check", type=Path, help="with --only: hold this profile against the model")
     parser.add_argument("--plot", type=output_file, help="with --only: a picture of the visual preferences")
@@ -87,6 +93,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if arguments.requests < least:
         parser.error(f"--requests: found {arguments.requests}, expected two batches ({least}) or more")
+    if arguments.compensation_rank is not None and arguments.compensation_rank < 0:
+        parser.error(f"--compensation-rank: found {arguments.compensation_rank}, expected 0 or more")
     if min(arguments.targets) <= 0:
         parser.error(f"--targets: found {min(arguments.targets)}, expected loads above 0")
     if arguments.engine != "plain":
@@ -110,24 +118,46 @@ def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
     """What every target costs, with one bound and split; of many layers the least and the largest bound."""
     caption = (
         f"{tuning.requests} requests that verify, {tuning.ranks} ranks; KL x 1000 at the answers' tokens, "
-        "one bound for all layers and split; 95 % of their ratio. * not better beyond it, and not used"
+        "one bound for all layers without compensation, and split with what is named; 95 % of the ratio of "
+        "what is used to the former. * the split is not better than one bound beyond it, and not used"
     )
     table = Table(caption=caption, caption_justify="left")
-    for name in ("target", "load", "one bound", "split", "ratio, 95 %", "same answer", "bounds by layer"):
+    for name in (
+        "target",
+        "load",
+        "one bound",
+        "split",
+        "compensation",
+        "ratio, 95 %",
+        "same answer",
+        "bounds by layer",
+    ):
         table.add_column(name, justify="right")
     for one in found:
         plain, split = one["uniform"], one["split"]
-        told = split if one["used"] else plain
+        told = one["chosen"]
         bounds = [f"{bound:.2f}" for bound in one["bounds"]]
         table.add_row(
             f"{one['target']:g}",
             f"{told.loads.mean():.3f}",
             f"{1e3 * plain.kl.mean():.3g}",
             f"{1e3 * split.kl.mean():.3g}" + ("" if one["used"] else " *"),
+            one["compensation"],
             f"{one['ratio'][1]:.2f}-{one['ratio'][2]:.2f}",
             f"{told.same.mean():.4f}",
             " ".join(bounds) if len(bounds) <= 4 else f"{min(bounds)} to {max(bounds)}",
         )
+    return table
+
+
+def shares_of(compensation: Compensation) -> Table:
+    """By layer, how much of the routed output the estimates explain on the half that verifies."""
+    caption = f"share of the squared routed output that estimates of rank {compensation.rank} explain"
+    table = Table(caption=caption, caption_justify="left")
+    for name in ("layer", "text", "visual"):
+        table.add_column(name, justify="right")
+    for layer, shares in enumerate(compensation.explained.tolist()):
+        table.add_row(str(layer), *(f"{one:.3f}" for one in shares))
     return table
 
 
@@ -164,6 +194,7 @@ def main(given: Sequence[str] | None = None) -> None:
             arguments.out,
             targets=arguments.targets,
             tries=arguments.tries,
+            rank=arguments.compensation_rank,
             about=about,
             console=console,
         )
@@ -171,4 +202,6 @@ def main(given: Sequence[str] | None = None) -> None:
         return
     profile.save(arguments.out)
     console.print(table_of(found, profile.tuning))
+    if profile.compensation is not None:
+        console.print(shares_of(profile.compensation))
     console.print(f"profile with the tuning in {arguments.out}; {model.passes} forward passes")

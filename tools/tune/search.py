@@ -77,6 +77,11 @@ def split_by(curves: Sequence[tuple[np.ndarray, np.ndarray]], target: float) -> 
     return loads
 
 
+def cap_of(one: Measured) -> float:
+    """The kl at which those of other splits are capped."""
+    return max(float(np.percentile(one.kl, CAP)), 1e-9)
+
+
 def objective(one: Measured, cap: float) -> float:
     """What splits are compared by: mean kl, each request's at most ``cap``."""
     return float(np.minimum(one.kl, cap).mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -20,8 +21,9 @@ from macs.records.tuning import settings_of
 from macs.runtime.launch import first_process
 
 from ..common.intervals import bootstrap, bootstrap_ratio
+from .compensation import fit_compensation
 from .model import Scorer
-from .search import CAP, GRID, Measured, objective, refined, singles, split_by
+from .search import GRID, Measured, cap_of, objective, refined, singles, split_by
 
 TARGETS = (1.05, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
@@ -41,11 +43,11 @@ class MeasurementCache:
             dist.broadcast_object_list(cache, group=model.group, group_src=0)
             self.found = cache[0]
 
-    def measure(self, half: str, bounds: Sequence[float]) -> Measured:
-        """Of a half under the layers' bounds."""
-        key = json.dumps([self.about, half, [round(float(one), 6) for one in bounds]])
+    def measure(self, half: str, bounds: Sequence[float], compensation: str = "none") -> Measured:
+        """Of a half under the layers' bounds and a setting of compensation."""
+        key = json.dumps([self.about, half, [round(float(one), 6) for one in bounds], compensation])
         if key not in self.found:
-            one = self.model.measure(half, bounds)
+            one = self.model.measure(half, bounds, compensation)
             self.found[key] = {
                 "key": key,
                 "loads": one.loads.tolist(),
@@ -60,29 +62,52 @@ class MeasurementCache:
         return Measured(*(np.array(one[name]) for name in ("loads", "kl", "same")))
 
 
-def split_for(target: float, curves: Any, cache: MeasurementCache, tries: int) -> dict[str, Any]:
-    """The best split for a target, and what it does on the half that verifies, beside one bound for all."""
-    layers = len(curves)
+def split_for(
+    target: float,
+    curves: Callable[[str], Any],
+    cache: MeasurementCache,
+    tries: int,
+    compensations: Sequence[str],
+) -> dict[str, Any]:
+    """The best split and compensation for a target, and what they do on the half that verifies, beside one
+    bound for all and no compensation.
 
-    def on_tuning(bounds: Sequence[float]) -> Measured:
-        return cache.measure("tune", bounds)
+    curves: the layers' ``singles`` under a compensation. Of the compensations the one is tried that is best
+    on the half that tunes; where it is not better than none beyond the 95 % interval, none is.
+    """
+    layers = cache.model.groups
 
-    uniform = on_tuning([target] * layers)
-    cap = max(float(np.percentile(uniform.kl, CAP)), 1e-9)
-    best, held = refined(on_tuning, split_by(curves, float(uniform.loads.mean())), cap, tries)
-    if objective(uniform, cap) <= objective(held, cap):
-        best = [target] * layers
-    plain, split = cache.measure("verify", [target] * layers), cache.measure("verify", best)
-    ratio = bootstrap_ratio(split.kl, plain.kl)
-    better = ratio[2] < 1 and float(split.loads.mean()) <= float(plain.loads.mean()) + 0.01
+    def verified(bounds: Sequence[float], compensation: str) -> Measured:
+        return cache.measure("verify", bounds, compensation)
+
+    def split_under(compensation: str) -> list[float]:
+        uniform = on_tuning[compensation]
+        cap, start = cap_of(uniform), split_by(curves(compensation), float(uniform.loads.mean()))
+        best, held = refined(lambda bounds: cache.measure("tune", bounds, compensation), start, cap, tries)
+        return even if objective(uniform, cap) <= objective(held, cap) else best
+
+    even = [target] * layers
+    plain = verified(even, "none")
+    on_tuning = {one: cache.measure("tune", even, one) for one in compensations}
+    cap = cap_of(on_tuning["none"])
+    mode = min(compensations, key=lambda one: objective(on_tuning[one], cap))
+    if mode != "none" and bootstrap_ratio(verified(even, mode).kl, plain.kl)[2] >= 1:
+        mode = "none"
+    base, best = verified(even, mode), split_under(mode)
+    split = verified(best, mode)
+    better = bootstrap_ratio(split.kl, base.kl)[2] < 1
+    better = better and float(split.loads.mean()) <= float(base.loads.mean()) + 0.01
+    chosen = split if better else base
     return {
         "target": target,
         "uniform": plain,
+        "chosen": chosen,
         "split": split,
-        "ratio": ratio,
+        "ratio": bootstrap_ratio(chosen.kl, plain.kl),
         "used": better,
-        "bounds": best if better else [target] * layers,
-        "kl": bootstrap((split if better else plain).kl),
+        "bounds": best if better else even,
+        "compensation": mode,
+        "kl": bootstrap(chosen.kl),
     }
 
 
@@ -92,6 +117,7 @@ def tune(
     *,
     targets: Sequence[float] = TARGETS,
     tries: int = 24,
+    rank: int | None = None,
     about: str = "",
     console: Console | None = None,
 ) -> tuple[Profile, list[dict[str, Any]]]:
@@ -104,6 +130,7 @@ def tune(
         out: the file that the profile is to go to; what was measured is kept beside it, by the first process.
         targets: loads, means over layers.
         tries: moves of load between two layers that are measured for each target.
+        rank: of the estimates that compensate; none: dropped assignments leave nothing.
         about: what tells this run from others that are kept in the same place.
         console: where to say how far it is; none says nothing.
 
@@ -112,8 +139,11 @@ def tune(
     """
     console = console or Console(quiet=True)
     model.modality = model.profile()
+    if rank is not None:
+        model.modality = replace(model.modality, compensation=fit_compensation(model, rank))
+    compensations = ("none",) if rank is None else ("none", "visual", "all")
     natural = model.natural()
-    most = len(natural) * len(GRID) + len(targets) * (tries + 4)
+    most = len(compensations) * len(natural) * len(GRID) + len(targets) * (tries + 4 * len(compensations))
     passes = len(model.halves["tune"])
     console.print(
         f"{len(natural)} {'layers' if model.share == 1 else 'groups of layers'}; "
@@ -132,8 +162,14 @@ def tune(
                 console.print(f"{number} of at most {most} measurements")
 
         cache = MeasurementCache(model, out.with_suffix(".measured.jsonl"), about, tell)
-        curves = singles(lambda bounds: cache.measure("tune", bounds), natural)
-        found = [split_for(target, curves, cache, tries) for target in sorted(targets, reverse=True)]
+
+        @functools.cache
+        def curves(compensation: str) -> Any:
+            return singles(lambda bounds: cache.measure("tune", bounds, compensation), natural)
+
+        found = [
+            split_for(target, curves, cache, tries, compensations) for target in sorted(targets, reverse=True)
+        ]
         progress.update(bar, completed=most)
     return replace(model.modality, tuning=tuning_of(found, model)), found
 
@@ -145,6 +181,7 @@ def tuning_of(found: Sequence[dict[str, Any]], model: Scorer) -> Tuning:
         target_loads=torch.tensor([one["target"] for one in found], dtype=torch.float64),
         layer_loads=torch.tensor(bounds, dtype=torch.float64),
         kl=torch.tensor([one["kl"] for one in found], dtype=torch.float64),
+        compensation=[one["compensation"] for one in found],
         policy=model.policy,
         settings=settings_of(model.config, model.policy),
         ranks=model.ranks,

@@ -26,6 +26,7 @@ def tuning(**changes):
             "ranks": 4,
             "tokens": 100,
             "requests": 50,
+            "compensation": ["none", "none"],
             **changes,
         }
     )

@@ -1,0 +1,84 @@
+"""Estimates of dropped experts: against a loop over assignments, in Triton's interpreter, and in launches."""
+
+import pytest
+import torch
+from support.kernels import DEVICE, both, generator, kernel_test
+
+from macs.steps import compensation
+from macs.steps.compensation import CompensationTables, Dropped, compensate
+
+EXPERTS, FEATURES, K = 6, 20, 3
+
+
+def case_of(count, rank, tables, dtype=torch.float32, added=0):
+    random = generator(count, rank, tables)
+    experts = torch.rand(count, EXPERTS, generator=random).argsort(1)[:, :K]
+    experts = experts.masked_fill(torch.rand(count, K, generator=random) < 0.1, -1)
+    drops = torch.rand(count, K + added, generator=random) < 0.4
+    planned = torch.nn.functional.pad(experts, (0, added), value=2).masked_fill(drops, -1)
+    given = CompensationTables(
+        torch.randn(tables, FEATURES, rank, generator=random),
+        torch.randn(tables, rank, generator=random),
+        torch.randn(tables, EXPERTS, 1 + rank, FEATURES, generator=random),
+        torch.tensor({1: [-1, 0], 2: [0, 1]}[tables]),
+    ).to(torch.device(DEVICE))
+    dropped = Dropped(
+        torch.randn(count, FEATURES, generator=random).to(DEVICE, dtype),
+        experts.to(DEVICE),
+        torch.rand(count, K, generator=random).to(DEVICE, dtype),
+        planned.to(DEVICE),
+        (torch.rand(count, generator=random) < 0.6).to(DEVICE),
+    )
+    return torch.randn(count, FEATURES, generator=random).to(DEVICE, dtype), dropped, given
+
+
+def by_loop(output, dropped, tables):
+    """The formula, assignment by assignment, in float64."""
+    result = output.double().clone()
+    for token, choice in enumerate(dropped.experts.tolist()):
+        table = int(tables.table_of[int(dropped.visual[token])])
+        x = dropped.hidden[token].double()
+        for slot, expert in enumerate(choice):
+            if expert < 0 or dropped.planned[token, slot] >= 0 or table < 0:
+                continue
+            features = torch.cat(
+                [x.new_ones(1), tables.offset[table].double() + x @ tables.basis[table].double()]
+            )
+            estimate = features @ tables.coefficients[table, expert].double()
+            result[token] += dropped.weights[token, slot].double() * estimate
+    return result
+
+
+@pytest.mark.parametrize(("count", "rank", "tables", "added"), [(37, 4, 2, 0), (9, 0, 1, 2), (0, 2, 2, 0)])
+def test_estimates_are_the_formula(count, rank, tables, added):
+    output, dropped, given = case_of(count, rank, tables, added=added)
+    found = compensate(output, dropped, given)
+    assert found.dtype == output.dtype
+    torch.testing.assert_close(found.double(), by_loop(output, dropped, given), rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_without_a_drop_keeps_its_bits():
+    output, dropped, tables = case_of(50, 3, 1, torch.bfloat16)
+    output[:, 0] = -0.0
+    dropped.hidden[dropped.planned.amin(1) >= 0] = float("nan")
+    found = compensate(output, dropped, tables)
+    lost = (dropped.planned < 0) & (dropped.experts >= 0)
+    kept = ~(lost.any(1) & dropped.visual)
+    assert 0 < int(kept.sum()) < 50
+    assert torch.equal(found[kept].view(torch.int16), output[kept].view(torch.int16))
+    assert not torch.equal(found[~kept], output[~kept])
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("count", "rank", "tables", "added"), [(37, 5, 2, 0), (9, 0, 1, 2), (40, 18, 1, 0), (0, 2, 2, 0)]
+)
+def test_the_kernel_is_its_reference(count, rank, tables, added, dtype):
+    output, dropped, given = case_of(count, rank, tables, dtype, added)
+    found, expected, *_ = both(compensation.compensate, output, dropped, given)
+    near = {torch.float32: 1e-4, torch.bfloat16: 2**-5}[dtype]
+    torch.testing.assert_close(found, expected, rtol=near, atol=near)
+    lost = ((dropped.planned[:, :K] < 0) & (dropped.experts >= 0)).any(1)
+    unmoved = ~(lost & (given.table_of[dropped.visual.long()] >= 0))
+    assert torch.equal(found[unmoved], output[unmoved])
