@@ -239,7 +239,7 @@ class LayerRuntime:
             callback(event, rows)
         if event.plan is None or self._tables is None:
             return output
-        dropped = Dropped(event.hidden, event.experts, event.weights, event.plan.experts, event.tokens.visual)
+        dropped = Dropped(event.hidden, event.experts, event.weights, event.plan.experts, event.tokens)
         return compensate(rows, dropped, self._tables).view(output.shape)
 
     # Records.

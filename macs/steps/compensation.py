@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..tokens import Tokens
 from .kernels.dispatch import kernels_enabled
 
 
@@ -53,14 +54,14 @@ class Dropped:
 
     hidden [T, D]: features that enter the layer. experts int64 [T, k], weights [T, k]: the router's choice.
     planned int64 [T, k']: the plan's; its first k entries are where those of ``experts`` went, -1: dropped.
-    visual bool [T].
+    tokens: their modality.
     """
 
     hidden: Tensor
     experts: Tensor
     weights: Tensor
     planned: Tensor
-    visual: Tensor
+    tokens: Tokens
 
 
 def compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> Tensor:
@@ -80,7 +81,7 @@ def compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> 
 
         return kernels.compensate(output, dropped, tables)
     lost = (dropped.planned[:, : dropped.experts.shape[1]] < 0) & (dropped.experts >= 0)
-    table = tables.table_of[dropped.visual.long()]
+    table = tables.table_of[dropped.tokens.visual.long()]
     rows = (lost.any(1) & (table >= 0)).nonzero()[:, 0]
     lost, table, hidden = lost[rows], table[rows], dropped.hidden[rows].float()
     experts, weights = dropped.experts[rows].clamp(min=0), dropped.weights[rows].float() * lost

@@ -13,6 +13,7 @@ from torch import nn
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import transformers
+from support.estimates import check_added, profile_of
 from support.hf_models import IMAGE_TOKEN, build, token_ids
 from support.ranks import on_ranks
 
@@ -56,6 +57,19 @@ def by_hand(block, given, plan):
     if hasattr(block, "shared_experts"):
         made = made + block.shared_experts(flat)
     return made.view_as(given)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_estimates_of_what_is_dropped_are_added(name):
+    model = build(name)
+    block = moe_blocks(model)[0]
+    config = MACSConfig(**TIGHT)
+    runtime = Runtime(config, virtual_ranks=4)
+    attach_plain(model, runtime)
+    routers = [layer.adapter.router_weight() for layer in runtime.layers]
+    with modality(IDS % 3 > 0):
+        profile = profile_of(routers, runtime.layers[0].top_k)
+        check_added(runtime, config, profile, lambda: ran(model, block)["made"])
 
 
 @pytest.mark.parametrize("name", MODELS)

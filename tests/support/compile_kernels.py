@@ -20,9 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from macs import MACSConfig, Modality, Topology
+from macs import MACSConfig, Modality, Tokens, Topology
 from macs.adapters import routing_from_map
 from macs.records.load import LayerRecorder
+from macs.steps.compensation import CompensationTables, Dropped, compensate
 from macs.steps.kernels.dispatch import kernels
 from support.cases import build_policy
 
@@ -100,6 +101,12 @@ def compile_all() -> dict[str, list[tuple[int, int, int]]]:
         _plan({}, 2048, 128, 8, ranks=1)
         _plan({}, 2048, 128, 8, sources=tuple(range(8)), ranks=8)
         _plan({"target_load": 1.05}, 2048, 128, 8, sources=tuple(range(8)), policy="token-drop", ranks=8)
+        for size, experts, k, rank, tables in (
+            (2048, 128, 8, 16, 2),
+            (2048, 128, 8, 8, 1),
+            (100, 6, 3, 0, 1),
+        ):
+            _compensate(size, experts, k, rank, tables)
     return compiled
 
 
@@ -124,6 +131,19 @@ def _plan(
     routing_from_map(*plan.as_map(experts), k)
     assert plan.statistics is not None
     LayerRecorder(planner.topology, k).record(plan.statistics)
+
+
+def _compensate(size: int, experts: int, k: int, rank: int, tables: int) -> None:
+    count = 64
+    hidden, chosen = torch.randn(count, size).bfloat16(), torch.zeros(count, k, dtype=torch.int64)
+    dropped = Dropped(hidden, chosen, torch.rand(count, k), chosen, Tokens.all_text(count, "cpu"))
+    given = CompensationTables(
+        torch.zeros(tables, size, rank).bfloat16(),
+        torch.zeros(tables, rank),
+        torch.zeros(tables, experts, 1 + rank, size).bfloat16(),
+        torch.tensor([0, tables - 1]),
+    )
+    compensate(hidden, dropped, given)
 
 
 if __name__ == "__main__":

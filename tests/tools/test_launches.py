@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from macs import Modality
 from macs.planner import STEPS
+from macs.steps.compensation import CompensationTables, Dropped, compensate
 from macs.steps.kernels.dispatch import has_triton
 from macs_tools.common import launches
 from macs_tools.common.launches import ADAPTER, AROUND, CASES, MASK, OTHER, PLANS, RECORD
@@ -40,6 +42,28 @@ def test_counters_cost_no_launch_of_a_layer():
 def test_sharing_a_bound_costs_one_launch_and_an_all_reduce(target, more):
     found = launches.count("macs", {"target_load": target}, SHAPE, group=True)
     assert sum(found.by_step[step] for step in (*STEPS, OTHER)) == PLANS["defaults"] + more
+
+
+@pytest.mark.parametrize("tables", [1, 2])
+def test_compensation_costs_three_launches(tables):
+    with launches.counting() as found:
+        count, size, experts, k, _ = SHAPE
+        made = {"dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
+        chosen = torch.empty(count, k, dtype=torch.int64, device="cuda")
+        tokens = Modality.of(torch.empty(2, count // 2, dtype=torch.bool, device="cuda")).sequence_major()
+        dropped = Dropped(
+            torch.empty(count, size, **made), chosen, torch.empty(count, k, **made), chosen, tokens
+        )
+        given = CompensationTables(
+            torch.empty(tables, size, 16, **made),
+            torch.empty(tables, 16, device="cuda"),
+            torch.empty(tables, experts, 17, size, **made),
+            torch.empty(2, dtype=torch.int64, device="cuda"),
+        )
+        output = torch.empty(count, size, **made)
+        found.by_operator.clear()
+        compensate(output, dropped, given)
+    assert sum(found.by_operator.values()) == 3, found.by_operator
 
 
 def test_the_command_shows_them(capsys):

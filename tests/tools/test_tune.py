@@ -100,7 +100,18 @@ def test_a_tuning_is_measured_kept_and_served(tmp_path):
 def test_megatron_measures_what_the_plain_adapter_does(tmp_path):
     """Two processes of Megatron, and one that plans as two: the same loads, KL alike."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    flags = ("--requests", "56", "--batch", "28", "--targets", "0.6", "--tries", "0")
+    flags = (
+        "--requests",
+        "56",
+        "--batch",
+        "28",
+        "--targets",
+        "0.6",
+        "--tries",
+        "0",
+        "--compensation-rank",
+        "4",
+    )
     assert tune(tmp_path / "plain", *flags, "--ranks", "2").returncode == 0
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
     done = tune(tmp_path / "megatron", *flags, "--engine", "megatron", launcher=launcher)
@@ -113,7 +124,13 @@ def test_megatron_measures_what_the_plain_adapter_does(tmp_path):
     assert len(one) == len(other) and one[0]["same"] == other[0]["same"]
     for mine, its in zip(one, other, strict=True):
         assert np.allclose(mine["loads"], its["loads"], atol=0.08)
-    tunings = [Profile.load(tmp_path / name / "tuned.safetensors").tuning for name in ("plain", "megatron")]
+    profiles = [Profile.load(tmp_path / name / "tuned.safetensors") for name in ("plain", "megatron")]
+    estimates = [found.compensation for found in profiles]
+    assert estimates[0].rank == 4 and torch.equal(estimates[0].tokens[:, 1], estimates[1].tokens[:, 1])
+    explained = [one.explained[:, 1] for one in estimates]
+    assert torch.allclose(*explained, atol=1e-3) and bool((explained[0] > 0.5).all())
+    assert "visual" in done.stdout
+    tunings = [found.tuning for found in profiles]
     assert [found.ranks for found in tunings] == [2, 2] and tunings[0].requests == tunings[1].requests == 28
 
 

@@ -4,7 +4,8 @@ Three launches: weighted features of every expert, their product with the coeffi
 With E experts and M tables of rank r they write and read 2 T M E (1 + r) + 8 T D bytes in bfloat16.
 
     hidden float [T, D]     experts int64 [T, k]      weights float [T, k]     planned int64 [T, k']
-    visual bool [T]         table_of int64 [2]        basis bfloat16 [M, D, r] offset float32 [M, r]
+    modality int8 [T]       valid bool [T]            table_of int64 [2]
+    basis bfloat16 [M, D, r]                          offset float32 [M, r]
     columns bfloat16 [T, M, E, 1 + r], lost bool [T]  written by the first
     output, result float [T, D]                       estimate bfloat16 [T, D]
 """
@@ -16,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...tokens import TEXT
 from ..compensation import CompensationTables, Dropped
-from .shared import power_of_2
+from .shared import power_of_2, visual_of
 
 TOKENS = 16
 """Tokens of a program that makes features, and of one that adds."""
@@ -38,11 +40,13 @@ def compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> 
     columns = torch.empty(count, many * experts * width, dtype=dtype, device=output.device)
     lost = torch.empty(count, dtype=torch.bool, device=output.device)
     grid = (triton.cdiv(count, TOKENS),)
-    tensors = dropped.hidden, dropped.experts, dropped.weights, dropped.planned, dropped.visual
+    tensors = dropped.hidden, dropped.experts, dropped.weights, dropped.planned
     _columns[grid](
-        *(one.contiguous() for one in tensors), tables.table_of, tables.basis, tables.offset, columns, lost,
+        *(one.contiguous() for one in tensors), dropped.tokens.modality, dropped.tokens.valid,
+        tables.table_of, tables.basis, tables.offset, columns, lost,
         count, features, k, planned, experts, width - 1,
         TABLES=many, TOKENS=TOKENS, FEATURES=FEATURES, K=power_of_2(k), RANK=max(16, power_of_2(width - 1)),
+        TEXT=TEXT,
     )  # fmt: skip
     estimate = columns @ tables.coefficients.view(-1, features)
     _add[grid](output.contiguous(), estimate, lost, result, count, features, TOKENS=TOKENS, FEATURES=FEATURES)
@@ -51,9 +55,10 @@ def compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> 
 
 @triton.jit(do_not_specialize=["count"])
 def _columns(
-    hidden, experts, weights, planned, visual, table_of, basis, offset, columns, lost,
+    hidden, experts, weights, planned, modality, valid, table_of, basis, offset, columns, lost,
     count, features, k, slots, num_experts, rank,
     TABLES: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
+    TEXT: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     here = token < count
@@ -63,7 +68,8 @@ def _columns(
     target = tl.load(planned + token[:, None] * slots + slot[None, :], mask=inside, other=0)
     gone = (target < 0) & (expert >= 0)
     weight = tl.load(weights + token[:, None] * k + slot[None, :], mask=inside, other=0.0).to(tl.float32)
-    table = tl.load(table_of + tl.load(visual + token, mask=here, other=0).to(tl.int64))
+    _, visual = visual_of(modality, valid, token, here, TEXT)
+    table = tl.load(table_of + visual.to(tl.int64))
     touched = (tl.sum(gone.to(tl.int32), 1) > 0) & (table >= 0)
     tl.store(lost + token, touched, mask=here)
     weight = tl.where(gone & touched[:, None], weight, 0.0)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.cases import AnyAdapter, build_policy
+from support.estimates import profile_of
 
 from macs import MACSConfig, Modality, Profile, Runtime, Topology, Tuning
 from macs.records.profile import router_fingerprint
@@ -84,6 +85,53 @@ def test_between_targets_it_is_interpolated_and_beyond_them_uniform(caplog):
     assert "is beyond the tuning's 0.6 to 1; it holds for every layer" in caplog.text
 
 
+def test_a_target_brings_its_compensation():
+    """As it was verified; of a target between two, that of the lower; unless the settings say otherwise."""
+    estimates = profile_of(ROUTERS, 2).compensation
+    of = replace(profile(), compensation=estimates, tuning=tuning(compensation=["none", "visual"]))
+
+    def tables(**settings):
+        policy = settings.pop("policy", "macs")
+        runtime = Runtime(MACSConfig(min_tokens=0, **settings), profile=of, policy=policy)
+        layer = runtime.add_layer(AnyAdapter(lambda: ROUTERS[1], Topology(8, 4), 2))
+        planned(layer)
+        return None if layer._tables is None else layer._tables.table_of.tolist()
+
+    assert tables(target_load=1.0, split="tuned") is None and tables(target_load=0.6) is None
+    assert tables(target_load=0.6, split="tuned") == tables(max_kl=0.05) == [-1, 0]
+    assert tables(target_load=0.8, split="tuned") == [-1, 0]
+    assert tables(target_load=0.5, split="tuned") is None  # beyond what was verified
+    assert tables(target_load=1.0, compensation="all") == [0, 1]
+    assert tables(target_load=0.6, split="tuned", compensation="none") is None
+    assert tables(target_load=0.6, compensation="all", policy="paper") is None
+    assert tables(target_load=0.6, compensation="all", policy="token-drop") == [0, 1]
+    with pytest.raises(
+        ValueError, match=r"profile.tuning: verified with compensation, and the profile has none"
+    ):
+        replace(of, compensation=None)
+    with pytest.raises(
+        ValueError, match=r"tuning.compensation: found \['some'\], expected 2 of none, visual"
+    ):
+        tuning(compensation=["some"])
+
+
+def test_a_target_with_other_compensation_is_more_than_a_target():
+    """A graph has captured the additions, or that there are none."""
+    estimates = profile_of(ROUTERS, 2).compensation
+    of = replace(profile(), compensation=estimates, tuning=tuning(compensation=["none", "visual"]))
+    runtime = Runtime(MACSConfig(target_load=1.0, split="tuned", min_tokens=0), profile=of)
+    layer = runtime.add_layer(AnyAdapter(lambda: ROUTERS[1], Topology(8, 4), 2))
+    planned(layer)
+    other = MACSConfig(target_load=0.6, split="tuned", min_tokens=0)
+    layer.captured = True
+    with pytest.raises(RuntimeError, match="captured"):
+        runtime.use("macs", other, of)
+    layer.captured = False
+    runtime.use("macs", other, of)
+    planned(layer)
+    assert layer._tables is not None
+
+
 def test_another_number_of_ranks_is_said(caplog):
     runtime_of(MACSConfig(target_load=0.6, split="tuned"), ranks=2)
     assert "was not verified for 2 expert-parallel ranks (tuned with 4)" in caplog.text
@@ -103,6 +151,7 @@ OTHERS = {
     "reroute": "group",
     "max_drop": 0.1,
     "spare_text": True,
+    "compensation": "none",
 }
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.kernels import DEVICE, both, generator, kernel_test
 
+from macs import Modality
 from macs.steps import compensation
 from macs.steps.compensation import CompensationTables, Dropped, compensate
 
@@ -27,7 +28,7 @@ def case_of(count, rank, tables, dtype=torch.float32, added=0):
         experts.to(DEVICE),
         torch.rand(count, K, generator=random).to(DEVICE, dtype),
         planned.to(DEVICE),
-        (torch.rand(count, generator=random) < 0.6).to(DEVICE),
+        Modality.of((torch.rand(1, count, generator=random) < 0.6).to(DEVICE)).batch_major(1),
     )
     return torch.randn(count, FEATURES, generator=random).to(DEVICE, dtype), dropped, given
 
@@ -36,7 +37,7 @@ def by_loop(output, dropped, tables):
     """The formula, assignment by assignment, in float64."""
     result = output.double().clone()
     for token, choice in enumerate(dropped.experts.tolist()):
-        table = int(tables.table_of[int(dropped.visual[token])])
+        table = int(tables.table_of[int(dropped.tokens.visual[token])])
         x = dropped.hidden[token].double()
         for slot, expert in enumerate(choice):
             if expert < 0 or dropped.planned[token, slot] >= 0 or table < 0:
@@ -63,7 +64,7 @@ def test_a_token_without_a_drop_keeps_its_bits():
     dropped.hidden[dropped.planned.amin(1) >= 0] = float("nan")
     found = compensate(output, dropped, tables)
     lost = (dropped.planned < 0) & (dropped.experts >= 0)
-    kept = ~(lost.any(1) & dropped.visual)
+    kept = ~(lost.any(1) & dropped.tokens.visual)
     assert 0 < int(kept.sum()) < 50
     assert torch.equal(found[kept].view(torch.int16), output[kept].view(torch.int16))
     assert not torch.equal(found[~kept], output[~kept])
@@ -80,5 +81,5 @@ def test_the_kernel_is_its_reference(count, rank, tables, added, dtype):
     near = {torch.float32: 1e-4, torch.bfloat16: 2**-5}[dtype]
     torch.testing.assert_close(found, expected, rtol=near, atol=near)
     lost = ((dropped.planned[:, :K] < 0) & (dropped.experts >= 0)).any(1)
-    unmoved = ~(lost & (given.table_of[dropped.visual.long()] >= 0))
+    unmoved = ~(lost & (given.table_of[dropped.tokens.visual.long()] >= 0))
     assert torch.equal(found[unmoved], output[unmoved])
