@@ -18,7 +18,7 @@ from macs import Profile, Runtime, attach_modality, attach_plain
 from macs_tools.common.answers import read
 from macs_tools.common.command import quiet
 
-from .points import Point, tunings_of
+from .points import Point, profiles_of
 from .statistics import Answers
 
 
@@ -32,7 +32,7 @@ class Bench:
         attach_plain(self.model, self.runtime)
         attach_modality(self.model)
         self.profile = self._calibrated()
-        self.tunings = tunings_of(arguments.tuning)
+        self.profiles = profiles_of(arguments.tuning)
 
     def batches(self, kind: str) -> list[list[data.Sample]]:
         """Whole batches of the questions of a kind."""
@@ -51,8 +51,12 @@ class Bench:
     def ask(self, point: Point, expected: Answers | None) -> tuple[Answers, list[Any]]:
         """Answers under a point's policy, and what its layers recorded while they read the prompts; what the
         model makes of the ``expected`` answers, or of its own."""
-        tuning = self.tunings.get((point.policy, point.ranks)) if point.config.split == "tuned" else None
-        self.runtime.use(point.policy, point.config, replace(self.profile, tuning=tuning))
+        profile, config = self.profile, point.config
+        if config.split == "tuned":
+            profile = self.profiles[point.policy, point.ranks]
+        elif config.compensation != "tuned":
+            profile = replace(profile, compensation=self.profiles["macs", point.ranks].compensation)
+        self.runtime.use(point.policy, config, profile)
         found = Answers()
         for batch in self.batches(point.batches):
             prompt = read(self.model, self.runtime, tiny.sample_inputs(batch))

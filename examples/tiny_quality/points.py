@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from macs import POLICIES, MACSConfig, Profile, Tuning
+from macs import POLICIES, MACSConfig, Profile
 
 COUNTED = (1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 2.0)
 
@@ -56,7 +56,7 @@ class Point:
             "split": arguments.split,
             "questions": arguments.questions,
         }
-        if self.config.split == "tuned":
+        if self.config.split == "tuned" or self.config.compensation in ("visual", "all"):
             told["tuning"] = sorted(map(str, arguments.tuning))
         told |= {"seed": arguments.seed, "batch": arguments.batch, "model": str(arguments.checkpoint)}
         return json.dumps(told, sort_keys=True)
@@ -82,27 +82,34 @@ def by_target(
     return [Point(title, policy, config.updated(target_load=target), **more) for target in targets]
 
 
-def tunings_of(files: Sequence[Path]) -> dict[tuple[str, int], Tuning]:
-    """By policy and ranks, the tunings that profiles carry."""
+def profiles_of(files: Sequence[Path]) -> dict[tuple[str, int], Profile]:
+    """Profiles with a tuning, by its policy and ranks."""
     found = {}
     for file in files:
-        tuning = Profile.load(file).tuning
+        profile = Profile.load(file)
+        tuning = profile.tuning
         if tuning is None:
             raise ValueError(
                 f"--tuning {file}: found a profile without a tuning; expected one of `macs tune`"
             )
-        found[tuning.policy, tuning.ranks] = tuning
+        found[tuning.policy, tuning.ranks] = profile
     return found
 
 
-def split_points(points: Sequence[Point], tuned: Sequence[tuple[str, int]]) -> list[Point]:
-    """The same points with their bounds split among the layers, of the policies and ranks that were tuned."""
-    return [
-        replace(one, title=f"{one.title}, split", config=one.config.updated(split="tuned"))
-        for one in points
-        if (one.policy, one.ranks) in tuned
-        and one.title == one.policy  # with the settings it was tuned with
-        and one.config.capacity_factor is None
+def tuned_points(points: Sequence[Point], profiles: Mapping[tuple[str, int], Profile]) -> list[Point]:
+    """The same points as the policies and ranks that were tuned are served with their tuning; and, with one
+    bound for all layers, compensated with the estimates of MACS's profile."""
+    plain = [one for one in points if one.title == one.policy and one.config.capacity_factor is None]
+    tuned = [
+        replace(one, title=f"{one.title}, tuned", config=one.config.updated(split="tuned"))
+        for one in plain
+        if (one.policy, one.ranks) in profiles
+    ]
+    estimates = {key for key, profile in profiles.items() if profile.compensation is not None}
+    return tuned + [
+        replace(one, title=f"{one.title}, compensated", config=one.config.updated(compensation="all"))
+        for one in plain
+        if ("macs", one.ranks) in estimates and one.policy != "paper"  # which has none
     ]
 
 

@@ -31,7 +31,7 @@ from tiny_vlm.kinds import MIXES
 from macs import MACSConfig
 from macs_tools.common.command import Parser, output_file
 
-from .points import PRESET_TITLES, Point, grids, split_points, tunings_of
+from .points import PRESET_TITLES, Point, grids, profiles_of, tuned_points
 from .report import frontier_of, plot, plot_layers, table_of
 from .statistics import best_within, measured
 
@@ -55,8 +55,9 @@ def asked_points(arguments: argparse.Namespace) -> list[Point]:
             for name in arguments.grid
             for one in named[name]
         ]
-        points += split_points(points, list(tunings_of(arguments.tuning)))
-        return [one for one in points if arguments.title is None or arguments.title in one.title]
+        points += tuned_points(points, profiles_of(arguments.tuning))
+        wanted = arguments.title
+        return [one for one in points if wanted is None or any(title in one.title for title in wanted)]
     return [
         replace(point_of(one), batches=batches)
         for ranks in arguments.ranks
@@ -134,7 +135,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("evaluate_tiny_vlm.py", __doc__)
     parser.add_argument("--grid", nargs="+", choices=tuple(grids((1.05,))), default=["baselines", "presets"])
-    parser.add_argument("--title", help="of a grid only the points whose titles have this in them")
+    parser.add_argument("--title", nargs="+", help="of a grid only the points whose titles have one of these")
     parser.add_argument(
         "--chosen", type=Path, help="instead of a grid: of the points in this file the best within each bound"
     )
@@ -161,7 +162,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         if arguments.chosen is not None:
             parser.error("--tuning: found --chosen, expected --grid")
         try:
-            tuned = tunings_of(arguments.tuning)
+            tuned = profiles_of(arguments.tuning)
         except (ValueError, OSError) as error:
             parser.error(str(error))
         for policy, ranks in tuned:
