@@ -150,7 +150,7 @@ class WeightedFeatures:
         [rows, E (1 + r)], outputs float32 [rows, D]."""
         for modality, chosen in enumerate(members_of(event.tokens)):
             for rows in chosen.nonzero()[:, 0].split(ROWS):
-                features = features_of(event.hidden[rows].float(), self.tables, modality)
+                features = features_of(event.hidden[rows].float().expand(2, -1, -1), self.tables)[modality]
                 experts = event.experts[rows]
                 weights = event.weights[rows].float() * (experts >= 0)
                 columns = spread(features, experts.clamp(min=0), weights, self.num_experts)

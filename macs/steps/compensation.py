@@ -14,17 +14,22 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..tokens import Tokens
 from .kernels.dispatch import kernels_enabled
+
+ALIGNED = 4
+"""Float32 numbers that rows of a grouped product are multiples of on a CPU."""
 
 
 @dataclass(frozen=True)
 class CompensationTables:
     """The estimates of one layer, for the modalities that are compensated.
 
-    basis [M, D, r]; offset float32 [M, r]: -mean A; coefficients [M, E, 1 + r, D]. float32 on a CPU,
-    otherwise bfloat16. table_of int64 [2]: which table text (0) and visual tokens (1) have; -1: none.
+    basis [M, D, r]; offset float32 [M, r]: -mean A; coefficients [M, E, q, D], q = 1 + r or, with rows of
+    zeros, more. float32 on a CPU, otherwise bfloat16. table_of int64 [2]: which table text (0) and visual
+    tokens (1) have; -1: none.
     """
 
     basis: Tensor
@@ -35,10 +40,11 @@ class CompensationTables:
     def to(self, device: torch.device) -> CompensationTables:
         """The tables on a device, in the dtypes used there."""
         wide = torch.float32 if device.type == "cpu" else torch.bfloat16
+        padding = -self.coefficients.shape[2] % ALIGNED if device.type == "cpu" else 0
         return CompensationTables(
             self.basis.to(device, wide).contiguous(),
             self.offset.to(device, torch.float32).contiguous(),
-            self.coefficients.to(device, wide).contiguous(),
+            functional.pad(self.coefficients.to(device, wide), (0, 0, 0, padding)).contiguous(),
             self.table_of.to(device),
         )
 
@@ -80,26 +86,38 @@ def compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> 
         from .kernels import compensation as kernels
 
         return kernels.compensate(output, dropped, tables)
-    lost = (dropped.planned[:, : dropped.experts.shape[1]] < 0) & (dropped.experts >= 0)
+    (count, k), (many, num_experts) = dropped.experts.shape, tables.coefficients.shape[:2]
     table = tables.table_of[dropped.tokens.visual.long()]
-    rows = (lost.any(1) & (table >= 0)).nonzero()[:, 0]
-    lost, table, hidden = lost[rows], table[rows], dropped.hidden[rows].float()
-    experts, weights = dropped.experts[rows].clamp(min=0), dropped.weights[rows].float() * lost
-    result = output.clone()
-    for index in range(len(tables.basis)):
-        here = (table == index).nonzero()[:, 0]
-        features = features_of(hidden[here], tables, index)
-        by_expert = spread(features, experts[here], weights[here], tables.coefficients.shape[1])
-        estimate = by_expert @ tables.coefficients[index].flatten(0, 1)
-        tokens = rows[here]
-        result[tokens] = (output[tokens].float() + estimate).to(output.dtype)
-    return result
+    lost = (dropped.planned[:, :k] < 0) & (dropped.experts >= 0)
+    if many == 1:
+        lost &= (table >= 0)[:, None]
+    at = lost.flatten().nonzero()[:, 0]
+    index = torch.add(dropped.experts.flatten()[at], table[at // k], alpha=num_experts)
+    index, order = index.sort(stable=True)
+    at = at[order]
+    token = at // k
+    features = features_of(dropped.hidden.float().expand(many, count, -1), tables)[table[token], token]
+    weighted = features * dropped.weights.flatten()[at].float()[:, None]
+    products = by_table(weighted, index, tables.coefficients.flatten(0, 1))
+    wide = torch.promote_types(output.dtype, torch.float32)
+    return output.to(wide).index_add(0, token, products.to(wide)).to(output.dtype)
 
 
-def features_of(hidden: Tensor, tables: CompensationTables, index: int) -> Tensor:
-    """phi(x), float32 [T, 1 + r], of hidden float32 [T, D] by one of the tables."""
-    projected = torch.addmm(tables.offset[index], hidden, tables.basis[index].float())
-    return torch.cat([projected.new_ones(len(projected), 1), projected], 1)
+def by_table(features: Tensor, index: Tensor, coefficients: Tensor) -> Tensor:
+    """Products of rows float32 [N, q] with the table of each, of coefficients [M E, q', D], q' >= q; index
+    int64 [N] rises. A grouped product where torch has one for these sizes, otherwise one for each table."""
+    features = functional.pad(features, (0, coefficients.shape[1] - features.shape[1]))
+    counts = index.bincount(minlength=len(coefficients))
+    if hasattr(functional, "grouped_mm") and not coefficients.shape[2] % ALIGNED and len(features):
+        return functional.grouped_mm(features, coefficients, offs=counts.cumsum(0).int())
+    parts = zip(features.split(counts.tolist()), coefficients, strict=True)
+    return torch.cat([part @ table for part, table in parts])
+
+
+def features_of(hidden: Tensor, tables: CompensationTables) -> Tensor:
+    """phi(x), float32 [M, T, 1 + r], of hidden float32 [M, T, D] by every table."""
+    projected = torch.baddbmm(tables.offset[:, None], hidden, tables.basis.float())
+    return functional.pad(projected, (1, 0), value=1.0)
 
 
 def spread(features: Tensor, experts: Tensor, weights: Tensor, num_experts: int) -> Tensor:

@@ -26,6 +26,7 @@ from ..common.command import Parser, output_file, output_folder
 from ..common.traces import load_recordings
 from ..common.workloads import (
     LADDER,
+    NOTHING_OVER,
     SHAPES,
     VANILLA,
     WORKLOADS,
@@ -48,6 +49,11 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", type=float, default=1.05, help="target_load of every policy")
     parser.add_argument(
         "--ladder", nargs="*", type=float, default=[], help="further bounds for the drops and for macs"
+    )
+    parser.add_argument(
+        "--compensation-rank",
+        type=int,
+        help="of layer: macs under each bound with estimates of this rank, too",
     )
     parser.add_argument("--ranks", type=int, default=2, help="processes")
     parser.add_argument("--threads", type=int, help="of each process (default: all cores, divided)")
@@ -86,6 +92,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--ranks: found {arguments.ranks}, expected a divisor of the {arguments.shape.experts} experts"
         )
+    if arguments.compensation_rank is not None and arguments.mode != "layer":
+        parser.error(f"--compensation-rank: found mode {arguments.mode}, expected layer")
     if arguments.threads is None:
         processes = arguments.ranks if arguments.mode in ("layer", "generate") else 1
         arguments.threads = max(1, (os.cpu_count() or 1) // processes)
@@ -104,6 +112,11 @@ def running(arguments: argparse.Namespace) -> dict[str, Contender]:
     for title in LADDER:
         if title in found:
             found.update(loosened(title, chosen[title], bound) for bound in arguments.ladder)
+    if arguments.compensation_rank is not None:
+        for title, one in list(found.items()):
+            if one.policy == "macs" and title not in (NOTHING_OVER, "macs fast", "macs safe"):
+                compensated = one.config.updated(compensation="all")
+                found[f"{title}, compensated"] = replace(one, config=compensated)
     return found
 
 

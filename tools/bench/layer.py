@@ -83,7 +83,9 @@ def _layer_rank(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
     stock = build_layer(shape, None)
     force(stock, asked)
     oracle = Oracle(shape, stock)
-    sides = {title: Side(shape, one, stock, asked) for title, one in running(arguments).items()}
+    contenders = running(arguments)
+    rank_of_estimates = arguments.compensation_rank
+    sides = {title: Side(shape, one, stock, asked, rank_of_estimates) for title, one in contenders.items()}
     rows: list[dict[str, Any]] = []
     same: dict[str, Any] = {}
     with Progress(console=Console(stderr=True), disable=rank > 0) as progress:

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import macs
-from macs import Plan, Runtime
+from macs import Plan, Profile, Runtime
 from macs.adapters import candidate_scores, routing_from_map
+from macs.records.compensation import SCOPES, Compensation
+from macs.records.profile import router_fingerprint
 from megatron_macs import cpu_engine, with_macs
 
 from .clock import milliseconds
@@ -144,13 +146,19 @@ def force(layer: nn.Module, asked: Asked) -> None:
 class Side:
     """One policy's layer, beside those of the others: same weights, same routing."""
 
-    def __init__(self, shape: Shape, contender: Contender, stock: nn.Module, asked: Asked) -> None:
+    def __init__(
+        self, shape: Shape, contender: Contender, stock: nn.Module, asked: Asked, rank: int | None = None
+    ) -> None:
         self.shape = shape
-        self.runtime = Runtime(contender.config, policy=contender.policy)
+        self.runtime = Runtime(contender.config.updated(compensation="none"), policy=contender.policy)
         self.runtime.recording = False
         self.layer = build_layer(shape, self.runtime, experts=stock.experts)
         force(self.layer, asked)
         self.macs = self.runtime.layers[0]
+        if SCOPES.get(contender.config.compensation):
+            assert rank is not None
+            estimates = no_estimates(self.macs.adapter.router_weight(), shape.top_k, rank)
+            self.runtime.use(contender.policy, contender.config, estimates)
         self.plan: Plan | None = None
         self.inputs: tuple[Any, ...] = ()
         self.macs.on_plan(self._keep)
@@ -168,6 +176,21 @@ class Side:
         inputs = self.inputs
         around = around_plan(inputs[1], inputs[3])
         return lambda: around(self.macs.planner.plan(*inputs))
+
+
+def no_estimates(router_weight: Tensor, top_k: int, rank: int) -> Profile:
+    """A profile of one layer whose estimates are all zero, and take as long as others."""
+    experts, features = router_weight.shape
+    compensation = Compensation(
+        mean=torch.zeros(1, 2, features),
+        basis=torch.zeros(1, 2, features, rank, dtype=torch.bfloat16),
+        coefficients=torch.zeros(1, 2, experts, 1 + rank, features, dtype=torch.bfloat16),
+        tokens=torch.zeros(1, 2, dtype=torch.int64),
+        explained=torch.zeros(1, 2, dtype=torch.float64),
+    )
+    counts = torch.zeros(1, experts, dtype=torch.int64)
+    fingerprints = (router_fingerprint(router_weight),)
+    return Profile(counts, counts.clone(), fingerprints, top_k, compensation=compensation)
 
 
 def around_plan(experts: Tensor, scores: Tensor) -> Callable[[Plan], Any]:
