@@ -145,7 +145,8 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
     runtime = block.runtime("padded" if gates else "macs", block.virtual_ranks)
     _put_in(model, block, runtime, gates, autoep, tensor_parallel_size)
     if block.record is not None or block.calibrate is not None:
-        atexit.register(block.finish, runtime)
+        # The layers are kept until then: what they recorded is known with them.
+        atexit.register(lambda model: block.finish(runtime), model)
     return runtime
 
 

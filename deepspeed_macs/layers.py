@@ -19,6 +19,7 @@ from macs.adapters import (
     LayerAdapter,
     LayerRuntime,
     MACSConfig,
+    Owner,
     Runtime,
     Topology,
     Unsupported,
@@ -39,7 +40,7 @@ class DeepSpeedAdapter(LayerAdapter):
         self, layer: Any, weight: nn.Parameter, same_tokens: int, blind: str | None, topology: Topology
     ) -> None:
         super().__init__(topology, self.k_of(layer), layer.ep_group if layer.ep_size > 1 else None)
-        self.layer = layer
+        self.owner = Owner(layer)
         self.same_tokens = same_tokens
         self.blind = blind
         self._weight = weight
@@ -91,7 +92,7 @@ class GateAdapter(DeepSpeedAdapter):
     def advice(self, policy: str, config: MACSConfig) -> list[str]:
         """The layer computes as many rows for every expert as the fullest one has."""
         advice, row = [], policy_of(policy)
-        if self.layer.gate.drop_tokens:
+        if self.owner().gate.drop_tokens:
             advice.append(
                 "MACS: while it is on, deepspeed.moe.layer.MoE drops by its plan alone; drop_tokens and "
                 "eval_capacity_factor have no effect"
@@ -115,7 +116,7 @@ class AutoEPAdapter(DeepSpeedAdapter):
 
     def unsupported(self) -> Unsupported:
         """DeepEP's buffers hold k assignments a token."""
-        unsupported, layer = super().unsupported(), self.layer
+        unsupported, layer = super().unsupported(), self.owner()
         if (
             unsupported.added_assignments is None
             and layer.comm_backend == DEEPEP_BACKEND

@@ -5,7 +5,7 @@ from .files import read_mapping
 from .policies import policy_of
 from .records.load import LayerReport, summarized
 from .routing import Plan
-from .runtime.adapter import LayerAdapter, TokenShard, Unsupported
+from .runtime.adapter import LayerAdapter, Owner, TokenShard, Unsupported
 from .runtime.calls import CallReader, real_keys
 from .runtime.hooks import (
     ModalityHook,
@@ -42,6 +42,7 @@ __all__ = [
     "ModalityBuffers",
     "ModalityHook",
     "Options",
+    "Owner",
     "Patch",
     "Plan",
     "ProcessError",

@@ -134,7 +134,7 @@ def plan_of(
 ) -> Plan | None:
     """The layer's plan, if it makes one: hidden [S, B, D], experts and weights [T, k], logits [T, E]."""
     adapter: Any = layer.adapter
-    bias = adapter.router.expert_bias
+    bias = adapter.owner().router.expert_bias
     groups = config.moe_router_num_groups, config.moe_router_group_topk
     scores = candidate_scores(logits, experts, config.moe_router_score_function, bias, *groups)
     length, batch = hidden.shape[:2]

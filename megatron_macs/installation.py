@@ -17,15 +17,18 @@ from .hooks import known_tokens, watch
 from .spec import macs_mlp
 
 
-def install(runtime: Runtime, token_ids: dict[str, int] | None = None) -> Callable[[], None]:
+def install(
+    runtime: Runtime, token_ids: dict[str, int] | None = None, built: list[Any] | None = None
+) -> Callable[[], None]:
     """Build every transformer layer with MACS from now on; returns a function that undoes it.
 
     Of several installations the last one acts; they may be undone in any order.
 
     ``token_ids``: arguments of ``attach_modality``, for every model built; if neither they nor the model name
-    a modality's token, the mask is left to ``macs.modality``.
+    a modality's token, the mask is left to ``macs.modality``. ``built`` gets every layer that is built, where
+    layers must outlive the code that builds them, as for a report at its end.
     """
-    return _installed.add((runtime, token_ids or {}))
+    return _installed.add((runtime, token_ids or {}, built))
 
 
 def _put() -> Callable[[], None]:
@@ -44,7 +47,7 @@ def _put() -> Callable[[], None]:
     return restore
 
 
-_installed: Patch[tuple[Runtime, dict[str, int]]] = Patch(_put)
+_installed: Patch[tuple[Runtime, dict[str, int], list[Any] | None]] = Patch(_put)
 
 
 def _wrap(owner: type, around: Callable[..., None]) -> Callable[[], None]:
@@ -67,18 +70,28 @@ def _wrap(owner: type, around: Callable[..., None]) -> Callable[[], None]:
 
 
 def _build_layer(
-    original: Callable[..., None], call: inspect.BoundArguments, runtime: Runtime, token_ids: dict[str, int]
+    original: Callable[..., None],
+    call: inspect.BoundArguments,
+    runtime: Runtime,
+    token_ids: dict[str, int],
+    built: list[Any] | None,
 ) -> None:
     submodules = call.arguments["submodules"]
     mlp = macs_mlp(submodules.mlp, runtime, call.arguments.get("pg_collection"))
     if mlp is not None:
         call.arguments["submodules"] = copy(submodules)
         call.arguments["submodules"].mlp = mlp
+        if built is not None:
+            built.append(call.args[0])
     original(*call.args, **call.kwargs)
 
 
 def _build_model(
-    original: Callable[..., None], call: inspect.BoundArguments, runtime: Runtime, token_ids: dict[str, int]
+    original: Callable[..., None],
+    call: inspect.BoundArguments,
+    runtime: Runtime,
+    token_ids: dict[str, int],
+    built: list[Any] | None,
 ) -> None:
     original(*call.args, **call.kwargs)
     model = call.args[0]

@@ -88,7 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     from .installation import install
 
-    uninstall = install(runtime, options.token_ids)
+    layers: list[object] = []  # kept for what is said and written below, when the script has let go of them
+    uninstall = install(runtime, options.token_ids, layers)
     code: object = 1
     try:
         code = run_script(script, rest, by_name)

@@ -18,6 +18,7 @@ from torch import Tensor
 from macs.adapters import (
     LayerAdapter,
     LayerRuntime,
+    Owner,
     Runtime,
     TokenShard,
     Topology,
@@ -109,7 +110,7 @@ class MoELayerAdapter(LayerAdapter):
         group = pg_collection.tp_ep  # the ranks that share these experts
         super().__init__(topology, config.moe_router_topk, group)
         self.config = config
-        self.router = layer.router
+        self.owner = Owner(layer)
         self._replicas = utils.get_pg_rank(pg_collection.tp), utils.get_pg_size(pg_collection.tp)
 
     def plans_now(self) -> bool:
@@ -117,7 +118,7 @@ class MoELayerAdapter(LayerAdapter):
         return not self.config.moe_pad_expert_input_to_capacity
 
     def router_weight(self) -> Tensor:
-        return self.router.weight
+        return self.owner().router.weight
 
     def token_shard(self) -> TokenShard:
         """Megatron's static engine turns sequence parallelism off when it begins to serve."""

@@ -8,6 +8,7 @@ core refuses policies that need it. docs/adapters.md walks through the adapters.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,29 @@ class _Group:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"group": None}
+
+
+class Owner:
+    """The engine's module that owns an adapter, held weakly: a cycle would keep the process groups of a model
+    that failed until the next garbage collection. A copy of the module has one that refers to that copy."""
+
+    def __init__(self, module: Any) -> None:
+        self._reference = weakref.ref(module)
+
+    def __call__(self) -> Any:
+        module = self._reference()
+        assert module is not None  # it owns the adapter that asks
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        module = self()
+        return Owner(memo.get(id(module), module))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._reference = weakref.ref(state["module"])
 
 
 class LayerAdapter:

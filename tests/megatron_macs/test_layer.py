@@ -1,12 +1,19 @@
 """The MoE layer with MACS on real Megatron-Core layers, over 1, 2 and 4 gloo processes."""
 
+import gc
+import weakref
+
 import pytest
+import torch
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
+from support.megatron_jobs import build_layer, layer_config, on_megatron
+from support.ranks import on_ranks
 from support.workers import RankFailed
 
-from macs import POLICIES
+import macs
+from macs import POLICIES, MACSConfig, Runtime
 
 JOBS = "support.megatron_jobs"
 
@@ -195,3 +202,21 @@ def test_layers_that_guess_ahead_are_left_alone(pool):
     pytest.importorskip("megatron.core.inference.config", reason="this Megatron tells no such layer")
     (found,) = pool.run(f"{JOBS}:layer_that_guesses_ahead", 1)
     assert found == {"layers": 0, "dispatcher": "MoEAlltoAllTokenDispatcher"}
+
+
+@on_ranks(1)
+@on_megatron
+def test_a_layer_goes_with_its_model_and_without_a_garbage_collection():
+    """A cycle would keep the process groups of a model that failed."""
+    layer = build_layer(Runtime(MACSConfig(min_tokens=0)), layer_config("alltoall", 4, 2))
+    with macs.modality(torch.zeros(1, 80, dtype=torch.bool)):
+        layer(torch.randn(80, 1, 16))
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(layer.macs)
+        assert gone().adapter.owner() is layer
+        del layer
+        assert gone() is None
+    finally:
+        gc.enable()

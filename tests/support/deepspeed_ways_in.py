@@ -298,7 +298,7 @@ def zero_three() -> dict[str, Any]:
     config["macs"] = {**BLOCK, "reroute": "group"}
     later = deepspeed_macs.initialize(model=hf_models.build("qwen3_moe"), config=config)[0]
     for layer in later.macs.layers:
-        gate = layer.adapter.layer.router.gate.weight
+        gate = layer.adapter.owner().router.gate.weight
         with deepspeed.zero.GatheredParameters([gate], modifier_rank=0):
             gate.copy_(drawn(layer.index, gate.shape))
     later.eval()

@@ -13,6 +13,7 @@ from torch import nn
 
 import macs
 from macs import MACSConfig, Profile, Runtime, Topology, modality
+from macs.adapters import Owner
 from macs.planner import router_similarity
 from macs.runtime.patch import Patch
 
@@ -201,3 +202,16 @@ def test_installations_end_in_any_order(order):
     assert engine == ["stock"] and installed.current is None
     installed.add(7)()
     assert engine == ["stock"]
+
+
+class Owning(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.owner = Owner(self)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_an_adapter_of_a_copy_refers_to_the_copy(copied):
+    model = torch.nn.Sequential(Owning())
+    other = copied(model)
+    assert other[0].owner() is other[0] is not model[0] and model[0].owner() is model[0]
