@@ -61,6 +61,10 @@ class Compensation:
     def rank(self) -> int:
         return self.basis.shape[-1]
 
+    def explained_by_modality(self) -> dict[str, list[float]]:
+        """``explained`` of every layer."""
+        return dict(zip(("text", "visual"), self.explained.T.tolist(), strict=True))
+
     def tables(self, row: int, scope: str, router_weight: Tensor) -> CompensationTables:
         """One layer's tables for the modalities of ``SCOPES[scope]``, on the device of router_weight [E, D].
 

@@ -5,6 +5,7 @@ Shapes: L MoE layers, E experts. The file is safetensors with a JSON header.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -111,7 +112,7 @@ class Profile:
     def num_experts(self) -> int:
         return self.visual.shape[1]
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """An identifier of the profile's contents, 16 hex digits."""
         more, tensors = [], [self.visual, self.text]

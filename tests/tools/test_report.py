@@ -14,7 +14,9 @@ import torch
 
 pytest.importorskip("plotly", reason="plotly is not installed")
 
-from macs import MACSConfig, Profile, Recording, Tuning
+from support.estimates import profile_of
+
+from macs import MACSConfig, Recording, Tuning
 from macs.records.tuning import settings_of
 from macs_tools.common.cost_model import stated_h100
 from macs_tools.common.workloads import SHAPES
@@ -101,7 +103,7 @@ def predicted(balance, low, replicas=1.0, pays=None, dropped=0.05, kl=None):
         for name, ratio in ratios.items()
     ]
     shape = SHAPES["tiny"]
-    return Prediction(rows, [4], [0], {4: pays}, kl or {}, stated_h100(shape), shape)
+    return Prediction(rows, [4], [0], {4: pays}, kl or {}, stated_h100(shape), shape, {})
 
 
 BALANCE, LOW = "--moe-macs-target-load 1.05", "--moe-macs-target-load 0.6"
@@ -163,9 +165,8 @@ def tuned(path, layers=LAYERS):
         96,
         100,
     )
-    counts = torch.ones(layers, EXPERTS, dtype=torch.int64)
-    names = tuple(f"{number:064x}" for number in range(layers))
-    Profile(counts, counts.clone(), names, TOP_K, tuning=tuning).save(path)
+    routers = [torch.randn(EXPERTS, 6) for _ in range(layers)]
+    replace(profile_of(routers, TOP_K), tuning=tuning).save(path)
     return path
 
 
@@ -206,11 +207,17 @@ def test_the_page_needs_no_network_and_reads_without_scripts(page):
             value = given.get(name, "#")
             assert value.startswith(("data:", "#")), (tag, value[:80])
     opened = [given for tag, given in found.seen if tag == "details"]
-    assert opened == [{"open": None}] * 5 and ("html", {"lang": "en"}) in found.seen
+    assert opened == [{"open": None}] * 6 and ("html", {"lang": "en"}) in found.seen
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
     for data in re.findall(r'<script type="application/json" id="data-\w+">(.*?)</script>', text, re.S):
         assert json.loads(data)["data"]
-    for word in ("macs 0.6 tuned", "0.001 nats at 0.6", "--moe-macs-split tuned", "least-loaded EP"):
+    for word in (
+        "macs 0.6 tuned",
+        "0.001 nats at 0.6",
+        "--moe-macs-split tuned",
+        "least-loaded EP",
+        "What compensation explains",
+    ):
         assert word in text
 
 

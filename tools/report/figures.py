@@ -186,6 +186,18 @@ def figures(traffic: Traffic, prediction: Prediction) -> list[Figure]:
             {"mean of layers": mean.tolist(), "worst layer": most.tolist()},
         ),
     ]
+    if prediction.explained:
+        found.append(
+            _lines(
+                "explained",
+                "What compensation explains",
+                "Share of a layer's squared routed output that the profile's estimates explain, on requests "
+                "that they were not fitted on: 1 is all.",
+                ("layer", list(range(len(prediction.explained["text"])))),
+                "share",
+                prediction.explained,
+            )
+        )
     if len(prediction.sizes) > 1:
         series = {
             policy: [prediction.of(size, policy)["ratio"] for size in prediction.sizes]

@@ -28,8 +28,9 @@ BASELINES = "token drop", "rank-balanced"
 @dataclass(frozen=True)
 class Prediction:
     """rows: one for each EP size and policy, as ``simulate`` returns them, means over the sampled layers.
-    layers: which they are. pays_from: tokens of a rank from which a plan pays by balance alone, at each EP
-    size, if any. targets: KL in nats that the profile's tuning verified, by target."""
+    layers: which they are. explained: by modality, the share of each layer's routed output that the profile's
+    compensation explains, if it has one. pays_from: tokens of a rank from which a plan pays by balance
+    alone, at each EP size, if any. targets: KL in nats that the profile's tuning verified, by target."""
 
     rows: list[dict[str, Any]]
     sizes: list[int]
@@ -38,6 +39,7 @@ class Prediction:
     targets: dict[float, float]
     model: CostModel
     shape: Shape
+    explained: dict[str, list[float]]
 
     def of(self, size: int, policy: str) -> dict[str, Any]:
         return next(row for row in self.rows if (row["ranks"], row["policy"]) == (size, policy))
@@ -135,4 +137,6 @@ def predict(
         for size in sizes
         if traffic.typical > BALANCED and size > 1
     }
-    return Prediction(rows, list(sizes), layers, pays, verified, model, shape)
+    estimates = None if profile is None else profile.compensation
+    explained = {} if estimates is None else estimates.explained_by_modality()
+    return Prediction(rows, list(sizes), layers, pays, verified, model, shape, explained)

@@ -156,8 +156,9 @@ def shares_of(compensation: Compensation) -> Table:
     table = Table(caption=caption, caption_justify="left")
     for name in ("layer", "text", "visual"):
         table.add_column(name, justify="right")
-    for layer, shares in enumerate(compensation.explained.tolist()):
-        table.add_row(str(layer), *(f"{one:.3f}" for one in shares))
+    shares = compensation.explained_by_modality()
+    for layer, (text, visual) in enumerate(zip(shares["text"], shares["visual"], strict=True)):
+        table.add_row(str(layer), f"{text:.3f}", f"{visual:.3f}")
     return table
 
 
