@@ -91,7 +91,7 @@ def check_model(folder: Path) -> None:
     common += ("--ranks", "2", "--requests", "32", "--batch", "8")
     tuned = str(folder / "tuned.safetensors")
     assert "profile with the tuning" in run(
-        "tune", *common, "--targets", "0.7", "--tries", "1", "--out", tuned
+        "tune", *common, "--targets", "0.7", "--tries", "1", "--compensation-rank", "2", "--out", tuned
     )
     shown = run(
         "evaluate", *common, "--targets", "0.7", "--profile", tuned, "--out", str(folder / "rows.json")
