@@ -118,15 +118,15 @@ def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
     """What every target costs, with one bound and split; of many layers the least and the largest bound."""
     caption = (
         f"{tuning.requests} requests that verify, {tuning.ranks} ranks; KL x 1000 at the answers' tokens, "
-        "one bound for all layers without compensation, and split with what is named; 95 % of the ratio of "
-        "what is used to the former. * the split is not better than one bound beyond it, and not used"
+        "one bound for all layers without compensation, and tuned; 95 % of their ratio, which is 1 where "
+        "nothing was better"
     )
     table = Table(caption=caption, caption_justify="left")
     for name in (
         "target",
         "load",
         "one bound",
-        "split",
+        "tuned",
         "compensation",
         "ratio, 95 %",
         "same answer",
@@ -134,17 +134,16 @@ def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
     ):
         table.add_column(name, justify="right")
     for one in found:
-        plain, split = one["uniform"], one["split"]
-        told = one["chosen"]
+        plain, used = one["plain"], one["used"]
         bounds = [f"{bound:.2f}" for bound in one["bounds"]]
         table.add_row(
             f"{one['target']:g}",
-            f"{told.loads.mean():.3f}",
+            f"{used.loads.mean():.3f}",
             f"{1e3 * plain.kl.mean():.3g}",
-            f"{1e3 * split.kl.mean():.3g}" + ("" if one["used"] else " *"),
+            f"{1e3 * used.kl.mean():.3g}",
             one["compensation"],
             f"{one['ratio'][1]:.2f}-{one['ratio'][2]:.2f}",
-            f"{told.same.mean():.4f}",
+            f"{used.same.mean():.4f}",
             " ".join(bounds) if len(bounds) <= 4 else f"{min(bounds)} to {max(bounds)}",
         )
     return table

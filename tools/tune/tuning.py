@@ -69,45 +69,41 @@ def split_for(
     tries: int,
     compensations: Sequence[str],
 ) -> dict[str, Any]:
-    """The best split and compensation for a target, and what they do on the half that verifies, beside one
-    bound for all and no compensation.
+    """The best bounds and compensation for a target, and what they do on the half that verifies.
 
-    curves: the layers' ``singles`` under a compensation. Of the compensations the one is tried that is best
-    on the half that tunes; where it is not better than none beyond the 95 % interval, none is.
+    Candidates are one bound for all layers and the layers' split, without compensation and with the one that is
+    best under one bound, by their KL on the half that tunes. Used is the first that the half that verifies
+    confirms to be better than one bound without compensation, beyond the 95 % interval; otherwise that.
+    curves: the layers' ``singles`` under a compensation.
     """
-    layers = cache.model.groups
-
-    def verified(bounds: Sequence[float], compensation: str) -> Measured:
-        return cache.measure("verify", bounds, compensation)
-
-    def split_under(compensation: str) -> list[float]:
-        uniform = on_tuning[compensation]
-        cap, start = cap_of(uniform), split_by(curves(compensation), float(uniform.loads.mean()))
-        best, held = refined(lambda bounds: cache.measure("tune", bounds, compensation), start, cap, tries)
-        return even if objective(uniform, cap) <= objective(held, cap) else best
-
-    even = [target] * layers
-    plain = verified(even, "none")
+    even = [target] * cache.model.groups
+    plain = cache.measure("verify", even, "none")
     on_tuning = {one: cache.measure("tune", even, one) for one in compensations}
     cap = cap_of(on_tuning["none"])
-    mode = min(compensations, key=lambda one: objective(on_tuning[one], cap))
-    if mode != "none" and bootstrap_ratio(verified(even, mode).kl, plain.kl)[2] >= 1:
-        mode = "none"
-    base, best = verified(even, mode), split_under(mode)
-    split = verified(best, mode)
-    better = bootstrap_ratio(split.kl, base.kl)[2] < 1
-    better = better and float(split.loads.mean()) <= float(base.loads.mean()) + 0.01
-    chosen = split if better else base
+    best = min(compensations, key=lambda one: objective(on_tuning[one], cap))
+    candidates: list[tuple[float, list[float], str]] = []
+    for mode in dict.fromkeys(("none", best)):
+        uniform = on_tuning[mode]
+        start = split_by(curves(mode), float(uniform.loads.mean()))
+        measure = functools.partial(cache.measure, "tune", compensation=mode)
+        split, held = refined(measure, start, cap_of(uniform), tries)
+        candidates += [(objective(uniform, cap), even, mode), (objective(held, cap), split, mode)]
+    candidates.sort(key=lambda one: one[0])
+    used, bounds, mode, ratio = plain, even, "none", (1.0, 1.0, 1.0)
+    for _, other, compensation in candidates:
+        found = cache.measure("verify", other, compensation)
+        against = bootstrap_ratio(found.kl, plain.kl)
+        if against[2] < 1 and float(found.loads.mean()) <= float(plain.loads.mean()) + 0.01:
+            used, bounds, mode, ratio = found, other, compensation, against
+            break
     return {
         "target": target,
-        "uniform": plain,
-        "chosen": chosen,
-        "split": split,
-        "ratio": bootstrap_ratio(chosen.kl, plain.kl),
-        "used": better,
-        "bounds": best if better else even,
+        "plain": plain,
+        "used": used,
+        "ratio": ratio,
+        "bounds": bounds,
         "compensation": mode,
-        "kl": bootstrap(chosen.kl),
+        "kl": bootstrap(used.kl),
     }
 
 
