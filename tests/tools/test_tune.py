@@ -117,12 +117,13 @@ def test_megatron_measures_what_the_plain_adapter_does(tmp_path):
     done = tune(tmp_path / "megatron", *flags, "--engine", "megatron", launcher=launcher)
     assert done.returncode == 0, done.stderr
     one, other = (
-        [json.loads(line) for line in (tmp_path / name / "tuned.measured.jsonl").read_text().splitlines()]
-        for name in ("plain", "megatron")
+        {str(json.loads(found["key"])[1:]): found for found in map(json.loads, path.read_text().splitlines())}
+        for path in (tmp_path / name / "tuned.measured.jsonl" for name in ("plain", "megatron"))
     )
-    # Answers are part of the pass there, and exempt; here they follow from the cache.
-    assert len(one) == len(other) and one[0]["same"] == other[0]["same"]
-    for mine, its in zip(one, other, strict=True):
+    # Answers are part of the pass there, and exempt; here they follow from the cache. Splits may differ.
+    common = [(one[key], other[key]) for key in one if key in other]
+    assert len(common) > 15 and common[0][0]["same"] == common[0][1]["same"]
+    for mine, its in common:
         assert np.allclose(mine["loads"], its["loads"], atol=0.08)
     profiles = [Profile.load(tmp_path / name / "tuned.safetensors") for name in ("plain", "megatron")]
     estimates = [found.compensation for found in profiles]

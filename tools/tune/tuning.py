@@ -71,7 +71,7 @@ def split_for(
 ) -> dict[str, Any]:
     """The best bounds and compensation for a target, and what they do on the half that verifies.
 
-    Candidates are one bound for all layers and the layers' split, without compensation and with the one that is
+    Candidates are one bound for all layers and their split, without compensation and with the one that is
     best under one bound, by their KL on the half that tunes. Used is the first that the half that verifies
     confirms to be better than one bound without compensation, beyond the 95 % interval; otherwise that.
     curves: the layers' ``singles`` under a compensation.
