@@ -66,7 +66,7 @@ class Compensation:
         return dict(zip(("text", "visual"), self.explained.T.tolist(), strict=True))
 
     def tables(self, row: int, scope: str, router_weight: Tensor) -> CompensationTables:
-        """One layer's tables for the modalities of ``SCOPES[scope]``, on the device of router_weight [E, D].
+        """One layer's tables for the modalities of ``SCOPES[scope]``; router_weight [E, D]: the layer's.
 
         Raises:
             ValueError: the layer has other experts or features.
@@ -81,8 +81,7 @@ class Compensation:
         basis = self.basis[row, chosen].float()
         offset = -(self.mean[row, chosen][:, None] @ basis)[:, 0]
         table_of = torch.tensor([chosen.index(one) if one in chosen else -1 for one in (0, 1)])
-        tables = CompensationTables(basis, offset, self.coefficients[row, chosen], table_of)
-        return tables.to(router_weight.device)
+        return CompensationTables(basis, offset, self.coefficients[row, chosen], table_of)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors, as a file keeps them."""

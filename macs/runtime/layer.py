@@ -239,6 +239,8 @@ class LayerRuntime:
             callback(event, rows)
         if event.plan is None or self._tables is None:
             return output
+        if self._tables.basis.device != rows.device:
+            self._tables = self._tables.to(rows.device)
         dropped = Dropped(event.hidden, event.experts, event.weights, event.plan.experts, event.tokens)
         return compensate(rows, dropped, self._tables).view(output.shape)
 
@@ -289,6 +291,8 @@ class LayerRuntime:
     def prepare(self, device: torch.device) -> None:
         """Allocate what the first forward pass would, before a CUDA graph captures the layer."""
         self.planner.prepare(device)
+        if self._tables is not None:
+            self._tables = self._tables.to(device)
         self.recorder.prepare(device)
         self._prepare_counters(device)
 
@@ -327,14 +331,14 @@ class LayerRuntime:
         return self._planner
 
     def _set_tables(self) -> None:
-        """Put what the settings compensate with on the layer's device."""
+        """Put what the settings compensate with on the device of the router, where steps mostly are."""
         assert self._planner is not None
         scope, profile = self._planner.config.compensation, self.runtime.profile
         if SCOPES.get(scope):
             assert profile is not None and profile.compensation is not None  # ``use`` has refused others
             weight = self.adapter.router_weight()
             row = profile.row_of(weight, self.top_k)
-            self._tables = profile.compensation.tables(row, scope, weight)
+            self._tables = profile.compensation.tables(row, scope, weight).to(weight.device)
         else:
             self._tables = None
 

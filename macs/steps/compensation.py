@@ -10,7 +10,7 @@ Shapes: T tokens, D features, E experts, k assignments of a token, M modalities,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,11 +48,6 @@ class CompensationTables:
             self.table_of.to(device),
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the tables."""
-        return sum(getattr(self, one.name).nbytes for one in fields(self))
-
 
 @dataclass(frozen=True)
 class Dropped:
@@ -82,7 +77,7 @@ def compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> 
         [T, D] in the output's dtype, added in float32; a token without a dropped assignment keeps its row
         bit for bit.
     """
-    if kernels_enabled(output.device):
+    if kernels_enabled(output.device) and not output.requires_grad:  # kernels have no gradient
         from .kernels import compensation as kernels
 
         return kernels.compensate(output, dropped, tables)

@@ -142,4 +142,4 @@ def test_tables_hold_the_modalities_of_the_scope():
     for scope, table_of in (("visual", [-1, 0]), ("all", [0, 1])):
         tables = one.tables(1, scope, ROUTERS[1])
         assert tables.table_of.tolist() == table_of and len(tables.basis) == max(table_of) + 1
-        assert torch.equal(tables.coefficients[-1], one.coefficients[1, 1].float())
+        assert torch.equal(tables.coefficients[-1], one.coefficients[1, 1])

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from macs import Modality
 from macs.steps import compensation
 from macs.steps.compensation import CompensationTables, Dropped, compensate
+from macs.steps.kernels.dispatch import kernels
 
 EXPERTS, FEATURES, K = 6, 20, 3
 
@@ -87,6 +88,14 @@ def test_the_kernel_is_its_reference(count, rank, tables, added, dtype):
     lost = ((dropped.planned[:, :K] < 0) & (dropped.experts >= 0)).any(1)
     unmoved = ~(lost & (given.table_of[dropped.tokens.visual.long()] >= 0))
     assert torch.equal(found[unmoved], output[unmoved])
+
+
+@kernel_test
+def test_an_output_with_a_gradient_keeps_it():
+    output, dropped, tables = case_of(20, 3, 1)
+    with kernels("triton"):
+        compensate(output.requires_grad_(), dropped, tables).sum().backward()
+    assert torch.equal(output.grad, torch.ones_like(output))
 
 
 def test_a_cpu_makes_few_calls():
