@@ -200,7 +200,7 @@ class _Block:
         self._hooks = (
             block.register_forward_pre_hook(self.enter, with_kwargs=True),
             inner.register_forward_hook(self.route),  # which stays when a wrapper is taken off
-            block.experts.register_forward_hook(lambda module, args, output: self.layer.compensate(output)),
+            self.experts.register_forward_hook(self.combine),
         )
 
     def remove(self) -> None:
@@ -214,6 +214,10 @@ class _Block:
         """Keep the shape of hidden_states [B, S, D], which the gate gets flattened."""
         hidden = args[0] if args else kwargs["hidden_states"]
         self.shapes[threading.get_ident()] = hidden.shape[0], hidden.shape[1]
+
+    def combine(self, experts: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """The experts' output with the estimates of what was dropped."""
+        return self.layer.compensate(output)
 
     def route(
         self, gate: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]

@@ -15,7 +15,6 @@ from torch import Tensor, bfloat16, float32, float64, int64
 
 from ..checks import expect
 from ..steps.compensation import CompensationTables, features_of, spread
-from ..tokens import Tokens
 
 TENSORS = ("mean", "basis", "coefficients", "tokens", "explained")
 
@@ -24,6 +23,9 @@ SCOPES = {"none": (), "visual": (1,), "all": (0, 1)}
 
 RIDGE = 1e-3
 """Added to the normal equations, over the mean weight of a feature."""
+
+LEAST_VARIANCE = 1e-5
+"""Of a direction of the basis, over the largest one and the mean's square."""
 
 ROWS = 4096
 """Tokens that are added to the normal equations together."""
@@ -94,9 +96,10 @@ class Compensation:
         return cls(**fields)
 
 
-def members_of(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Text and visual tokens, bool [T] each; padding is neither."""
-    return tokens.valid & ~tokens.visual, tokens.visual
+def members_of(event: Any) -> tuple[Tensor, Tensor]:
+    """Text and visual tokens, bool [T] each; padding and features that are not finite are neither."""
+    tokens, finite = event.tokens, event.hidden.isfinite().all(1)
+    return tokens.valid & ~tokens.visual & finite, tokens.visual & finite
 
 
 class Moments:
@@ -119,7 +122,7 @@ class Moments:
 
     def add(self, event: Any, output: Tensor) -> None:
         """event: a ``PlanEvent``; output [T, D]: what its experts gave."""
-        for modality, chosen in enumerate(members_of(event.tokens)):
+        for modality, chosen in enumerate(members_of(event)):
             rows = event.hidden[chosen].float()
             self.count[modality] += len(rows)
             self.total[modality] += rows.sum(0)
@@ -130,7 +133,10 @@ class Moments:
         count = self.count.double().clamp(min=1)[:, None]
         mean = self.total.double() / count
         covariance = self.product.double() / count[:, :, None] - mean[:, :, None] * mean[:, None]
-        directions = torch.linalg.eigh(covariance)[1].flip(-1)[..., :rank]
+        variances, directions = (one.flip(-1)[..., :rank] for one in torch.linalg.eigh(covariance))
+        # Of tokens that hardly differ the rest would be noise, magnified without bound on others.
+        scale = variances[:, :1].clamp(min=0) + mean.square().sum(1, keepdim=True)
+        directions = torch.where((variances > LEAST_VARIANCE * scale)[:, None], directions, 0.0)
         # An eigenvector has no sign of its own: its largest entry is made positive.
         largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
         return mean.float(), (directions * largest.sign()).float()
@@ -151,7 +157,7 @@ class WeightedFeatures:
     def parts(self, event: Any, output: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Of a step and its routed output [T, D], by modality and part: the modality, columns float32
         [rows, E (1 + r)], outputs float32 [rows, D]."""
-        for modality, chosen in enumerate(members_of(event.tokens)):
+        for modality, chosen in enumerate(members_of(event)):
             for rows in chosen.nonzero()[:, 0].split(ROWS):
                 features = features_of(event.hidden[rows].float().expand(2, -1, -1), self.tables)[modality]
                 experts = event.experts[rows]
@@ -211,6 +217,11 @@ class Explained:
         self.columns = WeightedFeatures(mean, basis, num_experts)
         self.coefficients = coefficients.to(basis.device).float().flatten(1, 2)
         self.squares = torch.zeros(2, 2, dtype=float64, device=basis.device)
+
+    @staticmethod
+    def nbytes(num_experts: int, features: int, rank: int) -> int:
+        """Memory of a layer."""
+        return 8 * num_experts * (1 + rank) * features
 
     @property
     def sums(self) -> list[Tensor]:

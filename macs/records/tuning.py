@@ -92,9 +92,11 @@ class Tuning:
         return loads[below] + part * (loads[below - 1] - loads[below]), False
 
     def compensation_at(self, target: float) -> str:
-        """The compensation verified for a target; of one that was not, that of the next lower target."""
+        """The compensation verified for a target; between two, that of the lower; beyond them none."""
+        if self.layer_loads_at(target) is None:
+            return "none"
         lower = int((self.target_loads > target + 1e-9).sum())
-        return self.compensation[lower] if lower < len(self.compensation) else "none"
+        return self.compensation[lower]
 
     def kl_at(self, target: float) -> float | None:
         """The mean KL verified for a target; none if it was not verified."""

@@ -46,9 +46,7 @@ class LayerRuntime:
         self.captured = self.graphed = False  # a CUDA graph has captured its plans; anything of it
         self._callbacks: list[Callback] = []
         self._output_callbacks: list[OutputCallback] = []
-        self._planned = (
-            threading.local()
-        )  # the step between ``plan`` and ``compensate``, where engines combine
+        self._planned = threading.local()  # a step, from ``plan`` to ``compensate``
         self._logits: Tensor | None = None
         self._continues = False
         self._lock = threading.RLock()
@@ -85,7 +83,7 @@ class LayerRuntime:
         """Drop the planner and the records."""
         self._planner: Planner | None = None
         self.profile_row: int | None = None  # of the runtime's profile, as the planner has it
-        self._tables: CompensationTables | None = None
+        self._tables: dict[torch.device, CompensationTables] = {}
         self.recorder = LayerRecorder(self.topology, self.top_k)
 
     def refetch(self) -> None:
@@ -132,7 +130,7 @@ class LayerRuntime:
         # One thread at a time: what is kept between router and dispatch is of one call.
         with self.runtime.forward_pass(), self._lock:
             self._continues = continues
-            self._planned.event = None
+            self._planned.step = None
             yield from self._entering(count, device, training)
 
     def _entering(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
@@ -210,13 +208,13 @@ class LayerRuntime:
                 sum_over_group=self._sum_over_group,
             )
             self._record(plan, hidden.device)
-        if not (self._callbacks or runtime.callbacks or self._output_callbacks or self._tables):
-            return plan
-        event = PlanEvent(self, hidden, experts, weights, scores, tokens, plan)
-        for callback in (*self._callbacks, *runtime.callbacks):
-            callback(event)
-        if self._output_callbacks or self._tables is not None:
-            self._planned.event = event
+        step = hidden, experts, weights, scores, tokens, plan
+        if self._callbacks or runtime.callbacks:
+            event = PlanEvent(self, *step)
+            for callback in (*self._callbacks, *runtime.callbacks):
+                callback(event)
+        if self._output_callbacks or self._tables:
+            self._planned.step = step
         return plan
 
     def compensate(self, output: Tensor) -> Tensor:
@@ -230,19 +228,18 @@ class LayerRuntime:
         Returns:
             The same shape and dtype; the output itself in a step that was not planned.
         """
-        event: PlanEvent | None = getattr(self._planned, "event", None)
-        if event is None:
+        step = getattr(self._planned, "step", None)
+        if step is None:
             return output
-        self._planned.event = None
-        rows = output.reshape(-1, output.shape[-1])
+        self._planned.step = None
+        rows, (hidden, experts, weights, _, tokens, plan) = output.reshape(-1, output.shape[-1]), step
         for callback in self._output_callbacks:
-            callback(event, rows)
-        if event.plan is None or self._tables is None:
+            callback(PlanEvent(self, *step), rows)
+        tables = self._tables_on(rows.device)
+        if plan is None or tables is None:
             return output
-        if self._tables.basis.device != rows.device:
-            self._tables = self._tables.to(rows.device)
-        dropped = Dropped(event.hidden, event.experts, event.weights, event.plan.experts, event.tokens)
-        return compensate(rows, dropped, self._tables).view(output.shape)
+        dropped = Dropped(hidden, experts, weights, plan.experts, tokens)
+        return compensate(rows, dropped, tables).view(output.shape)
 
     # Records.
 
@@ -291,8 +288,7 @@ class LayerRuntime:
     def prepare(self, device: torch.device) -> None:
         """Allocate what the first forward pass would, before a CUDA graph captures the layer."""
         self.planner.prepare(device)
-        if self._tables is not None:
-            self._tables = self._tables.to(device)
+        self._tables_on(device)
         self.recorder.prepare(device)
         self._prepare_counters(device)
 
@@ -319,7 +315,7 @@ class LayerRuntime:
                 runtime.warn_once("MACS: no profile; no expert has a modality bias")
             if policy.uses_similarity(runtime.config):
                 similarity = router_similarity(self.adapter.router_weight())
-            self._planner = Planner(
+            planner = Planner(
                 self._layer_config(runtime.config),
                 self.topology,
                 self.top_k,
@@ -327,20 +323,26 @@ class LayerRuntime:
                 modality_bias=bias,
                 similarity=similarity,
             )
-            self._set_tables()
+            self._tables = self._tables_of(planner)
+            self._planner = planner
         return self._planner
 
-    def _set_tables(self) -> None:
-        """Put what the settings compensate with on the device of the router, where steps mostly are."""
-        assert self._planner is not None
-        scope, profile = self._planner.config.compensation, self.runtime.profile
-        if SCOPES.get(scope):
-            assert profile is not None and profile.compensation is not None  # ``use`` has refused others
-            weight = self.adapter.router_weight()
-            row = profile.row_of(weight, self.top_k)
-            self._tables = profile.compensation.tables(row, scope, weight).to(weight.device)
-        else:
-            self._tables = None
+    def _tables_of(self, planner: Planner) -> dict[torch.device, CompensationTables]:
+        """What the settings compensate with, on the router's device, where steps mostly are; else nothing."""
+        scope, profile = planner.config.compensation, self.runtime.profile
+        if not SCOPES.get(scope):
+            return {}
+        assert profile is not None and profile.compensation is not None  # ``use`` has refused others
+        weight = self.adapter.router_weight()
+        tables = profile.compensation.tables(profile.row_of(weight, self.top_k), scope, weight)
+        return {weight.device: tables.to(weight.device)}
+
+    def _tables_on(self, device: torch.device) -> CompensationTables | None:
+        """The tables on a device; none where nothing is compensated."""
+        held = self._tables
+        if held and device not in held:
+            held[device] = next(iter(held.values())).to(device)
+        return held.get(device)
 
     def target_under(self, config: MACSConfig) -> float | None:
         """The layer's ``target_load`` under other settings; none where it has no planner yet."""

@@ -11,13 +11,14 @@ Shapes: T tokens, D features, E experts, k assignments of a token, M modalities,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..tokens import Tokens
-from .kernels.dispatch import kernels_enabled
+from .kernels.dispatch import kernels_enabled, on_device
 
 ALIGNED = 4
 """Float32 numbers that rows of a grouped product are multiples of on a CPU."""
@@ -77,10 +78,29 @@ def compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> 
         [T, D] in the output's dtype, added in float32; a token without a dropped assignment keeps its row
         bit for bit.
     """
-    if kernels_enabled(output.device) and not output.requires_grad:  # kernels have no gradient
-        from .kernels import compensation as kernels
+    with torch.no_grad(), on_device(output.device):
+        if kernels_enabled(output.device):
+            from .kernels import compensation as kernels
 
-        return kernels.compensate(output, dropped, tables)
+            result = kernels.compensate(output, dropped, tables)
+        else:
+            result = _compensate(output, dropped, tables)
+    return _WithGradient.apply(output, result) if output.requires_grad else result  # type: ignore[no-untyped-call]
+
+
+class _WithGradient(torch.autograd.Function):
+    """A result with the gradient of what it was added to; estimates have none."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, result: Tensor) -> Tensor:
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+def _compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> Tensor:
     (count, k), (many, num_experts) = dropped.experts.shape, tables.coefficients.shape[:2]
     table = tables.table_of[dropped.tokens.visual.long()]
     lost = (dropped.planned[:, :k] < 0) & (dropped.experts >= 0)
@@ -103,7 +123,9 @@ def by_table(features: Tensor, index: Tensor, coefficients: Tensor) -> Tensor:
     int64 [N] rises. A grouped product where torch has one for these sizes, otherwise one for each table."""
     features = functional.pad(features, (0, coefficients.shape[1] - features.shape[1]))
     counts = index.bincount(minlength=len(coefficients))
-    if hasattr(functional, "grouped_mm") and not coefficients.shape[2] % ALIGNED and len(features):
+    coefficients = coefficients.float()
+    aligned = not coefficients.shape[1] % ALIGNED and not coefficients.shape[2] % ALIGNED
+    if hasattr(functional, "grouped_mm") and features.device.type == "cpu" and aligned and len(features):
         return functional.grouped_mm(features, coefficients, offs=counts.cumsum(0).int())
     parts = zip(features.split(counts.tolist()), coefficients, strict=True)
     return torch.cat([part @ table for part, table in parts])

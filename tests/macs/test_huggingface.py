@@ -1,5 +1,6 @@
 """The adapter over plain Hugging Face blocks: the smallest one, and what the contract is tried with."""
 
+import copy
 import math
 import pickle
 import threading
@@ -70,6 +71,23 @@ def test_estimates_of_what_is_dropped_are_added(name):
     with modality(IDS % 3 > 0):
         profile = profile_of(routers, runtime.layers[0].top_k)
         check_added(runtime, config, profile, lambda: ran(model, block)["made"])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_compensates_by_itself(copied):
+    model = build("qwen3_moe")
+    runtime = Runtime(MACSConfig(**TIGHT, compensation="none"), virtual_ranks=4)
+    attach_plain(model, runtime)
+    profile = profile_of([layer.adapter.router_weight() for layer in runtime.layers], runtime.layers[0].top_k)
+    outputs = []
+    for scope in ("none", "all"):
+        for one in (model, copied(model)):
+            block = moe_blocks(one)[0]
+            block.macs.runtime.use("macs", MACSConfig(**TIGHT, compensation=scope), profile)
+            with modality(IDS % 3 > 0):
+                outputs.append(ran(one, block)["made"])
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[2], outputs[3])
+    assert not torch.equal(outputs[0], outputs[2])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -58,14 +58,20 @@ def fit_compensation(model: Scorer, rank: int) -> Compensation:
         coefficients |= {layer: one.solve() for layer, one in second.items()}
         counts |= {layer: one.count.long().cpu() for layer, one in second.items()}
         del second
-    third = {layer: Explained(*directions[layer], experts[layer], coefficients[layer]) for layer in layers}
-    _sweep(model, "verify", third)
+    explained: dict[LayerRuntime, Tensor] = {}
+    for part in parts(
+        layers, {layer: Explained.nbytes(experts[layer], features[layer], rank) for layer in layers}
+    ):
+        third = {layer: Explained(*directions[layer], experts[layer], coefficients[layer]) for layer in part}
+        _sweep(model, "verify", third)
+        explained |= {layer: one.share() for layer, one in third.items()}
+        del third
     return Compensation(
         mean=torch.stack([directions[layer][0].cpu() for layer in layers]),
         basis=torch.stack([directions[layer][1].cpu() for layer in layers]).to(torch.bfloat16),
         coefficients=torch.stack([coefficients[layer] for layer in layers]),
         tokens=torch.stack([counts[layer] for layer in layers]),
-        explained=torch.stack([third[layer].share() for layer in layers]),
+        explained=torch.stack([explained[layer] for layer in layers]),
     )
 
 

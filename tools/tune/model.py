@@ -62,7 +62,8 @@ class Scorer:
         if layers % self.groups:
             raise ValueError(f"groups: found {groups}, expected a divisor of the model's {layers} layers")
         self.runtime, self.said, self.group = runtime, said, group
-        self.policy, self.config = policy, (config or MACSConfig()).updated(min_tokens=0)
+        self.policy = policy
+        self.config = (config or MACSConfig()).updated(min_tokens=0, compensation="tuned")
         self.ranks = runtime.virtual_ranks if group is None else dist.get_world_size(group)
         self.modality: Profile | None = None  # what is served with a tuning has it, too
         self.passes = 0

@@ -157,6 +157,7 @@ def tune(
             if not console.is_terminal and number % max(1, most // 10) == 0:  # a file shows no bar
                 console.print(f"{number} of at most {most} measurements")
 
+        about = about if rank is None else f"{about}, rank {rank}"
         cache = MeasurementCache(model, out.with_suffix(".measured.jsonl"), about, tell)
 
         @functools.cache

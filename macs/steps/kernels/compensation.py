@@ -27,25 +27,28 @@ TOKENS = 16
 FEATURES = 128
 """Features of the hidden states that a program looks at together."""
 
+TILE = 8192
+"""Numbers of a basis that it does at most."""
+
 
 def compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> Tensor:
     """Three launches."""
     count, features = output.shape
     many, experts, width, _ = tables.coefficients.shape
     k, planned = dropped.experts.shape[1], dropped.planned.shape[1]
-    result = torch.empty_like(output)
+    result = torch.empty_like(output, memory_format=torch.contiguous_format)
     if not count:
         return result
     dtype = tables.coefficients.dtype
     columns = torch.empty(count, many * experts * width, dtype=dtype, device=output.device)
     lost = torch.empty(count, dtype=torch.bool, device=output.device)
-    grid = (triton.cdiv(count, TOKENS),)
+    grid, rank = (triton.cdiv(count, TOKENS),), max(16, power_of_2(width - 1))
     tensors = dropped.hidden, dropped.experts, dropped.weights, dropped.planned
     _columns[grid](
         *(one.contiguous() for one in tensors), dropped.tokens.modality, dropped.tokens.valid,
         tables.table_of, tables.basis, tables.offset, columns, lost,
         count, features, k, planned, experts, tables.basis.shape[2], width,
-        TABLES=many, TOKENS=TOKENS, FEATURES=FEATURES, K=power_of_2(k), RANK=max(16, power_of_2(width - 1)),
+        TABLES=many, TOKENS=TOKENS, FEATURES=max(16, min(FEATURES, TILE // rank)), K=power_of_2(k), RANK=rank,
         TEXT=TEXT,
     )  # fmt: skip
     estimate = columns @ tables.coefficients.view(-1, features)

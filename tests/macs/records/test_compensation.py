@@ -69,6 +69,26 @@ def test_what_cannot_be_explained_is_not():
     assert empty.share().tolist() == [0, 0]
 
 
+def test_tokens_that_hardly_differ_do_not_magnify_what_does():
+    """As one prompt's text before every picture: other text must not be estimated at many times its size."""
+    moments = Moments(FEATURES, torch.device("cpu"))
+    for event, output in steps(4):
+        text = ~event.tokens.visual
+        event.hidden[text] = 1 + 1e-4 * event.hidden[text]
+        moments.add(event, output)
+    _, basis = moments.principal(RANK)
+    assert (basis[0] == 0).all() and (basis[1].norm(dim=0) > 0.99).all()
+    assert moments.principal(0)[1].shape == (2, FEATURES, 0)
+
+
+def test_features_that_are_not_finite_are_left_out():
+    moments = Moments(FEATURES, torch.device("cpu"))
+    for event, output in steps(1):
+        event.hidden[:5] = float("nan")
+        moments.add(event, output)
+    assert int(moments.count.sum()) == 295 and moments.principal(RANK)[0].isfinite().all()
+
+
 def test_the_same_requests_give_the_same_fit():
     assert torch.equal(fitted()[1], fitted()[1])
 

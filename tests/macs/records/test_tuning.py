@@ -95,12 +95,21 @@ def test_a_target_brings_its_compensation():
         runtime = Runtime(MACSConfig(min_tokens=0, **settings), profile=of, policy=policy)
         layer = runtime.add_layer(AnyAdapter(lambda: ROUTERS[1], Topology(8, 4), 2))
         planned(layer)
-        return None if layer._tables is None else layer._tables.table_of.tolist()
+        return next((one.table_of.tolist() for one in layer._tables.values()), None)
 
     assert tables(target_load=1.0, split="tuned") is None and tables(target_load=0.6) is None
     assert tables(target_load=0.6, split="tuned") == tables(max_kl=0.05) == [-1, 0]
     assert tables(target_load=0.8, split="tuned") == [-1, 0]
     assert tables(target_load=0.5, split="tuned") is None  # beyond what was verified
+    both = replace(of, tuning=tuning(compensation=["visual", "visual"]))
+    above = MACSConfig(target_load=1.02, split="tuned", min_tokens=0)
+    runtime = Runtime(above, profile=both)
+    layer = runtime.add_layer(AnyAdapter(lambda: ROUTERS[1], Topology(8, 4), 2))
+    planned(layer)
+    assert not layer._tables
+    runtime.use("macs", above.updated(target_load=1.0), both)
+    planned(layer)
+    assert layer._tables
     assert tables(target_load=1.0, compensation="all") == [0, 1]
     assert tables(target_load=0.6, split="tuned", compensation="none") is None
     assert tables(target_load=0.6, compensation="all", policy="paper") is None
@@ -129,7 +138,7 @@ def test_a_target_with_other_compensation_is_more_than_a_target():
     layer.captured = False
     runtime.use("macs", other, of)
     planned(layer)
-    assert layer._tables is not None
+    assert layer._tables
 
 
 def test_another_number_of_ranks_is_said(caplog):

@@ -1,5 +1,7 @@
 """Estimates of dropped experts: against a loop over assignments, in Triton's interpreter, and in launches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.kernels import DEVICE, both, generator, kernel_test
@@ -91,9 +93,14 @@ def test_the_kernel_is_its_reference(count, rank, tables, added, dtype):
 
 
 @kernel_test
-def test_an_output_with_a_gradient_keeps_it():
+@pytest.mark.parametrize("choice", ["triton", "torch"])
+def test_an_output_with_a_gradient_keeps_it(choice):
+    """Also by torch with tables as they are on a GPU, and where these were made in inference mode."""
     output, dropped, tables = case_of(20, 3, 1)
-    with kernels("triton"):
+    with torch.inference_mode():
+        coefficients = tables.coefficients if choice == "triton" else tables.coefficients.bfloat16()
+        tables = replace(tables, coefficients=coefficients.clone())
+    with kernels(choice):
         compensate(output.requires_grad_(), dropped, tables).sum().backward()
     assert torch.equal(output.grad, torch.ones_like(output))
 
