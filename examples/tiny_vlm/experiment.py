@@ -34,7 +34,7 @@ PAPER = "paper", MACSConfig(target_load=TARGET_LOAD)
 
 COLUMNS: Shown = {"paper": PAPER, "default": ("macs", MACSConfig())}
 
-MAX_KL = 0.002
+MAX_KL = 0.001
 """Nats that the tuned column may cost in the answers, by what its tuning verified."""
 
 
