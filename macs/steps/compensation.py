@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..tokens import Tokens
+from ..tokens import TEXT, Tokens
 from .kernels.dispatch import kernels_enabled, on_device
 
 ALIGNED = 4
@@ -28,8 +28,8 @@ ALIGNED = 4
 class CompensationTables:
     """The estimates of one layer, for the modalities that are compensated.
 
-    basis [M, D, r]; offset float32 [M, r]: -mean A; coefficients [M, E, q, D], q = 1 + r or, with rows of
-    zeros, more. float32 on a CPU, otherwise bfloat16. table_of int64 [2]: which table text (0) and visual
+    basis [M, D, r]; offset float32 [M, r]: -mean A; coefficients [M, E, 1 + r, D]. float32 on a CPU, where
+    directions of zeros may follow, otherwise bfloat16. table_of int64 [2]: which table text (0) and visual
     tokens (1) have; -1: none.
     """
 
@@ -43,8 +43,8 @@ class CompensationTables:
         wide = torch.float32 if device.type == "cpu" else torch.bfloat16
         padding = -self.coefficients.shape[2] % ALIGNED if device.type == "cpu" else 0
         return CompensationTables(
-            self.basis.to(device, wide).contiguous(),
-            self.offset.to(device, torch.float32).contiguous(),
+            functional.pad(self.basis.to(device, wide), (0, padding)).contiguous(),
+            functional.pad(self.offset.to(device, torch.float32), (0, padding)).contiguous(),
             functional.pad(self.coefficients.to(device, wide), (0, 0, 0, padding)).contiguous(),
             self.table_of.to(device),
         )
@@ -102,7 +102,7 @@ class _WithGradient(torch.autograd.Function):
 
 def _compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> Tensor:
     (count, k), (many, num_experts) = dropped.experts.shape, tables.coefficients.shape[:2]
-    table = tables.table_of[dropped.tokens.visual.long()]
+    table = torch.where(dropped.tokens.modality == TEXT, *tables.table_of)
     lost = (dropped.planned[:, :k] < 0) & (dropped.experts >= 0)
     if many == 1:
         lost &= (table >= 0)[:, None]
@@ -119,14 +119,16 @@ def _compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) ->
 
 
 def by_table(features: Tensor, index: Tensor, coefficients: Tensor) -> Tensor:
-    """Products of rows float32 [N, q] with the table of each, of coefficients [M E, q', D], q' >= q; index
-    int64 [N] rises. A grouped product where torch has one for these sizes, otherwise one for each table."""
-    features = functional.pad(features, (0, coefficients.shape[1] - features.shape[1]))
-    counts = index.bincount(minlength=len(coefficients))
+    """Products of rows float32 [N, q] with the table of each, of coefficients [M E, q, D]; index int64 [N]
+    rises. A grouped product where torch has one for these sizes, otherwise one for each table."""
     coefficients = coefficients.float()
     aligned = not coefficients.shape[1] % ALIGNED and not coefficients.shape[2] % ALIGNED
     if hasattr(functional, "grouped_mm") and features.device.type == "cpu" and aligned and len(features):
-        return functional.grouped_mm(features, coefficients, offs=counts.cumsum(0).int())
+        last = torch.arange(1, len(coefficients) + 1)
+        return functional.grouped_mm(
+            features, coefficients, offs=torch.searchsorted(index, last, out_int32=True)
+        )
+    counts = index.bincount(minlength=len(coefficients))
     parts = zip(features.split(counts.tolist()), coefficients, strict=True)
     return torch.cat([part @ table for part, table in parts])
 

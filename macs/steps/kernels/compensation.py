@@ -1,12 +1,12 @@
 """The kernels of compensation; reference: ``macs.steps.compensation``, equal but for rounding.
 
 Three launches: weighted features of every expert, their product with the coefficients (cuBLAS), and the sum.
-With E experts and M tables of q = 1 + r rows they write and read 2 T M E q + 8 T D bytes in bfloat16.
+With E experts and M tables of rank r they write and read 2 T M E (1 + r) + 8 T D bytes in bfloat16.
 
     hidden float [T, D]     experts int64 [T, k]      weights float [T, k]     planned int64 [T, k']
     modality int8 [T]       valid bool [T]            table_of int64 [2]
     basis bfloat16 [M, D, r]                          offset float32 [M, r]
-    columns bfloat16 [T, M, E, q], lost bool [T]  written by the first
+    columns bfloat16 [T, M, E, 1 + r], lost bool [T]  written by the first
     output, result float [T, D]                       estimate bfloat16 [T, D]
 """
 
@@ -47,7 +47,7 @@ def compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> 
     _columns[grid](
         *(one.contiguous() for one in tensors), dropped.tokens.modality, dropped.tokens.valid,
         tables.table_of, tables.basis, tables.offset, columns, lost,
-        count, features, k, planned, experts, tables.basis.shape[2], width,
+        count, features, k, planned, experts, width - 1,
         TABLES=many, TOKENS=TOKENS, FEATURES=max(16, min(FEATURES, TILE // rank)), K=power_of_2(k), RANK=rank,
         TEXT=TEXT,
     )  # fmt: skip
@@ -59,7 +59,7 @@ def compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> 
 @triton.jit(do_not_specialize=["count"])
 def _columns(
     hidden, experts, weights, planned, modality, valid, table_of, basis, offset, columns, lost,
-    count, features, k, slots, num_experts, rank, width,
+    count, features, k, slots, num_experts, rank,
     TABLES: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
     TEXT: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def _columns(
     table = tl.load(table_of + visual.to(tl.int64))
     touched = (tl.sum(gone.to(tl.int32), 1) > 0) & (table >= 0)
     tl.store(lost + token, touched, mask=here)
-    weight = tl.where(gone & touched[:, None], weight, 0.0)
+    weight, width = tl.where(gone & touched[:, None], weight, 0.0), rank + 1
     for one in tl.static_range(TABLES):
         mine = touched & (table == one)
         start = tl.load(offset + one * rank + dim, mask=dim < rank, other=0.0)
@@ -102,7 +102,7 @@ def _columns(
             tl.store(
                 row[:, None] + 1 + dim[None, :],
                 value.to(kind),
-                mask=here[:, None] & (dim < width - 1)[None, :],
+                mask=here[:, None] & (dim < rank)[None, :],
             )
 
 

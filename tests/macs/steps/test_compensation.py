@@ -49,7 +49,7 @@ def by_loop(output, dropped, tables):
             features = torch.cat(
                 [x.new_ones(1), tables.offset[table].double() + x @ tables.basis[table].double()]
             )
-            estimate = features @ tables.coefficients[table, expert, : len(features)].double()
+            estimate = features @ tables.coefficients[table, expert].double()
             result[token] += dropped.weights[token, slot].double() * estimate
     return result
 
@@ -105,8 +105,9 @@ def test_an_output_with_a_gradient_keeps_it(choice):
     assert torch.equal(output.grad, torch.ones_like(output))
 
 
-def test_a_cpu_makes_few_calls():
-    output, dropped, tables = case_of(50, 3, 2)
+@pytest.mark.parametrize("many", [1, 2])
+def test_a_cpu_makes_few_calls(many):
+    output, dropped, tables = case_of(50, 3, many)
     calls = []
 
     class Count(TorchDispatchMode):
@@ -116,5 +117,5 @@ def test_a_cpu_makes_few_calls():
 
     with Count():
         compensate(output, dropped, tables)
-    computing = [one for one in calls if not one.is_view]
-    assert len(computing) <= 30, len(computing)
+    computing = [one for one in calls if not one.is_view and "promote_types" not in str(one)]
+    assert len(computing) <= 25, computing
