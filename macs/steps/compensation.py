@@ -102,7 +102,8 @@ class _WithGradient(torch.autograd.Function):
 
 def _compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) -> Tensor:
     (count, k), (many, num_experts) = dropped.experts.shape, tables.coefficients.shape[:2]
-    table = torch.where(dropped.tokens.modality == TEXT, *tables.table_of)
+    of_text, of_visual = tables.table_of
+    table = torch.where(dropped.tokens.modality == TEXT, of_text, of_visual)
     lost = (dropped.planned[:, :k] < 0) & (dropped.experts >= 0)
     if many == 1:
         lost &= (table >= 0)[:, None]
@@ -125,9 +126,8 @@ def by_table(features: Tensor, index: Tensor, coefficients: Tensor) -> Tensor:
     aligned = not coefficients.shape[1] % ALIGNED and not coefficients.shape[2] % ALIGNED
     if hasattr(functional, "grouped_mm") and features.device.type == "cpu" and aligned and len(features):
         last = torch.arange(1, len(coefficients) + 1)
-        return functional.grouped_mm(
-            features, coefficients, offs=torch.searchsorted(index, last, out_int32=True)
-        )
+        ends = torch.searchsorted(index, last, out_int32=True)
+        return functional.grouped_mm(features, coefficients, offs=ends)
     counts = index.bincount(minlength=len(coefficients))
     parts = zip(features.split(counts.tolist()), coefficients, strict=True)
     return torch.cat([part @ table for part, table in parts])
