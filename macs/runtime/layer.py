@@ -330,11 +330,12 @@ class LayerRuntime:
     def _tables_of(self, planner: Planner) -> dict[torch.device, CompensationTables]:
         """What the settings compensate with, on the router's device, where steps mostly are; else nothing."""
         scope, profile = planner.config.compensation, self.runtime.profile
-        if not SCOPES.get(scope):
+        if not SCOPES.get(scope) or not planner.policy.plans:
             return {}
-        assert profile is not None and profile.compensation is not None  # ``use`` has refused others
+        # ``use`` has refused others.
+        assert profile is not None and profile.compensation is not None and self.profile_row is not None
         weight = self.adapter.router_weight()
-        tables = profile.compensation.tables(profile.row_of(weight, self.top_k), scope, weight)
+        tables = profile.compensation.tables(self.profile_row, scope, weight)
         return {weight.device: tables.to(weight.device)}
 
     def _tables_on(self, device: torch.device) -> CompensationTables | None:
