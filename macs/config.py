@@ -106,8 +106,8 @@ class MACSConfig:
     )
     compensation: str = _setting(
         "tuned",
-        "what a dropped assignment leaves behind: none: nothing; visual, all: the profile's estimate of its "
-        "expert's output, for visual tokens or for all; tuned: as the profile's tuning verified it where "
+        "what replaces a dropped assignment's expert output: none: nothing; visual, all: the profile's "
+        "estimate of it, for visual tokens or for all; tuned: as the profile's tuning verified it where "
         "split = tuned, otherwise none",
         choices=("none", "visual", "all", "tuned"),
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, bfloat16, float32, float64, int64
 
 from ..checks import expect
-from ..steps.compensation import CompensationTables, features_of, spread
+from ..steps.compensation import CompensationTables, features_of
 
 TENSORS = ("mean", "basis", "coefficients", "tokens", "explained")
 
@@ -142,24 +142,33 @@ class Moments:
         return mean.float(), (directions * largest.sign()).float()
 
 
+def spread(features: Tensor, experts: Tensor, weights: Tensor, num_experts: int) -> Tensor:
+    """w_te phi(x_t) in the columns of every expert e of a token: features [T, q], experts int64 [T, k],
+    weights [T, k] -> [T, E q]."""
+    count, width = features.shape
+    columns = features.new_zeros(count, num_experts, width)
+    index = experts[:, :, None].expand(-1, -1, width)
+    columns.scatter_add_(1, index, weights[:, :, None] * features[:, None])
+    return columns.flatten(1)
+
+
 class WeightedFeatures:
     """The columns of the regression, of one layer: w_te phi(x_t) of each of a token's experts, as served."""
 
     def __init__(self, mean: Tensor, basis: Tensor, num_experts: int) -> None:
-        features, rank = basis.shape[1:]
-        basis = basis.to(bfloat16).float()  # as it is kept
-        offset = -(mean[:, None] @ basis)[:, 0]
-        none = torch.empty(2, 0, 1 + rank, features)
-        self.tables = CompensationTables(basis, offset, none, torch.tensor([0, 1]))
+        self.basis = basis.to(bfloat16).float()  # as it is kept
+        self.offset = -(mean[:, None] @ self.basis)[:, 0]
         self.num_experts = num_experts
-        self.size = num_experts * (1 + rank)
+        self.size = num_experts * (1 + basis.shape[2])
 
     def parts(self, event: Any, output: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Of a step and its routed output [T, D], by modality and part: the modality, columns float32
         [rows, E (1 + r)], outputs float32 [rows, D]."""
         for modality, chosen in enumerate(members_of(event)):
             for rows in chosen.nonzero()[:, 0].split(ROWS):
-                features = features_of(event.hidden[rows].float().expand(2, -1, -1), self.tables)[modality]
+                own = slice(modality, modality + 1)
+                hidden = event.hidden[rows].float()[None]
+                (features,) = features_of(hidden, self.basis[own], self.offset[own])
                 experts = event.experts[rows]
                 weights = event.weights[rows].float() * (experts >= 0)
                 columns = spread(features, experts.clamp(min=0), weights, self.num_experts)

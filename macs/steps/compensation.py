@@ -1,4 +1,4 @@
-"""What a dropped assignment leaves behind: an estimate of its expert's output (ours).
+"""Compensation: an estimate in the place of a dropped assignment's expert output (ours).
 
     output_t += sum over dropped e of w_te phi(x_t) B_ec        phi(x) = [1, (x - mean_c) A_c]
 
@@ -112,7 +112,8 @@ def _compensate(output: Tensor, dropped: Dropped, tables: CompensationTables) ->
     index, order = index.sort(stable=True)
     at = at[order]
     token = at // k
-    features = features_of(dropped.hidden.float().expand(many, count, -1), tables)[table[token], token]
+    hidden = dropped.hidden.float().expand(many, count, -1)
+    features = features_of(hidden, tables.basis, tables.offset)[table[token], token]
     weighted = features * dropped.weights.flatten()[at].float()[:, None]
     products = by_table(weighted, index, tables.coefficients.flatten(0, 1))
     wide = torch.promote_types(output.dtype, torch.float32)
@@ -133,17 +134,6 @@ def by_table(features: Tensor, index: Tensor, coefficients: Tensor) -> Tensor:
     return torch.cat([part @ table for part, table in parts])
 
 
-def features_of(hidden: Tensor, tables: CompensationTables) -> Tensor:
-    """phi(x), float32 [M, T, 1 + r], of hidden float32 [M, T, D] by every table."""
-    projected = torch.baddbmm(tables.offset[:, None], hidden, tables.basis.float())
-    return functional.pad(projected, (1, 0), value=1.0)
-
-
-def spread(features: Tensor, experts: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """w_te phi(x_t) in the columns of every expert e of a token: features [T, q], experts int64 [T, k],
-    weights [T, k] -> [T, E q]."""
-    count, width = features.shape
-    columns = features.new_zeros(count, num_experts, width)
-    index = experts[:, :, None].expand(-1, -1, width)
-    columns.scatter_add_(1, index, weights[:, :, None] * features[:, None])
-    return columns.flatten(1)
+def features_of(hidden: Tensor, basis: Tensor, offset: Tensor) -> Tensor:
+    """phi(x), float32 [M, T, 1 + r], of hidden float32 [M, T, D] by basis [M, D, r] and offset [M, r]."""
+    return functional.pad(torch.baddbmm(offset[:, None], hidden, basis.float()), (1, 0), value=1.0)

@@ -122,16 +122,8 @@ def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
         "nothing was better"
     )
     table = Table(caption=caption, caption_justify="left")
-    for name in (
-        "target",
-        "load",
-        "one bound",
-        "tuned",
-        "compensation",
-        "ratio, 95 %",
-        "same answer",
-        "bounds by layer",
-    ):
+    kl = "one bound", "tuned", "compensation", "ratio, 95 %"
+    for name in ("target", "load", *kl, "same answer", "bounds by layer"):
         table.add_column(name, justify="right")
     for one in found:
         plain, used = one["plain"], one["used"]

@@ -72,8 +72,9 @@ def split_for(
     """The best bounds and compensation for a target, and what they do on the half that verifies.
 
     Candidates are one bound for all layers and their split, without compensation and with the one that is
-    best under one bound, by their KL on the half that tunes. Used is the first that the half that verifies
-    confirms to be better than one bound without compensation, beyond the 95 % interval; otherwise that.
+    best under one bound, in the order of their KL on the half that tunes. Used is the first that the half
+    that verifies confirms to be better than one bound without compensation, beyond the 95 % interval; that
+    itself where it comes first, or none is confirmed.
     curves: the layers' ``singles`` under a compensation.
     """
     even = [target] * cache.model.groups
@@ -91,6 +92,8 @@ def split_for(
     candidates.sort(key=lambda one: one[0])
     used, bounds, mode, ratio = plain, even, "none", (1.0, 1.0, 1.0)
     for _, other, compensation in candidates:
+        if (other, compensation) == (even, "none"):
+            break
         found = cache.measure("verify", other, compensation)
         against = bootstrap_ratio(found.kl, plain.kl)
         if against[2] < 1 and float(found.loads.mean()) <= float(plain.loads.mean()) + 0.01:
@@ -139,7 +142,9 @@ def tune(
         model.modality = replace(model.modality, compensation=fit_compensation(model, rank))
     compensations = ("none",) if rank is None else ("none", "visual", "all")
     natural = model.natural()
-    most = len(compensations) * len(natural) * len(GRID) + len(targets) * (tries + 4 * len(compensations))
+    # Of a target without compensation and with the best one.
+    each = min(2, len(compensations)) * (tries + 3) + len(compensations)
+    most = len(compensations) * len(natural) * len(GRID) + len(targets) * each
     passes = len(model.halves["tune"])
     console.print(
         f"{len(natural)} {'layers' if model.share == 1 else 'groups of layers'}; "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...tokens import TEXT
 from ..compensation import CompensationTables, Dropped
-from .shared import power_of_2, visual_of
+from .shared import assignments, power_of_2, visual_of
 
 TOKENS = 16
 """Tokens of a program that makes features, and of one that adds."""
@@ -63,14 +63,13 @@ def _columns(
     TABLES: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
     TEXT: tl.constexpr,
 ):  # fmt: skip
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    here = token < count
-    slot, dim = tl.arange(0, K), tl.arange(0, RANK)
-    inside = here[:, None] & (slot < k)[None, :]
-    expert = tl.load(experts + token[:, None] * k + slot[None, :], mask=inside, other=-1)
-    target = tl.load(planned + token[:, None] * slots + slot[None, :], mask=inside, other=0)
+    token, at, inside = assignments(count, k, TOKENS, K)
+    here, dim = token < count, tl.arange(0, RANK)
+    expert = tl.load(experts + at, mask=inside, other=-1)
+    planned_at = token[:, None] * slots + tl.arange(0, K)[None, :]
+    target = tl.load(planned + planned_at, mask=inside, other=0)
     gone = (target < 0) & (expert >= 0)
-    weight = tl.load(weights + token[:, None] * k + slot[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
     _, visual = visual_of(modality, valid, token, here, TEXT)
     table = tl.load(table_of + visual.to(tl.int64))
     touched = (tl.sum(gone.to(tl.int32), 1) > 0) & (table >= 0)
