@@ -26,6 +26,7 @@ COMMANDS = {
     "report": Command(
         "report.run", "recorded traffic, and what policies and balancers would win on it, at any EP size"
     ),
+    "when": Command("when", "time of a prefill by model, GPU and load: MACS beside EPLB and pruning"),
     "evaluate": Command(
         "evaluate", "what policies and loads cost in answers, on a model and requests of yours"
     ),

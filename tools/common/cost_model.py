@@ -1,8 +1,8 @@
 """What an expert-parallel MoE layer takes, from the rows that every source sends to every expert.
 
 A layer has four parts, each as slow as its slowest rank: what a source does with its own tokens (router,
-planner, permutation), the exchange there, the experts, the exchange back. The figures of a machine come
-from measurement (``macs bench layer``), or are stated, and said to be.
+planner, permutation), the exchange there, the experts, the exchange back. The figures of a machine are
+measured here (``macs bench layer``), or fitted to published measurements (``macs_tools.hardware``).
 
 Shapes: R ranks, as sources and as destinations; E experts, G = E / R a rank, neighbours.
 """
@@ -15,18 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .launches import AROUND, PLANS
 from .workloads import VANILLA, Shape
-
-CASE_OF = {
-    "token drop": "token-drop",
-    "expanded drop": "expanded-drop",
-    "rank-balanced": "rank-balanced",
-    "paper": "paper at 1.05",
-    "macs safe": "safe",
-    "*": "defaults",
-}
-"""The counted plan of every contender."""
 
 
 def at_home(experts: int, ranks: int) -> np.ndarray:
@@ -57,11 +46,16 @@ class CostModel:
                      a memory or a clock, as processes on one CPU do
     fixed_ms         what a layer takes however few its tokens
     row_ms           handling of a row, on its source and on its destination together
+    seen_ms          of an assignment of a token that a rank received, whether its expert is there or not
+    once             whether a token is sent once to every rank that has experts of it, and between nodes once
+                     to every node (DeepEP), or once for each of its assignments
+    top_k            experts of a token, needed if so
     latency_ms       of an exchange
     inside_gbs       10^9 bytes a second that a rank sends, or receives, within its node; beyond it
     beyond_gbs
     node             ranks of a node
     row_bytes        of one token's features as they are sent
+    weight_bytes     of an element of the experts' weights (default: as the features)
     hidden, ffn      the layer's
     tokens           of a source, for which planner_ms is
     planner_ms       by policy ("*": any other), with what surrounds the plan in the engine; as many times as
@@ -82,7 +76,11 @@ class CostModel:
     hidden: int
     ffn: int
     tokens: int
+    weight_bytes: float | None = None
     alone: float = 1.0
+    seen_ms: float = 0.0
+    once: bool = False
+    top_k: int = 1
     planner_ms: dict[str, float] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
     launch_ms: float = 0.0
@@ -90,8 +88,9 @@ class CostModel:
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert's weights, which are as precise as the features."""
-        return 3 * self.ffn * self.row_bytes
+        """Of one expert's weights."""
+        element = self.row_bytes / self.hidden if self.weight_bytes is None else self.weight_bytes
+        return round(3 * self.hidden * self.ffn * element)
 
     def planning_ms(self, title: str, tokens: int) -> float:
         """Of a policy: what grows with the tokens of a source, and its launches; nothing for vanilla."""
@@ -115,29 +114,42 @@ class CostModel:
         beyond = np.maximum(rows - self.rows[-1], 0) * slope
         return np.where(rows > 0, np.interp(rows, self.rows, self.ms) + beyond, 0.0)
 
-    def experts_ms(self, rows: np.ndarray) -> float:
-        """Of the slowest rank, all having begun together: rows [R, experts]."""
-        each = self.expert_ms(rows).sum(1)
+    def experts_ms(self, rows: np.ndarray, received: np.ndarray | float = 0.0) -> float:
+        """Of the slowest rank, all having begun together: rows [R, experts], received [R] token copies."""
+        each = self.expert_ms(rows).sum(1) + self.seen_ms * self.top_k * received
         slowest = each.max()
         others = (each.sum() - slowest) / (len(each) - 1) if len(each) > 1 else slowest
         return float(self.alone * slowest + (1 - self.alone) * others)
 
-    def exchange_ms(self, sent: np.ndarray) -> float:
-        """One exchange: sent [R, R] rows from source to destination."""
-        ranks = len(sent)
+    def copies(self, assigned: np.ndarray, tokens: int) -> np.ndarray:
+        """Of each source's tokens those that a place gets, for so many assignments there, any shape: all of
+        them, or, sent ``once``, as many as have one if each of a token's k is there by the same chance."""
+        if not self.once:
+            return assigned
+        chance = np.clip(assigned / (tokens * self.top_k), 0, 1)
+        return np.asarray(tokens * (1 - (1 - chance) ** self.top_k))
+
+    def exchange_ms(self, assigned: np.ndarray, tokens: int | None = None) -> float:
+        """One exchange: assigned [R, R] from source to destination, of so many tokens a source."""
+        ranks = len(assigned)
         if ranks == 1:
             return 0.0
-        place = np.arange(ranks) // self.node
-        near = (place[:, None] == place) & ~np.eye(ranks, dtype=bool)
-        far = place[:, None] != place
-
-        def busiest(who: np.ndarray) -> float:
-            there = np.where(who, sent, 0)
-            return max(there.sum(0).max(), there.sum(1).max()) * self.row_bytes
-
+        tokens = self.tokens if tokens is None else tokens
+        place, own = np.arange(ranks) // self.node, np.eye(ranks, dtype=bool)
+        far, sent = place[:, None] != place, self.copies(assigned, tokens)
+        if self.once:
+            # A node's copy comes to one of its ranks, all alike, which hands it to the others.
+            nodes = place[:: self.node]
+            by_node = np.stack([assigned[:, place == node].sum(1) for node in nodes], 1)
+            between = np.where(place[:, None] == nodes, 0, self.copies(by_node, tokens))
+            within, arriving = np.where(own, 0, sent), between.sum(0).max() / min(self.node, ranks)
+        else:
+            within, between = np.where(far | own, 0, sent), np.where(far, sent, 0)
+            arriving = between.sum(0).max()
+        inside = max(within.sum(0).max(), within.sum(1).max()) / self.inside_gbs
+        beyond = max(arriving, between.sum(1).max()) / self.beyond_gbs
         # Both networks work at once.
-        slowest = max(busiest(near) / self.inside_gbs, busiest(far) / self.beyond_gbs)
-        return self.latency_ms + slowest / 1e6
+        return self.latency_ms + max(inside, beyond) * self.row_bytes / 1e6
 
     def layer(
         self,
@@ -145,23 +157,25 @@ class CostModel:
         planning: float = 0.0,
         share: np.ndarray | None = None,
         moving: float = 0.0,
+        tokens: int | None = None,
     ) -> Breakdown:
         """Of a layer whose sources send so many rows: requested [R, E].
 
         planning, moving: ms for the plan, and for weights that are sent. share [E, R]: what part of an
-        expert's rows every rank computes, if not all at home.
+        expert's rows every rank computes, if not all at home. tokens: of a source, if not ``self.tokens``.
         """
         ranks, experts = requested.shape
+        tokens = self.tokens if tokens is None else tokens
         share = at_home(experts, ranks) if share is None else share
-        sent = requested @ share
+        assigned = requested @ share
         # Of every rank the experts it has a part of.
         rows = (requested.sum(0)[:, None] * share).T
-        handled = (sent.sum(1).max() + sent.sum(0).max()) / 2
+        handled = (assigned.sum(1).max() + assigned.sum(0).max()) / 2
         return Breakdown(
             source=self.fixed_ms + self.row_ms * handled,
             planner=planning,
-            exchange=self.exchange_ms(sent) + self.exchange_ms(sent.T) + moving,
-            experts=self.experts_ms(rows),
+            exchange=2 * self.exchange_ms(assigned, tokens) + moving,
+            experts=self.experts_ms(rows, self.copies(assigned, tokens).sum(0)),
         )
 
     def save(self, path: Path) -> None:
@@ -184,39 +198,8 @@ class CostModel:
             )
 
 
-EAGER_MS, CAPTURED_MS = 4e-3, 1.5e-3
-"""Stated of a launch that PyTorch and Triton make, and of one that a CUDA graph replays."""
-
-
-def stated_h100(shape: Shape) -> CostModel:
-    """An H100 as its makers and DeepEP's authors describe it, not measured here: bfloat16 grouped GEMM at
-    half of 990 TFLOP/s, or at the 3.35 TB/s at which an expert's weights come from memory; exchanges at
-    the 153 GB/s within a node and the 43 GB/s beyond that DeepEP reports of its first version on an H800;
-    permutation at memory speed; a plan by its launches, as ``macs bench launches`` counts them, of 4 us each
-    (captured 1.5 us, ``captured``), and by its bytes at memory speed: features read three times, and 400
-    more a token."""
-    memory, flops = 3.35e12, 0.5 * 990e12
-    expert_bytes = 3 * shape.hidden * shape.ffn * 2
-    least, a_row = expert_bytes / memory * 1e3, 6 * shape.hidden * shape.ffn / flops * 1e3
-    turn = least / a_row
-    return CostModel(
-        rows=[0.0, turn, 100 * turn],
-        ms=[least, least, 100 * least],
-        fixed_ms=0.1,
-        row_ms=8 * shape.hidden * 2 / memory * 1e3,
-        latency_ms=0.03,
-        inside_gbs=153.0,
-        beyond_gbs=43.0,
-        node=8,
-        row_bytes=2 * shape.hidden,
-        hidden=shape.hidden,
-        ffn=shape.ffn,
-        tokens=shape.tokens,
-        planner_ms={"*": shape.tokens * (6 * shape.hidden + 400) / memory * 1e3},
-        launches={title: PLANS[case] + AROUND for title, case in CASE_OF.items()},
-        launch_ms=EAGER_MS,
-        origin="stated, not measured: H100 data sheet, DeepEP's published bandwidths",
-    )
+CAPTURED_MS = 1.5e-3
+"""Guessed of a launch that a CUDA graph replays."""
 
 
 def captured(model: CostModel) -> CostModel:
@@ -231,20 +214,22 @@ def on_network(model: CostModel, inside: float | None, beyond: float | None, nod
     return replace(model, **{name: value for name, value in given.items() if value is not None})
 
 
-def break_even(shape: Shape, ranks: int, load: float, replayed: bool = False) -> int | None:
-    """From how many tokens a rank on, in steps of 32, a plan that holds the load to 1.05 takes less
-    time than it saves on ``stated_h100``, where that rank would have ``load`` times the mean; none if
-    not up to 16384."""
+def at_load(shape: Shape, ranks: int, load: float, tokens: int) -> np.ndarray:
+    """Rows [R, E] of sources with so many tokens, of which the first rank gets ``load`` times the mean and
+    the others the rest; even within a rank."""
+    others = (ranks - load) / (ranks - 1) if ranks > 1 else 1.0
+    of_rank = np.array([load] + [others] * (ranks - 1)) * tokens * shape.top_k
+    requested = np.repeat(of_rank / ranks / (shape.experts // ranks), shape.experts // ranks)
+    return np.tile(requested, (ranks, 1))
+
+
+def break_even(model: CostModel, shape: Shape, ranks: int, load: float, balanced: float = 1.05) -> int | None:
+    """From how many tokens a rank on, in steps of 32, a plan that holds the load to ``balanced`` takes less
+    time than it saves, where a rank would have ``load`` times the mean; none if not up to 16384."""
     for tokens in range(32, 16384 + 1, 32):
-        model = stated_h100(replace(shape, tokens=tokens))
-        model = captured(model) if replayed else model
-
-        def layer_ms(busiest: float, tokens: int = tokens, model: CostModel = model) -> float:
-            others = (ranks - busiest) / (ranks - 1)
-            of_rank = np.array([busiest] + [others] * (ranks - 1)) * tokens * shape.top_k
-            requested = np.repeat(of_rank / ranks / (shape.experts // ranks), shape.experts // ranks)
-            return model.layer(np.tile(requested, (ranks, 1))).total
-
-        if layer_ms(load) - layer_ms(1.05) > model.planning_ms("macs", tokens) + model.sharing_ms:
+        before, after = (
+            model.layer(at_load(shape, ranks, one, tokens), tokens=tokens).total for one in (load, balanced)
+        )
+        if before - after > model.planning_ms("macs", tokens) + model.sharing_ms:
             return tokens
     return None

@@ -85,6 +85,6 @@ def moving_ms(model: CostModel, placement: Placement) -> float:
     return placement.moved / min(model.inside_gbs, model.beyond_gbs) / 1e6
 
 
-def ideal(model: CostModel, requested: np.ndarray) -> Breakdown:
-    """The same rows, even over sources, ranks and experts."""
-    return model.layer(np.full(requested.shape, requested.sum() / requested.size))
+def ideal(model: CostModel, requested: np.ndarray, tokens: int) -> Breakdown:
+    """The same rows of so many tokens a source, even over sources, ranks and experts."""
+    return model.layer(np.full(requested.shape, requested.sum() / requested.size), tokens=tokens)

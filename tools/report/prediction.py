@@ -133,7 +133,7 @@ def predict(
             | {name: float(np.mean([row[name] for row in each if name in row])) for name in numbers}
         )
     pays = {
-        size: break_even(shape, size, traffic.typical)
+        size: break_even(model, shape, size, traffic.typical)
         for size in sizes
         if traffic.typical > BALANCED and size > 1
     }

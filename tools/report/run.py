@@ -29,9 +29,10 @@ from macs import TEXT, Profile, Recording
 from macs.version import __version__
 
 from ..common.command import Parser, output_file, quiet
-from ..common.cost_model import CostModel, on_network, stated_h100
+from ..common.cost_model import CostModel, on_network
 from ..common.traces import is_trace, load_recordings, write_trace
 from ..common.workloads import SHAPES, VANILLA, WORKLOADS, Shape, contenders, draw
+from ..hardware.machine import DTYPE_BYTES, ENGINES, GPUS, machine
 from .advice import Advice, advise
 from .figures import THEMES, figures
 from .prediction import BALANCED, BASELINES, TARGETS, Prediction, predict, sizes_for
@@ -133,7 +134,7 @@ def report(
     typical = int(np.median(traffic.tokens))
     count = min(MOST_TOKENS, max(FEWEST_TOKENS, typical)) if tokens is None else tokens
     shape = replace(shape, tokens=count, experts=traffic.experts, top_k=traffic.top_k)
-    model = stated_h100(shape) if model is None else model
+    model = machine("h100", "trtllm", shape) if model is None else model
     model.check(shape)
     loaded = None if profile is None else Profile.load(profile)
     chosen = sizes_for(traffic.experts) if sizes is None else sizes
@@ -163,13 +164,20 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="*", choices=baselines, default=list(BASELINES))
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="loads of MACS")
     parser.add_argument("--replicas", nargs="*", type=int, default=[1], help="of EPLB, on every rank")
-    parser.add_argument("--cost-model", type=Path, help="of macs bench layer (default: an H100 as stated)")
+    parser.add_argument("--hardware", choices=GPUS, help="GPU whose published times are used (default: h100)")
+    engine = "whose times of experts on it (default: trtllm, the nearest to Megatron's grouped GEMM)"
+    parser.add_argument("--engine", choices=ENGINES, help=engine)
+    parser.add_argument("--dtype", choices=DTYPE_BYTES, help="of the experts' weights (default: bf16)")
+    parser.add_argument("--cost-model", type=Path, help="instead: a machine of macs bench layer")
     parser.add_argument("--inside-gbs", type=float, help="10^9 bytes/s of a rank within its node")
     parser.add_argument("--beyond-gbs", type=float, help="10^9 bytes/s of a rank beyond it")
     parser.add_argument("--node", type=int, help="ranks of a node")
     arguments = parser.parse_args(given)
     if bool(arguments.recordings) == bool(arguments.workload):
         parser.error("expected recordings, or a --workload")
+    asked = [name for name in ("hardware", "engine", "dtype") if getattr(arguments, name)]
+    if arguments.cost_model and asked:
+        parser.error(f"--cost-model: found --{asked[0]} besides, expected one of them")
     for path in (*arguments.recordings, *filter(None, (arguments.profile, arguments.cost_model))):
         if not path.is_file():
             parser.error(f"found no file {str(path)!r}")
@@ -201,7 +209,12 @@ def main(given: Sequence[str] | None = None) -> None:
     for size in arguments.sizes or ():
         if size < 2 or experts % size:
             raise ValueError(f"--sizes: found {size}, expected divisors of the {experts} experts, 2 or more")
-    model = CostModel.load(arguments.cost_model) if arguments.cost_model else stated_h100(shape)
+    if arguments.cost_model:
+        model = CostModel.load(arguments.cost_model)
+    else:
+        shape = replace(shape, experts=experts, top_k=recordings[0].top_k)
+        gpu, engine = arguments.hardware or "h100", arguments.engine or "trtllm"
+        model = machine(gpu, engine, shape, arguments.dtype or "bf16")
     traffic, prediction, advice = report(
         recordings,
         profile=arguments.profile,

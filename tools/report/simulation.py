@@ -100,7 +100,8 @@ def simulate(
     vanilla = requested[VANILLA].rows
     loads = vanilla.sum(0).astype(float)
     mean = loads.sum() / ranks
-    best, base = ideal(model, vanilla).total, model.layer(vanilla).total
+    tokens = shape.tokens
+    best, base = ideal(model, vanilla, tokens).total, model.layer(vanilla, tokens=tokens).total
 
     def row(title: str, time: Breakdown, busiest: float, saved: float = 0.0) -> dict[str, Any]:
         parts = {part: getattr(time, part) for part in ("source", "planner", "exchange", "experts")}
@@ -111,12 +112,13 @@ def simulate(
     rows = []
     for title, one in requested.items():
         planning, replayed = (
-            machine.planning_ms(title, shape.tokens) + one.shared * machine.sharing_ms
+            machine.planning_ms(title, tokens) + one.shared * machine.sharing_ms
             for machine in (model, captured(model))
         )
         busiest = one.rows.sum(0).reshape(ranks, -1).sum(1).max()
         masses = dict(zip(("kept_mass", "rerouted_mass", "dropped_mass"), one.mass.tolist(), strict=True))
-        rows.append(row(title, model.layer(one.rows, planning), float(busiest), planning - replayed) | masses)
+        time = model.layer(one.rows, planning, tokens=tokens)
+        rows.append(row(title, time, float(busiest), planning - replayed) | masses)
     placed: dict[str, Placement] = {}
     if replicas:
         other = requested_by(shape, {VANILLA: chosen[VANILLA]}, batch_of, 1, ranks, seed, sources)
@@ -126,10 +128,10 @@ def simulate(
             placed[title] = replicated(before, ranks, count, model.expert_bytes)
     placed[LEAST_LOADED] = least_loaded(loads, ranks, model.expert_bytes)
     for title, placement in placed.items():
-        time = model.layer(vanilla, 0.0, placement.share, moving_ms(model, placement))
+        time = model.layer(vanilla, 0.0, placement.share, moving_ms(model, placement), tokens)
         memory = {"extra_bytes": placement.memory, "moved_bytes": placement.moved}
         rows.append(row(title, time, float((loads @ placement.share).max())) | memory)
-    rows.append(row(IDEAL, ideal(model, vanilla), mean))
+    rows.append(row(IDEAL, ideal(model, vanilla, tokens), mean))
     return rows
 
 

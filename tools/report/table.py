@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..common.cost_model import break_even
+from ..common.cost_model import break_even, captured
 from .advice import Advice, nearest_size
 from .prediction import Prediction
 from .traffic import Traffic
@@ -63,10 +63,11 @@ def _show_break_even(traffic: Traffic, prediction: Prediction, console: Console)
     size = nearest_size(traffic, prediction)
     if size < 2:
         return
-    table = Table(title=f"tokens a rank from which a plan pays, {size} ranks, stated H100")
+    table = Table(title=f"tokens a rank from which a plan pays, {size} ranks")
     for heading in ("load", "eager", "in a CUDA graph"):
         table.add_column(heading, justify="right")
     for load in (1.1, 1.2, 1.5, 2.0):
-        found = (break_even(prediction.shape, size, load, captured) for captured in (False, True))
+        models = prediction.model, captured(prediction.model)
+        found = (break_even(model, prediction.shape, size, load) for model in models)
         table.add_row(f"{load:g}", *(str(one or "never") for one in found))
     console.print(table)

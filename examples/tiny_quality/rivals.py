@@ -1,0 +1,319 @@
+"""MACS beside visual-token pruning and expert balancing, at equal answers: KL against the time of a prefill.
+
+    python examples/compare_pruning.py --tuning examples/tiny_vlm/tuning-4-ranks.safetensors --plot rivals.png
+
+KL and loads are of a tiny model, planned in one process as ``--ranks`` expert-parallel ranks would. Times are
+of a prefill of Qwen3-VL-30B-A3B by published costs (``macs when``), at the loads measured here: 16 k tokens a
+rank, of prompts as ServeGen found them, with the vision encoder's time. Nothing overlaps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tiny_vlm import CHECKPOINT
+from tiny_vlm import model as tiny
+from tiny_vlm.kinds import MIXES, answer_tokens
+from tiny_vlm.vocabulary import up_to_end
+from torch import Tensor
+
+from macs import MACSConfig
+from macs_tools.common.answers import divergence, read
+from macs_tools.common.command import Parser, output_file
+from macs_tools.common.intervals import bootstrap
+from macs_tools.hardware.machine import ENGINES, GPUS
+from macs_tools.hardware.prefill import MODELS, Machine, Prefill, served_prompts
+from macs_tools.report.placement import replicated
+
+from .model import Bench, measuring
+from .pruning import AFTER, BEFORE, AfterLayer, Pruned
+
+KEEPS = 0.75, 0.5, 0.25
+STACKED = 0.6, 0.4
+"""Loads of MACS that are tried on top of pruning."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Pruning by a method to a share of the visual tokens, or none; then a target of MACS, or none."""
+
+    method: str | None = None
+    keep: float = 1.0
+    target: float | None = None
+
+    @property
+    def title(self) -> str:
+        pruning = f"{self.method}, {self.keep:g}" if self.method else ""
+        ours = f"MACS {self.target:g}" if self.target else ""
+        return " + ".join(filter(None, (pruning, ours))) or "as it is"
+
+
+class Loads:
+    """Rows of every expert by step and layer, before and after planning, of the tokens that are left."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.layers, self.experts = layers, experts
+        self.rows: list[Tensor] = []
+        self.hidden: Tensor | None = None
+        self.after = layers
+
+    def __call__(self, event: Any) -> None:
+        layer = len(self.rows) % self.layers
+        counted = event.tokens.valid.flatten()
+        if self.hidden is not None and layer >= self.after:
+            counted = counted & ~self.hidden.flatten()
+        both = [event.experts, event.experts if event.plan is None else event.plan.experts]
+        chosen = (one[counted] for one in both)
+        self.rows.append(
+            torch.stack([torch.bincount(one[one >= 0], minlength=self.experts) for one in chosen])
+        )
+
+    def taken(self) -> np.ndarray:
+        """[2, N, L, E], and forget them."""
+        found = torch.stack(self.rows).view(-1, self.layers, 2, self.experts).movedim(2, 0)
+        self.rows.clear()
+        return found.double().numpy()
+
+
+class Comparison(Bench):
+    """The tiny model under rivals, one batch after the other."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__(arguments, arguments.ranks)
+        text = self.model.config.text_config
+        self.loads = Loads(text.num_hidden_layers, text.num_experts)
+        self.runtime.on_plan(self.loads)
+        self.vanilla: dict[str, Any] = {}
+
+    @contextmanager
+    def _reading(self, rival: Rival, number: int, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """The inputs as the rival leaves them, and the model as it changes it."""
+        if rival.method in BEFORE:
+            pruned = Pruned(self.model, inputs, rival.method, rival.keep, number)
+            with pruned.applied():
+                yield pruned.inputs
+            return
+        if rival.method is None:
+            yield inputs
+            return
+        after = AfterLayer(self.model, 1 + AFTER.index(rival.method), rival.keep)
+        after.begin(inputs["input_ids"])
+        self.loads.after, hidden = after.after, self.loads
+        handle = self.model.model.language_model.layers[after.after].register_forward_pre_hook(
+            lambda *_: setattr(hidden, "hidden", None if after.stays is None else ~after.stays)
+        )
+        try:
+            yield inputs
+        finally:
+            handle.remove()
+            after.remove()
+            self.loads.hidden, self.loads.after = None, self.loads.layers
+
+    def measure(self, rival: Rival) -> dict[str, Any]:
+        """Answers and loads of a rival, held against the model as it is."""
+        config = MACSConfig() if rival.target is None else MACSConfig(target_load=rival.target, split="tuned")
+        policy = "vanilla" if rival.target is None else "macs"
+        self.runtime.use(policy, config, self.profiles["macs", self.arguments.ranks])
+        kind, said, ids, tokens = self.arguments.batches[0], [], [], []
+        batches = self.batches(kind)
+        for number, batch in enumerate(batches):
+            with self._reading(rival, number, tiny.sample_inputs(batch)) as inputs:
+                prompt = read(self.model, self.runtime, inputs)
+                tokens.append(int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()))
+                ids += map(up_to_end, prompt.greedy(answer_tokens(kind)).tolist())
+                prompt.rewind()
+                given = self.vanilla["ids"] if self.vanilla else ids
+                said += prompt.said_of(given[len(said) : len(said) + len(batch)])
+        by_expert = self.loads.taken()
+        before, after = by_expert.reshape(*by_expert.shape[:3], self.arguments.ranks, -1).sum(-1)
+        if not self.vanilla:
+            self.vanilla = {"ids": ids, "said": said, "mean": after.mean(-1), "tokens": sum(tokens)}
+        kl = np.array([divergence(*pair) for pair in zip(self.vanilla["said"], said, strict=True)])
+        tasks = np.array([sample.task for batch in batches for sample in batch])
+        same = np.array([one == other for one, other in zip(ids, self.vanilla["ids"], strict=True)])
+        return {
+            **asdict(rival),
+            "title": rival.title,
+            "kl": bootstrap(kl),
+            "kl_by_task": {task: float(kl[tasks == task].mean()) for task in dict.fromkeys(tasks.tolist())},
+            "same": float(same.mean()),
+            "tokens": sum(tokens) / self.vanilla["tokens"],
+            # Over the mean of the router's choice: by itself, planned; and over that of the model as it is.
+            "natural": float((before.max(-1) / before.mean(-1)).mean()),
+            "load": float((after.max(-1) / before.mean(-1)).mean()),
+            "rows": float((after.max(-1) / self.vanilla["mean"]).mean()),
+            "eplb": with_replicas(by_expert[0], self.arguments.ranks),
+        }
+
+
+def with_replicas(rows: np.ndarray, ranks: int) -> float:
+    """Load with one replica on every rank, as EPLB places it by the batch before: rows [N, L, E]."""
+    loads = []
+    for known, now in zip(
+        rows[:-1].reshape(-1, rows.shape[2]), rows[1:].reshape(-1, rows.shape[2]), strict=True
+    ):
+        computed = now @ replicated(known, ranks, 1, 0).share
+        loads.append(computed.max() / computed.mean())
+    return float(np.mean(loads))
+
+
+def time_of(found: dict[str, Any], machine: Machine, tokens: int, ranks: int, rank: int) -> Prefill:
+    """Of a prefill at the loads that were found; layers before those that pruning reaches run in full."""
+    prompts = served_prompts(tokens)
+    pruned = prompts.pruned(found["keep"])
+    limit = None if found["target"] is None else found["load"]
+    times = [machine.prefill(pruned, ranks, found["natural"], limit, rank if limit else 0, encoded=prompts)]
+    if found["method"] in AFTER:
+        share = (1 + AFTER.index(found["method"])) / 4  # of the tiny model's layers
+        times.append(machine.prefill(prompts, ranks, found["natural"]))
+        return Prefill(
+            times[0].vision,
+            *(
+                share * getattr(times[1], part) + (1 - share) * getattr(times[0], part)
+                for part in ("attention", "moe", "exchange")
+            ),
+        )
+    return times[0]
+
+
+def rivals(targets: Sequence[float]) -> list[Rival]:
+    """All that is compared; the model as it is comes first."""
+    pruning = [Rival(method, keep) for method in (*BEFORE, *AFTER) for keep in KEEPS]
+    both = [Rival(method, keep, target) for method in BEFORE[1:] for keep in KEEPS[:2] for target in STACKED]
+    return [Rival(), *pruning, *(Rival(target=target) for target in targets), *both]
+
+
+def timed(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the table: what was found, with milliseconds; and what changes no answer."""
+    machine = Machine(arguments.hardware, arguments.engine, MODELS[arguments.shape])
+
+    def row(one: dict[str, Any], load: float | None = None) -> dict[str, Any]:
+        one = one if load is None else {**one, "natural": load}
+        time = time_of(one, machine, arguments.tokens, arguments.size, arguments.compensation_rank)
+        parts = {part: float(value) for part, value in asdict(time).items()}
+        return {**one, **parts, "ms": float(time.total)}
+
+    stock = found[0]
+    free = {
+        "EPLB, 1 replica a rank": stock["eplb"],
+        "ideal balance": 1.0,
+    }
+    rows = [row(one) for one in found]
+    rows += [{**row(stock, load), "title": title, "rows": load} for title, load in free.items()]
+    return [{**one, "ratio": one["ms"] / rows[0]["ms"]} for one in rows]
+
+
+def table_of(rows: list[dict[str, Any]], caption: str) -> Table:
+    """Every rival, by the time of its prefill."""
+    table = Table(title="KL x 1000 against the time of a prefill", caption=caption)
+    names = (
+        "",
+        "time",
+        "KL x 1000",
+        "95 %",
+        "same",
+        "tokens",
+        "rows",
+        "vision",
+        "attention",
+        "MoE",
+        "exchange",
+    )
+    for name in (*names, "plan"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for one in sorted(rows, key=lambda one: one["ms"]):
+        kl, low, high = (1e3 * value for value in one["kl"])
+        parts = (f"{one[part]:.0f}" for part in ("vision", "attention", "moe", "exchange", "planning"))
+        shares = (f"{one['same']:.3f}", f"{one['tokens']:.2f}", f"{one['rows']:.2f}")
+        table.add_row(
+            one["title"], f"{one['ratio']:.2f}", f"{kl:.3g}", f"{low:.2g}-{high:.2g}", *shares, *parts
+        )
+    return table
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """KL against time, a curve for each family."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    families: dict[str, list[dict[str, Any]]] = {}
+    for one in rows:
+        if one["kl"][0] > 0:
+            family = one["method"] or "MACS"
+            families.setdefault(family + (" + MACS" if one["method"] and one["target"] else ""), []).append(
+                one
+            )
+    for family, mine in families.items():
+        mine.sort(key=lambda one: one["ratio"])
+        line = "none" if "+" in family else "-" if family == "MACS" else "--"
+        x, kl = [one["ratio"] for one in mine], [one["kl"][0] for one in mine]
+        axes.plot(x, kl, marker="o", markersize=4, linestyle=line, label=family)
+    for one in rows:
+        if one["kl"][0] <= 0 and one["title"] != "as it is":
+            axes.axvline(one["ratio"], linestyle=":", color="grey", linewidth=1)
+            axes.text(
+                one["ratio"], axes.get_ylim()[0], f" {one['title']}", rotation=90, fontsize=7, va="bottom"
+            )
+    axes.set(xlabel="time of a prefill over today's", ylabel="KL to the model as it is (nats)", yscale="log")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser("compare_pruning.py", __doc__)
+    parser.add_argument("--tuning", nargs=1, type=Path, required=True, help="a profile of `macs tune`")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--batches", nargs=1, choices=tuple(MIXES), default=["mixed"])
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--questions", type=int, default=896)
+    parser.add_argument("--batch", type=int, default=56)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=4, help="that the tiny model is planned for")
+    parser.add_argument("--targets", nargs="+", type=float, default=[1.05, 0.8, 0.6, 0.5, 0.4, 0.3])
+    parser.add_argument("--shape", choices=MODELS, default="qwen3-vl-30b-a3b", help="whose prefill is timed")
+    parser.add_argument("--hardware", choices=GPUS, default="h100")
+    parser.add_argument("--engine", choices=ENGINES, default="vllm")
+    parser.add_argument("--tokens", type=int, default=16384, help="of a rank in a prefill")
+    parser.add_argument("--size", type=int, default=8, help="ranks that share the experts in that prefill")
+    parser.add_argument("--compensation-rank", type=int, default=16, help="of MACS's estimates; 0: none")
+    parser.add_argument("--json", type=output_file, help="what was found; read again if it is there")
+    parser.add_argument("--plot", type=output_file)
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure, and show what was measured."""
+    arguments, console = parse_arguments(given), Console(width=None if sys.stdout.isatty() else 150)
+    if arguments.json is not None and arguments.json.exists():
+        found = json.loads(arguments.json.read_text())
+    else:
+        with measuring():
+            comparison = Comparison(arguments)
+            found = [comparison.measure(one) for one in track(rivals(arguments.targets), console=console)]
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    rows = timed(found, arguments)
+    where = f"{arguments.hardware.upper()}, {ENGINES[arguments.engine]}, EP {arguments.size}"
+    caption = f"answers of {arguments.checkpoint}; time of {arguments.shape} on {where}, by published costs"
+    console.print(table_of(rows, caption))
+    if arguments.plot is not None:
+        plot(rows, arguments.plot, caption)

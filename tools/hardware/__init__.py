@@ -1,0 +1,1 @@
+"""What GPUs and engines cost: ``fit`` makes the figures of published measurements, ``machine`` reads them."""
