@@ -14,6 +14,8 @@ DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
 TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
 TOOLS = ["jinja2>=3.1", "matplotlib>=3.8", "plotly>=6", "rich>=13", "rich-argparse>=1.5"]
 METRICS = ["prometheus-client>=0.20"]
+# Only to fit the figures of tools/hardware anew, which are in the package.
+HARDWARE = ["aiconfigurator-core>=0.12,<0.13"]
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26"]
 EXAMPLES = [
     *TOOLS,
@@ -51,6 +53,7 @@ setup(
     package_data={
         **{name: ["py.typed"] for name in ("macs", "megatron_macs", "deepspeed_macs", "macs_tools")},
         "macs_tools.report": ["page.html"],
+        "macs_tools.hardware": ["figures.json"],
     },
     entry_points={"console_scripts": ["macs = macs_tools.cli:main"]},
     python_requires=">=3.10",
@@ -63,6 +66,7 @@ setup(
         "tools": TOOLS,
         "examples": EXAMPLES,
         "docs": DOCS,
+        "hardware": HARDWARE,
         "test": TEST + METRICS + EXAMPLES,
         "all": MEGATRON + DEEPSPEED + METRICS + EXAMPLES + TEST + DOCS,
     },

@@ -1,13 +1,13 @@
-"""When MACS pays: the time of a prefill by model, GPU, engine, EP size and load, beside what else there is to do.
+"""When MACS pays: the time of a prefill by model, GPU, engine, EP size and load, beside the alternatives.
 
     macs when                                                     # Qwen3-VL-30B-A3B on H100s under vLLM
     macs when --models all --engines all --hardware all --loads 1.2 2
     macs when --target 0.4 --keep 0.5 --tokens 4096               # other limits, other prompts
 
-Every rank reads --tokens of prompts as ServeGen found them in production (572 text and 870 visual tokens of two
-images). Times by published costs (``macs_tools.hardware``): of the vision encoder, attention with all dense
-layers, experts, exchange and plan; nothing overlaps. Load: rows of the largest rank over the mean, without MACS
-(``macs report`` measures yours). Balanced: ideal balance, the most that EPLB can reach; no answer changes.
+Every rank reads --tokens of prompts as ServeGen found them in production (572 text and 870 visual tokens of
+two images). Times by published costs (``macs_tools.hardware``): of the vision encoder, attention with all
+dense layers, experts, exchange and plan; nothing overlaps. Load: rows of the largest rank over the mean,
+without MACS (``macs report`` measures yours). Balanced: the most that EPLB can reach; no answer changes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .hardware.machine import DTYPE_BYTES, ENGINES, GPUS, figures
 from .hardware.prefill import MODELS, Machine, Prefill, served_prompts
 
 ENCODER, LITTLE = 0.35, 0.05
-"""Shares of the time: of the vision encoder from which it is the first thing to move; and below which a gain is
-not worth a change."""
+"""Shares of the time: of the vision encoder, from which it is the first thing to move; of a gain, below which
+it is not worth a change."""
 
 PARTS = ("vision", "attention", "moe", "exchange")
 
@@ -115,11 +115,11 @@ def cell(key: str, value: Any) -> str:
 def legend(arguments: argparse.Namespace) -> str:
     source = figures()["source"]
     return (
-        f"{arguments.tokens} tokens a rank, {arguments.dtype}. Shares are of today's time to the first token, the "
-        f"columns behind them times over today's. MACS {arguments.target:g} with estimates of rank "
+        f"{arguments.tokens} tokens a rank, {arguments.dtype}. Shares are of today's time to the first token, "
+        f"the columns behind them times over today's. MACS {arguments.target:g} with estimates of rank "
         f"{arguments.compensation_rank} for what is dropped. Fitted to measurements that {source['package']} "
-        f"{source['version']} publishes; for Kimi-VL and DeepSeek-VL2 to those of other shapes; beyond 16384 "
-        "tokens of all ranks together, and for two and eight nodes, extrapolated."
+        f"{source['version']} publishes; for Kimi-VL and DeepSeek-VL2 to those of other shapes; extrapolated "
+        "beyond 16384 tokens of all ranks together, and for two and eight nodes."
     )
 
 

@@ -92,7 +92,7 @@ class Comparison(Bench):
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         super().__init__(arguments, arguments.ranks)
-        text = self.model.config.text_config
+        text: Any = self.model.config.text_config
         self.loads = Loads(text.num_hidden_layers, text.num_experts)
         self.runtime.on_plan(self.loads)
         self.vanilla: dict[str, Any] = {}
@@ -126,7 +126,9 @@ class Comparison(Bench):
         config = MACSConfig() if rival.target is None else MACSConfig(target_load=rival.target, split="tuned")
         policy = "vanilla" if rival.target is None else "macs"
         self.runtime.use(policy, config, self.profiles["macs", self.arguments.ranks])
-        kind, said, ids, tokens = self.arguments.batches[0], [], [], []
+        kind, tokens = self.arguments.batches[0], []
+        said: list[Tensor] = []
+        ids: list[list[int]] = []
         batches = self.batches(kind)
         for number, batch in enumerate(batches):
             with self._reading(rival, number, tiny.sample_inputs(batch)) as inputs:
@@ -218,28 +220,15 @@ def timed(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[di
 def table_of(rows: list[dict[str, Any]], caption: str) -> Table:
     """Every rival, by the time of its prefill."""
     table = Table(title="KL x 1000 against the time of a prefill", caption=caption)
-    names = (
-        "",
-        "time",
-        "KL x 1000",
-        "95 %",
-        "same",
-        "tokens",
-        "rows",
-        "vision",
-        "attention",
-        "MoE",
-        "exchange",
-    )
-    for name in (*names, "plan"):
+    parts = ("vision", "attention", "moe", "exchange", "planning")
+    for name in ("", "time", "KL x 1000", "95 %", "same", "tokens", "rows", *parts):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for one in sorted(rows, key=lambda one: one["ms"]):
         kl, low, high = (1e3 * value for value in one["kl"])
-        parts = (f"{one[part]:.0f}" for part in ("vision", "attention", "moe", "exchange", "planning"))
         shares = (f"{one['same']:.3f}", f"{one['tokens']:.2f}", f"{one['rows']:.2f}")
-        table.add_row(
-            one["title"], f"{one['ratio']:.2f}", f"{kl:.3g}", f"{low:.2g}-{high:.2g}", *shares, *parts
-        )
+        times = (f"{one[part]:.0f}" for part in parts)
+        interval = f"{low:.2g}-{high:.2g}"
+        table.add_row(one["title"], f"{one['ratio']:.2f}", f"{kl:.3g}", interval, *shares, *times)
     return table
 
 
@@ -250,28 +239,31 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
     families: dict[str, list[dict[str, Any]]] = {}
     for one in rows:
         if one["kl"][0] > 0:
-            family = one["method"] or "MACS"
-            families.setdefault(family + (" + MACS" if one["method"] and one["target"] else ""), []).append(
-                one
-            )
+            both = " + MACS" if one["method"] and one["target"] else ""
+            families.setdefault((one["method"] or "MACS") + both, []).append(one)
+    colours: dict[str, Any] = {}
     for family, mine in families.items():
+        method, _, both = family.partition(" + ")
         mine.sort(key=lambda one: one["ratio"])
-        line = "none" if "+" in family else "-" if family == "MACS" else "--"
         x, kl = [one["ratio"] for one in mine], [one["kl"][0] for one in mine]
-        axes.plot(x, kl, marker="o", markersize=4, linestyle=line, label=family)
+        look: dict[str, Any] = (
+            {"linestyle": "none", "marker": "x"} if both else {"linestyle": "--", "marker": "o"}
+        )
+        look |= {"linestyle": "-", "linewidth": 2} if family == "MACS" else {}
+        (line,) = axes.plot(x, kl, markersize=5, label=family, color=colours.get(method), **look)
+        colours[method] = line.get_color()
     for one in rows:
         if one["kl"][0] <= 0 and one["title"] != "as it is":
             axes.axvline(one["ratio"], linestyle=":", color="grey", linewidth=1)
-            axes.text(
-                one["ratio"], axes.get_ylim()[0], f" {one['title']}", rotation=90, fontsize=7, va="bottom"
-            )
+            place = axes.get_xaxis_transform()
+            axes.text(one["ratio"], 0.5, one["title"], rotation=90, fontsize=7, ha="right", transform=place)
     axes.set(xlabel="time of a prefill over today's", ylabel="KL to the model as it is (nats)", yscale="log")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=8)
+    axes.set_title(title.replace("; ", ";\n"), fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -313,7 +305,8 @@ def main(given: Sequence[str] | None = None) -> None:
             arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     rows = timed(found, arguments)
     where = f"{arguments.hardware.upper()}, {ENGINES[arguments.engine]}, EP {arguments.size}"
-    caption = f"answers of {arguments.checkpoint}; time of {arguments.shape} on {where}, by published costs"
+    model = f"{arguments.checkpoint.name}, {arguments.batches[0]}, {arguments.split} split"
+    caption = f"answers of {model}; time of {arguments.shape} on {where}, by published costs"
     console.print(table_of(rows, caption))
     if arguments.plot is not None:
         plot(rows, arguments.plot, caption)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from macs.config import MIN_TOKENS
-from macs_tools.common.cost_model import CostModel, break_even, captured, on_network, stated_h100
+from macs_tools.common.cost_model import CostModel, at_load, break_even, captured, on_network
 from macs_tools.common.workloads import SHAPES, contenders
+from macs_tools.hardware.machine import machine
 
 SHAPE = replace(SHAPES["tiny"], tokens=256)
 MODEL = CostModel(
@@ -75,10 +76,33 @@ def test_a_cost_model_comes_back_from_its_file(tmp_path):
         CostModel.load(tmp_path / "a")
 
 
+def test_a_token_is_sent_once_to_a_rank_and_once_to_a_node():
+    once = replace(MODEL, once=True, top_k=2, tokens=100)
+    even = np.full((2, 2), 100.0)
+    # Of 100 tokens with two experts each, three in four have one on the other rank.
+    assert once.copies(even, 100) == pytest.approx(np.full((2, 2), 75.0))
+    assert once.exchange_ms(even) == pytest.approx(0.5 + 75)
+    assert MODEL.exchange_ms(even) == pytest.approx(0.5 + 100)
+    assert once.copies(np.array([[200.0]]), 100) == 100
+    # Over two nodes of two ranks each rank sends 75 tokens to the other node, and gets 75 from it.
+    assert once.exchange_ms(np.full((4, 4), 50.0)) == pytest.approx(0.5 + 750)
+    # What a rank sees of the tokens it got takes time, too, wherever their experts are.
+    seen = replace(once, seen_ms=0.01)
+    requested = np.full((2, 4), 50.0)
+    more = seen.layer(requested, tokens=100).experts - once.layer(requested, tokens=100).experts
+    assert more == pytest.approx(0.01 * 2 * 150)
+
+
+def test_a_load_is_that_of_the_first_rank():
+    rows = at_load(SHAPE, 4, 1.6, 100).reshape(4, 4, -1).sum((0, 2))
+    assert rows.sum() == pytest.approx(400 * SHAPE.top_k) and rows[0] == pytest.approx(1.6 * rows.mean())
+    assert rows[1:] == pytest.approx(np.full(3, rows[1]))
+
+
 def test_launches_do_not_grow_with_the_tokens():
-    stated = stated_h100(SHAPE)
-    assert set(stated.launches) <= {*contenders(1.05), "*"}
-    fixed = replace(stated, planner_ms={"*": 0.0})
+    h100 = machine("h100", "vllm", SHAPE)
+    assert set(h100.launches) <= {*contenders(1.05), "*"}
+    fixed = replace(h100, planner_ms={"*": 0.0})
     for title, launches in fixed.launches.items():
         assert fixed.planning_ms(title, 64) == fixed.planning_ms(title, 4096) == launches * fixed.launch_ms
         assert captured(fixed).planning_ms(title, 64) < fixed.planning_ms(title, 64)
@@ -87,9 +111,11 @@ def test_launches_do_not_grow_with_the_tokens():
 
 
 def test_the_least_step_on_a_gpu_is_where_a_plan_pays():
+    """At a load of 1.5 on an H100, launched one by one."""
     shape = SHAPES["qwen3-vl-30b-a3b"]
-    found = break_even(shape, 8, 1.2)
+    h100 = machine("h100", "trtllm", shape)
+    found = break_even(h100, shape, 8, 1.5)
     assert found is not None and MIN_TOKENS["gpu"] / 2 < found <= MIN_TOKENS["gpu"]
-    assert break_even(shape, 8, 2.0) < found < break_even(shape, 8, 1.1)
-    assert break_even(shape, 8, 1.2, replayed=True) < found
-    assert break_even(shape, 8, 1.04) is None  # nothing to win
+    assert break_even(h100, shape, 8, 2.0) < found < break_even(h100, shape, 8, 1.2)
+    assert break_even(captured(h100), shape, 8, 1.5) < found
+    assert break_even(h100, shape, 8, 1.04) is None  # nothing to win

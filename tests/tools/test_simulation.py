@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from macs_tools.common.cost_model import at_home, stated_h100
+from macs_tools.common.cost_model import at_home
 from macs_tools.common.workloads import SHAPES, contenders, draw
+from macs_tools.hardware.machine import machine
 from macs_tools.report import placement as moved_experts
 from macs_tools.report.simulation import requested_by, simulate
 
 SHAPE = replace(SHAPES["tiny"], tokens=256)
-MODEL = stated_h100(SHAPE)
+MODEL = machine("h100", "trtllm", SHAPE)
 
 
 def image_flood(step, rank):
@@ -53,15 +54,14 @@ def test_experts_at_home_cost_what_the_layer_costs():
     moved = MODEL.layer(requested, 0.0, at_home(8, 4)[:, ::-1], 7.0)
     assert MODEL.layer(requested, 0.0, at_home(8, 4)) == MODEL.layer(requested)
     assert moved.experts == MODEL.layer(requested).experts and moved.exchange > 7.0
-    assert moved_experts.ideal(MODEL, requested).experts <= MODEL.layer(requested).experts
+    assert moved_experts.ideal(MODEL, requested, SHAPE.tokens).experts <= MODEL.layer(requested).experts
 
 
 def test_policies_lie_between_vanilla_and_the_bound():
     known = contenders(1.05)
     chosen = {title: known[title] for title in ("vanilla", "token drop", "macs", "macs, nothing over")}
     chosen["rerouting"] = replace(known["macs"], config=known["macs"].config.updated(reroute="group"))
-    stated = stated_h100(SHAPE)
-    model = replace(stated, fixed_ms=0.0, planner_ms={"*": 0.0}, launch_ms=0.0, latency_ms=0.0)
+    model = replace(MODEL, fixed_ms=0.0, planner_ms={"*": 0.0}, launch_ms=0.0, latency_ms=0.0)
     rows = simulate(SHAPE, 4, image_flood, chosen, model, replicas=(1,))
     by_title = {row["policy"]: row for row in rows}
     assert by_title["vanilla"]["ratio"] == 1 and by_title["vanilla"]["won_back"] == 0

@@ -60,16 +60,24 @@ def test_the_multimodal_workloads_lean_as_their_names_say():
         return float((draw(name, SHAPE, step, rank, RANKS).ids != TEXT).float().mean())
 
     assert visual("image-flood") == pytest.approx(0.9, abs=0.01)
-    assert visual("text-heavy") == pytest.approx(0.1, abs=0.01)
-    assert visual("alternating", step=1) == 0 < visual("alternating", step=2)
-    assert visual("one-source") == 1 and visual("one-source", rank=1) == 0
-    assert visual("background") == 1
     busiest = {name: float(shares(name).view(RANKS, -1).sum(1).amax()) * RANKS for name in WORKLOADS}
-    assert busiest["text-heavy"] < busiest["image-flood"] < busiest["background"]
+    assert busiest["W4"] < busiest["image-flood"] < busiest["hot-rank"]
     assert busiest["hot-rank"] == float(shares("hot-rank").view(RANKS, -1).sum(1)[-1]) * RANKS > 1.5
-    flat = features(draw("background", SHAPE, 0, 0, RANKS), 64, 0, 0)
+    flat = features(draw("image-flood", SHAPE, 0, 0, RANKS), 64, 0, 0)
     text = features(draw("W4", SHAPE, 0, 0, RANKS), 64, 0, 0)
     assert float(torch.corrcoef(flat).mean()) > 0.1 > float(torch.corrcoef(text).mean())
+
+
+def test_served_traffic_is_as_uneven_as_what_was_published():
+    """Prompts of 36, 76 and 96 % visual tokens; over 16 ranks of 128 experts 2.6 to 5.1 times the mean."""
+    shape = replace(SHAPES["qwen3-vl-30b-a3b"], tokens=2048)
+    for name, load in (("served", 2.8), ("served-skewed", 5.0)):
+        batches = [draw(name, shape, 0, rank, 16) for rank in range(16)]
+        of_expert = torch.cat([one.experts for one in batches]).flatten().bincount(minlength=128)
+        of_rank = of_expert.view(16, -1).sum(1).double()
+        assert float(of_rank.max() / of_rank.mean()) == pytest.approx(load, abs=0.1)
+        visual = torch.cat([one.ids for one in batches]) != TEXT
+        assert 0.6 < float(visual.double().mean()) < 0.9
 
 
 def test_an_unknown_workload_is_named():

@@ -173,7 +173,7 @@ VISUAL_TOKENS, IMAGE_TOKENS = 870, 405
 
 
 def served(spread: float, shared: float = 0.0) -> Draw:
-    """Prompts of three clients in turn, of the sizes above; of 128 experts over 16 ranks the load is 2.7 at
+    """Prompts of three clients in turn, of the sizes above; of 128 experts over 16 ranks the load is 2.8 at
     ``served`` and 5.0 at ``served-skewed``, as was measured in training (DeepSpeed#8213: 2.6 to 5.1). How
     much an expert is liked is normal, of ``spread``, by modality, and of ``shared`` for each sixteenth of the
     experts; the same on all ranks and in all steps."""

@@ -218,7 +218,7 @@ def _exchange(system: str) -> dict[str, float]:
 
 def fit() -> dict[str, Any]:
     """All figures."""
-    devices = {}
+    devices: dict[str, Any] = {}
     for system in SYSTEMS:
         devices[system] = {"exchange": _exchange(system), "engines": {}}
         for engine in VERSIONS:
