@@ -115,7 +115,7 @@ def cell(key: str, value: Any) -> str:
 def legend(arguments: argparse.Namespace) -> str:
     source = figures()["source"]
     return (
-        f"{arguments.tokens} tokens a rank, {arguments.dtype}. Shares are of today's time to the first token, "
+        f"{arguments.tokens} tokens a rank, {arguments.dtype}. Shares of today's time to the first token, "
         f"the columns behind them times over today's. MACS {arguments.target:g} with estimates of rank "
         f"{arguments.compensation_rank} for what is dropped. Fitted to measurements that {source['package']} "
         f"{source['version']} publishes; for Kimi-VL and DeepSeek-VL2 to those of other shapes; extrapolated "

@@ -250,11 +250,10 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         method, _, both = family.partition(" + ")
         mine.sort(key=lambda one: one["ratio"])
         x, kl = [one["ratio"] for one in mine], [one["kl"][0] for one in mine]
-        look: dict[str, Any] = (
-            {"linestyle": "none", "marker": "x"} if both else {"linestyle": "--", "marker": "o"}
-        )
-        look |= {"linestyle": "-", "linewidth": 2} if family == "MACS" else {}
-        (line,) = axes.plot(x, kl, markersize=5, label=family, color=colours.get(method), **look)
+        look: dict[str, Any] = {"linestyle": "-" if family == "MACS" else "--", "marker": "o"}
+        look |= {"linestyle": "none", "marker": "x"} if both else {}
+        colour = colours.get(method)
+        (line,) = axes.plot(x, kl, **look, markersize=5, label=family, color=colour)
         colours[method] = line.get_color()
     for one in rows:
         if one["kl"][0] <= 0 and one["title"] != "as it is":

@@ -1,4 +1,4 @@
-"""Visual-token pruning, which MACS is held against: what is kept, what is hidden, and the comparison itself."""
+"""Visual-token pruning, which MACS is held against: what is kept, what is hidden, and the comparison."""
 
 import json
 import os
@@ -128,4 +128,4 @@ def test_the_comparison_is_measured_timed_and_drawn(tmp_path):
     assert found["after layer 2, 0.5"]["rows"] < stock["rows"]
     for title in ("ideal balance", "EPLB, 1 replica a rank", *found):
         assert title in shown
-    assert (tmp_path / "a.png").stat().st_size > 1000 and run() == shown  # read again
+    assert (tmp_path / "a.png").stat().st_size > 1000 and shown.strip().endswith(run().strip())  # read again
