@@ -41,6 +41,9 @@ from .model import Bench, measuring
 from .pruning import AFTER, BEFORE, AfterLayer, Pruned
 
 KEEPS = 0.75, 0.5, 0.25
+BUDGETS = 3e-4, 1e-3, 3e-3, 1e-2, 1e-1
+"""KL in nats within which the fastest point of every family is shown."""
+
 STACKED = 0.6, 0.4
 """Loads of MACS that are tried on top of pruning."""
 
@@ -207,28 +210,52 @@ def timed(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[di
         parts = {part: float(value) for part, value in asdict(time).items()}
         return {**one, **parts, "ms": float(time.total)}
 
-    stock = found[0]
-    free = {
-        "EPLB, 1 replica a rank": stock["eplb"],
-        "ideal balance": 1.0,
-    }
+    stock = row(found[0])
     rows = [row(one) for one in found]
-    rows += [{**row(stock, load), "title": title, "rows": load} for title, load in free.items()]
-    return [{**one, "ratio": one["ms"] / rows[0]["ms"]} for one in rows]
+    for title, load in (("EPLB, 1 replica a rank", stock["eplb"]), ("ideal balance", 1.0)):
+        rows.append({**row(found[0], load), "title": title, "rows": load, "method": None})
+    for one in rows:
+        one["ratio"] = one["ms"] / stock["ms"]
+        # A pruned model can be balanced besides, which changes no answer.
+        balanced = one["method"] and not one["target"]
+        one["with_eplb"] = row(one, one["eplb"])["ms"] / stock["ms"] if balanced else one["ratio"]
+    return rows
 
 
 def table_of(rows: list[dict[str, Any]], caption: str) -> Table:
     """Every rival, by the time of its prefill."""
     table = Table(title="KL x 1000 against the time of a prefill", caption=caption)
     parts = ("vision", "attention", "moe", "exchange", "planning")
-    for name in ("", "time", "KL x 1000", "95 %", "same", "tokens", "rows", *parts):
+    for name in ("", "time", "with EPLB", "KL x 1000", "95 %", "same", "tokens", "rows", *parts):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for one in sorted(rows, key=lambda one: one["ms"]):
         kl, low, high = (1e3 * value for value in one["kl"])
         shares = (f"{one['same']:.3f}", f"{one['tokens']:.2f}", f"{one['rows']:.2f}")
         times = (f"{one[part]:.0f}" for part in parts)
         interval = f"{low:.2g}-{high:.2g}"
-        table.add_row(one["title"], f"{one['ratio']:.2f}", f"{kl:.3g}", interval, *shares, *times)
+        ratios = f"{one['ratio']:.2f}", f"{one['with_eplb']:.2f}"
+        table.add_row(one["title"], *ratios, f"{kl:.3g}", interval, *shares, *times)
+    return table
+
+
+def families_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Points that change answers, by method."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in rows:
+        if one["kl"][0] > 0:
+            both = " + MACS" if one["method"] and one["target"] else ""
+            found.setdefault((one["method"] or "MACS") + both, []).append(one)
+    return found
+
+
+def fastest(rows: list[dict[str, Any]]) -> Table:
+    """Of every family the least time within a KL; pruning with EPLB."""
+    table = Table(title="time over today's at most so much KL x 1000")
+    for name in ("", *(f"{1e3 * budget:g}" for budget in BUDGETS)):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for family, mine in families_of(rows).items():
+        within = ([one["with_eplb"] for one in mine if one["kl"][0] <= budget] for budget in BUDGETS)
+        table.add_row(family, *(f"{min(times):.2f}" if times else "" for times in within))
     return table
 
 
@@ -240,16 +267,11 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    families: dict[str, list[dict[str, Any]]] = {}
-    for one in rows:
-        if one["kl"][0] > 0:
-            both = " + MACS" if one["method"] and one["target"] else ""
-            families.setdefault((one["method"] or "MACS") + both, []).append(one)
     colours: dict[str, Any] = {}
-    for family, mine in families.items():
+    for family, mine in families_of(rows).items():
         method, _, both = family.partition(" + ")
-        mine.sort(key=lambda one: one["ratio"])
-        x, kl = [one["ratio"] for one in mine], [one["kl"][0] for one in mine]
+        mine.sort(key=lambda one: one["with_eplb"])
+        x, kl = [one["with_eplb"] for one in mine], [one["kl"][0] for one in mine]
         look: dict[str, Any] = {"linestyle": "-" if family == "MACS" else "--", "marker": "o"}
         look |= {"linestyle": "none", "marker": "x"} if both else {}
         colour = colours.get(method)
@@ -260,7 +282,11 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             axes.axvline(one["ratio"], linestyle=":", color="grey", linewidth=1)
             place = axes.get_xaxis_transform()
             axes.text(one["ratio"], 0.5, one["title"], rotation=90, fontsize=7, ha="right", transform=place)
-    axes.set(xlabel="time of a prefill over today's", ylabel="KL to the model as it is (nats)", yscale="log")
+    axes.set(
+        xlabel="time of a prefill over today's, pruning with EPLB",
+        ylabel="KL to the model as it is (nats)",
+        yscale="log",
+    )
     axes.set_title(title.replace("; ", ";\n"), fontsize=8)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
@@ -293,7 +319,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, and show what was measured."""
-    arguments, console = parse_arguments(given), Console(width=None if sys.stdout.isatty() else 150)
+    arguments, console = parse_arguments(given), Console(width=None if sys.stdout.isatty() else 165)
     if arguments.json is not None and arguments.json.exists():
         found = json.loads(arguments.json.read_text())
     else:
@@ -307,5 +333,6 @@ def main(given: Sequence[str] | None = None) -> None:
     model = f"{arguments.checkpoint.name}, {arguments.batches[0]}, {arguments.split} split"
     caption = f"answers of {model}; time of {arguments.shape} on {where}, by published costs"
     console.print(table_of(rows, caption))
+    console.print(fastest(rows))
     if arguments.plot is not None:
         plot(rows, arguments.plot, caption)

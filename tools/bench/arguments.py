@@ -2,14 +2,12 @@
 
     macs bench planner        # the planner alone: its parts, its share of a layer, its memory
     macs bench layer          # Megatron's real MoE layer on two expert-parallel processes
-    macs bench virtual-ep     # one process computes every rank's real rows in turn
     macs bench generate       # prompts through Megatron's static engine
 
 Every policy runs on the same inputs in the same turns, one after the other, first come first in turn; the
 time of a step is its slowest rank's. A policy is timed only after its output has been checked against
-the same plan computed by another dispatcher (in virtual-ep, where no layer runs whole, its plan against
-its bounds). Ratios are to vanilla, stock Megatron, in the same turn. The ideal ratio is that of the busiest
-ranks' rows; its share is the ideal ratio over the measured one.
+the same plan computed by another dispatcher. Ratios are to vanilla, stock Megatron, in the same turn. The
+ideal ratio is that of the largest ranks' rows; its share is the ideal ratio over the measured one.
 
 Shapes: T tokens of a source rank, D features, E experts, k experts a token, R ranks.
 """
