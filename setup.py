@@ -11,6 +11,7 @@ VERSION = (HERE / "macs" / "version.py").read_text().split('"')[-2]
 # release, and so does transformers.
 MEGATRON = ["megatron-core>=0.16.1,<0.20"]
 DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
+VLLM = ["vllm>=0.32,<0.34"]
 TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
 TOOLS = ["jinja2>=3.1", "matplotlib>=3.8", "plotly>=6", "rich>=13", "rich-argparse>=1.5"]
 METRICS = ["prometheus-client>=0.20"]
@@ -38,6 +39,8 @@ TEST = [
     "types-PyYAML",
 ]
 
+PACKAGES = "macs", "megatron_macs", "deepspeed_macs", "vllm_macs", "macs_tools"
+
 setup(
     name="macs-moe",
     version=VERSION,
@@ -46,21 +49,25 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=[
-        *find_packages(include=["macs", "macs.*", "megatron_macs", "deepspeed_macs"]),
+        *find_packages(include=["macs", "macs.*", "megatron_macs", "deepspeed_macs", "vllm_macs"]),
         *("macs_tools" + name.removeprefix("tools") for name in find_packages(include=["tools", "tools.*"])),
     ],
     package_dir={"macs_tools": "tools"},
     package_data={
-        **{name: ["py.typed"] for name in ("macs", "megatron_macs", "deepspeed_macs", "macs_tools")},
+        **{name: ["py.typed"] for name in PACKAGES},
         "macs_tools.report": ["page.html"],
         "macs_tools.hardware": ["figures.json"],
     },
-    entry_points={"console_scripts": ["macs = macs_tools.cli:main"]},
+    entry_points={
+        "console_scripts": ["macs = macs_tools.cli:main"],
+        "vllm.general_plugins": ["macs = vllm_macs:register"],
+    },
     python_requires=">=3.10",
     install_requires=["torch>=2.6,<2.14", "numpy", "safetensors>=0.4", "pyyaml>=6"],
     extras_require={
         "megatron": MEGATRON,
         "deepspeed": DEEPSPEED,
+        "vllm": VLLM,
         "te": TRANSFORMER_ENGINE,
         "metrics": METRICS,
         "tools": TOOLS,

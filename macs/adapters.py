@@ -18,7 +18,7 @@ from .runtime.hooks import (
 )
 from .runtime.launch import CommandParser, ProcessError, first_process, leave, run_script
 from .runtime.layer import LayerRuntime, layers_of
-from .runtime.modality import ModalityBuffers, Unreadable, current_modality
+from .runtime.modality import ModalityBuffers, Unreadable, current_modality, modality
 from .runtime.options import Options, add_flags, options_of
 from .runtime.patch import Patch, missing_symbols
 from .runtime.runtime import Runtime
@@ -64,6 +64,7 @@ __all__ = [
     "leave",
     "loads_of",
     "missing_symbols",
+    "modality",
     "named_tokens",
     "options_of",
     "policy_of",

@@ -217,13 +217,14 @@ class LayerRuntime:
             self._planned.step = step
         return plan
 
-    def compensate(self, output: Tensor) -> Tensor:
+    def compensate(self, output: Tensor, add: bool = True) -> Tensor:
         """Add the estimates of what the step's plan dropped, where the settings ask for it.
 
         Called on the tokens' own process once all experts' outputs are combined, before shared experts.
 
         Args:
             output: [..., D], the routed output of the tokens that ``plan`` had.
+            add: False where this is one of several parts of it, of which another gets the estimates.
 
         Returns:
             The same shape and dtype; the output itself in a step that was not planned.
@@ -236,7 +237,7 @@ class LayerRuntime:
         for callback in self._output_callbacks:
             callback(PlanEvent(self, *step), rows)
         tables = self._tables_on(rows.device)
-        if plan is None or tables is None:
+        if plan is None or tables is None or not add:
             return output
         dropped = Dropped(hidden, experts, weights, plan.experts, tokens)
         return compensate(rows, dropped, tables).view(output.shape)

@@ -1,0 +1,44 @@
+"""The "macs" entry of vLLM's additional config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from macs.adapters import Options
+
+MACS = "macs"
+READ_BY_VLLM = "image_token_id", "video_token_id", "audio_token_id", "padding_token_id"
+
+
+@dataclass(frozen=True)
+class MACSEntry(Options):
+    """Every option and setting of ``macs``, and this field:
+
+    virtual_ranks       plan, in one process, as so many expert-parallel ranks would
+
+    vLLM itself says which tokens are visual or padding, and its workers do not run to the end of a script.
+    """
+
+    virtual_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        count = self.virtual_ranks
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            self.refuse("virtual_ranks", "a number of ranks, 1 or more")
+        for name in READ_BY_VLLM:
+            if getattr(self, name) is not None:
+                self.refuse(name, "none: vLLM says which tokens are visual")
+        for name in ("record", "calibrate"):
+            if getattr(self, name) is not None:
+                self.refuse(name, "none in vLLM: use macs tune, or record under another engine")
+        super().__post_init__()
+
+
+def entry_of(vllm_config: Any) -> MACSEntry | None:
+    """The entry in a ``VllmConfig``; none if there is none."""
+    extra = vllm_config.additional_config
+    if not isinstance(extra, Mapping) or MACS not in extra:
+        return None
+    return MACSEntry.of(extra[MACS])

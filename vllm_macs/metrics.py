@@ -1,0 +1,42 @@
+"""MACS's metrics beside vLLM's own, on the endpoint of its API server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+from urllib.request import urlopen
+
+
+class Relay:
+    """A collector for prometheus-client that shows what a worker serves on a port of this machine."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}/metrics"
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.parser import text_string_to_metric_families
+
+        try:
+            with urlopen(self.url, timeout=1) as answer:
+                text = answer.read().decode()
+        except OSError:  # the worker has not started, or is gone
+            return
+        yield from (family for family in text_string_to_metric_families(text) if "macs" in family.name)
+
+
+_relayed: set[int] = set()
+
+
+def relay(port: int) -> None:
+    """Show the worker's metrics on this process's endpoint, once."""
+    from prometheus_client import REGISTRY
+
+    # Several API servers share a directory of files, which a collector cannot write to.
+    if port in _relayed or os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        return
+    REGISTRY.register(Relay(port))
+    _relayed.add(port)

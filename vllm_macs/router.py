@@ -1,0 +1,53 @@
+"""vLLM's routers, with a plan between choice and dispatch."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Hook(Protocol):
+    """What plans a router's choice."""
+
+    def route(
+        self, hidden: Tensor, logits: Tensor, weights: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def plan_with(router: Any, hook: Hook) -> None:
+    """Let ``hook`` change what a router chooses."""
+    reserve(router)
+    router.macs_hook = hook
+
+
+def reserve(router: Any) -> None:
+    """Make a router one that may be planned: from vLLM 0.33 on this keeps kernels that route by themselves
+    away, which are chosen while the model is built."""
+    if not hasattr(type(router), "macs_hook"):
+        router.__class__ = _planned(type(router))
+
+
+@cache
+def _planned(stock: Any) -> Any:
+    class Planned(stock):  # type: ignore[misc]
+        macs_hook: Hook | None = None
+
+        @property
+        def supports_monolithic_kernels(self) -> bool:
+            return False
+
+        def _compute_routing(
+            self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any, **given: Any
+        ) -> tuple[Tensor, Tensor]:
+            weights, ids = super()._compute_routing(hidden_states, router_logits, indices_type, **given)
+            if self.macs_hook is None:
+                raise RuntimeError(
+                    "MACS: a MoE layer runs that was not found when the model was loaded; leave macs out of "
+                    "--additional-config"
+                )
+            return self.macs_hook.route(hidden_states, router_logits, weights, ids)
+
+    Planned.__name__ = Planned.__qualname__ = f"Planned{stock.__name__}"
+    return Planned
