@@ -1,7 +1,9 @@
 """One MoE layer of vLLM: its adapter, its plan and its estimates.
 
 With tensor and expert parallelism every rank has all tokens and the same routing: it makes the same plan as
-the others without exchanging anything, and computes its own experts' part. Shapes: T tokens, k experts a token.
+the others without exchanging anything, and computes its own experts' part.
+
+Shapes: T tokens, k experts a token.
 """
 
 from __future__ import annotations

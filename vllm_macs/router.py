@@ -26,7 +26,8 @@ def reserve(router: Any) -> None:
     """Make a router one that may be planned: from vLLM 0.33 on this keeps kernels that route by themselves
     away, which are chosen while the model is built."""
     if not hasattr(type(router), "macs_hook"):
-        router.__class__ = _planned(type(router))
+        stock: Any = type(router)
+        router.__class__ = _planned(stock)
 
 
 @cache

@@ -40,9 +40,8 @@ class StepModality:
         model.register_forward_hook(self._leave, always_call=True)
 
     def _look(self, input_ids: Tensor, *given: Any, **named: Any) -> Tensor:
-        visual = (
-            named["is_multimodal"] if "is_multimodal" in named else (given[1] if len(given) > 1 else None)
-        )
+        visual = given[1] if len(given) > 1 else None
+        visual = named.get("is_multimodal", visual)
         self.seen = len(input_ids), visual
         found: Tensor = self._embed(input_ids, *given, **named)
         return found

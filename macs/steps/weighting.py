@@ -145,10 +145,14 @@ def finite_features(hidden: Tensor) -> Tensor:
 
 def _parts(hidden: Tensor, token: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Some of the tokens at a time, int64 [M], and their features float32 [M, D]."""
-    size = max(1, hidden.shape[1])
-    rows = PART_SIZE // size if hidden.device.type == "cpu" else PART_ROWS
-    for part in token.split(max(1, min(PART_ROWS, rows))):
+    for part in token.split(_rows(hidden)):
         yield part, hidden[part].float()
+
+
+def _rows(hidden: Tensor) -> int:
+    """Tokens worked on at a time."""
+    rows = PART_SIZE // max(1, hidden.shape[1]) if hidden.device.type == "cpu" else PART_ROWS
+    return max(1, min(PART_ROWS, rows))
 
 
 WEIGHTINGS["constant"] = Weighting("all alike: visual_weight", kernel=True)
@@ -183,23 +187,30 @@ def distinctness(hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, 
     order of the tokens does not matter.
     """
     sources, norms, near = len(directions), [], []
-    for part, z in _parts(hidden, token):
-        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-        unit = torch.nan_to_num(z.double().div_(norm.clamp(min=1e-12)), 0.0, 0.0, 0.0)
-        unit.mul_((norm < torch.inf) & visual[part][:, None])
+    whole = 2 * len(token) >= len(hidden)  # then reading all is faster than gathering some
+    if not whole:
+        hidden, visual, source = hidden[token], visual[token], source[token]
+    rows = _rows(hidden)
+    for z, seen, group in zip(hidden.split(rows), visual.split(rows), source.split(rows), strict=True):
+        z = z.float()
+        norm = torch.linalg.vector_norm(z, dim=-1)
+        finite = norm < torch.inf
+        features = z.where(finite[:, None], 0.0).double()
+        inverse = (1 / norm.double().clamp(min=1e-12)).where(finite & seen, 0.0)
         if sources == 1:
-            directions += unit.sum(0)
+            directions[0] += torch.mv(features.t(), inverse)
         else:
-            directions.index_add_(0, source[part], unit)
+            directions.index_add_(0, group, features * inverse[:, None])
         norms.append(norm)
     mean = mean_directions(directions)
-    for part, z in _parts(hidden, token):
+    for z, group in zip(hidden.split(rows), source.split(rows), strict=True):
         # Elementwise and summed, not a matrix product, which autocast or TF32 would round.
-        near.append(z.mul_(mean if sources == 1 else mean[source[part]]).sum(-1))
-    norm = torch.cat(norms)[:, 0]
+        near.append((z.float() * (mean if sources == 1 else mean[group])).sum(-1))
+    norm = torch.cat(norms)
     distinct = 1 - torch.cat(near) / norm.clamp(min=1e-12)
     distinct = distinct.mul_(DISTINCT_UNIT).round_().div_(DISTINCT_UNIT)
-    return distinct.masked_fill_(~(norm < torch.inf), torch.nan)
+    distinct = distinct.masked_fill_(~(norm < torch.inf), torch.nan)
+    return distinct[token] if whole else distinct
 
 
 def mean_directions(total: Tensor) -> Tensor:

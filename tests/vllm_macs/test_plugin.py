@@ -1,0 +1,410 @@
+"""The plugin on a stub of vLLM: refusals, router, mask, plan, estimates and metrics. ``test_vllm.py`` has the
+real engine."""
+
+import enum
+import sys
+import types
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.estimates import profile_of
+from torch import nn
+
+import vllm_macs
+from macs import IMAGE, MACSConfig, Modality, Planner, Runtime, Topology
+from macs.adapters import current_modality
+from vllm_macs import limits
+from vllm_macs.config import MACSEntry, entry_of
+from vllm_macs.metrics import Relay
+
+D, E, K, T, R = 16, 8, 2, 48, 2
+
+
+class CUDAGraphMode(enum.Enum):
+    NONE, FULL = 0, 1
+
+
+class CompilationMode(enum.Enum):
+    NONE, VLLM_COMPILE = 0, 1
+
+
+class Engine:
+    """Modules of the names that the plugin imports, and the state of a step."""
+
+    def __init__(self):
+        self.context, self.cpu, self.rank, self.config = None, True, 0, None
+        self.envs = SimpleNamespace(VLLM_BATCH_INVARIANT=False, VLLM_MOE_ROUTING_SIMULATION_STRATEGY="")
+
+    @contextmanager
+    def step(self, padding=None, mode=CUDAGraphMode.NONE, metadata=True):
+        self.context = SimpleNamespace(
+            cudagraph_runtime_mode=mode, attn_metadata={} if metadata else None, is_padding=padding
+        )
+        try:
+            yield
+        finally:
+            self.context = None
+
+
+class BaseRouter:
+    top_k, scoring_func = K, "softmax"
+
+    def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+        weights, ids = router_logits.softmax(-1).topk(K)
+        return weights / weights.sum(-1, keepdim=True), ids.to(indices_type)
+
+
+class CPURouter(BaseRouter):
+    pass
+
+
+class MoERunner(nn.Module):
+    """A layer whose experts multiply by their number."""
+
+    def __init__(self, router, name="layers.0.mlp"):
+        super().__init__()
+        self.gate, self.router, self.layer_name = nn.Linear(D, E, bias=False), router, name
+        kernel = SimpleNamespace(fused_experts=type("CPUUnquantizedExperts", (), {})())
+        method = SimpleNamespace(moe_kernel=kernel, is_monolithic=False)
+        self.routed_experts = SimpleNamespace(quant_method=method)
+        self.moe_config = SimpleNamespace(ep_size=R, tp_size=1, num_logical_experts=E)
+        self.expert_map_manager = SimpleNamespace(placement_strategy="linear")
+
+    def _forward_impl(self, hidden):
+        weights, ids = self.router._compute_routing(hidden, self.gate(hidden), torch.int32)
+        self.seen = ids
+        parts = torch.where(ids < 0, 0.0, weights * (1 + ids))
+        return hidden * parts.sum(-1, keepdim=True)
+
+    def forward(self, hidden):
+        return self._forward_impl(hidden)
+
+
+class Model(nn.Module):
+    def __init__(self, factory):
+        super().__init__()
+        self.layers = nn.ModuleList(MoERunner(factory(), f"layers.{one}.mlp") for one in range(2))
+
+    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
+        return torch.nn.functional.one_hot(input_ids % D, D).float()
+
+    def forward(self, input_ids, inputs_embeds=None):
+        for layer in self.layers:
+            inputs_embeds = inputs_embeds + layer(inputs_embeds)
+        return inputs_embeds
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    state = Engine()
+
+    def module(name, **contents):
+        made = types.ModuleType(name)
+        made.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, name, made)
+        parent, _, own = name.rpartition(".")
+        if parent:
+            if parent not in sys.modules:
+                module(parent, __path__=[])
+            setattr(sys.modules[parent], own, made)
+        return made
+
+    class BaseModelLoader:
+        def load_model(self, vllm_config, model_config):
+            factory = sys.modules["vllm.model_executor.layers.fused_moe.layer"]
+            return Model(lambda: factory.create_fused_moe_router())
+
+    class EngineArgs:
+        def __init__(self, config):
+            self.config = config
+
+        def create_engine_config(self):
+            return self.config
+
+    root = module("vllm", __path__=[], __version__="0.33.0", envs=state.envs)
+    root.__spec__ = SimpleNamespace(name="vllm")
+    module("vllm.envs", **vars(state.envs))
+    module(
+        "vllm.config",
+        CUDAGraphMode=CUDAGraphMode,
+        CompilationMode=CompilationMode,
+        get_current_vllm_config=lambda: state.config,
+    )
+    module("vllm.platforms", current_platform=SimpleNamespace(is_cpu=lambda: state.cpu))
+    module(
+        "vllm.forward_context",
+        get_forward_context=lambda: state.context,
+        is_forward_context_available=lambda: state.context is not None,
+    )
+    group = SimpleNamespace(world_size=1, cpu_group=None)
+    module(
+        "vllm.distributed",
+        get_tensor_model_parallel_rank=lambda: state.rank,
+        get_tp_group=lambda: group,
+    )
+    module("vllm.engine.arg_utils", EngineArgs=EngineArgs)
+    module("vllm.model_executor.layers.fused_moe.layer", create_fused_moe_router=CPURouter)
+    module("vllm.model_executor.layers.fused_moe.router.base_router", BaseRouter=BaseRouter)
+    module("vllm.model_executor.layers.fused_moe.runner.moe_runner", MoERunner=MoERunner)
+    module("vllm.model_executor.model_loader.base_loader", BaseModelLoader=BaseModelLoader)
+
+    class CPUUnquantizedExperts:
+        def apply(self, output, hidden_states, topk_weights, topk_ids, **rest):
+            output.copy_(hidden_states * topk_weights * (1 + topk_ids))
+
+    module(
+        "vllm.model_executor.layers.fused_moe.experts.cpu_moe", CPUUnquantizedExperts=CPUUnquantizedExperts
+    )
+    for name in ("vllm_macs.plugin", "vllm_macs.cpu"):  # what is patched belongs to this stub
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delattr(name, raising=False)
+    return state
+
+
+def config_of(engine, entry=None, **parallel):
+    given = {"data_parallel_size": 1, "pipeline_parallel_size": 1, "tensor_parallel_size": 2}
+    given |= {"enable_expert_parallel": True, "enable_eplb": False}
+    engine.config = SimpleNamespace(
+        additional_config={} if entry is None else {"macs": entry},
+        parallel_config=SimpleNamespace(**{**given, **parallel}),
+        compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
+        load_config=SimpleNamespace(load_format="auto"),
+        model_config=SimpleNamespace(is_multimodal_model=True),
+        speculative_config=None,
+        lora_config=None,
+    )
+    return engine.config
+
+
+def loaded(engine, entry=None, **parallel):
+    """A model that the patched loader has loaded."""
+    torch.manual_seed(0)
+    vllm_macs.register()
+    config = config_of(engine, entry, **parallel)
+    loader = sys.modules["vllm.model_executor.model_loader.base_loader"].BaseModelLoader()
+    return loader.load_model(config, config.model_config)
+
+
+IDS = torch.arange(T) * 7 % 31
+VISUAL = torch.arange(T) % 3 > 0
+
+
+def run(engine, model, **step):
+    with engine.step(**step), torch.no_grad():
+        hidden = model.embed_input_ids(IDS, None, is_multimodal=VISUAL)
+        return model(IDS, inputs_embeds=hidden)
+
+
+ENTRY = {"target_load": 0.6, "min_tokens": 8}
+
+
+def test_without_an_entry_vllm_runs_as_it_is(engine):
+    model = loaded(engine)
+    assert [type(layer.router) for layer in model.layers] == [CPURouter] * 2
+    assert not hasattr(model.layers[0], "macs")
+
+
+def test_a_step_is_planned_as_the_planner_plans_it(engine):
+    model = loaded(engine, ENTRY)
+    layer = model.layers[0]
+    events = []
+    layer.macs.on_plan(events.append)
+    run(engine, model)
+    (event,) = events
+    assert torch.equal(event.tokens.visual, VISUAL) and current_modality() is None
+    own = Planner(MACSConfig(**ENTRY), Topology(E, R), K)
+    tokens = Modality.of((VISUAL * IMAGE).to(torch.int8)[None]).batch_major()
+    expected = own.plan(event.hidden, event.experts, event.weights, event.scores, tokens)
+    assert torch.equal(expected.experts, event.plan.experts)
+    assert torch.equal(layer.seen, expected.experts.int()) and layer.seen.dtype == torch.int32
+    rows = [int(((layer.seen >= 0) & (layer.seen // (E // R) == rank)).sum()) for rank in range(R)]
+    assert max(rows) <= 0.6 * T * K / R < T * K / R
+
+
+def test_nothing_over_the_limit_is_bit_identical(engine):
+    stock = run(engine, loaded(engine))
+    assert torch.equal(run(engine, loaded(engine, {**ENTRY, "target_load": 8.0})), stock)
+    assert not torch.equal(run(engine, loaded(engine, ENTRY)), stock)
+
+
+@pytest.mark.parametrize(
+    "step", [{"mode": CUDAGraphMode.FULL}, {"metadata": False}], ids=["in a CUDA graph", "a profile run"]
+)
+def test_other_steps_are_the_engines_own(engine, step):
+    stock = run(engine, loaded(engine))
+    model = loaded(engine, ENTRY)
+    assert torch.equal(run(engine, model, **step), stock)
+    assert not torch.equal(run(engine, model), stock)  # and the next one is planned
+
+
+def test_padding_is_not_planned(engine):
+    model = loaded(engine, ENTRY)
+    events = []
+    model.layers[0].macs.on_plan(events.append)
+    padding = torch.arange(T) >= T - 5
+    run(engine, model, padding=padding)
+    with engine.step(), torch.no_grad():  # or rows behind those that the runner has embedded
+        hidden = torch.cat([model.embed_input_ids(IDS[:40], None, is_multimodal=VISUAL[:40])] * 2)[:T]
+        model(IDS, inputs_embeds=hidden)
+    assert torch.equal(events[0].tokens.valid, ~padding)
+    assert torch.equal(events[1].tokens.valid, torch.arange(T) < 40)
+
+
+def test_a_stopped_pass_leaves_no_mask(engine):
+    model = loaded(engine, ENTRY)
+    handle = model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(engine, model)
+    handle.remove()
+    assert current_modality() is None
+    run(engine, model)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_adds_the_estimates(engine, tmp_path, rank):
+    """The parts of two ranks are added up: estimates must not be there twice."""
+    engine.rank = rank
+    plain = run(engine, loaded(engine, ENTRY))
+    stock = loaded(engine)
+    torch.manual_seed(1)
+    profile = profile_of([layer.gate.weight.detach() for layer in stock.layers], K)
+    profile.save(tmp_path / "profile")
+    found = run(
+        engine, loaded(engine, {**ENTRY, "profile": str(tmp_path / "profile"), "compensation": "all"})
+    )
+    assert torch.equal(found, plain) == (rank == 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_parallel_size": 2}, "data_parallel_size > 1"),
+        ({"pipeline_parallel_size": 2}, "later stages do not see which tokens are visual"),
+        ({"enable_expert_parallel": False}, "no enable_expert_parallel"),
+        ({"enable_eplb": True}, "enable_eplb"),
+        ({"use_ubatching": True}, "dual-batch overlap"),
+        ({"all2all_backend": "passthrough"}, "passthrough"),
+    ],
+)
+def test_a_config_that_cannot_be_honoured_is_refused(engine, changes, message):
+    with pytest.raises(ValueError, match=message):
+        loaded(engine, ENTRY, **changes)
+    arguments = sys.modules["vllm.engine.arg_utils"].EngineArgs
+    with pytest.raises(ValueError, match=message):  # already where the server is asked
+        arguments(config_of(engine, ENTRY, **changes)).create_engine_config()
+    plain = config_of(engine, None, **changes)
+    assert arguments(plain).create_engine_config() is plain
+
+
+def test_more_that_is_refused(engine):
+    config = config_of(engine, ENTRY)
+    assert limits.of_config(config) == []
+    config.speculative_config, config.lora_config = object(), object()
+    config.compilation_config.mode, config.load_config.load_format = (
+        CompilationMode.VLLM_COMPILE,
+        "tensorizer",
+    )
+    found = " ".join(limits.of_config(config))
+    for word in ("speculative decoding", "LoRA", "enforce-eager", "tensorizer"):
+        assert word in found
+    engine.cpu = False
+    assert "one rank has all experts" in " ".join(
+        limits.of_config(config_of(engine, ENTRY, tensor_parallel_size=1))
+    )
+
+
+def test_layers_that_cannot_be_honoured_are_refused():
+    runner = MoERunner(CPURouter())
+    assert limits.of_layer(runner) == []
+    method = runner.routed_experts.quant_method
+    method.moe_kernel.fused_experts = type("AiterExperts", (), {})()
+    runner.moe_config.num_logical_experts = 7
+    runner.router.scoring_func = "sqrtsoftplus"
+    found = " ".join(limits.of_layer(runner))
+    for word in ("AiterExperts", "--moe-backend triton", "7 experts on 2 ranks", "sqrtsoftplus"):
+        assert word in found
+    method.is_monolithic = True
+    assert limits.of_layer(runner) == ["a kernel that routes by itself: try --moe-backend triton"]
+    by_batch = SimpleNamespace(
+        is_quantized=True, is_block_quantized=False, a2_scale=None, is_per_act_token=False
+    )
+    assert limits.scales_by_batch(by_batch) and not limits.scales_by_batch(None)
+
+
+def test_models_without_a_gate_or_experts_are_refused(engine):
+    from vllm_macs.plugin import attach
+
+    config = config_of(engine, ENTRY)
+    with pytest.raises(ValueError, match="found no MoE layer in Linear"):
+        attach(nn.Linear(1, 1), config, MACSEntry.of(ENTRY))
+    model = Model(CPURouter)
+    model.layers[1].gate = None
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp of Model does not hold its gate"):
+        attach(model, config, MACSEntry.of(ENTRY))
+
+
+def test_a_layer_that_was_not_found_does_not_run_unplanned(engine):
+    loaded(engine, ENTRY)
+    lost = sys.modules["vllm.model_executor.layers.fused_moe.layer"].create_fused_moe_router()
+    assert not lost.supports_monolithic_kernels
+    with pytest.raises(RuntimeError, match="was not found when the model was loaded"):
+        lost._compute_routing(torch.zeros(1, D), torch.zeros(1, E), torch.int32)
+
+
+def test_another_version_is_named(engine, monkeypatch):
+    monkeypatch.delattr(sys.modules["vllm.forward_context"], "get_forward_context")
+    arguments = sys.modules["vllm.engine.arg_utils"].EngineArgs
+    vllm_macs.register()
+    with pytest.raises(
+        ImportError, match=r"needs vllm>=0\.32,<0\.34; found 0\.33\.0, which lacks .*get_forward"
+    ):
+        arguments(config_of(engine, ENTRY)).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"image_token_id": 3}, r"config\.macs\.image_token_id: found 3, expected none: vLLM says"),
+        ({"record": "a"}, r"config\.macs\.record: found '.*', expected none in vLLM"),
+        ({"virtual_ranks": 0}, r"config\.macs\.virtual_ranks: found 0"),
+        ({"target_lode": 1.0}, "target_load"),
+    ],
+)
+def test_entries_that_cannot_be_honoured_are_named(engine, entry, message):
+    with pytest.raises(ValueError, match=message):
+        entry_of(config_of(engine, entry))
+    assert entry_of(config_of(engine)) is None
+
+
+def test_experts_of_a_cpu_compute_the_kept_rows_of_their_own(engine):
+    from vllm_macs import cpu
+
+    cpu.install()
+    experts = sys.modules["vllm.model_executor.layers.fused_moe.experts.cpu_moe"].CPUUnquantizedExperts()
+    ids = torch.tensor([[0, 5], [-1, 4], [1, -1], [2, 3]])
+    expert_map = torch.tensor([-1, -1, -1, -1, 0, 1, 2, 3])  # this process has experts 4 to 7
+    output, hidden = torch.full((4, D), 9.0), torch.randn(4, D)
+    given = {"w1": torch.zeros(4, 1), "w2": None, "activation": None, "global_num_experts": E}
+    weights = torch.rand(4, 2)
+    experts.apply(output, hidden, topk_weights=weights, topk_ids=ids, expert_map=expert_map, **given)
+    expected = torch.zeros(4, D)
+    expected[0], expected[1] = hidden[0] * weights[0, 1] * 2, hidden[1] * weights[1, 1]
+    torch.testing.assert_close(output, expected)
+    assert cpu.rows == [2]
+    experts.apply(output, hidden, topk_weights=weights, topk_ids=ids * 0 - 1, expert_map=None, **given)
+    assert (output == 0).all() and cpu.rows == [2, 0]
+
+
+def test_metrics_of_a_worker_are_shown_beside_the_engines_own():
+    pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
+    from macs.records.prometheus import serve_metrics
+
+    server = serve_metrics(Runtime(MACSConfig()), 0)
+    try:
+        names = {family.name for family in Relay(server.port).collect()}
+    finally:
+        server.close()
+    assert "macs_steps" in names and all("macs" in name for name in names)
+    assert list(Relay(1).collect()) == [] and Relay(1).describe() == []
