@@ -11,9 +11,10 @@ LIMITS = {
     "macs": 9080,
     "megatron_macs": 1480,
     "deepspeed_macs": 1245,
-    "tools": 6395,
-    "examples": 3490,
-    "tests": 15350,
+    "vllm_macs": 735,
+    "tools": 7205,
+    "examples": 4100,
+    "tests": 16370,
 }
 """Lines of Python a room may have. A room that is full gives something up before it gets more."""
 
@@ -39,7 +40,7 @@ def test_rooms_stay_within_their_lines(room):
 
 def test_adapters_import_nothing_of_the_core_but_what_it_offers_them():
     found = set()
-    for path in sources("megatron_macs", "deepspeed_macs"):
+    for path in sources("megatron_macs", "deepspeed_macs", "vllm_macs"):
         for node in ast.walk(ast.parse(path.read_text())):
             if (
                 isinstance(node, ast.ImportFrom)
@@ -57,7 +58,15 @@ def test_imports_run_down():
     above = {
         "macs/steps": ("planner", "runtime", "records", "config", "policies"),
         "macs/planner.py": ("runtime", "records"),
-        "macs": ("megatron", "deepspeed", "megatron_macs", "deepspeed_macs", "macs_tools"),
+        "macs": (
+            "megatron",
+            "deepspeed",
+            "megatron_macs",
+            "deepspeed_macs",
+            "vllm_macs",
+            "vllm",
+            "macs_tools",
+        ),
     }
     for place, names in above.items():
         paths = [ROOT / place] if place.endswith(".py") else sources(place)
@@ -67,7 +76,7 @@ def test_imports_run_down():
                     assert not set((node.module or "").split(".")) & set(names), (path, node.module)
 
 
-@pytest.mark.parametrize("room", ["macs", "megatron_macs", "deepspeed_macs"])
+@pytest.mark.parametrize("room", ["macs", "megatron_macs", "deepspeed_macs", "vllm_macs"])
 def test_former_names_do_not_come_back(room):
     for path in sources(room):
         text = path.read_text()

@@ -9,8 +9,8 @@ class MACSWorker:
     """Methods for ``LLM.collective_rpc``; each returns a list with one entry a worker."""
 
     def macs_loads(self) -> dict[str, Any]:
-        """Loads of every layer and rank before and after planning, [L][R], and on a CPU the rows that this
-        worker's experts computed, by call; all since the last time."""
+        """Loads by layer and step before and after planning, and on a CPU the rows that this worker's experts
+        computed, by call; all since the last time."""
         from . import cpu
         from .plugin import runtimes
 

@@ -5,7 +5,7 @@ Shapes: T tokens, V visual ones, D features, S sources, G = S K groups of K moda
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -143,12 +143,6 @@ def finite_features(hidden: Tensor) -> Tensor:
     return hidden.sum(-1, dtype=torch.float32).abs() < torch.inf
 
 
-def _parts(hidden: Tensor, token: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some of the tokens at a time, int64 [M], and their features float32 [M, D]."""
-    for part in token.split(_rows(hidden)):
-        yield part, hidden[part].float()
-
-
 def _rows(hidden: Tensor) -> int:
     """Tokens worked on at a time."""
     rows = PART_SIZE // max(1, hidden.shape[1]) if hidden.device.type == "cpu" else PART_ROWS
@@ -165,7 +159,8 @@ def feature_entropy(hidden: Tensor, token: Tensor, *rest: Tensor) -> Tensor:
     hidden [T, D], any float dtype, token int64 [V] -> float32 [V]; NaN where the features are not finite.
     """
     entropy = []
-    for _, z in _parts(hidden, token):
+    for part in token.split(_rows(hidden)):
+        z = hidden[part].float()
         shifted = z.sub_(z.amax(-1, keepdim=True))
         p = shifted.softmax(-1)
         # With z shifted to a maximum of 0, H = ln sum(e^z) - sum(p z), and the largest p is 1 / sum(e^z):

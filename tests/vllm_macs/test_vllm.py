@@ -86,7 +86,7 @@ def test_a_prompt_is_read_in_chunks_through_its_picture(tmp_path, model):
     whole = answers(tmp_path, model, *flags[:2])["answers"]
     macs = '{"min_tokens": 8, "virtual_ranks": 4}'
     found = answers(tmp_path, model, *flags, "--macs", macs)
-    assert found["answers"] == whole and len(found["workers"][0]["after"][0]) == 4
+    assert found["answers"] == whole and len(found["workers"][0]["after"][0]) >= 4  # steps
 
 
 @pytest.mark.parametrize(
