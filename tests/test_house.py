@@ -14,7 +14,7 @@ LIMITS = {
     "vllm_macs": 735,
     "tools": 7205,
     "examples": 4100,
-    "tests": 16370,
+    "tests": 16380,
 }
 """Lines of Python a room may have. A room that is full gives something up before it gets more."""
 

@@ -1,5 +1,5 @@
 """For the CI's environment of vLLM: PyPI's torchvision is built for CUDA, and beside a torch for CPUs it does
-not import, since two operators are not there. They are defined, not implemented, just before it is imported."""
+not import, since two operators are not there. They are defined, not implemented, just before its import."""
 
 import sys
 
