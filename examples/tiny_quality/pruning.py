@@ -163,7 +163,8 @@ class AfterLayer:
     def _hide(self, module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if self.stays is None:
             return None
-        rows, cache = named["hidden_states"].shape[1], named.get("past_key_values")
+        rows = named["hidden_states"].shape[1]
+        cache = named.get("past_key_values", named.get("cache"))  # its name since transformers 5.24
         before = 0 if cache is None else cache.get_seq_length(module.layer_idx)
         allowed = torch.ones(rows, before + rows, dtype=torch.bool).tril(before)
         shown = functional.pad(self.stays, (0, before + rows - self.stays.shape[1]), value=True)
