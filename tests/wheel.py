@@ -17,7 +17,7 @@ from pathlib import Path
 
 EVERYTHING = "--model" in sys.argv[1:]
 NEWER = ("megatron_macs.inference_optimized",)  # of Megatron-Core 0.19 alone
-PACKAGES = ("macs", "macs_tools", "megatron_macs", "deepspeed_macs")
+PACKAGES = ("macs", "macs_tools", "megatron_macs", "deepspeed_macs", "vllm_macs")
 
 
 def modules() -> list[str]:
