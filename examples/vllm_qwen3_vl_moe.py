@@ -78,6 +78,8 @@ def main(given: Sequence[str] | None = None) -> None:
     if entry:
         found["workers"] = model.collective_rpc("macs_loads")
         first = found["workers"][0]
+        if not first["after"]:
+            print("no step was planned: all had fewer than min_tokens tokens")
         for layer, (before, after) in enumerate(zip(first["before"], first["after"], strict=True)):
             print(f"layer {layer}: load {max(before):.2f} before planning, {max(after):.2f} after")
     print("\n".join(f"answer {number}: {ids}" for number, ids in enumerate(answers)))

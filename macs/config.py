@@ -36,7 +36,7 @@ BOUNDS = ("target_load", "max_kl", "capacity_factor")
 
 MIN_TOKENS = {"cpu": 64, "gpu": 1280}
 """Tokens of a rank below which a plan costs more than it saves. On a GPU: the break-even of an eager plan for
-Qwen3-VL-30B-A3B's layers over 8 ranks with a load of 1.2, at stated costs of an H100 (docs/performance.md).
+Qwen3-VL-30B-A3B's layers over 8 H100s with a load of 1.5; at 1.2 it is 3488 (docs/performance.md).
 On a CPU: a decoding batch, not a prompt."""
 
 

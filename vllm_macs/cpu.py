@@ -6,6 +6,7 @@ Stock ones ignore ``expert_map`` and -1 in ``topk_ids``, and read beyond their w
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from macs.adapters import Patch
 
-rows: list[int] = []
-"""Rows that the experts of this process computed, by call; tests read and clear it."""
+rows: deque[int] = deque(maxlen=1 << 16)
+"""Rows that the experts of this process computed, by call, the latest."""
 
 
 def _put() -> Any:

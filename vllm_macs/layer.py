@@ -21,6 +21,7 @@ from macs.adapters import (
     Owner,
     Runtime,
     Topology,
+    Unsupported,
     candidate_scores,
     current_modality,
 )
@@ -32,14 +33,14 @@ from .step import is_planned
 class MoELayerAdapter(LayerAdapter):
     """Of a ``MoERunner`` of vLLM."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, adds_estimates: bool) -> None:
         config = runner.moe_config
         ranks, experts = config.ep_size, config.num_logical_experts
         round_robin = ranks > 1 and runner.expert_map_manager.placement_strategy == "round_robin"
         homes = tuple(expert % ranks for expert in range(experts)) if round_robin else ()
         super().__init__(Topology(experts, ranks, homes), runner.router.top_k)
         self._partial = config.tp_size > 1 or ranks > 1
-        self._runner = Owner(runner)
+        self._runner, self._adds = Owner(runner), adds_estimates
 
     def router_weight(self) -> Tensor:
         runner = self._runner()
@@ -49,6 +50,12 @@ class MoELayerAdapter(LayerAdapter):
     def plans_now(self) -> bool:
         return is_planned() and current_modality() is not None
 
+    def unsupported(self) -> Unsupported:
+        return Unsupported(added_assignments="vLLM's workspaces are sized for k experts a token")
+
+    def adds_estimates(self) -> bool:
+        return self._adds
+
     def mixes_outputs(self) -> str | None:
         return "each rank has a part of every token's sum" if self._partial else None
 
@@ -57,8 +64,8 @@ class PlannedLayer:
     """Between the router and the experts of one layer."""
 
     def __init__(self, runner: Any, runtime: Runtime, adds_estimates: bool) -> None:
-        self.macs: LayerRuntime = runtime.add_layer(MoELayerAdapter(runner))
-        self.name, self._adds, self._compared = runner.layer_name, adds_estimates, False
+        self.macs: LayerRuntime = runtime.add_layer(MoELayerAdapter(runner, adds_estimates))
+        self.name, self._compared = runner.layer_name, False
         self._router = runner.router
         runner.macs = self.macs
         plan_with(runner.router, self)
@@ -80,13 +87,13 @@ class PlannedLayer:
                 getattr(router, "e_score_correction_bias", None),
                 *((router.num_expert_group, router.topk_group) if grouped else ()),
             )
-            if not self._compared:
-                same_on_all_ranks(self.name, experts, self.macs.runtime.config.as_dict())
-                self._compared = True
             tokens = self.macs.tokens(1, count, False, device)
             plan = self.macs.plan(hidden, experts, weights, scores, tokens)
         if plan is None:
             return weights, ids
+        if not self._compared:
+            same_on_all_ranks(self.name, plan.experts, self.macs.runtime.settings(False))
+            self._compared = True
         return plan.weights.to(weights.dtype).contiguous(), plan.experts.to(ids.dtype).contiguous()
 
     def _compensated(self, *given: Any, **named: Any) -> Any:
@@ -95,13 +102,13 @@ class PlannedLayer:
         shared, routed = output if isinstance(output, tuple) else (None, output)
         if not isinstance(routed, Tensor):
             raise ValueError(f"MACS: found {type(routed).__name__} from {self.name}, expected its output")
-        routed = self.macs.compensate(routed, add=self._adds)
+        routed = self.macs.compensate(routed)
         return (shared, routed) if isinstance(output, tuple) else routed
 
 
 def same_on_all_ranks(name: str, experts: Tensor, settings: dict[str, Any]) -> None:
-    """Raise a ``RuntimeError`` unless all tensor-parallel ranks routed alike under the same settings. Called
-    in a layer's first planned step; compares over the host."""
+    """Raise a ``RuntimeError`` unless all tensor-parallel ranks made one plan under the same settings, policy
+    and profile. Called in a layer's first planned step; compares over the host."""
     import torch.distributed as dist
     from vllm.distributed import get_tp_group
 
@@ -114,6 +121,6 @@ def same_on_all_ranks(name: str, experts: Tensor, settings: dict[str, Any]) -> N
     dist.all_gather_object(digests, mine.hexdigest(), group=group.cpu_group)
     if len(set(digests)) > 1:
         raise RuntimeError(
-            f"MACS: {name} was routed differently on the {group.world_size} tensor-parallel ranks, or their "
-            "settings differ; their plans would not fit together"
+            f"MACS: {name} was planned differently on the {group.world_size} tensor-parallel ranks: found "
+            "other routing, settings or profiles, expected the same on each"
         )

@@ -90,7 +90,7 @@ def of_layer(runner: Any) -> list[str]:
     known = type(router).__name__.removeprefix("Planned")
     if known not in ROUTERS:
         found.append(f"router {known}, expected one of {', '.join(ROUTERS)}")
-    if getattr(config, "num_fused_shared_experts", 0):
+    if any(getattr(one, "num_fused_shared_experts", 0) for one in (router, runner.expert_map_manager)):
         found.append("shared experts fused with the routed ones")
     if getattr(router, "custom_routing_function", None) is not None:
         found.append("a routing function of its own")

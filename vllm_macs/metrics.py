@@ -9,10 +9,11 @@ from urllib.request import urlopen
 
 
 class Relay:
-    """A collector for prometheus-client that shows what a worker serves on a port of this machine."""
+    """A collector for prometheus-client that shows what a worker serves."""
 
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}/metrics"
+    def __init__(self, port: int, address: str | None = None) -> None:
+        host = "127.0.0.1" if address in (None, "", "0.0.0.0", "::", "localhost") else address
+        self.url = f"http://{host}:{port}/metrics"
 
     def describe(self) -> list[Any]:
         return []
@@ -31,12 +32,12 @@ class Relay:
 _relayed: set[int] = set()
 
 
-def relay(port: int) -> None:
+def relay(port: int, address: str | None = None) -> None:
     """Show the worker's metrics on this process's endpoint, once."""
     from prometheus_client import REGISTRY
 
     # Several API servers share a directory of files, which a collector cannot write to.
     if port in _relayed or os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         return
-    REGISTRY.register(Relay(port))
+    REGISTRY.register(Relay(port, address))
     _relayed.add(port)

@@ -48,7 +48,7 @@ def _put() -> Any:
             if entry.metrics_port:
                 from .metrics import relay
 
-                relay(entry.metrics_port)
+                relay(entry.metrics_port, entry.metrics_address)
         return config
 
     EngineArgs.create_engine_config = create_engine_config
@@ -134,7 +134,9 @@ def attach(model: nn.Module, vllm_config: Any, entry: MACSEntry) -> Runtime:
     runtime = entry.runtime(virtual_ranks=entry.virtual_ranks)
     runtimes.append(runtime)
     for runner in runners:
-        PlannedLayer(runner, runtime, adds_estimates=first)
-    StepModality(model, multimodal=bool(vllm_config.model_config.is_multimodal_model))
+        layer = PlannedLayer(runner, runtime, adds_estimates=first).macs
+        # Estimates and records, before vLLM measures what memory is left for its cache.
+        layer.prepare(runner.gate.weight.device)
+    StepModality(model, multimodal=bool(vllm_config.model_config.supports_multimodal_inputs))
     logger.info("MACS plans %d MoE layers: %s", len(runners), runtime.config)
     return runtime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from macs.adapters import Modality, modality
+
+logger = logging.getLogger("vllm.macs")
 
 
 def is_planned() -> bool:
@@ -32,7 +35,7 @@ class StepModality:
     def __init__(self, model: nn.Module, multimodal: bool) -> None:
         self.multimodal = multimodal
         self.seen: tuple[int, Tensor | None] | None = None
-        self._entered = ExitStack()
+        self._entered, self._warned = ExitStack(), False
         if multimodal:
             self._embed: Any = model.embed_input_ids
             model.embed_input_ids = self._look  # type: ignore[assignment]
@@ -48,7 +51,12 @@ class StepModality:
 
     def _enter(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._entered.close()  # after a pass that was stopped
-        if not is_planned() or (self.multimodal and self.seen is None):
+        if not is_planned():
+            return
+        if self.multimodal and self.seen is None:
+            if not self._warned:
+                logger.warning("MACS: a step came without the mask of its visual tokens, and is not planned")
+            self._warned = True
             return
         rows = named.get("inputs_embeds")
         rows = named.get("input_ids", given[0] if given else None) if rows is None else rows

@@ -14,7 +14,8 @@ class MACSWorker:
         from . import cpu
         from .plugin import runtimes
 
-        reports = [report for runtime in runtimes for report in runtime.reports()]
+        recorded = [one for one in runtimes if any(layer.recorder.started for layer in one.layers)]
+        reports = [report for runtime in recorded for report in runtime.reports()]
         found = {when: [one.load(when).tolist() for one in reports] for when in ("before", "after")}
         for runtime in runtimes:
             runtime.clear()

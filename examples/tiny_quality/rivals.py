@@ -40,7 +40,7 @@ from macs_tools.report.placement import replicated
 from .model import Bench, measuring
 from .pruning import AFTER, BEFORE, AfterLayer, Pruned
 
-KEEPS = 0.75, 0.5, 0.25
+KEEPS = 0.95, 0.9, 0.75, 0.6, 0.5, 0.35, 0.25
 BUDGETS = 3e-4, 1e-3, 3e-3, 1e-2, 1e-1
 """KL in nats within which the fastest point of every family is shown."""
 
@@ -196,7 +196,8 @@ def time_of(found: dict[str, Any], machine: Machine, tokens: int, ranks: int, ra
 def rivals(targets: Sequence[float]) -> list[Rival]:
     """All that is compared; the model as it is comes first."""
     pruning = [Rival(method, keep) for method in (*BEFORE, *AFTER) for keep in KEEPS]
-    both = [Rival(method, keep, target) for method in BEFORE[1:] for keep in KEEPS[:2] for target in STACKED]
+    stacked = [(keep, target) for keep in (0.75, 0.5) for target in STACKED]
+    both = [Rival(method, *one) for method in BEFORE[1:] for one in stacked]
     return [Rival(), *pruning, *(Rival(target=target) for target in targets), *both]
 
 

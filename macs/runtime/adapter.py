@@ -128,6 +128,10 @@ class LayerAdapter:
         """What the engine cannot do here, as it is set up now."""
         return Unsupported()
 
+    def adds_estimates(self) -> bool:
+        """Whether compensation is added here, and not to another process's part of the routed output."""
+        return True
+
     def mixes_outputs(self) -> str | None:
         """Why the routed output cannot be read by itself, as a fit of compensation needs; none: it can."""
         return None

@@ -217,14 +217,13 @@ class LayerRuntime:
             self._planned.step = step
         return plan
 
-    def compensate(self, output: Tensor, add: bool = True) -> Tensor:
+    def compensate(self, output: Tensor) -> Tensor:
         """Add the estimates of what the step's plan dropped, where the settings ask for it.
 
         Called on the tokens' own process once all experts' outputs are combined, before shared experts.
 
         Args:
             output: [..., D], the routed output of the tokens that ``plan`` had.
-            add: False where this is one of several parts of it, of which another gets the estimates.
 
         Returns:
             The same shape and dtype; the output itself in a step that was not planned.
@@ -237,7 +236,7 @@ class LayerRuntime:
         for callback in self._output_callbacks:
             callback(PlanEvent(self, *step), rows)
         tables = self._tables_on(rows.device)
-        if plan is None or tables is None or not add:
+        if plan is None or tables is None:
             return output
         dropped = Dropped(hidden, experts, weights, plan.experts, tokens)
         return compensate(rows, dropped, tables).view(output.shape)
@@ -331,7 +330,7 @@ class LayerRuntime:
     def _tables_of(self, planner: Planner) -> dict[torch.device, CompensationTables]:
         """What the settings compensate with, on the router's device, where steps mostly are; else nothing."""
         scope, profile = planner.config.compensation, self.runtime.profile
-        if not SCOPES.get(scope) or not planner.policy.plans:
+        if not (SCOPES.get(scope) and planner.policy.plans and self.adapter.adds_estimates()):
             return {}
         # ``use`` has refused others.
         assert profile is not None and profile.compensation is not None and self.profile_row is not None

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from tiny_quality.pruning import AFTER, BEFORE, AfterLayer, Pruned, kept_of  # noqa: E402
+from tiny_quality.rivals import KEEPS  # noqa: E402
 from tiny_vlm import model as tiny  # noqa: E402
 from tiny_vlm.kinds import draw_batches  # noqa: E402
 from tiny_vlm.vocabulary import IMAGE, VOCABULARY  # noqa: E402
@@ -119,7 +120,7 @@ def test_the_comparison_is_measured_timed_and_drawn(tmp_path):
 
     shown = run()
     found = {one["title"]: one for one in json.loads((tmp_path / "found.json").read_text())}
-    assert len(found) == 1 + 3 * len((*BEFORE, *AFTER)) + 1 + 8
+    assert len(found) == 1 + len(KEEPS) * len((*BEFORE, *AFTER)) + 1 + 8
     stock, ours, pruned = found["as it is"], found["MACS 0.6"], found["tower attention, 0.5"]
     assert stock["kl"][0] == 0 and stock["tokens"] == 1 and stock["rows"] == stock["natural"] > 1.3
     assert ours["rows"] == pytest.approx(0.6, abs=0.05) and ours["tokens"] == 1

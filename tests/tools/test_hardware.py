@@ -1,14 +1,12 @@
 """Costs of GPUs: the fitted figures against measurements that are copied here, and whole prefills."""
 
-import json
-
 import numpy as np
 import pytest
 
 from macs_tools import when
 from macs_tools.common.cost_model import at_load
 from macs_tools.common.workloads import SHAPES
-from macs_tools.hardware.machine import ENGINES, FIGURES, GPUS, engine_figures, figures, machine, moe_ms
+from macs_tools.hardware.machine import ENGINES, GPUS, engine_figures, figures, machine, moe_ms
 from macs_tools.hardware.prefill import MODELS, Machine, Prompts, served_prompts
 
 SHAPE = SHAPES["qwen3-vl-30b-a3b"]
@@ -68,7 +66,6 @@ def test_other_shapes_are_said_to_be_of_other_shapes():
 def test_the_figures_name_their_source():
     source = figures()["source"]
     assert source["package"] == "aiconfigurator-core" and source["licence"] == "Apache-2.0"
-    assert json.loads(FIGURES.read_text()) == figures()
     for gpu in GPUS:
         for engine in ENGINES:
             for terms in engine_figures(gpu, engine)["moe"]["bf16"].values():
@@ -77,7 +74,7 @@ def test_the_figures_name_their_source():
 
 def test_a_prefill_is_its_parts():
     prompts = served_prompts(16384)
-    assert prompts == Prompts(11, 572, 870, 2) and prompts.tokens == 15862
+    assert prompts.tokens == 16384 and (prompts.text, prompts.visual, prompts.images) == (572, 870, 2)
     host = Machine("h100", "vllm", QWEN)
     today = host.prefill(prompts, 8, 2.0)
     assert today.total == pytest.approx(today.vision + today.attention + today.moe + today.exchange)

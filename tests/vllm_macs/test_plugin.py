@@ -35,6 +35,7 @@ class Engine:
 
     def __init__(self):
         self.context, self.cpu, self.rank, self.config = None, True, 0, None
+        self.multimodal, self.digests = True, None
         self.envs = SimpleNamespace(VLLM_BATCH_INVARIANT=False, VLLM_MOE_ROUTING_SIMULATION_STRATEGY="")
 
     @contextmanager
@@ -171,7 +172,7 @@ def config_of(engine, entry=None, **parallel):
         parallel_config=SimpleNamespace(**{**given, **parallel}),
         compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
         load_config=SimpleNamespace(load_format="auto"),
-        model_config=SimpleNamespace(is_multimodal_model=True),
+        model_config=SimpleNamespace(supports_multimodal_inputs=engine.multimodal),
         speculative_config=None,
         lora_config=None,
     )
@@ -237,6 +238,57 @@ def test_other_steps_are_the_engines_own(engine, step):
     model = loaded(engine, ENTRY)
     assert torch.equal(run(engine, model, **step), stock)
     assert not torch.equal(run(engine, model), stock)  # and the next one is planned
+
+
+def test_a_text_only_model_is_planned_as_text(engine):
+    engine.multimodal = False
+    model = loaded(engine, ENTRY)
+    events = []
+    model.layers[0].macs.on_plan(events.append)
+    with engine.step(), torch.no_grad():
+        model(IDS, inputs_embeds=torch.nn.functional.one_hot(IDS % D, D).float())
+    assert len(events) == 1 and not events[0].tokens.visual.any() and events[0].tokens.valid.all()
+
+
+def test_a_step_without_its_mask_is_named_once(engine, caplog):
+    model = loaded(engine, ENTRY)
+    for _ in range(2):
+        with engine.step(), torch.no_grad():
+            model(IDS, inputs_embeds=torch.randn(T, D))
+    assert caplog.text.count("without the mask of its visual tokens") == 1
+
+
+def test_shared_experts_are_not_compensated(engine):
+    """DeepSeek's layers return their shared and routed outputs apart."""
+    model = loaded(engine, ENTRY)
+    layer = model.layers[0]
+    routed = layer._forward_impl
+    layer.macs.compensate = lambda output: output + 1
+    plain = torch.zeros(2, D)
+    planned = routed.__self__
+    planned._forward = lambda hidden: (plain, plain)
+    shared, compensated = routed(plain)
+    assert torch.equal(shared, plain) and torch.equal(compensated, plain + 1)
+
+
+def test_ranks_that_plan_differently_are_refused(engine, monkeypatch):
+    group = sys.modules["vllm.distributed"].get_tp_group()
+    group.world_size = 2
+    others = [None, None]
+
+    def gather(digests, mine, group):
+        digests[:] = [mine, others[1] or mine]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    run(engine, loaded(engine, ENTRY))
+    others[1] = "another"
+    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp was planned differently on the 2 "):
+        run(engine, loaded(engine, ENTRY))
+
+
+def test_more_than_k_experts_are_refused(engine):
+    with pytest.raises(ValueError, match="policy expanded-drop: vLLM's workspaces are sized for k experts"):
+        loaded(engine, {**ENTRY, "policy": "expanded-drop"})
 
 
 def test_padding_is_not_planned(engine):
@@ -392,9 +444,9 @@ def test_experts_of_a_cpu_compute_the_kept_rows_of_their_own(engine):
     expected = torch.zeros(4, D)
     expected[0], expected[1] = hidden[0] * weights[0, 1] * 2, hidden[1] * weights[1, 1]
     torch.testing.assert_close(output, expected)
-    assert cpu.rows == [2]
+    assert list(cpu.rows) == [2]
     experts.apply(output, hidden, topk_weights=weights, topk_ids=ids * 0 - 1, expert_map=None, **given)
-    assert (output == 0).all() and cpu.rows == [2, 0]
+    assert (output == 0).all() and list(cpu.rows) == [2, 0]
 
 
 def test_metrics_of_a_worker_are_shown_beside_the_engines_own():

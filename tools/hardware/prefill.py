@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..common.cost_model import CostModel, at_load, captured
+import numpy as np
+
+from ..common.cost_model import CostModel, at_load
 from ..common.workloads import IMAGE_TOKENS, TEXT_TOKENS, VISUAL_TOKENS, Shape
 from .machine import MEMORY_GBS, engine_figures, machine
 
@@ -61,7 +63,7 @@ MODELS = {
 class Prompts:
     """What a rank reads in a step; ``images`` of a prompt share its visual tokens."""
 
-    count: int
+    count: float
     text: int
     visual: int
     images: int = 1
@@ -72,7 +74,7 @@ class Prompts:
 
     @property
     def tokens(self) -> int:
-        return self.count * self.length
+        return round(self.count * self.length)
 
     def pruned(self, keep: float) -> Prompts:
         """With so large a share of the visual tokens, dropped behind the vision encoder."""
@@ -80,8 +82,8 @@ class Prompts:
 
 
 def served_prompts(tokens: int) -> Prompts:
-    """Mean prompts of production traffic, about as many tokens a rank."""
-    count = max(1, round(tokens / (TEXT_TOKENS + VISUAL_TOKENS)))
+    """Mean prompts of production traffic, of so many tokens a rank together."""
+    count = tokens / (TEXT_TOKENS + VISUAL_TOKENS)
     return Prompts(count, TEXT_TOKENS, VISUAL_TOKENS, round(VISUAL_TOKENS / IMAGE_TOKENS))
 
 
@@ -184,14 +186,15 @@ class Machine:
         vision encoder reads, where pruning comes behind it.
         """
         model, tokens = self.model, prompts.tokens
-        costs = captured(self.layer_costs(tokens))
+        costs = self.layer_costs(tokens)
         requested = at_load(model.shape(tokens), ranks, load, tokens)
         planning = 0.0
         if limit is not None:
             by_rank = requested.reshape(ranks, ranks, -1)  # source, destination, expert
             mean = tokens * model.top_k / ranks  # of a destination, from each source
             rows = by_rank.sum(2, keepdims=True)
-            requested = (by_rank * (limit * mean / rows).clip(max=1)).reshape(requested.shape)
+            kept = np.minimum(limit * mean / np.maximum(rows, 1e-9), 1)
+            requested = (by_rank * kept).reshape(requested.shape)
             planning = costs.planning_ms("macs", tokens) + (costs.sharing_ms if limit >= 1 else 0.0)
         if rank:
             columns = modalities * model.experts * (1 + rank)
