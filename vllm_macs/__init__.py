@@ -1,7 +1,7 @@
 """MACS for vLLM: a general plugin that plans the MoE layers of a model served with expert parallelism.
 
     vllm serve MODEL --tensor-parallel-size 8 --enable-expert-parallel \\
-        --additional-config '{"macs": {"target_load": 0.6, "profile": "model.safetensors"}}'
+        --additional-config '{"macs": {"target_load": 0.6, "split": "tuned", "profile": "FILE"}}'
 
 Without a "macs" entry in the additional config, vLLM runs as it is.
 """

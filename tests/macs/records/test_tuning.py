@@ -141,6 +141,17 @@ def test_a_target_with_other_compensation_is_more_than_a_target():
     assert layer._tables
 
 
+def test_a_tuning_that_is_not_used_is_said(caplog):
+    runtime_of(MACSConfig(target_load=0.6))
+    assert (
+        caplog.text.count("split is 'uniform': the loads by layer and the compensation of the profile") == 1
+    )
+    caplog.clear()
+    runtime_of(MACSConfig(target_load=0.6), policy="token-drop")
+    runtime_of(MACSConfig(target_load=0.6, split="tuned"))
+    assert "split is" not in caplog.text
+
+
 def test_another_number_of_ranks_is_said(caplog):
     runtime_of(MACSConfig(target_load=0.6, split="tuned"), ranks=2)
     assert "was not verified for 2 expert-parallel ranks (tuned with 4)" in caplog.text
