@@ -137,14 +137,7 @@ class Runtime(RuntimeState):
         self, policy: str, config: MACSConfig, profile: Profile | None, ranks: set[int]
     ) -> None:
         """A KL holds for what it was verified with: others are an error under ``max_kl``, else a warning."""
-        if profile is None or profile.tuning is None:
-            return
-        if config.split != "tuned":
-            if policy == profile.tuning.policy:
-                self.warn_once(
-                    f"MACS: split is {config.split!r}: the loads by layer and the compensation of the "
-                    "profile's tuning are not used; set split to 'tuned' to serve with them"
-                )
+        if config.split != "tuned" or profile is None or profile.tuning is None:
             return
         different = profile.tuning.differences(policy, config, ranks)
         if different and config.max_kl is not None:

@@ -9,6 +9,7 @@ from support.cases import AnyAdapter, build_policy
 from support.estimates import profile_of
 
 from macs import MACSConfig, Modality, Profile, Runtime, Topology, Tuning
+from macs.adapters import Options
 from macs.records.profile import router_fingerprint
 from macs.records.prometheus import Collector
 from macs.records.tuning import settings_of
@@ -141,14 +142,16 @@ def test_a_target_with_other_compensation_is_more_than_a_target():
     assert layer._tables
 
 
-def test_a_tuning_that_is_not_used_is_said(caplog):
-    runtime_of(MACSConfig(target_load=0.6))
+def test_a_tuning_that_is_given_and_not_used_is_said(tmp_path, caplog):
+    profile().save(tmp_path / "profile")
+    given = {"profile": str(tmp_path / "profile"), "target_load": 0.6}
+    Options.of(given).runtime()
     assert (
         caplog.text.count("split is 'uniform': the loads by layer and the compensation of the profile") == 1
     )
     caplog.clear()
-    runtime_of(MACSConfig(target_load=0.6), policy="token-drop")
-    runtime_of(MACSConfig(target_load=0.6, split="tuned"))
+    Options.of({**given, "policy": "token-drop"}).runtime()
+    Options.of({**given, "split": "tuned"}).runtime()
     assert "split is" not in caplog.text
 
 
