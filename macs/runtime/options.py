@@ -129,7 +129,7 @@ class Options:
         split, tuning = runtime.config.split, None if profile is None else profile.tuning
         if split != "tuned" and tuning is not None and tuning.policy == runtime.policy:
             runtime.warn_once(
-                f"MACS: split is {split!r}: the loads by layer and the compensation of the profile's tuning are "
+                f"MACS: split is {split!r}: the loads by layer and compensation of the profile's tuning are "
                 "not used; set split to 'tuned' to serve with them"
             )
         if self.metrics_port is not None:
