@@ -101,7 +101,7 @@ class Comparison(Bench):
         self.vanilla: dict[str, Any] = {}
 
     @contextmanager
-    def _reading(self, rival: Rival, number: int, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    def reading(self, rival: Rival, number: int, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """The inputs as the rival leaves them, and the model as it changes it."""
         if rival.method in BEFORE:
             pruned = Pruned(self.model, inputs, rival.method, rival.keep, number)
@@ -124,17 +124,21 @@ class Comparison(Bench):
             after.remove()
             self.loads.hidden, self.loads.after = None, self.loads.layers
 
-    def measure(self, rival: Rival) -> dict[str, Any]:
-        """Answers and loads of a rival, held against the model as it is."""
+    def use(self, rival: Rival) -> None:
+        """Serve with the rival's target, or without one."""
         config = MACSConfig() if rival.target is None else MACSConfig(target_load=rival.target, split="tuned")
         policy = "vanilla" if rival.target is None else "macs"
         self.runtime.use(policy, config, self.profiles["macs", self.arguments.ranks])
+
+    def measure(self, rival: Rival) -> dict[str, Any]:
+        """Answers and loads of a rival, held against the model as it is."""
+        self.use(rival)
         kind, tokens = self.arguments.batches[0], []
         said: list[Tensor] = []
         ids: list[list[int]] = []
         batches = self.batches(kind)
         for number, batch in enumerate(batches):
-            with self._reading(rival, number, tiny.sample_inputs(batch)) as inputs:
+            with self.reading(rival, number, tiny.sample_inputs(batch)) as inputs:
                 prompt = read(self.model, self.runtime, inputs)
                 tokens.append(int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()))
                 ids += map(up_to_end, prompt.greedy(answer_tokens(kind)).tolist())
@@ -314,6 +318,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=8, help="ranks that share the experts in that prefill")
     parser.add_argument("--compensation-rank", type=int, default=16, help="of MACS's estimates; 0: none")
     parser.add_argument("--json", type=output_file, help="what was found; read again if it is there")
+    parser.add_argument("--times", action="store_true", help="only time prefills here, on this machine")
     parser.add_argument("--plot", type=output_file)
     return parser.parse_args(given)
 
@@ -321,6 +326,12 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, and show what was measured."""
     arguments, console = parse_arguments(given), Console(width=None if sys.stdout.isatty() else 165)
+    if arguments.times:
+        from .rival_times import show_times
+
+        with measuring():
+            show_times(Comparison(arguments), console)
+        return
     if arguments.json is not None and arguments.json.exists():
         found = json.loads(arguments.json.read_text())
     else:
