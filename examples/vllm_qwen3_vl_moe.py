@@ -73,8 +73,9 @@ def main(given: Sequence[str] | None = None) -> None:
         additional_config={"macs": entry} if entry else {},
     )
     sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True)
-    answers = [list(one.outputs[0].token_ids) for one in model.generate(prompts(arguments.picture), sampling)]
-    found: dict[str, Any] = {"answers": answers}
+    outputs = model.generate(prompts(arguments.picture), sampling)
+    answers = [list(one.outputs[0].token_ids) for one in outputs]
+    found: dict[str, Any] = {"answers": answers, "tokens": [len(one.prompt_token_ids) for one in outputs]}
     if entry:
         found["workers"] = model.collective_rpc("macs_loads")
         first = found["workers"][0]

@@ -90,7 +90,6 @@ def columns(arguments: argparse.Namespace) -> dict[str, str]:
         "ranks": "EP",
         "load": "load",
         "ms": "ms",
-        **dict.fromkeys(PARTS, ""),
         "vision": "vision",
         "attention": "attention",
         "moe": "MoE",

@@ -50,7 +50,6 @@ class StepModality:
         return found
 
     def _enter(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self._entered.close()  # after a pass that was stopped
         if not is_planned():
             return
         if self.multimodal and self.seen is None:

@@ -183,18 +183,12 @@ def time_of(found: dict[str, Any], machine: Machine, tokens: int, ranks: int, ra
     prompts = served_prompts(tokens)
     pruned = prompts.pruned(found["keep"])
     limit = None if found["target"] is None else found["load"]
-    times = [machine.prefill(pruned, ranks, found["natural"], limit, rank if limit else 0, encoded=prompts)]
+    time = machine.prefill(pruned, ranks, found["natural"], limit, rank if limit else 0, encoded=prompts)
     if found["method"] in AFTER:
         share = (1 + AFTER.index(found["method"])) / 4  # of the tiny model's layers
-        times.append(machine.prefill(prompts, ranks, found["natural"]))
-        return Prefill(
-            times[0].vision,
-            *(
-                share * getattr(times[1], part) + (1 - share) * getattr(times[0], part)
-                for part in ("attention", "moe", "exchange")
-            ),
-        )
-    return times[0]
+        whole = asdict(machine.prefill(prompts, ranks, found["natural"]))
+        return Prefill(**{part: share * whole[part] + (1 - share) * ms for part, ms in asdict(time).items()})
+    return time
 
 
 def rivals(targets: Sequence[float]) -> list[Rival]:

@@ -86,7 +86,7 @@ def test_tokens_are_hidden_after_a_layer(model, inputs, after):
 
 
 @torch.inference_mode()
-def test_what_is_hidden_has_no_say(model, inputs):
+def test_hidden_tokens_change_no_other_token(model, inputs):
     """Hidden states of hidden tokens may be anything: no other token's change."""
     hooks = AfterLayer(model, 2, 0.5)
     hooks.begin(inputs["input_ids"])

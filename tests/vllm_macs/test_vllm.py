@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed; it needs an environment of its own")
 
+import torch
 from support import vllm_model
 
 ROOT = Path(__file__).parents[2]
@@ -69,14 +70,15 @@ def test_no_rank_computes_more_than_its_limit(tmp_path, model, stock):
     assert first["before"] == second["before"] and first["after"] == second["after"]  # one plan
     assert len(first["after"]) == vllm_model.LAYERS
     assert max(map(max, first["before"])) > 1 and max(map(max, first["after"])) <= 0.7
-    # Counted in the experts' input: calls are layer after layer, step after step.
-    assert len(first["rows"]) == len(second["rows"])
-    planned = 0
-    for one, other in zip(first["rows"], second["rows"], strict=True):
-        if one + other > 8 * vllm_model.TOP_K:  # decoding steps of three prompts are not planned
-            planned += 1
-            assert max(one, other) <= 0.7 * 200  # no step has more tokens
-    assert planned >= vllm_model.LAYERS
+    # Counted in the experts' input: calls are layer after layer, step after step; decoding steps of three
+    # prompts are not planned. What the plans say is what was computed, of every token of the prompts.
+    rows = torch.tensor([first["rows"], second["rows"]]).view(2, -1, vllm_model.LAYERS).amax(0)
+    rows = rows[torch.tensor([first["rows"], second["rows"]]).sum(0).view(-1, vllm_model.LAYERS)[:, 0] > 8].T
+    mean = rows / torch.tensor(first["after"])  # of the router's choice, by layer and step
+    assert (rows <= 0.7 * mean + 1e-6).all() and torch.allclose(mean, mean[:1].expand_as(mean))
+    tokens = float(mean[0].sum()) * 2 / vllm_model.TOP_K
+    # A prompt may be read beside a decoding step of the two others.
+    assert 0 <= round(tokens, 3) - sum(found["tokens"]) <= 2 * len(first["after"][0])
     assert [len(ids) for ids in found["answers"]] == [len(ids) for ids in stock]
 
 

@@ -36,6 +36,7 @@ SHAPES = {
     # Small enough for two CPU cores, with the proportions of the real ones.
     "cpu": Shape(hidden=1024, ffn=512, experts=64, top_k=4, tokens=2048),
     "tiny": Shape(hidden=64, ffn=32, experts=16, top_k=2, tokens=256),
+    "tiny-vlm": Shape(hidden=128, ffn=96, experts=16, top_k=2, tokens=2400),
     "qwen3-vl-30b-a3b": Shape(hidden=2048, ffn=768, experts=128, top_k=8, tokens=8192),
     "wide": Shape(hidden=2048, ffn=512, experts=512, top_k=8, tokens=4096),
 }
@@ -174,9 +175,9 @@ VISUAL_TOKENS, IMAGE_TOKENS = 870, 405
 
 def served(spread: float, shared: float = 0.0) -> Draw:
     """Prompts of three clients in turn, of the sizes above; of 128 experts over 16 ranks the load is 2.8 at
-    ``served`` and 5.0 at ``served-skewed``, as was measured in training (DeepSpeed#8213: 2.6 to 5.1). How
-    much an expert is liked is normal, of ``spread``, by modality, and of ``shared`` for each sixteenth of the
-    experts; the same on all ranks and in all steps."""
+    ``served`` and 5.0 at ``served-skewed``, as was measured in training (DeepSpeed#8213: 2.6 to 5.1). The
+    popularity of an expert is normal, of standard deviation ``spread`` by modality and ``shared`` for each
+    sixteenth of the experts; the same on all ranks and in all steps."""
 
     def draw(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
         kinds = torch.full((shape.tokens,), TEXT)
@@ -188,10 +189,10 @@ def served(spread: float, shared: float = 0.0) -> Draw:
             kinds[start : start + visual] = IMAGE
             start, number = start + visual + TEXT_TOKENS, number + 1
         fixed = stream("liked", 0, 0, 0)
-        liked = torch.randn(2, shape.experts, generator=fixed) * spread
+        popularity = torch.randn(2, shape.experts, generator=fixed) * spread
         groups = torch.arange(shape.experts) * 16 // shape.experts
-        liked = liked + torch.randn(16, generator=fixed)[groups] * shared
-        return _scored(shape, kinds, liked[(kinds == IMAGE).long()], _noise(shape, generator))
+        popularity = popularity + torch.randn(16, generator=fixed)[groups] * shared
+        return _scored(shape, kinds, popularity[(kinds == IMAGE).long()], _noise(shape, generator))
 
     return draw
 

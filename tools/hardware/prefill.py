@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.cost_model import CostModel, at_load
+from ..common.cost_model import at_load
 from ..common.workloads import IMAGE_TOKENS, TEXT_TOKENS, VISUAL_TOKENS, Shape
 from .machine import MEMORY_GBS, engine_figures, machine
 
@@ -98,13 +98,9 @@ class Prefill:
     planning: float = 0.0
 
     @property
-    def language(self) -> float:
-        return self.attention + self.moe + self.exchange + self.planning
-
-    @property
     def total(self) -> float:
         """Time to the first token, of a step that begins at once."""
-        return self.vision + self.language
+        return self.vision + self.attention + self.moe + self.exchange + self.planning
 
 
 @dataclass(frozen=True)
@@ -119,9 +115,6 @@ class Machine:
     @property
     def figures(self) -> dict[str, Any]:
         return engine_figures(self.gpu, self.engine)
-
-    def layer_costs(self, tokens: int) -> CostModel:
-        return machine(self.gpu, self.engine, self.model.shape(tokens), self.dtype)
 
     def gemm_ms(self, rows: float, out: float, into: float, dtype: str | None = None) -> float:
         dtype = self.dtype if dtype is None else dtype
@@ -177,7 +170,6 @@ class Machine:
         load: float,
         limit: float | None = None,
         rank: int = 0,
-        modalities: int = 2,
         encoded: Prompts | None = None,
     ) -> Prefill:
         """Of a step whose router gives one rank ``load`` times the mean.
@@ -186,7 +178,7 @@ class Machine:
         vision encoder reads, where pruning comes behind it.
         """
         model, tokens = self.model, prompts.tokens
-        costs = self.layer_costs(tokens)
+        costs = machine(self.gpu, self.engine, model.shape(tokens), self.dtype)
         requested = at_load(model.shape(tokens), ranks, load, tokens)
         planning = 0.0
         if limit is not None:
@@ -197,7 +189,7 @@ class Machine:
             requested = (by_rank * kept).reshape(requested.shape)
             planning = costs.planning_ms("macs", tokens) + (costs.sharing_ms if limit >= 1 else 0.0)
         if rank:
-            columns = modalities * model.experts * (1 + rank)
+            columns = 2 * model.experts * (1 + rank)  # of text and of visual tokens
             planning += self.gemm_ms(tokens, columns, model.hidden, "bf16") + 2 * costs.launch_ms
             planning += self.memory_ms(2 * tokens * (2 * columns + 4 * model.hidden))
         layers = model.layers - model.dense
