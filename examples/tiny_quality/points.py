@@ -11,31 +11,42 @@ from typing import Any
 
 from macs import POLICIES, MACSConfig, Profile
 
-COUNTED = (1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 2.0)
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "macs": ("macs", {}),
+    "weighting: constant": ("macs", {"weighting": "constant"}),
+    "weighting: entropy": ("macs", {"weighting": "entropy"}),
+    "distinctness reversed": ("macs", {"sharpness": -1.0}),
+    "visual_weight: 1": ("macs", {"visual_weight": 1.0}),
+    "visual_weight: 0.5": ("macs", {"visual_weight": 0.5}),
+    "visual_weight: 0.05": ("macs", {"visual_weight": 0.05}),
+    "admission by score alone": ("macs", {"priority": "score"}),
+    "an assignment costs its weight": ("macs", {"cost": "weight"}),
+    "level: expert": ("macs", {"level": "expert"}),
+    "level: expert, reroute: rank": ("macs", {"level": "expert", "reroute": "rank"}),
+    "reroute: group": ("macs", {"reroute": "group"}),
+    "spare_text: true": ("macs", {"spare_text": True}),
+    "paper": ("paper", {}),
+    "paper, weighting: constant": ("paper", {"weighting": "constant"}),
+    "paper, entropy reversed": ("paper", {"sharpness": -1.0}),
+    "paper, rho 0": ("paper", {"modality_strength": 0.0}),
+    "paper, reroute: none": ("paper", {"reroute": "none"}),
+    "paper, level: rank, reroute: group": ("paper", {"level": "rank", "reroute": "group"}),
+}
+"""By title: a policy, and what is changed of its row or of the default settings."""
 
 
-PRESET_TITLES = ("macs fast", "macs safe")
-"""Points with a bound of their own."""
-
-
-WEIGHTED = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
-"""Capacity factors: where every token costs one, and where it costs its weight."""
-
-
-TARGETS = (0.9, 1.0, 1.05, 1.1, 1.2)
-"""Values of ``target_load``."""
-
-
-DEFAULT = MACSConfig()
-
-
-def variant(policy: str, **fields: Any) -> str:
-    """The name of a row of ``POLICIES`` that is another with some fields changed."""
-    name = policy + "".join(f", {field} {value}" for field, value in fields.items())
+def variant(policy: str, fields: Mapping[str, Any]) -> tuple[str, MACSConfig]:
+    """A policy with fields of its row changed, under a name of its own, and the default settings with the
+    others changed."""
     row = POLICIES[policy]
-    settings = {key: fields.pop(key) for key in list(fields) if key in row.fixed}
-    POLICIES[name] = replace(row, fixed={**row.fixed, **settings}, **fields)
-    return name
+    fixed = {key: value for key, value in fields.items() if key in row.fixed}
+    own = {key: value for key, value in fields.items() if key in row.__dataclass_fields__}
+    config = MACSConfig(**{key: value for key, value in fields.items() if key not in {**fixed, **own}})
+    if not fixed and not own:
+        return policy, config
+    name = ", ".join([policy, *(f"{key} {value}" for key, value in fields.items())])
+    POLICIES[name] = replace(row, fixed={**row.fixed, **fixed}, **own)
+    return name, config
 
 
 @dataclass(frozen=True)
@@ -49,37 +60,17 @@ class Point:
     ranks: int = 4
 
     def key(self, arguments: argparse.Namespace) -> str:
-        """What tells this point from all others in the file."""
-        told = {
+        """What distinguishes this point from all others in the file."""
+        fields = {
             **asdict(self),
             "config": self.config.as_dict(),
             "split": arguments.split,
             "questions": arguments.questions,
         }
         if self.config.split == "tuned" or self.config.compensation in ("visual", "all"):
-            told["tuning"] = sorted(map(str, arguments.tuning))
-        told |= {"seed": arguments.seed, "batch": arguments.batch, "model": str(arguments.checkpoint)}
-        return json.dumps(told, sort_keys=True)
-
-    @property
-    def setting(self) -> str:
-        """How its bound is set, in a word or two."""
-        if self.config.capacity_factor is not None:
-            return f"gamma {self.config.capacity_factor:g}"
-        return f"target {self.config.target_load:g}"
-
-
-def by_gamma(title: str, policy: str, config: MACSConfig, **more: Any) -> list[Point]:
-    """The same policy at every capacity factor that makes sense for it."""
-    factors = WEIGHTED if POLICIES[policy].cost == "weight" else COUNTED
-    return [Point(title, policy, config.updated(capacity_factor=gamma), **more) for gamma in factors]
-
-
-def by_target(
-    title: str, policy: str, config: MACSConfig, targets: Sequence[float] = TARGETS, **more: Any
-) -> list[Point]:
-    """The same policy under several bounds that it has to meet by itself."""
-    return [Point(title, policy, config.updated(target_load=target), **more) for target in targets]
+            fields["tuning"] = sorted(map(str, arguments.tuning))
+        fields |= {"seed": arguments.seed, "batch": arguments.batch, "model": str(arguments.checkpoint)}
+        return json.dumps(fields, sort_keys=True)
 
 
 def profiles_of(files: Sequence[Path]) -> dict[tuple[str, int], Profile]:
@@ -97,9 +88,9 @@ def profiles_of(files: Sequence[Path]) -> dict[tuple[str, int], Profile]:
 
 
 def tuned_points(points: Sequence[Point], profiles: Mapping[tuple[str, int], Profile]) -> list[Point]:
-    """The same points as the policies and ranks that were tuned are served with their tuning; and, with one
-    bound for all layers, compensated with the estimates of MACS's profile."""
-    plain = [one for one in points if one.title == one.policy and one.config.capacity_factor is None]
+    """The same points served with the tuning of their policy and ranks; and, with one limit for all layers,
+    compensated with the estimates of MACS's profile."""
+    plain = [one for one in points if one.title == one.policy]
     tuned = [
         replace(one, title=f"{one.title}, tuned", config=one.config.updated(split="tuned"))
         for one in plain
@@ -114,83 +105,18 @@ def tuned_points(points: Sequence[Point], profiles: Mapping[tuple[str, int], Pro
 
 
 def grids(bounds: Sequence[float]) -> dict[str, list[Point]]:
-    """Named sets of points; those of variants are measured at the bounds alone."""
-    baselines = [name for name, policy in POLICIES.items() if policy.is_baseline]
-    controls: dict[str, dict[str, Any]] = {
-        "constant weight": {"weighting": "constant"},
-        "flipped entropy": {"sharpness": -1.0},
-        "rho = 0": {"modality_strength": 0.0},
-        "rho = 1": {"modality_strength": 1.0},
-        "no rerouting": {"reroute": "none"},
-        "rerouting anywhere": {"reroute": "group"},
-        "cost of one": {"cost": "one"},
-        "product as priority": {"priority": "product"},
-    }
-    rows: dict[str, dict[str, Any]] = {
-        "half as steep": {"sharpness": 0.5},
-        "twice as steep": {"sharpness": 2.0},
-        "flipped": {"sharpness": -1.0},
-        "score as priority": {"priority": "score"},
-        "costs its weight": {"cost": "weight"},
-    }
-    variants: dict[str, dict[str, Any]] = {
-        "capacity per expert": {"level": "expert"},
-        "per expert, in the rank": {"level": "expert", "reroute": "rank"},
-        "rerouting": {"reroute": "group"},
-        "visual weight 1": {"visual_weight": 1.0},
-        "visual weight 0.5": {"visual_weight": 0.5},
-        "visual weight 0.1": {"visual_weight": 0.1},
-        "visual weight 0.02": {"visual_weight": 0.02},
-        "constant": {"weighting": "constant"},
-        "constant, rerouting": {"weighting": "constant", "reroute": "group"},
-        "entropy": {"weighting": "entropy"},
-    }
+    """Named sets of points: every policy at every limit, and every setting at every limit."""
+    policies = [name for name, policy in POLICIES.items() if policy.is_baseline] + ["paper", "macs"]
+    named = {title: variant(*change) for title, change in SETTINGS.items()}
 
-    def pooled(policy: str) -> bool:
-        return POLICIES[policy].configured(DEFAULT).level == "rank"
-
-    def changed(policy: str, changes: dict[str, dict[str, Any]]) -> list[Point]:
+    def at_bounds(rows: Mapping[str, tuple[str, MACSConfig]]) -> list[Point]:
         return [
-            point
-            for name, fields in changes.items()
-            for point in by_target(f"{policy}, {name}", variant(policy, **fields), DEFAULT, bounds)
+            Point(title, policy, config.updated(target_load=bound))
+            for title, (policy, config) in rows.items()
+            for bound in bounds
         ]
 
     return {
-        "baselines": [
-            point
-            for policy in baselines
-            for point in (
-                # Rank-balanced has a capacity per rank: there gamma is the bound.
-                *(() if pooled(policy) else by_gamma(policy, policy, DEFAULT)),
-                *by_target(policy, policy, DEFAULT),
-            )
-        ],
-        "presets": [
-            *by_gamma("paper", "paper", DEFAULT),
-            *by_target("paper", "paper", DEFAULT),
-            *by_target("macs", "macs", DEFAULT),
-            Point("macs fast", "macs", MACSConfig.preset("fast")),
-            Point("macs safe", "macs", MACSConfig.preset("safe")),
-        ],
-        "controls": [*by_target("paper", "paper", DEFAULT, bounds), *changed("paper", controls)],
-        "variants": [
-            *by_target("macs", "macs", DEFAULT, bounds),
-            *changed("macs", rows),
-            *(
-                point
-                for name, change in variants.items()
-                for point in by_target(f"macs, {name}", "macs", DEFAULT.updated(**change), bounds)
-            ),
-        ],
-        "rules": [
-            *by_target("macs", "macs", DEFAULT, bounds),
-            *by_target("macs, rerouting", "macs", DEFAULT.updated(reroute="group"), bounds),
-            *by_target("macs, text spared", "macs", DEFAULT.updated(spare_text=True), bounds),
-            *changed("macs", {"score as priority": {"priority": "score"}}),
-        ],
-        # Every policy at every bound: the frontier of answers against load.
-        "bounded": [point for policy in baselines for point in by_target(policy, policy, DEFAULT, bounds)]
-        + by_target("macs", "macs", DEFAULT, bounds)
-        + by_target("paper", "paper", DEFAULT, bounds),
+        "frontier": at_bounds({name: (name, MACSConfig()) for name in policies}),
+        "settings": at_bounds(named),
     }

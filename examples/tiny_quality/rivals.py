@@ -317,6 +317,19 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+def compared(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Rows of the table: measured, or read again where ``--json`` has them; timed in any case."""
+    if arguments.json is not None and arguments.json.exists():
+        found = json.loads(arguments.json.read_text())
+    else:
+        with measuring():
+            comparison = Comparison(arguments)
+            found = [comparison.measure(one) for one in track(rivals(arguments.targets), console=console)]
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    return timed(found, arguments)
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, and show what was measured."""
     arguments, console = parse_arguments(given), Console(width=None if sys.stdout.isatty() else 165)
@@ -326,15 +339,7 @@ def main(given: Sequence[str] | None = None) -> None:
         with measuring():
             show_times(Comparison(arguments), console)
         return
-    if arguments.json is not None and arguments.json.exists():
-        found = json.loads(arguments.json.read_text())
-    else:
-        with measuring():
-            comparison = Comparison(arguments)
-            found = [comparison.measure(one) for one in track(rivals(arguments.targets), console=console)]
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    rows = timed(found, arguments)
+    rows = compared(arguments, console)
     where = f"{arguments.hardware.upper()}, {ENGINES[arguments.engine]}, EP {arguments.size}"
     model = f"{arguments.checkpoint.name}, {arguments.batches[0]}, {arguments.split} split"
     caption = f"answers of {model}; time of {arguments.shape} on {where}, by published costs"

@@ -1,0 +1,225 @@
+"""Tables of the pages, from docs/results.json.
+
+Each stands between ``<!-- table NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from macs_tools.common.clone import ROOT
+
+from .points import SETTINGS
+from .rivals import BUDGETS, families_of
+from .statistics import best_baseline, least_load
+
+FIGURES = ROOT / "docs" / "results.json"
+PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "when.md"
+MODELS = "main", "balanced", "unbalanced", "easy-vqa"
+BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+Points = list[dict[str, Any]]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def kl_of(point: dict[str, Any], interval: bool = False) -> str:
+    """KL x 1000, with its 95 % interval."""
+    mean, low, high = (f"{1e3 * value:.2g}" for value in point["kl"])
+    return f"{mean} ({low}-{high})" if interval else mean
+
+
+def at(points: Points, title: str, target: float, batches: str | None = None) -> dict[str, Any] | None:
+    """The point of that title and target, if it was measured."""
+    mine = (one for one in points if (one["title"], one["target"]) == (title, target))
+    return next((one for one in mine if batches in (None, one["batches"])), None)
+
+
+def by_target(points: Points, interval: bool, batches: str | None = None) -> str:
+    """KL of every policy by target."""
+    points = [one for one in points if batches in (None, one["batches"])]
+    targets = sorted({one["target"] for one in points}, reverse=True)
+    rows = []
+    for title in dict.fromkeys(one["title"] for one in points):
+        cells = (at(points, title, target) for target in targets)
+        rows.append([title, *("" if one is None else kl_of(one, interval) for one in cells)])
+    return table(["KL x 1000", *map("{:g}".format, targets)], rows)
+
+
+def models(runs: dict[str, Points]) -> str:
+    """Loads by layer and right answers of every model without a limit."""
+    rows = []
+    for model in MODELS:
+        one, eight = runs[f"frontier/{model}"][0], runs[f"8-ranks/{model}"][0]
+        loads = one["vanilla_loads"]
+        mean, of_eight = (sum(each) / len(each) for each in (loads, eight["vanilla_loads"]))
+        by_layer = ", ".join(f"{load:.2f}" for load in loads)
+        rows.append([model, by_layer, f"{mean:.2f}", f"{of_eight:.2f}", f"{one['vanilla_right']:.3f}"])
+    return table(["model", "load by layer, 4 ranks", "mean", "8 ranks", "right answers"], rows)
+
+
+def equal_kl(runs: dict[str, Points]) -> str:
+    """The least load at the KL of the best baseline at 1.05."""
+    rows = []
+    for model in MODELS:
+        points = runs[f"frontier/{model}"]
+        known = best_baseline(points, 1.05)
+        assert known is not None
+        vanilla = sum(known["vanilla_loads"]) / len(known["vanilla_loads"])
+        titles = ("token-drop, tuned", "macs", "macs, compensated", "macs, tuned")
+        loads = (least_load(points, title, known["kl"][0]) for title in titles)
+        cells = ["> 1.05" if load is None else f"{load:.2f}" for load in loads]
+        rows.append([model, f"{vanilla:.2f}", known["title"], kl_of(known), *cells])
+    head = ["model", "vanilla's load", "best baseline at 1.05", "its KL x 1000"]
+    return table([*head, "token drop, tuned", "macs", "macs, compensated", "macs, tuned"], rows)
+
+
+def same(runs: dict[str, Points]) -> str:
+    """Share of answers that are vanilla's, word for word."""
+    rows = []
+    for model in MODELS:
+        points = runs[f"frontier/{model}"]
+        targets = sorted({one["target"] for one in points}, reverse=True)
+        for title in ("token-drop", "macs", "macs, tuned"):
+            found = (at(points, title, target) for target in targets)
+            rows.append([f"{model}: {title}", *(f"{one['same']:.3f}" if one else "" for one in found)])
+    return table(["same answer", *map("{:g}".format, targets)], rows)
+
+
+def kinds(runs: dict[str, Points]) -> str:
+    """Of every kind of question: the best baseline at 1.05 beside MACS tuned on all kinds."""
+    rows = []
+    for model in ("main", "balanced", "unbalanced"):
+        points = runs[f"kinds/{model}"]
+        for kind in ("mixed", "small", "pair", "read"):
+            mine = [one for one in points if one["batches"] == kind]
+            known = best_baseline(mine, 1.05)
+            assert known is not None
+            found = [
+                at(mine, title, target) for title in ("macs", "macs, tuned") for target in (1.05, 0.6, 0.4)
+            ]
+            rows.append(
+                [f"{model}: {kind}", kl_of(known), *("" if one is None else kl_of(one) for one in found)]
+            )
+    targets = [f"{title} {target}" for title in ("macs", "tuned") for target in (1.05, 0.6, 0.4)]
+    return table(["KL x 1000", "best baseline at 1.05", *targets], rows)
+
+
+def settings(runs: dict[str, Points]) -> str:
+    """KL of every setting; bold where its 95 % interval does not meet that of the defaults."""
+    rows = []
+    for title, (policy, _) in SETTINGS.items():
+        cells = []
+        for model in MODELS:
+            for target in (1.05, 0.6):
+                one = at(runs[f"settings/{model}"], title, target)
+                default = at(runs[f"settings/{model}"], policy, target)
+                assert one is not None and default is not None
+                apart = one["kl"][1] > default["kl"][2] or one["kl"][2] < default["kl"][1]
+                cells.append(f"**{kl_of(one)}**" if apart else kl_of(one))
+        rows.append([title, *cells])
+    head = [f"{model} {target}" for model in MODELS for target in (1.05, 0.6)]
+    return table(["KL x 1000", *head], rows)
+
+
+def texts(runs: dict[str, Points]) -> str:
+    """Batches of text alone."""
+    rows = []
+    for model in ("main", "balanced"):
+        for title in ("macs", "spare_text: true"):
+            found = [at(runs[f"texts/{model}"], title, target) for target in (1.05, 0.6, 0.4)]
+            cells = [f"{kl_of(one)}, load {one['load']:.2f}" for one in found if one is not None]
+            rows.append([f"{model}: {title}", *cells])
+    return table(["KL x 1000", "1.05", "0.6", "0.4"], rows)
+
+
+def rivals(runs: dict[str, Points]) -> str:
+    """Of every method the least time within a KL; the least of a model in bold."""
+    rows = []
+    for model in MODELS:
+        points = runs[f"rivals/{model}"]
+        eplb = next(one for one in points if one["title"].startswith("EPLB"))
+        families = families_of(points)
+        times = {
+            family: [
+                min((one["with_eplb"] for one in mine if one["kl"][0] <= budget), default=None)
+                for budget in BUDGETS
+            ]
+            for family, mine in families.items()
+        }
+        least = [min(filter(None, column), default=None) for column in zip(*times.values(), strict=True)]
+        rows.append([f"**{model}** (EPLB alone {eplb['ratio']:.2f})", *[""] * len(BUDGETS)])
+        for family, mine in times.items():
+            shown = [f"{time:.2f}" if time else "" for time in mine]
+            cells = [
+                f"**{text}**" if text and text == f"{best:.2f}" else text
+                for text, best in zip(shown, least, strict=True)
+            ]
+            rows.append([family, *cells])
+    return table(["time / today's", *(f"KL x 1000 <= {1e3 * budget:g}" for budget in BUDGETS)], rows)
+
+
+def front(runs: dict[str, Points]) -> str:
+    """The README's: the main model, KL and predicted time by limit."""
+    points, times = runs["frontier/main"], runs["rivals/main"]
+    targets = (1.05, 0.8, 0.6, 0.4)
+    ours = [at(points, "macs, tuned", target) for target in targets]
+    baselines = [one for one in points if one["baseline"]]
+    plain = [
+        min((one for one in baselines if one["target"] == target), key=lambda one: one["kl"][0])
+        for target in targets
+    ]
+    ratios = {one["target"]: one["ratio"] for one in times if one["target"] and not one["method"]}
+    loads = ours[0]["vanilla_loads"] if ours[0] else []
+    none = f"{sum(loads) / len(loads):.2f} (none)"
+    rows = [
+        ["KL x 1000, best baseline", "0", *map(kl_of, plain)],
+        ["KL x 1000, MACS tuned", "0", *(kl_of(one) for one in ours if one)],
+        ["same answers, MACS tuned", "1", *(f"{one['same']:.3f}" for one in ours if one)],
+        ["predicted prefill time", "1", *(f"{ratios[target]:.2f}" for target in targets)],
+    ]
+    return table(["load limit, over the mean", none, *map("{:g}".format, targets)], rows)
+
+
+def origin(figures: dict[str, Any]) -> str:
+    """Commits and dates of the runs, by table."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, run in figures.items():
+        rows.setdefault((run["commit"], run["date"], run["machine"]), []).append(name)
+    return table(
+        ["commit", "date", "machine", "runs"], [[*key, ", ".join(names)] for key, names in rows.items()]
+    )
+
+
+def tables() -> dict[str, str]:
+    """All of them, by name."""
+    figures = json.loads(FIGURES.read_text())["runs"]
+    runs = {name: run["points"] for name, run in figures.items()}
+    made = {f"frontier-{model}": by_target(runs[f"frontier/{model}"], interval=True) for model in MODELS}
+    made |= {f"8-ranks-{model}": by_target(runs[f"8-ranks/{model}"], interval=False) for model in MODELS}
+    for make in (models, equal_kl, same, kinds, settings, texts, rivals, front):
+        made[make.__name__.replace("_", "-")] = make(runs)
+    return {**made, "origin": origin(figures)}
+
+
+def written(page: str, made: dict[str, str]) -> str:
+    """A page with its tables as they should be.
+
+    Raises:
+        KeyError: the page names a table that there is not
+    """
+    return BLOCK.sub(lambda block: block[1] + made[block[2]] + block[4], page)
+
+
+def write_pages() -> None:
+    """Write every page that has tables."""
+    made = tables()
+    for path in PAGES:
+        path.write_text(written(path.read_text(), made))
