@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
-
-from macs_tools.common.clone import ROOT
 
 from .points import SETTINGS
 from .rivals import BUDGETS, families_of
 from .statistics import best_baseline, least_load
 
+ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "docs" / "results.json"
 PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "when.md"
 MODELS = "main", "balanced", "unbalanced", "easy-vqa"

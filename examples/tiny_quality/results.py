@@ -22,10 +22,9 @@ from typing import Any
 from rich.console import Console
 from tiny_vlm import CHECKPOINT
 
-from macs_tools.common.clone import ROOT
 from macs_tools.common.command import Parser
 
-from .pages import FIGURES, MODELS, write_pages
+from .pages import FIGURES, MODELS, ROOT, write_pages
 
 PICTURES = ROOT / "docs" / "pictures"
 LIMITS = "1.05", "0.8", "0.6", "0.4", "0.25"
