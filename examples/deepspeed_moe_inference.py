@@ -41,6 +41,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
 
     import deepspeed_macs
     from macs import MACSConfig
+    from macs_tools.tune.sources import from_cache
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = with_moe_layers(tiny.load_model(arguments.checkpoint), rank, ranks)
@@ -48,14 +49,16 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     config["moe"]["ep_size"] = ranks
     engine = deepspeed_macs.init_inference(model, config)
     engine.eval()
+    answers = Engine(engine.module)
     experiment = MoEExperiment(
         arguments,
         console,
         engine.macs,
-        Engine(engine.module),
+        answers,
         LayerClock(engine.module, MoE, length_axis=1),
         dist.group.WORLD,
         {"paper": ("paper", MACSConfig()), "padded": (engine.macs.policy, engine.macs.config)},
+        from_cache(engine.macs, answers, answers.inputs_of),
     )
     experiment.watch(engine.module)
     return experiment

@@ -53,6 +53,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
 
     import deepspeed_macs
     from macs_tools.common.requests import ProcessorEngine, load_model
+    from macs_tools.tune.sources import from_cache
 
     model: Any
     config = json.loads(arguments.deepspeed_config.read_text())
@@ -76,6 +77,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
         LayerClock(engine.module, AutoEPMoELayer, length_axis=1),
         dist.group.WORLD,
         {"paper": PAPER, config["macs"].get("preset", "default"): (engine.macs.policy, engine.macs.config)},
+        from_cache(engine.macs, answers, answers.inputs_of),
     )
 
 

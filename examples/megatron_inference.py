@@ -38,6 +38,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     from tiny_vlm.megatron_engine import Engine
 
     from macs import Runtime
+    from macs_tools.tune.sources import in_one_pass
     from megatron_macs import attach_modality
 
     source = tiny.load_model(arguments.checkpoint)
@@ -52,14 +53,16 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     pictures = PictureEncoder(source)
     if torch.cuda.is_available():
         model, pictures = model.cuda(), pictures.cuda()
+    engine = Engine(model, pictures, share_of(arguments))
     return Experiment(
         arguments,
         console,
         runtime,
-        Engine(model, pictures, share_of(arguments)),
+        engine,
         LayerClock(model, MoELayer, length_axis=0),
         parallel_state.get_expert_model_parallel_group(),
         columns_of(arguments),
+        in_one_pass(engine),
     )
 
 

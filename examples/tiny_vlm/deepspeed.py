@@ -96,6 +96,6 @@ class MoEExperiment(Experiment):
         self.rows[title] = [rows for rows in self.counted if rows * 4 > largest]  # prompts, not decoding
         return found
 
-    def further_rows(self, titles: list[str]) -> dict[str, list[str]]:
+    def further_columns(self, titles: list[str]) -> dict[str, list[str]]:
         means = {title: statistics.mean(self.rows[title]) for title in titles}
-        return {"rows computed / vanilla": [f"{means[title] / means[VANILLA]:.2f}" for title in titles]}
+        return {"rows": [f"{means[title] / means[VANILLA]:.2f}" for title in titles]}

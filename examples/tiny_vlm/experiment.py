@@ -14,10 +14,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from macs import POLICIES, MACSConfig, Profile, Runtime
 from macs.config import TARGET_LOAD
 from macs.runtime.launch import first_process
+from macs_tools.common.answers import divergence
+from macs_tools.tune.model import Said
 
 from . import CHECKPOINT, data
 from . import model as tiny
@@ -92,7 +95,8 @@ class Experiment:
     """The model in its engine on every rank, and what is measured on it.
 
     engine.generate answers samples; runtime is its MACS layers' own; clock times them; group holds
-    the expert-parallel ranks; columns are those of MACS to show. Every rank makes the same calls.
+    the expert-parallel ranks; columns are those of MACS to show; said gives log-probabilities [A, V] of
+    answers, where the engine can. Every rank makes the same calls.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class Experiment:
         clock: LayerClock,
         group: dist.ProcessGroup,
         columns: Shown | None = None,
+        said: Said | None = None,
     ) -> None:
         self.arguments = arguments
         self.console = console
@@ -112,6 +117,7 @@ class Experiment:
         self.clock = clock
         self.group = group
         self.columns = COLUMNS if columns is None else columns
+        self.said = said
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.share = share_of(arguments)
 
@@ -145,6 +151,18 @@ class Experiment:
         for batch in batches:
             found += self.engine.generate(batch)
             progress.advance(bar)
+        return found
+
+    def scored(self, batches: list[list[data.Sample]], answers: list[list[int]]) -> list[Tensor]:
+        """Log-probabilities of this rank's ``answers`` under the policy in use; nothing is recorded."""
+        if self.said is None:
+            return []
+        found, ahead = [], iter(answers)
+        self.runtime.recording = False
+        with torch.inference_mode():
+            for batch in batches:
+                found += self.said(batch, [next(ahead) for _ in batch])
+        self.runtime.recording = True
         return found
 
     def layer_times(
@@ -186,16 +204,27 @@ class Experiment:
         profile = self.profile()
         batches = self.mine(self.questions(0, "test", self.arguments.samples))
         asked = self.gathered([sample for batch in batches for sample in batch])
-        answers, reports = {}, {}
+        answers, reports, kl = {}, {}, {}
         with Progress(console=self.console) as progress:
             for title, (policy, config) in chosen.items():
                 self.runtime.use(policy, config, profile)
-                answers[title] = self.gathered(self.answers(batches, progress, title))
+                own = self.answers(batches, progress, title)
+                answers[title] = self.gathered(own)
                 reports[title] = [report.prefill for report in self.runtime.reports(self.group)]
+                if title == VANILLA:
+                    expected, stock = own, self.scored(batches, own)
+                given = stock if title == VANILLA else self.scored(batches, expected)
+                kl[title] = self.gathered([divergence(*pair) for pair in zip(stock, given, strict=True)])
             times = self.layer_times(batches[0], chosen, profile, progress)
         return {
             title: summarize(
-                asked, answers[title], answers[VANILLA], reports[title], times[title], times[VANILLA]
+                asked,
+                answers[title],
+                answers[VANILLA],
+                kl[title],
+                reports[title],
+                times[title],
+                times[VANILLA],
             )
             for title in chosen
         }
@@ -207,8 +236,8 @@ class Experiment:
             return ""
         target = tuning.target_within(config.max_kl)
         return (
-            f"\nTuned: {target:g} of the mean, split among the layers, whose KL was verified to be at most "
-            f"{config.max_kl:g}\n(macs tune, --moe-macs-max-kl {config.max_kl:g})."
+            f" Tuned: {target:g} of the mean, split among the layers by macs tune, which verified a KL of at "
+            f"most {config.max_kl:g} on other questions (--moe-macs-max-kl {config.max_kl:g})."
         )
 
     def questions(self, seed: int, split: str, count: int) -> list[data.Sample]:
@@ -237,8 +266,8 @@ class Experiment:
     )
     """Said under the answer to a question of one's own."""
 
-    def further_rows(self, titles: list[str]) -> dict[str, list[str]]:
-        """Rows that only this engine's table has: name -> a cell for each policy."""
+    def further_columns(self, titles: list[str]) -> dict[str, list[str]]:
+        """Columns that only this engine's table has: heading -> a cell for each policy."""
         return {}
 
 
@@ -249,12 +278,18 @@ def describe_run(arguments: argparse.Namespace, engine: str, share: int) -> str:
     batch = share * ranks
     asked = arguments.samples // batch * batch
     return (
-        f"{engine}, {ranks} expert-parallel ranks, {device}; {asked}\n"
-        f"questions in batches of {batch}. "
-        "Load: the largest rank's rows over the\nmean of the router's choice; imbalance: the largest "
-        "expert's rows over the mean\nexpert's; before and after planning. R_v: effective visual ratio."
-        "\nTimes: medians, slowest rank; vanilla is stock. Compare policies at equal load."
+        f"{engine}, {ranks} expert-parallel ranks, {device}; {asked} questions in batches of {batch}. "
+        "Load: the largest rank's rows over the mean of the router's choice. KL: of the answers, in nats, "
+        "from vanilla. Same: answers that equal vanilla's; pictures, texts: right answers. ms: of a MoE "
+        "layer in prefill, median on the slowest rank; time: over vanilla's, the engine's own layer."
     )
+
+
+NEXT = """Next:
+  your own picture   --picture FILE --question "what is the largest digit ?"
+  your own model     macs tune --model DIR --data FILE --ranks 8
+  does it pay        macs when --loads 1.2 2
+  every figure       --json FILE"""
 
 
 def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> None:
@@ -269,7 +304,9 @@ def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> 
     caption = describe_run(arguments, engine, experiment.share)
     if "macs tuned" in results:
         caption += experiment.about_tuned()
-    console.print(results_table(results, caption, experiment.further_rows(list(results))))
+    console.print(results_table(results, experiment.further_columns(list(results))))
+    console.print(caption, highlight=False)
+    console.print(NEXT, highlight=False, markup=False)
     if arguments.json is not None and dist.get_rank() == 0:
         found = {title: one.as_dict() for title, one in results.items()}
         arguments.json.write_text(json.dumps({"caption": caption, "results": found}, indent=1))

@@ -9,7 +9,6 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from macs import METRICS
 from macs.adapters import summarized
 
 from . import data
@@ -17,10 +16,12 @@ from . import data
 
 @dataclass
 class Results:
-    """What one policy did. Times are milliseconds a layer, on the slowest rank."""
+    """What one policy did. Times are milliseconds a layer, on the slowest rank. KL is from vanilla, in nats;
+    None where an engine gives no log-probabilities."""
 
     accuracy: dict[str, float]
     agreement: float
+    kl: float | None
     loads: dict[str, float]  # ``macs.METRICS``
     layer_ms: float
     time_ratio: float
@@ -35,6 +36,7 @@ def summarize(
     asked: list[data.Sample],
     answers: list[list[int]],
     vanilla: list[list[int]],
+    kl: list[float],
     reports: list,
     milliseconds: float,
     vanilla_milliseconds: float,
@@ -49,38 +51,32 @@ def summarize(
     return Results(
         accuracy=accuracy,
         agreement=statistics.mean(own == other for own, other in zip(answers, vanilla, strict=True)),
+        kl=statistics.mean(kl) if kl else None,
         loads=summarized(reports),
         layer_ms=milliseconds,
         time_ratio=milliseconds / vanilla_milliseconds,
     )
 
 
-def results_table(
-    results: dict[str, Results], caption: str, further: dict[str, list[str]] | None = None
-) -> Table:
-    """One column a policy, one row a figure."""
-    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", no_wrap=True)
-    for title in results:
-        short = title.replace("expanded", "exp.").replace("balanced", "bal.")
-        table.add_column(short.replace("-", " "), justify="right")
-
-    def row(name: str, cells: list[str], end: bool = False) -> None:
-        table.add_row(name, *cells, end_section=end)
-
+def results_table(results: dict[str, Results], further: dict[str, list[str]] | None = None) -> Table:
+    """One row a policy; ``further`` columns by heading, a cell for each policy."""
     values = list(results.values())
-    for task in values[0].accuracy:
-        row(f"{task}, accuracy", [f"{one.accuracy[task]:.3f}" for one in values])
+    columns = {"load": [f"{one.loads['load_after']:.2f}" for one in values]}
+    if all(one.kl is not None for one in values):
+        columns["KL x 1000"] = [f"{1e3 * (one.kl or 0):.2g}" for one in values]
+    columns["same"] = [f"{one.agreement:.3f}" for one in values]
     for name, tasks in (("pictures", data.PICTURE_TASKS), ("texts", data.TEXT_TASKS)):
         if set(tasks) <= set(values[0].accuracy):
             means = [statistics.mean(one.accuracy[task] for task in tasks) for one in values]
-            row(f"mean of {name}", [f"{one:.3f}" for one in means])
-    row("same answer as vanilla", [f"{one.agreement:.3f}" for one in values], end=True)
-    for name, metric in METRICS.items():
-        last = name == list(METRICS)[-1]
-        row(metric.title, [format(one.loads[name], metric.form) for one in values], end=last)
-    row("MoE layer, ms", [f"{one.layer_ms:.1f}" for one in values])
-    row("time / vanilla", [f"{one.time_ratio:.2f}" for one in values])
-    for name, cells in (further or {}).items():
-        row(name, cells)
+            columns[name] = [f"{one:.3f}" for one in means]
+    columns["dropped"] = [f"{one.loads['dropped']:.0%}" for one in values]
+    columns |= further or {}
+    columns["ms"] = [f"{one.layer_ms:.1f}" for one in values]
+    columns["time"] = [f"{one.time_ratio:.2f}" for one in values]
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    table.add_column("policy", no_wrap=True)
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for title, cells in zip(results, zip(*columns.values(), strict=True), strict=True):
+        table.add_row(title.replace("-", " "), *cells)
     return table

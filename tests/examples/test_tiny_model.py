@@ -111,7 +111,12 @@ def test_the_main_job(tmp_path):
         assert found["layer_ms"] > 0
     assert results["vanilla"]["agreement"] == 1.0 and results["vanilla"]["time_ratio"] == 1.0
     assert results["token-drop"]["load_after"] < results["vanilla"]["load_after"]
-    assert results["macs tuned"]["load_after"] < 0.95 and "macs tune, --moe-macs-max-kl" in done.stdout
+    assert results["macs tuned"]["load_after"] < 0.95
+    shown = done.stdout.split("policy", 1)[1]
+    assert "KL x 1000" in shown and "--moe-macs-max-kl" in shown and "Next:" in shown
+    assert len(shown.splitlines()) <= 30 and max(map(len, shown.splitlines())) <= 80
+    kl = {title: found["kl"] for title, found in results.items()}
+    assert kl["vanilla"] == 0 and 0 < kl["macs default"] < 0.1 and 0 < kl["token-drop"] < 0.1
 
 
 def test_the_main_job_on_ones_own_picture(tmp_path):
