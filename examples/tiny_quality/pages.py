@@ -11,6 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from macs_tools import when
+from macs_tools.common.cost_model import break_even, captured
+from macs_tools.common.workloads import SHAPES
+from macs_tools.hardware.machine import machine
+
 from .points import SETTINGS
 from .rivals import BUDGETS, families_of
 from .statistics import best_baseline, least_load
@@ -166,6 +171,62 @@ def rivals(runs: dict[str, Points]) -> str:
     return table(["time / today's", *(f"KL x 1000 <= {1e3 * budget:g}" for budget in BUDGETS)], rows)
 
 
+def layer(runs: dict[str, Points]) -> str:
+    """Megatron's layer on two processes: time over vanilla's beside what rows alone say."""
+    rows = [
+        [
+            f"{one['workload']}: {one['policy']}",
+            f"{one['ratio']:.3f} ± {one['ratio_spread'] / 2:.3f}",
+            f"{one['ideal']:.3f}",
+            f"{one['load_after']:.2f}",
+            f"{one['dropped']:.1%}",
+            f"{one['kept_mass']:.3f}",
+        ]
+        for one in runs["bench/layer"]
+    ]
+    return table(["workload: policy", "time / vanilla", "by rows", "load", "dropped", "kept weight"], rows)
+
+
+def planner(runs: dict[str, Points]) -> str:
+    """Milliseconds of a plan, and its share of a vanilla layer."""
+    titles = {
+        "bench/planner-tiny": "T 2400, D 128, E 16, k 2, R 2",
+        "bench/planner": "T 4096, D 1024, E 64, k 4, R 8",
+    }
+    rows = [
+        [title, *(f"{one['ms']:.1f} ms, {one['ms'] / one['layer_ms']:.1%}" for one in runs[name])]
+        for name, title in titles.items()
+    ]
+    return table(["", *(one["policy"] for one in runs["bench/planner"])], rows)
+
+
+def prefill(*asked: str) -> str:
+    """Rows of ``macs when``; what all of them share is left out."""
+    arguments = when.parse_arguments([*asked, "--sizes", "8"])
+    found, heads = list(when.rows(arguments)), when.columns(arguments)
+    shown = [key for key in heads if key not in ("ranks", "ms") and len({one[key] for one in found}) > 1]
+    return table(
+        [heads[key] for key in shown], [[when.cell(key, one[key]) for key in shown] for one in found]
+    )
+
+
+def break_evens() -> str:
+    """Tokens a rank from which balance alone pays for a plan, on 8 H100s; in brackets in a CUDA graph."""
+    shape = SHAPES["qwen3-vl-30b-a3b"]
+    engines = [machine("h100", engine, shape) for engine in ("trtllm", "vllm")]
+    rows = [
+        [
+            f"{load:g}",
+            *(
+                f"{break_even(model, shape, 8, load)} ({break_even(captured(model), shape, 8, load)})"
+                for model in engines
+            ),
+        ]
+        for load in (1.1, 1.2, 1.5, 2.0)
+    ]
+    return table(["load", "TensorRT-LLM", "vLLM"], rows)
+
+
 def front(runs: dict[str, Points]) -> str:
     """The README's: the main model, KL and predicted time by limit."""
     points, times = runs["frontier/main"], runs["rivals/main"]
@@ -204,8 +265,12 @@ def tables() -> dict[str, str]:
     runs = {name: run["points"] for name, run in figures.items()}
     made = {f"frontier-{model}": by_target(runs[f"frontier/{model}"], interval=True) for model in MODELS}
     made |= {f"8-ranks-{model}": by_target(runs[f"8-ranks/{model}"], interval=False) for model in MODELS}
-    for make in (models, equal_kl, same, kinds, settings, texts, rivals, front):
+    for make in (models, equal_kl, same, kinds, settings, texts, rivals, layer, planner, front):
         made[make.__name__.replace("_", "-")] = make(runs)
+    made["prefill"] = prefill("--engines", "all", "--loads", "1.2", "1.5", "2", "3")
+    several = ("--models", "all", "--hardware", "h100", "b200")
+    made["prefill-models"] = prefill(*several, "--loads", "2")
+    made["break-even"] = break_evens()
     return {**made, "origin": origin(figures)}
 
 

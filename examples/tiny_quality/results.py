@@ -14,6 +14,7 @@ import datetime
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,38 @@ def runs() -> list[Run]:
         for model in MODELS
     ]
     return [*frontier, *settings, *kinds, *texts, *ranks]
+
+
+BENCHES = {
+    "bench/layer": "layer --workloads image-flood hot-rank --steps 1 --repeats 30 --ladder 0.5 --policies",
+    "bench/planner": "planner --tokens 4096 --threads 1 --repeats 15 --policies",
+    "bench/planner-tiny": "planner --shape tiny-vlm --ranks 2 --threads 1 --repeats 15 --policies",
+}
+"""Arguments of ``macs bench``, before its policies."""
+
+
+def measured_bench(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The command, and a point for each policy."""
+    layer = name == "bench/layer"
+    policies = [
+        "token drop",
+        *(("rank-balanced", "macs", "macs, nothing over") if layer else ("macs", "paper")),
+    ]
+    command = [*BENCHES[name].split(), *policies]
+    out = arguments.points / f"{name.replace('/', '-')}.json"
+    if not out.exists():
+        asked = [sys.executable, "-m", "macs_tools", "bench", *command, "--json", str(out)]
+        subprocess.run(asked, check=True)
+    found = json.loads(out.read_text().splitlines()[-1])
+    kept = ("workload", "policy", "ratio", "ratio_spread", "ideal", "load_after", "dropped", "kept_mass")
+    if layer:
+        points = [{key: rounded(one[key]) for key in kept} for one in found["rows"]]
+    else:
+        points = [
+            {"policy": title, "ms": rounded(one["ms"]), "layer_ms": rounded(found["layer_ms"])}
+            for title, one in found["policies"].items()
+        ]
+    return {"command": f"macs bench {' '.join(command)}", "points": points}
 
 
 def measured_rivals(model: str, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -153,6 +186,7 @@ def main(given: Sequence[str] | None = None) -> None:
             f"rivals/{model}": lambda model=model: measured_rivals(model, arguments, console)
             for model in MODELS
         }
+        named |= {name: lambda name=name: measured_bench(name, arguments) for name in BENCHES}
         for name, measured in named.items():
             if not arguments.only or name.startswith(tuple(arguments.only)):
                 figures["runs"][name] = {**origin(), **measured()}
