@@ -36,7 +36,7 @@ BOUNDS = ("target_load", "max_kl", "capacity_factor")
 
 MIN_TOKENS = {"cpu": 64, "gpu": 1280}
 """Tokens of a rank below which a plan costs more than it saves. On a GPU: the break-even of an eager plan for
-Qwen3-VL-30B-A3B's layers over 8 H100s with a load of 1.5; at 1.2 it is 3488 (docs/performance.md).
+Qwen3-VL-30B-A3B's layers over 8 H100s with a load of 1.5; at 1.2 it is 3488 (docs/when.md).
 On a CPU: a decoding batch, not a prompt."""
 
 
@@ -220,8 +220,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "safe": {"target_load": 1.2, "max_drop": 0.01, "spare_text": True, "reroute": "group"},
 }
 """Named sets of settings, laid over the defaults. The defaults pool capacity per rank, count it in rows and
-put text first, because that bounds the step itself (docs/quality-defaults.md). They drop what does not fit:
-rerouting changed no answer that was measured and is a third of a plan (docs/quality.md)."""
+put text first, because that bounds the step itself (docs/results.md). They drop what does not fit:
+rerouting changed no answer that was measured and is a third of a plan (docs/results.md)."""
 
 
 def check_name(what: str, name: Any, valid: tuple[str, ...]) -> None:

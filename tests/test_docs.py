@@ -54,3 +54,37 @@ def test_the_table_of_settings_is_the_fields(tmp_path):
 def test_the_first_page_is_short():
     assert len(TEXT["README.md"].splitlines()) <= 110
     assert max(map(len, TEXT["README.md"].splitlines())) <= 120
+
+
+def test_the_manual_is_short():
+    pages = [page for page in TEXT if page.startswith("docs/")] + ["CONTRIBUTING.md"]
+    assert sum(len(TEXT[page].split()) for page in pages) <= 12_000
+
+
+def sentences(page: str) -> list[str]:
+    """Sentences of a page's prose: no code, tables, headings or comments; addresses of links left out."""
+    text = re.sub(
+        r"```.*?```|<!--.*?-->|^(\||#|!|    ).*?$", "\n\n", TEXT[page], flags=re.DOTALL | re.MULTILINE
+    )
+    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"^ *([-*]|\d+\.) ", "\n\n", text, flags=re.MULTILINE))
+    return [one for block in text.split("\n\n") for one in re.split(r"(?<=[.:;?!])[*)\]]*\s", block)]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_sentences_are_short(page):
+    found = sentences(page)
+    assert len(found) > 20
+    assert [one for one in found if len(one.split()) > 30] == []
+
+
+BANNED = re.compile(
+    r"what is told|who stays|has a say|left alone|the ways in|heeding|it is said|told by|straggler|"
+    r"busiest|damage|mend(?:ed|s)\b|one's own",
+    re.IGNORECASE,
+)
+"""Words that the field does not use: load and KL have one name each."""
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_pages_speak_the_fields_words(page):
+    assert BANNED.findall(TEXT[page]) == []

@@ -32,7 +32,6 @@ COMMANDS = {
     ),
     "bench planner": Command("bench.run", "time, operators and memory of the planner, by step"),
     "bench layer": Command("bench.run", "Megatron's real MoE layer over processes, policies in turn"),
-    "bench generate": Command("bench.run", "prompts through Megatron's static engine"),
     "bench launches": Command("common.launches", "kernel launches of a plan, counted exactly"),
     "bench gpu": Command("bench.gpu", "what only a GPU can tell: kernels, graphs, times, in one run"),
 }

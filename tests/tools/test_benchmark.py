@@ -14,18 +14,7 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 ROOT = Path(__file__).parents[2]
 
 from macs_tools.bench import arguments as bench_arguments  # noqa: E402
-from macs_tools.bench.results import at_same_mass  # noqa: E402
 from macs_tools.bench.watch import Watch  # noqa: E402
-
-
-def test_time_at_the_same_damage_lies_between_the_bounds():
-    def row(policy, kept, ratio):
-        return {"workload": "W", "policy": policy, "kept_mass": kept, "ratio": ratio, "rerouted": 0.1}
-
-    rows = [row("macs", 0.8, 0.7), row("token drop", 0.7, 0.6), row("token drop 1.5", 0.9, 0.9)]
-    (line,) = at_same_mass([*rows, row("expanded drop", 0.7, 0.6)])
-    assert "token drop takes 0.750 of vanilla's time, macs 0.700" in line
-    assert at_same_mass([rows[0], rows[2]]) == []
 
 
 def benchmark(folder, *arguments):
@@ -44,7 +33,7 @@ def benchmark(folder, *arguments):
 def test_layers_side_by_side(tmp_path):
     flags = "layer --shape tiny --workloads image-flood --steps 1 --repeats 2 --ladder 1.3".split()
     policies = ["--policies", "token drop", "expanded drop", "macs", "macs, nothing over"]
-    files = ["--save-cost-model", "costs.json", "--plots", "plots"]
+    files = ["--save-cost-model", "costs.json"]
     found, shown = benchmark(tmp_path, *flags, *policies, *files)
     rows = {row["policy"]: row for row in found["rows"]}
     assert list(rows) == ["vanilla", *policies[1:], "token drop 1.3", "expanded drop 1.3", "macs 1.3"]
@@ -61,7 +50,7 @@ def test_layers_side_by_side(tmp_path):
     assert same["stock"] == same["macs"] and len(same["stock"]) >= 4
     assert set(found["cost_model"]["planner_ms"]) == set(rows) - {"vanilla"}
     assert found["machine"]["megatron"] and found["shape"]["experts"] == 16
-    assert (tmp_path / "plots" / "layer-2.png").is_file() and "costs.json" in os.listdir(tmp_path)
+    assert "costs.json" in os.listdir(tmp_path)
     assert "output bit for bit the same" in shown.replace("\n", " ")
 
 
@@ -72,16 +61,7 @@ def test_the_planner_alone(tmp_path):
     shape = found["shape"]
     # Never [T, k, E].
     assert macs["largest_tensor_at_512"] < found["tokens"] * shape["top_k"] * 512
-    assert macs["bytes_a_token"] > 0 < min(found["bandwidth"].values())
-    assert [row["experts"] for row in found["growth"]["experts"]] == [64, 128, 256, 512]
-
-
-def test_prompts_through_the_engine(tmp_path):
-    flags = "generate --shape tiny --tokens 512 --workloads image-flood --repeats 1".split()
-    found, _ = benchmark(tmp_path, *flags, "--policies", "macs", "token drop")
-    rows = {row["policy"]: row for row in found["rows"]}
-    assert rows["macs"]["load"] <= 1.06 < rows["vanilla"]["load"]
-    assert all(row["ms"] > row["prompt_ms"] > 0 for row in rows.values())
+    assert macs["bytes_a_token"] > 0
 
 
 def test_wrong_output_is_not_timed(tmp_path):
@@ -128,8 +108,8 @@ def test_memory_is_counted_while_it_lives():
         (["layer", "--ranks", "3"], "--ranks: found 3, expected a divisor of the 64 experts"),
         (["layer", "--repeats", "0"], "--repeats: found 0, expected 1 or more"),
         (
-            ["generate", "--recordings", "x"],
-            "--recordings: found mode generate, expected layer",
+            ["planner", "--recordings", "x"],
+            "--recordings: found mode planner, expected layer",
         ),
     ],
 )

@@ -2,7 +2,6 @@
 
     macs bench planner        # the planner alone: its parts, its share of a layer, its memory
     macs bench layer          # Megatron's real MoE layer on two expert-parallel processes
-    macs bench generate       # prompts through Megatron's static engine
 
 Every policy runs on the same inputs in the same turns, one after the other, first come first in turn; the
 time of a step is its slowest rank's. A policy is timed only after its output has been checked against
@@ -20,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..common.command import Parser, output_file, output_folder
+from ..common.command import Parser, output_file
 from ..common.traces import load_recordings
 from ..common.workloads import (
     LADDER,
@@ -39,7 +38,7 @@ from ..common.workloads import (
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("macs bench", __doc__)
-    parser.add_argument("mode", choices=("planner", "layer", "generate"))
+    parser.add_argument("mode", choices=("planner", "layer"))
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
     parser.add_argument("--tokens", type=int, help="of a source rank, instead of the shape's")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
@@ -63,7 +62,6 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, help="of a layer, where a trace does not say")
     parser.add_argument("--json", type=output_file, help="append the result, one line")
     parser.add_argument("--save-cost-model", type=Path, help="write this machine's, for macs report")
-    parser.add_argument("--plots", type=output_folder, help="folder for plots")
     arguments = parser.parse_args(given)
     arguments.shape_name, arguments.shape = arguments.shape, SHAPES[arguments.shape]
     if arguments.mode == "planner" and arguments.shape_name == "cpu":
@@ -93,7 +91,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if arguments.compensation_rank is not None and arguments.mode != "layer":
         parser.error(f"--compensation-rank: found mode {arguments.mode}, expected layer")
     if arguments.threads is None:
-        processes = arguments.ranks if arguments.mode in ("layer", "generate") else 1
+        processes = arguments.ranks if arguments.mode == "layer" else 1
         arguments.threads = max(1, (os.cpu_count() or 1) // processes)
     known_titles = contenders(arguments.load)
     for title in arguments.policies or ():

@@ -43,7 +43,7 @@ from ..common.workloads import NOTHING_OVER, VANILLA, Batch, features
 from .arguments import running, steps_of
 from .costs import Costs, calibrating, order_of
 from .report import machine, table_of
-from .results import Done, at_same_mass, row_of, sent_by, sound
+from .results import Done, row_of, sent_by, sound
 from .watch import tensors_in
 
 
@@ -202,6 +202,4 @@ def run_layer(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
         )
     if arguments.save_cost_model:
         CostModel(**found["cost_model"]).save(arguments.save_cost_model)
-    for line in at_same_mass(found["rows"]):
-        console.print(line)
     return found

@@ -1,9 +1,8 @@
-"""``macs bench planner``: its parts, its growth, its memory."""
+"""``macs bench planner``: its parts and its memory."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -16,17 +15,14 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from macs import IMAGE, Modality, Plan, Planner, Tokens, Topology
+from macs import Modality, Plan, Planner, Topology
 from macs.planner import STEPS
-from macs.steps.contracts import Counts
-from macs.steps.kernels.dispatch import has_triton, kernels
-from macs.steps.weighting import WeightRule, semantic_weights
 
 from ..common.clock import clocked, milliseconds
 from ..common.layers import Asked, around_plan, build_layer, device, engine, force, join, layout_of
-from ..common.workloads import SHAPES, Contender, Shape, contenders, draw, features
+from ..common.workloads import Contender, Shape, contenders, draw, features
 from .planner_report import show_planner
-from .watch import Watch, launches_unwatched
+from .watch import Watch
 
 
 def planned_alone(
@@ -42,12 +38,6 @@ def planned_alone(
     experts, weights, scores = (one.to(device()) for one in (batch.experts, batch.weights, batch.scores))
     tokens = Modality.of(batch.ids[None].to(device())).batch_major()
     return partial(planner.plan, hidden, experts, weights, scores, tokens)
-
-
-def router_pass(shape: Shape) -> Callable[[], Any]:
-    """What a router does with its logits [T, E]: scores and the k best."""
-    logits = torch.randn(shape.tokens, shape.experts, device=device())
-    return lambda: logits.softmax(1).topk(shape.top_k, 1)
 
 
 def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -108,88 +98,6 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
                 work()
             found["policies"][title]["largest_tensor_at_512"] = watch.largest
         found["layer_ms"] = layer_ms
-        found["growth"] = growth(shape, chosen, ranks, arguments.repeats)
-        found["kernels"] = kernel_memory(chosen, ranks)
-        found["bandwidth"] = bandwidths(shape, arguments.repeats)
         dist.destroy_process_group()
     show_planner(console, found, shape)
-    return found
-
-
-def growth(
-    shape: Shape, chosen: dict[str, Contender], ranks: int, repeats: int
-) -> dict[str, list[dict[str, float]]]:
-    """The planner's time by tokens and by experts, beside a router's pass over the same scores."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for name, shapes in {
-        "tokens": [replace(shape, tokens=shape.tokens * part // 4) for part in (1, 2, 4, 8)],
-        "experts": [replace(shape, experts=count) for count in (64, 128, 256, 512)],
-    }.items():
-        works = [
-            {title: planned_alone(one, contender, ranks) for title, contender in chosen.items()}
-            | {"router": router_pass(one)}
-            for one in shapes
-        ]
-        times: list[dict[str, list[float]]] = [{title: [] for title in row} for row in works]
-        for turn in range(repeats + 1):
-            for row, kept in zip(works, times, strict=True):
-                for title, work in row.items():
-                    work()
-                    kept[title].append(milliseconds(work))
-                    if turn == 0:
-                        kept[title].clear()
-        found[name] = [
-            {name: float(getattr(one, name))}
-            | {title: statistics.median(values) for title, values in kept.items()}
-            for one, kept in zip(shapes, times, strict=True)
-        ]
-    return found
-
-
-def bandwidths(shape: Shape, repeats: int) -> dict[str, float]:
-    """10^9 bytes a second of features read for their entropy, and read and written by a copy, in turn."""
-    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    hidden = torch.randn(shape.tokens, shape.hidden, device=device()).to(kind)
-    tokens = Tokens.all_text(shape.tokens, hidden.device)
-    tokens.modality[:] = IMAGE
-    rule = WeightRule("entropy", 1.0, 0.5, 1)
-
-    def weigh() -> None:
-        semantic_weights(
-            hidden, tokens, rule, Counts.zeros(rule.shapes(hidden.shape[1]), hidden.device), False
-        )
-
-    works = {"entropy": (weigh, 1), "copy": (hidden.clone, 2)}
-    spent: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, (work, _) in works.items():
-            work()
-            spent[name].append(milliseconds(work))
-    return {
-        name: times * hidden.nbytes / statistics.median(spent[name]) / 1e6
-        for name, (_, times) in works.items()
-    }
-
-
-def kernel_memory(chosen: dict[str, Contender], ranks: int) -> dict[str, Any]:
-    """What a plan allocates with Triton's kernels (in its interpreter where there is no GPU), at the shape
-    of Qwen3-VL-30B-A3B, and what share that is of the layer's activations."""
-    shape = SHAPES["qwen3-vl-30b-a3b"]
-    if not has_triton() or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        return {}
-    shape = replace(shape, tokens=shape.tokens if torch.cuda.is_available() else 1024)
-    # A row as it is sent, gate and up, their product, and the result, in bfloat16.
-    activations = shape.top_k * (2 * shape.hidden + 3 * shape.ffn) * 2
-    found = {}
-    for title, contender in chosen.items():
-        work = planned_alone(shape, contender, ranks)
-        with kernels("triton"), launches_unwatched():
-            work()
-            with Watch() as watch:
-                work()
-        found[title] = {
-            "bytes_a_token": watch.peak / shape.tokens,
-            "share_of_activations": watch.peak / shape.tokens / activations,
-            "operators": watch.operators,
-        }
     return found

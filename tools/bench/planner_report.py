@@ -1,4 +1,4 @@
-"""The tables of ``macs bench planner``."""
+"""The table of ``macs bench planner``."""
 
 from __future__ import annotations
 
@@ -38,31 +38,7 @@ def show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None:
     line("peak bytes a token", lambda one: f"{one['bytes_a_token']:.0f}")
     most = shape.tokens * shape.top_k * 512
     line("E 512: largest tensor / (T k E)", lambda one: f"{one['largest_tensor_at_512'] / most:.2f}")
-    if found["kernels"]:
-        table.add_section()
-        for name, key, show in (
-            ("with kernels, Qwen3-VL-30B-A3B: bytes a token", "bytes_a_token", "{:.0f}"),
-            ("… of the layer's activations", "share_of_activations", "{:.2%}"),
-            ("… operators beside kernels", "operators", "{:.0f}"),
-        ):
-            table.add_row(name, *(show.format(found["kernels"][title][key]) for title in titles))
     console.print(table)
-    rates = found["bandwidth"]
-    console.print(
-        f"Entropy reads {rates['entropy']:.1f} GB/s, {rates['entropy'] / rates['copy']:.0%} of what a copy "
-        f"reads and writes ({rates['copy']:.1f})"
-    )
-    for name, rows in found["growth"].items():
-        table = Table(caption=f"ms by {name}; beside: less the router's own pass, over the first line's")
-        for heading in (name, "router", *(word for title in titles for word in (title, "beside"))):
-            table.add_column(heading, justify="right")
-        for row in rows:
-            cells = []
-            for title in titles:
-                less = (row[title] - row["router"]) / (rows[0][title] - rows[0]["router"])
-                cells += [f"{row[title]:.1f}", f"{less:.2f}"]
-            table.add_row(f"{row[name]:.0f}", f"{row['router']:.1f}", *cells)
-        console.print(table)
 
 
 def _of_step(step: str, found: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The table, the plot, and what they were measured on."""
+"""The table, and what it was measured on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import torch
 from rich.table import Table
 
 from macs.steps.kernels.dispatch import has_triton
-
-from ..common.workloads import VANILLA
 
 HEADINGS = [
     *("workload", "policy", "ms", "time / vanilla", "ideal", "share of ideal", "load"),
@@ -74,36 +72,3 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or "CPU"
-
-
-def plot_rows(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Time over vanilla by workload and policy, with what the loads alone would give."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if "failed" not in row and row["policy"] != VANILLA]
-    loads = list(dict.fromkeys(row["workload"] for row in rows))
-    titles = list(dict.fromkeys(row["policy"] for row in rows))
-    figure, axes = pyplot.subplots(figsize=(1.5 + 0.9 * len(loads), 4.2))
-    width = 0.8 / max(1, len(titles))
-    for index, policy in enumerate(titles):
-        mine = [row for row in rows if row["policy"] == policy]
-        centers = [loads.index(row["workload"]) + width * (index - len(titles) / 2 + 0.5) for row in mine]
-        axes.bar(centers, [row["ratio"] for row in mine], width, label=policy)
-        axes.hlines(
-            [row["ideal"] for row in mine],
-            [center - width / 2 for center in centers],
-            [center + width / 2 for center in centers],
-            color="black",
-            linewidth=1,
-        )
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(loads)), loads, rotation=30, ha="right")
-    axes.set_ylabel("layer time / vanilla (line: by loads alone)")
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=7, ncols=3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,27 +92,6 @@ def spread_of(values: Sequence[float]) -> float:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return high - low
-
-
-def at_same_mass(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a baseline takes, between its bounds, when it keeps as much combine mass as MACS does."""
-    lines = []
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        mine = [row for row in rows if row["workload"] == workload and "failed" not in row]
-        macs = next((row for row in mine if row["policy"] == "macs"), None)
-        for title in ("token drop", "expanded drop"):
-            ladder = sorted(
-                (row["kept_mass"], row["ratio"]) for row in mine if row["policy"].startswith(title)
-            )
-            if macs is None or len(ladder) < 2 or not ladder[0][0] <= macs["kept_mass"] <= ladder[-1][0]:
-                continue
-            masses, ratios = zip(*ladder, strict=True)
-            ratio = float(np.interp(macs["kept_mass"], masses, ratios))
-            lines.append(
-                f"{workload}: keeping {macs['kept_mass']:.3f} of the mass, {title} takes {ratio:.3f} of "
-                f"vanilla's time, macs {macs['ratio']:.3f} (which reroutes {macs['rerouted']:.1%} besides)"
-            )
-    return lines
 
 
 def sound(plan: Plan, shape: Shape) -> bool:

@@ -15,12 +15,11 @@ from rich.console import Console
 
 from ..common.command import quiet
 from .arguments import parse_arguments
-from .report import machine, plot_rows
+from .report import machine
 
 RUNS = {
     "planner": ("planner", "run_planner"),
     "layer": ("layer", "run_layer"),
-    "generate": ("generate", "run_generate"),
 }
 """Of every mode the module, which imports an engine, and its function."""
 
@@ -49,13 +48,6 @@ def main(given: Sequence[str] | None = None) -> None:
     if arguments.json:
         with arguments.json.open("a") as file:
             file.write(json.dumps(result) + "\n")
-    if arguments.plots and arguments.mode == "layer":
-        arguments.plots.mkdir(parents=True, exist_ok=True)
-        plot_rows(
-            found["rows"],
-            arguments.plots / f"{arguments.mode}-{arguments.ranks}.png",
-            f"{arguments.mode}, {arguments.ranks} ranks, {machine(arguments)['device']}",
-        )
     same = found.get("under_capacity")
     if any("failed" in row for row in found.get("rows", ())):
         sys.exit("macs bench: some output was wrong; see the table")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -49,21 +46,3 @@ class Watch(TorchDispatchMode):
 
 def tensors_in(value: Any) -> list[Tensor]:
     return [one for one in torch.utils._pytree.tree_leaves(value) if isinstance(one, Tensor)]
-
-
-@contextlib.contextmanager
-def launches_unwatched() -> Iterator[None]:
-    """Triton's interpreter copies what a kernel is given, which no GPU does: that is not counted."""
-    if torch.cuda.is_available():
-        yield
-        return
-    from triton.runtime.interpreter import GridExecutor
-
-    real = GridExecutor.__call__
-
-    def launch(*args: Any, **kwargs: Any) -> Any:
-        with torch.utils._python_dispatch._disable_current_modes():
-            return real(*args, **kwargs)
-
-    with mock.patch.object(GridExecutor, "__call__", launch):
-        yield

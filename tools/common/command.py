@@ -83,14 +83,3 @@ def output_file(text: str) -> Path:
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return path
-
-
-def output_folder(text: str) -> Path:
-    """A folder to write to, likewise."""
-    path = Path(text).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        check_output(path / "any", "output")
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return path
