@@ -37,7 +37,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def kl_of(point: dict[str, Any], interval: bool = False) -> str:
     """KL x 1000, with its 95 % interval."""
-    mean, low, high = (f"{1e3 * value:.2g}" for value in point["kl"])
+    mean, low, high = (f"{float(f'{1e3 * value:.2g}'):g}" for value in point["kl"])
     return f"{mean} ({low}-{high})" if interval else mean
 
 
