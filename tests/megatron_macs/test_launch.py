@@ -178,7 +178,7 @@ def test_a_script_that_does_not_change_runs_with_macs(tmp_path):
         assert bounded[rank]["dropped"] > 0 and unbounded[rank]["dropped"] == 0
         assert not torch.equal(bounded[rank]["logits"], stock[rank]["logits"])
         assert bounded[rank]["visual"] == bounded[rank]["images"] > 0
-    assert "MACS planned 2 steps of 2 layers: kept " in done.stderr
+    assert "MACS planned 2 times in 2 layers: kept " in done.stderr
 
 
 def test_a_module_by_its_name_and_a_run_too_small_to_plan(tmp_path):

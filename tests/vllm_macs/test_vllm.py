@@ -18,8 +18,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed; it needs an environment of its own")
 
+import tiny_random_vlm
 import torch
-from support import vllm_model
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "vllm_qwen3_vl_moe.py"
@@ -35,7 +35,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return vllm_model.make(tmp_path_factory.mktemp("model"))
+    return tiny_random_vlm.make(tmp_path_factory.mktemp("model"))
 
 
 def answers(folder, model, *flags, fails=False):
@@ -68,15 +68,17 @@ def test_no_rank_computes_more_than_its_limit(tmp_path, model, stock):
     found = answers(tmp_path, model, "--target-load", "0.7", "--macs", '{"min_tokens": 8}')
     first, second = found["workers"]
     assert first["before"] == second["before"] and first["after"] == second["after"]  # one plan
-    assert len(first["after"]) == vllm_model.LAYERS
+    assert len(first["after"]) == tiny_random_vlm.LAYERS
     assert max(map(max, first["before"])) > 1 and max(map(max, first["after"])) <= 0.7
     # Counted in the experts' input: calls are layer after layer, step after step; decoding steps of three
     # prompts are not planned. What the plans say is what was computed, of every token of the prompts.
-    rows = torch.tensor([first["rows"], second["rows"]]).view(2, -1, vllm_model.LAYERS).amax(0)
-    rows = rows[torch.tensor([first["rows"], second["rows"]]).sum(0).view(-1, vllm_model.LAYERS)[:, 0] > 8].T
+    rows = torch.tensor([first["rows"], second["rows"]]).view(2, -1, tiny_random_vlm.LAYERS).amax(0)
+    rows = rows[
+        torch.tensor([first["rows"], second["rows"]]).sum(0).view(-1, tiny_random_vlm.LAYERS)[:, 0] > 8
+    ].T
     mean = rows / torch.tensor(first["after"])  # of the router's choice, by layer and step
     assert (rows <= 0.7 * mean + 1e-6).all() and torch.allclose(mean, mean[:1].expand_as(mean))
-    tokens = float(mean[0].sum()) * 2 / vllm_model.TOP_K
+    tokens = float(mean[0].sum()) * 2 / tiny_random_vlm.TOP_K
     # A prompt may be read beside a decoding step of the two others.
     assert 0 <= round(tokens, 3) - sum(found["tokens"]) <= 2 * len(first["after"][0])
     assert [len(ids) for ids in found["answers"]] == [len(ids) for ids in stock]
@@ -91,9 +93,28 @@ def test_a_prompt_is_read_in_chunks_through_its_picture(tmp_path, model):
     assert found["answers"] == whole and len(found["workers"][0]["after"][0]) >= 4  # steps
 
 
+def test_the_example_needs_no_model(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--target-load", "0.7", "--tokens", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    shown = [line for line in done.stdout.splitlines() if line.startswith("layer ")]
+    assert len(shown) == tiny_random_vlm.LAYERS
+    assert all(float(line.split()[-2]) <= 0.7 < float(line.split()[3]) for line in shown)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            ("--target-load", "0.7", "--macs", '{"profile": "nothing.safetensors"}'),
+            "expected a file that macs tune wrote",
+        ),
+        (("--macs", '{"split": "tuned"}'), "tuned"),
         (("--macs", '{"targetload": 0.7}'), "did you mean 'target_load'|target_load"),
         (("--macs", '{"image_token_id": 7}'), "vLLM says which tokens are visual"),
     ],

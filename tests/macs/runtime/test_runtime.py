@@ -128,7 +128,8 @@ def test_without_a_mask_every_token_is_text_and_it_says_so_once(caplog):
     layer = runtime.add_layer(AnyAdapter(lambda: ROUTER, Topology(4), 2))
     run(layer), run(layer)
     assert [record.message for record in caplog.records].count(
-        "MACS: no modality mask around this forward pass; every token counts as text"
+        "MACS: no modality mask around this forward pass, so every token counts as text; call "
+        "attach_modality on the model, or macs.modality around the call"
     ) == 1
 
 

@@ -41,7 +41,7 @@ def processor() -> Any:
         additional_special_tokens=SPECIAL,
         model_max_length=4096,
     )
-    sizes = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+    sizes: dict[str, Any] = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
     sizes |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     limits = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
     return Qwen3VLProcessor(
