@@ -350,6 +350,20 @@ def test_a_config_that_cannot_be_honoured_is_refused(engine, changes, message):
     assert arguments(plain).create_engine_config() is plain
 
 
+def test_a_profile_is_looked_for_before_weights_are_read(engine):
+    entry = {**ENTRY, "profile": "nothing"}
+    message = r"config\.macs\.profile: found 'nothing', expected a file that macs tune wrote"
+    with pytest.raises(ValueError, match=message):
+        loaded(engine, entry)
+    with pytest.raises(ValueError, match=message):
+        sys.modules["vllm.engine.arg_utils"].EngineArgs(config_of(engine, entry)).create_engine_config()
+
+
+def test_a_misspelt_entry_is_warned_of(caplog):
+    assert entry_of(SimpleNamespace(additional_config={"mac": {}, "other": 1})) is None
+    assert ["found 'mac', expected 'macs'" in one.message for one in caplog.records] == [True]
+
+
 def test_more_that_is_refused(engine):
     config = config_of(engine, ENTRY)
     assert limits.of_config(config) == []

@@ -1,5 +1,6 @@
 """The runtime, its records, and the planner's own doors."""
 
+import json
 import subprocess
 import sys
 
@@ -249,3 +250,12 @@ def test_an_error_of_one_process_is_printed_by_it(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             leave("x", error)
         assert capsys.readouterr().err == printed
+
+
+def test_torchruns_summary_shows_the_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        leave("x", "found 3, expected 4")
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"].endswith(
+        "x: found 3, expected 4"
+    )
