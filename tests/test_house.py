@@ -8,13 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {
-    "macs": 9087,
-    "megatron_macs": 1480,
-    "deepspeed_macs": 1245,
-    "vllm_macs": 755,
-    "tools": 6770,
-    "examples": 4450,
-    "tests": 16465,
+    "macs": 9101,
+    "megatron_macs": 1478,
+    "deepspeed_macs": 1242,
+    "vllm_macs": 756,
+    "tools": 6769,
+    "examples": 4578,
+    "tests": 16394,
 }
 """Lines of Python a room may have. A room that is full gives something up before it gets more."""
 
