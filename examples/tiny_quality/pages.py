@@ -190,7 +190,7 @@ def layer(runs: dict[str, Points]) -> str:
 def planner(runs: dict[str, Points]) -> str:
     """Milliseconds of a plan, and its share of a vanilla layer."""
     titles = {
-        "bench/planner-tiny": "T 2400, D 128, E 16, k 2, R 2",
+        "bench/planner-tiny": "T 2400, D 128, E 16, k 2, R 8",
         "bench/planner": "T 4096, D 1024, E 64, k 4, R 8",
     }
     rows = [

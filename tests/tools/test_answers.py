@@ -51,19 +51,37 @@ def test_given_answers_are_scored_as_without_a_cache_and_greedy_ones_are_the_eng
         assert divergence(expected[: len(answer)], one) < 1e-6
 
 
-@torch.inference_mode()
-def test_padded_prompts_follow_the_models_own_positions(model):
-    """As requests of one's own come from a processor: left padding, a mask, no positions."""
-    batch = data.draw_samples(4, "validation", ("where", "count"), 4)
-    ids = torch.tensor([sample.prompt for sample in batch])
+def padded(ids, model):
+    """As requests come from a processor: left padding, a mask, no positions."""
     padding = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 0], [0, 0, 1]])
-    ids = torch.cat([torch.full((4, 3), 3) * padding, ids], 1)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.cat([padding, torch.ones(4, data.PROMPT_TOKENS, dtype=torch.long)], 1),
-        "mm_token_type_ids": (ids == model.config.image_token_id).long(),
-        **tiny.picture_inputs([sample.pixels for sample in batch]),
-    }
+    mask = torch.cat([padding, torch.ones(4, ids.shape[1], dtype=torch.long)], 1)
+    inputs = {"input_ids": torch.cat([torch.full((4, 3), 3) * padding, ids], 1), "attention_mask": mask}
+    if hasattr(model.config, "image_token_id"):
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).long()
+    return inputs
+
+
+def text_model():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2, initializer_range=0.3)
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["pictures", "texts", "a text model"])
+def test_padded_prompts_follow_the_models_own_positions(model, kind):
+    tasks = ("where", "count") if kind == "pictures" else data.TEXT_TASKS
+    batch = data.draw_samples(4, "validation", tasks, 4)
+    ids = torch.tensor([sample.prompt for sample in batch])
+    if kind == "a text model":
+        model, ids = text_model(), ids % 50
+    inputs = padded(ids, model)
+    if kind == "pictures":
+        inputs |= tiny.picture_inputs([sample.pixels for sample in batch])
     done = model.generate(
         **inputs,
         do_sample=False,
@@ -72,7 +90,7 @@ def test_padded_prompts_follow_the_models_own_positions(model):
         output_scores=True,
         return_dict_in_generate=True,
     )
-    answers = done.sequences[:, ids.shape[1] :]
+    answers = done.sequences[:, inputs["input_ids"].shape[1] :]
     # Its scores rule the end token out.
     scores = torch.stack(done.scores, 1)
     prompt = read(model, Runtime(), inputs)

@@ -135,6 +135,33 @@ def test_megatron_measures_what_the_plain_adapter_does(tmp_path):
     assert [found.ranks for found in tunings] == [2, 2] and tunings[0].requests == tunings[1].requests == 28
 
 
+def test_a_text_model_is_tuned_under_autoep(tmp_path):
+    """Requests of several lengths; with a limit that nothing exceeds, answers and KL are the model's own."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    from tiny_vlm.vocabulary import build_tokenizer
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = build_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"moe_intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, initializer_range=0.3)
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = list(tokenizer.get_vocab())[10:30]
+    lines = [json.dumps({"text": " ".join(words[: 3 + number % 7])}) for number in range(16)]
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines))
+    flags = ("--model", str(tmp_path / "model"), "--data", str(tmp_path / "requests.jsonl"), "--tokens", "4")
+    flags += ("--requests", "16", "--batch", "8", "--tries", "0", "--targets", "4", "--engine", "deepspeed")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
+    done = tune(tmp_path / "tuned", *flags, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    rows = map(json.loads, (tmp_path / "tuned" / "tuned.measured.jsonl").read_text().splitlines())
+    unlimited = [one for one in rows if max(one["kl"]) == 0]
+    assert unlimited and all(all(one["same"]) for one in unlimited)
+    assert Profile.load(tmp_path / "tuned" / "tuned.safetensors").tuning.ranks == 2
+
+
 def test_an_interrupted_tuning_says_what_is_kept(capsys):
     with pytest.raises(SystemExit) as end, keeping(Path("runs/tuned.safetensors")):
         raise KeyboardInterrupt

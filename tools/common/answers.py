@@ -79,9 +79,14 @@ class Prompt:
 
 def read(model: Any, runtime: Runtime, inputs: dict[str, Tensor]) -> Prompt:
     """The prompts of a batch, read under what the runtime uses."""
+    pictures = not inputs.keys().isdisjoint(("image_grid_thw", "video_grid_thw"))
+    if not pictures and "attention_mask" in inputs and "position_ids" not in inputs:
+        # A model by itself counts columns, padding included, where ``generate`` and ``_step`` count tokens.
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        inputs = {**inputs, "position_ids": positions}
     outputs = model(**inputs, use_cache=True, logits_to_keep=1)
     shift = None
-    if not inputs.keys().isdisjoint(("image_grid_thw", "video_grid_thw")):
+    if pictures:
         # Kept on the model since transformers 5.20, where a batch without a picture leaves it as it was.
         shift = getattr(model.base_model, "rope_deltas", None)
     if "position_ids" in inputs and inputs["position_ids"].dim() == 3:

@@ -76,6 +76,8 @@ def deepspeed(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
             model: Any = tiny_vlm.model.load_model(arguments.checkpoint or tiny_vlm.CHECKPOINT)
         else:
             model, processor = load_model(arguments.model, arguments.dtype)
+            if not hasattr(model.config, "vision_config"):
+                config["macs"]["modality"] = "text"
         engine = deepspeed_macs.initialize(model=model, config=config)[0]
         engine.eval()
         answers: Any

@@ -48,7 +48,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a checkpoint directory in Hugging Face format")
     parser.add_argument("--data", type=Path, help="of --model: a folder, or a file of JSON lines")
     parser.add_argument("--dtype", default="auto", help="of --model: auto, float32, bfloat16, ...")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer of --model")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer of --model (%(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="of the tiny model")
     parser.add_argument("--batches", nargs="+", default=["mixed"], help="what the tiny model is asked")
     parser.add_argument("--ranks", type=int, help="expert-parallel ranks to tune for, of plain (default: 4)")
@@ -58,9 +58,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, help="MACS settings, a .yaml or .json file")
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS))
-    parser.add_argument("--requests", type=int, default=1120, help="half to tune on, half to verify")
-    parser.add_argument("--batch", type=int, default=56, help="requests in a batch, over all ranks")
-    parser.add_argument("--tries", type=int, default=24, help="moves that are tried for each target")
+    parser.add_argument("--requests", type=int, default=1120, help="half tune, half verify (%(default)s)")
+    parser.add_argument("--batch", type=int, default=56, help="of all ranks together (%(default)s)")
+    parser.add_argument("--tries", type=int, default=24, help="moves for each target (%(default)s)")
     parser.add_argument(
         "--compensation-rank",
         type=int,
