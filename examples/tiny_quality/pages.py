@@ -250,13 +250,13 @@ def front(runs: dict[str, Points]) -> str:
 
 
 def origin(figures: dict[str, Any]) -> str:
-    """Commits and dates of the runs, by table."""
-    rows: dict[tuple[str, ...], list[str]] = {}
+    """Commits and dates of the runs, by table, and the machines."""
+    rows: dict[tuple[str, str], dict[str, None]] = {}
     for name, run in figures.items():
-        rows.setdefault((run["commit"], run["date"], run["machine"]), []).append(name)
-    return table(
-        ["commit", "date", "machine", "runs"], [[*key, ", ".join(names)] for key, names in rows.items()]
-    )
+        rows.setdefault((run["commit"], run["date"]), {})[name.split("/")[0]] = None
+    machines = "; ".join(dict.fromkeys(run["machine"] for run in figures.values()))
+    runs = [[*key, ", ".join(names)] for key, names in rows.items()]
+    return table(["commit", "date", "runs"], runs) + f"\nOn {machines}.\n"
 
 
 def tables() -> dict[str, str]:
