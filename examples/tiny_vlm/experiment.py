@@ -133,7 +133,7 @@ class Experiment:
         there = [path.exists()]
         dist.broadcast_object_list(there, src=0)
         if not there[0]:
-            self.console.print(f"no profile at {path}: measuring one")
+            self.console.print(f"no profile at {path}: measuring one, about a minute")
             samples = self.questions(1, "validation", 4 * self.share * self.ranks)
             with Progress(console=self.console, transient=True) as progress, self.runtime.calibration():
                 self.answers(self.mine(samples), progress, "calibrating")

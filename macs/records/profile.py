@@ -165,7 +165,7 @@ class Profile:
         if fingerprint not in self.fingerprints:
             raise ValueError(
                 f"profile: no layer of it was measured on a router with fingerprint {fingerprint}; "
-                "it was measured on another model"
+                "it was measured on another model; run macs tune on this one"
             )
         return self.fingerprints.index(fingerprint)
 

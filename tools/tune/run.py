@@ -10,7 +10,7 @@ there are processes; or the tiny model in Megatron (your own: docs/tuning.md). T
 the tokens of the answers that the model gives without a bound, to the model under it. Every layer is bounded
 by itself first (``--groups``: layers in groups, for a model of many); a split of each target follows from
 that, is refined by moving load between layers, as measured on one half of the requests, and verified on the
-other: where it is not better than one bound for all layers there, beyond the 95 % interval, the profile gets
+other: where it is not better than one limit for all layers there, beyond the 95 % interval, the profile gets
 that. What was measured is kept beside ``--out``, so that a run that was stopped goes on.
 
 Serve with it: --moe-macs-profile FILE --moe-macs-split tuned --moe-macs-target-load 0.7, or
@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,15 +116,15 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
-    """What every target costs, with one bound and split; of many layers the least and the largest bound."""
+    """What every target costs, with one limit and tuned; of many layers the lowest and the highest limit."""
     caption = (
         f"{tuning.requests} requests that verify, {tuning.ranks} ranks; KL x 1000 at the answers' tokens, "
-        "one bound for all layers without compensation, and tuned; 95 % of their ratio, which is 1 where "
-        "nothing was better"
+        "one limit for all layers without compensation, and tuned; 95 % interval of their ratio, which is 1 "
+        "where nothing was better"
     )
     table = Table(caption=caption, caption_justify="left")
-    kl = "one bound", "tuned", "compensation", "ratio, 95 %"
-    for name in ("target", "load", *kl, "same answer", "bounds by layer"):
+    kl = "one limit", "tuned", "compensation", "ratio, 95 %"
+    for name in ("target", "load", *kl, "same answer", "limits by layer"):
         table.add_column(name, justify="right")
     for one in found:
         plain, used = one["plain"], one["used"]
@@ -171,7 +172,7 @@ def main(given: Sequence[str] | None = None) -> None:
     from .sources import opened
     from .tuning import tune
 
-    console = Console(quiet=not first_process())
+    console = Console(quiet=not first_process(), width=None if sys.stdout.isatty() else 165)
     if arguments.only == "modality":
         from .modality import measure
 

@@ -71,9 +71,9 @@ def split_for(
 ) -> dict[str, Any]:
     """The best bounds and compensation for a target, and what they do on the half that verifies.
 
-    Candidates are one bound for all layers and their split, without compensation and with the one that is
-    best under one bound, in the order of their KL on the half that tunes. Used is the first that the half
-    that verifies confirms to be better than one bound without compensation, beyond the 95 % interval; that
+    Candidates are one limit for all layers and their split, without compensation and with the one that is
+    best under one limit, in the order of their KL on the half that tunes. Used is the first that the half
+    that verifies confirms to be better than one limit without compensation, beyond the 95 % interval; that
     itself where it comes first, or none is confirmed.
     curves: the layers' ``singles`` under a compensation.
     """
