@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from macs.config import settings
 from macs_tools import settings_page
 from macs_tools.cli import COMMANDS
 
@@ -49,6 +50,13 @@ def test_the_table_of_settings_is_the_fields(tmp_path):
     assert settings_page.main(["--check", "--page", str(page)]) == 1
     assert settings_page.main(["--page", str(page)]) == 0
     assert page.read_text() == settings_page.PAGE.read_text()
+
+
+def test_every_setting_has_what_defends_it():
+    rows = TEXT["docs/settings.md"].split("What defends each")[1].split("## ")[0]
+    rows = re.findall(r"^\| (`[^|]*`) \|", rows, re.MULTILINE)
+    defended = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert defended == {field.name for field in settings()}
 
 
 def test_the_first_page_is_short():

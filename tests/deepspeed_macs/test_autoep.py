@@ -45,7 +45,7 @@ def check_rows(found):
 
 
 @pytest.mark.parametrize("policy", ["vanilla", "token-drop", "expanded-drop", "rank-balanced", "macs"])
-def test_the_layer_computes_what_the_plan_says_and_sends_nothing_else(pool, policy):
+def test_the_layer_computes_its_plan_and_sends_nothing_else(pool, policy):
     settings = {"capacity_factor": 0.6}
     found = pool.run(f"{JOBS}:autoep_planned_output", 2, "qwen3_vl_moe", policy, settings, {})
     check_rows(found)
@@ -115,7 +115,7 @@ def test_folded_with_tensor_parallelism(pool, world, score_apply):
         assert first["kept"] < first["stock sent"] + second["stock sent"] == 3 * 12 * 2
 
 
-def test_a_model_of_several_models_says_which_to_give():
+def test_a_model_of_several_models_is_refused_with_the_one_to_pass():
     """As Qwen3-Omni, whole: its talker has experts, too, and does not see pictures."""
     whole = torch.nn.Module()
     whole.thinker = torch.nn.Identity()

@@ -47,7 +47,7 @@ def test_places_number_every_experts_rows(experts, tokens, k, seed):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_with_room_for_all_the_routes_are_the_engines(k):
+def test_with_capacity_for_all_the_routes_are_the_engines(k):
     gate, x = gate_of(k, capacity_factor=1e6), torch.randn(20, 8)
     logits = x @ gate.wg.weight.t()
     stock = {
@@ -68,7 +68,7 @@ def test_with_room_for_all_the_routes_are_the_engines(k):
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("policy", ["macs", "expanded-drop"])
-def test_dense_and_sparse_routes_say_the_same(k, policy):
+def test_dense_and_sparse_routes_agree(k, policy):
     gate, x = gate_of(k, policy=policy, capacity_factor=0.6), torch.randn(20, 8)
     _, rows, experts, indices, slots, weights, counts = gate(x, None, True)
     auxiliary, combine, mask, dense_counts = gate(x)
@@ -91,7 +91,7 @@ def test_rows_are_the_largest_kept_load():
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_unused_tokens_have_no_say(k):
+def test_unused_tokens_do_not_affect_the_plan(k):
     gate, x = gate_of(k, capacity_factor=0.5), torch.randn(24, 8)
     used = (torch.arange(24) % 3 > 0).long()
     report = gate.macs.recorder

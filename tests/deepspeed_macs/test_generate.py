@@ -20,11 +20,11 @@ def test_generation_is_hugging_faces_and_the_mask_follows_it(pool, world, policy
         assert found["planned"] == [float(policy == "macs")] * (1 + len(found["later"]))
 
 
-def test_decoding_is_left_alone(pool):
+def test_decoding_is_bypassed(pool):
     for found in pool.run(f"{JOBS}:generated", 2, "macs", {"capacity_factor": 1e6}, True):
         assert found["same"] and found["later"] == [] and found["planned"] == [1.0]
 
 
-def test_without_a_processors_kinds_the_ids_tell(pool):
+def test_without_a_processors_types_the_ids_are_read(pool):
     found = pool.run(f"{JOBS}:generated", 1, "macs", {}, False)[0]
     assert found["kinds"] and found["valid"] and found["pictures"] == 2

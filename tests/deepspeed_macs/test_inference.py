@@ -83,7 +83,7 @@ def test_installations_nest(pool):
     assert found == dict.fromkeys(found, True)
 
 
-def test_mistakes_that_are_not_macss_are_told_as_ever(pool):
+def test_deepspeeds_own_errors_are_unchanged(pool):
     said = pool.run(f"{JOBS}:same_errors", 1)[0]
     assert len(said) == 4 and said[0] == said[1] and said[2] == said[3]
 
@@ -98,7 +98,7 @@ def test_half_precision_stays_bit_for_bit(pool, dtype):
     assert pool.run(f"{JOBS}:half_precision", 2, dtype) == [True, True]
 
 
-def test_pooled_capacity_is_told_to_be_of_no_use_in_the_moe_layer(pool):
+def test_pooled_capacity_in_the_moe_layer_logs_a_warning(pool):
     said, padded = pool.run(f"{JOBS}:pooled_capacity_is_told", 1)[0]
     assert len([line for line in said if "do not shorten its steps; use policy = padded" in line]) == 1
     assert padded  # where nothing is said
@@ -118,7 +118,7 @@ def run_python(code, folder):
     )
 
 
-def test_an_older_deepspeed_is_told_which_version_is_needed(tmp_path):
+def test_an_older_deepspeed_is_refused_with_the_needed_version(tmp_path):
     package = tmp_path / "deepspeed" / "moe"
     package.mkdir(parents=True)
     (tmp_path / "deepspeed" / "__init__.py").write_text("__version__ = '0.16.0'\n")

@@ -18,7 +18,7 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, world,
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("policy", ["vanilla", "token-drop", "expanded-drop", "rank-balanced", "macs"])
-def test_the_layer_computes_what_the_plan_says_and_sends_no_slot_for_nothing(pool, policy, k):
+def test_the_layer_computes_its_plan_and_sends_no_empty_slot(pool, policy, k):
     found = pool.run(f"{JOBS}:gate_planned_output", 2, policy, {"capacity_factor": 0.8}, 8, k)
     rows = max(one["fullest"] for one in found)  # C, on every rank
     for one in found:

@@ -64,7 +64,7 @@ def test_the_table(tmp_path, launcher, script, preset):
         assert rows[0] == 1.0 and all(share < 1.0 for share in rows[1:])
 
 
-def test_a_checkpoint_of_ones_own(tmp_path):
+def test_a_users_checkpoint(tmp_path):
     save_llava(str(tmp_path / "model"))
     arguments = ["--model", tmp_path / "model", "--tokens", "3", "--profile", tmp_path / "p.safetensors"]
     out = tmp_path / "out.json"
@@ -78,7 +78,7 @@ def test_a_checkpoint_of_ones_own(tmp_path):
     assert missing.returncode != 0 and "found no config.json" in missing.stderr + missing.stdout
 
 
-def test_a_picture_of_ones_own(tmp_path):
+def test_a_users_picture(tmp_path):
     from PIL import Image
 
     sample = data.draw_samples(11, "test", ("count",), 1)[0]

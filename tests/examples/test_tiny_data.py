@@ -94,7 +94,7 @@ def test_a_seed_fixes_the_data():
         draw_training_batch(np.random.default_rng(0), {"films": 1})
 
 
-def test_harder_pictures_are_read_in_order_and_told_apart():
+def test_harder_pictures_are_read_in_order():
     rng = np.random.default_rng(0)
     for _ in range(20):
         dense = pictures.draw_dense_picture(rng, "train")

@@ -119,7 +119,7 @@ def test_the_main_job(tmp_path):
     assert kl["vanilla"] == 0 and 0 < kl["macs default"] < 0.1 and 0 < kl["token-drop"] < 0.1
 
 
-def test_the_main_job_on_ones_own_picture(tmp_path):
+def test_the_main_job_on_a_users_picture(tmp_path):
     from PIL import Image
 
     sample = data.draw_samples(11, "test", ("count",), 1)[0]

@@ -109,7 +109,7 @@ def test_an_empty_yaml_file_is_the_default(tmp_path):
     assert MACSConfig.from_file(path) == MACSConfig()
 
 
-def test_every_setting_says_what_it_is():
+def test_every_setting_has_a_help_text():
     assert all(setting.metadata["help"] for setting in settings())
 
 
@@ -120,7 +120,7 @@ def test_the_least_step_follows_the_device_unless_it_is_given():
 
 
 @pytest.mark.parametrize("preset", [["paper"], {"safe": 1}, 3])
-def test_a_preset_that_is_no_name_is_an_error_that_says_so(preset):
+def test_a_preset_that_is_no_name_is_refused(preset):
     with pytest.raises(ValueError, match=r"unknown preset .* Valid: fast, safe"):
         MACSConfig.from_dict({"preset": preset})
 

@@ -37,7 +37,7 @@ def test_a_saved_file_is_as_others_are(tmp_path):
     assert safetensors.torch.load_file(path)["x"].tolist() == [1.0, 1.0]
 
 
-def test_a_folder_in_the_files_place_is_told_before_the_run(tmp_path):
+def test_a_folder_in_the_files_place_is_refused_before_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"--json: found the folder .*, expected a file's path"):
         check_output(tmp_path, "--json")
     with pytest.raises(ValueError, match="--json: found no folder"):

@@ -352,7 +352,7 @@ def test_max_drop_is_kept(case):
 
 
 @given(routings(config=configs(), policy=policies()))
-def test_exempt_and_padding_are_left_alone(case):
+def test_exempt_tokens_and_padding_are_unchanged(case):
     plan = plan_of(case)
     tokens = case.tokens
     spared = tokens.exempt & tokens.valid
@@ -431,7 +431,7 @@ def test_the_safe_preset_keeps_its_promise():
         assert int(found.unmet) == met
 
 
-def test_few_tokens_are_left_alone():
+def test_few_tokens_are_bypassed():
     config = MACSConfig(min_tokens=10, capacity_factor=0.1)
     for count, touched in ((9, False), (10, True)):
         scores = torch.full((count, 4), 0.25)

@@ -20,7 +20,7 @@ def routed():
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_a_policy_does_what_its_row_says(name):
+def test_a_policy_does_what_its_row_declares(name):
     policy = policy_of(name)
     planner = Planner(MACSConfig(target_load=1.0), Topology(EXPERTS, 4), TOP_K, name)
     inputs = routed()

@@ -25,7 +25,7 @@ def test_what_a_batch_is_filled_up_with_is_padding(pool):
     assert found["moved"] > 0 and found["planned"] == [PROMPTS] * 2
 
 
-def test_padding_is_told_even_where_nothing_else_is(pool):
+def test_padding_is_found_where_no_modality_is(pool):
     (found,) = pool.run(f"{JOBS}:dynamic_answers", 1, {"capacity_factor": 0.7}, None, 4, False)
     assert found["told"] == [(PROMPTS, 0, found["steps"][0][1])]
 

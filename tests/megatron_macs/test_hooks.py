@@ -89,7 +89,7 @@ def test_a_model_captured_whole_is_refused():
 
 
 @pytest.mark.parametrize("kinds", [{IMAGE_TOKEN: macs.IMAGE}, {}])
-def test_padding_of_the_dynamic_engine_is_told_from_the_rest(kinds):
+def test_padding_of_the_dynamic_engine_is_found(kinds):
     model = Model(cuda_graph_impl="none")
     MegatronHook(model, kinds, None)
     found = model(torch.tensor([[1, 7, 7, 2, 7, 0]]), inference_context=context(4))

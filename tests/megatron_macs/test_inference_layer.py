@@ -25,7 +25,7 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, ranks,
 
 @pytest.mark.parametrize("dispatcher", ["nccl", "nvls"])
 @pytest.mark.parametrize("ranks", RANKS)
-def test_the_layer_computes_what_the_plan_says(pool, ranks, dispatcher):
+def test_the_layer_computes_its_plan(pool, ranks, dispatcher):
     counts = RANKS[ranks]
     settings = {"capacity_factor": 0.5}
     for one in pool.run(f"{JOBS}:planned_output", len(counts), dispatcher, counts, settings):
@@ -33,7 +33,7 @@ def test_the_layer_computes_what_the_plan_says(pool, ranks, dispatcher):
         assert min(one["moved"]) > 0 and one["plans"] == 3
 
 
-def test_padding_of_a_cuda_graph_has_no_say(pool):
+def test_padding_of_a_cuda_graph_does_not_affect_the_plan(pool):
     counts = [40, 40]
     found = pool.run(f"{JOBS}:planned_output", 2, "nvls", counts, {"capacity_factor": 0.5}, 12)
     assert all(max(one["errors"]) < 0.02 and min(one["moved"]) > 0 for one in found)

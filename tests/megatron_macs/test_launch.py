@@ -219,7 +219,7 @@ def test_a_script_that_does_not_change_calibrates(tmp_path):
         ([__file__, "--moe-macs-level", "rank"], "found --moe-macs-level without --moe-macs"),
     ],
 )
-def test_mistakes_are_told_before_the_script_runs(arguments, message):
+def test_mistakes_are_refused_before_the_script_runs(arguments, message):
     done = subprocess.run(
         [sys.executable, "-m", "megatron_macs.launch", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -231,7 +231,7 @@ def test_mistakes_are_told_before_the_script_runs(arguments, message):
 
 
 @pytest.mark.parametrize("code", ["", "0", "3"])
-def test_a_script_without_moe_layers_is_told(tmp_path, code):
+def test_a_script_without_moe_layers_gets_a_warning(tmp_path, code):
     script = tmp_path / "dense.py"
     script.write_text(f"import sys; sys.exit({code})\n")
     done = subprocess.run(

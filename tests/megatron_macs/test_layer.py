@@ -63,7 +63,7 @@ def test_group_limited_routing_is_stock_bit_for_bit_and_rerouting_stays_within_g
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.plans])
-def test_the_layer_computes_what_the_plan_says(pool, dispatcher, policy):
+def test_the_layer_computes_its_plan(pool, dispatcher, policy):
     results = pool.run(
         f"{JOBS}:planned_output", 2, dispatcher, policy, {"capacity_factor": 0.8}, 3, 9, 8, 3, 1
     )
@@ -198,7 +198,7 @@ def test_reports_of_ranks_with_different_steps_are_not_added(pool):
     assert all("recorded 1 to 3 steps" in error[1] for error in caught.value.errors)
 
 
-def test_layers_that_guess_ahead_are_left_alone(pool):
+def test_multi_token_prediction_layers_are_bypassed(pool):
     pytest.importorskip("megatron.core.inference.config", reason="this Megatron tells no such layer")
     (found,) = pool.run(f"{JOBS}:layer_that_guesses_ahead", 1)
     assert found == {"layers": 0, "dispatcher": "MoEAlltoAllTokenDispatcher"}

@@ -35,7 +35,7 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, name, 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_layer_computes_what_the_plan_says(pool, name, dispatcher):
+def test_the_layer_computes_its_plan(pool, name, dispatcher):
     layout = LAYOUTS[name]
     settings = {"capacity_factor": 0.6}
     found = pool.run(f"{JOBS}:planned_output", world(layout), layout, dispatcher, "macs", settings)

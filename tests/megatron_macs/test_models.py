@@ -50,7 +50,7 @@ def test_later_stages_of_llava_know_the_pictures_by_the_ids(pool):
 
 
 @pytest.mark.parametrize("by", ["with_macs", "install"])
-def test_mimo_tells_pictures_film_and_sound_apart(pool, by):
+def test_mimo_distinguishes_pictures_video_and_sound(pool, by):
     (found,) = pool.run(f"{JOBS}:mimo_of_many_kinds", 1, by)
     assert found["layers"] == 2 and found["right"] == [True, True]
     assert "special_token_ids: found a modality 'smell', expected its token id" in found["error"]

@@ -16,7 +16,7 @@ from megatron_macs.hooks import MegatronHook
 JOBS = "support.megatron_tokens"
 
 
-def test_padding_is_found_in_every_way_a_call_tells_it(pool):
+def test_padding_is_found_in_every_argument_that_marks_it(pool):
     found = pool.run(f"{JOBS}:padding_of_calls", 1)[0]
     for name, one in found.items():
         assert one == {"calls": 2, "kinds": True, "valid": True, "counted": [24.0, 24.0]}, name

@@ -26,7 +26,7 @@ def test_an_unknown_name_is_an_error(capsys):
     assert "found 'sglang', expected one of gpu, triton" in capsys.readouterr().err
 
 
-def test_an_adapter_that_cannot_build_on_its_engine_says_why():
+def test_an_adapter_that_cannot_build_on_its_engine_gives_the_reason():
     found = doctor.adapter("macs_of_no_engine", "torch", "nothing")
     assert found.state == doctor.FAILS and "ModuleNotFoundError" in found.said
     found = doctor.adapter("json", "an-engine-nobody-has", "megatron")

@@ -162,7 +162,7 @@ def test_a_text_model_is_tuned_under_autoep(tmp_path):
     assert Profile.load(tmp_path / "tuned" / "tuned.safetensors").tuning.ranks == 2
 
 
-def test_an_interrupted_tuning_says_what_is_kept(capsys):
+def test_an_interrupted_tuning_prints_what_is_kept(capsys):
     with pytest.raises(SystemExit) as end, keeping(Path("runs/tuned.safetensors")):
         raise KeyboardInterrupt
     told = capsys.readouterr().err

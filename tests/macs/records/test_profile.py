@@ -24,7 +24,7 @@ def profile(**changes):
     return Profile(**{**values, **changes})
 
 
-def test_calibration_counts_whom_experts_serve():
+def test_calibration_counts_tokens_by_expert_and_modality():
     mask = torch.tensor([[1, 0, 2, 1]])
     tokens = Modality.of(mask, valid=torch.tensor([[True, True, True, False]])).batch_major()
     calibration = Calibration(3)
@@ -33,7 +33,7 @@ def test_calibration_counts_whom_experts_serve():
     assert calibration.counts().tolist() == [[0, 2, 2], [4, 2, 0]]
 
 
-def test_calibration_without_a_run_says_so():
+def test_calibration_without_a_run_is_refused():
     assert not Calibration(3).counts().any()  # of one rank; others may have had tokens
     runtime = Runtime()
     layer = runtime.add_layer(AnyAdapter(lambda: torch.randn(3, 4), Topology(3), 1))
@@ -52,7 +52,7 @@ def test_bias():
     assert found.bias(0.46).tolist() == [[0.0, 0.0, 0.0, 0.0]]
 
 
-def test_one_modality_alone_says_nothing():
+def test_one_modality_alone_gives_no_bias():
     found = profile(visual=torch.zeros(1, 4, dtype=torch.int64))
     assert found.bias(0.1).tolist() == [[0.0] * 4]
 

@@ -186,7 +186,7 @@ def test_the_models_of_a_runtime_are_counted_apart():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_worker_that_is_forked_after_the_endpoint_says_what_to_do():
+def test_a_worker_forked_after_the_endpoint_raises_with_the_way_out():
     runtime, layers = started()
     server = serve_metrics(runtime, 0)
     step(layers, 64, 0)
@@ -279,7 +279,7 @@ def test_processes_of_a_machine_have_ports_of_their_own(monkeypatch):
 
 
 @pytest.mark.parametrize("per_expert", [False, True])
-def test_as_many_series_as_is_said(per_expert):
+def test_as_many_series_as_documented(per_expert):
     runtime, layers = started()
     with runtime.calibration():
         step(layers, 64, 0)
@@ -346,7 +346,7 @@ def test_passes_that_end_before_the_last_layer_are_counted():
     assert counters.read().planned_steps == 5 and counters.read().layers[2].total("steps") == 1
 
 
-def test_a_model_that_is_gone_is_no_longer_told():
+def test_a_deleted_model_is_no_longer_served():
     runtime, layers = started()
     collector = Collector(runtime)
     step(layers, 64, 0)
@@ -363,7 +363,7 @@ def test_a_model_that_is_gone_is_no_longer_told():
     assert len(families["macs_rank_load"].samples) == 4
 
 
-def test_what_a_gpu_does_not_stop_writing_is_told_as_it_was(monkeypatch):
+def test_a_row_that_a_gpu_keeps_writing_is_served_as_it_was(monkeypatch):
     runtime, layers = started()
     counters = runtime.start_counting()
     step(layers, 64, 0)
@@ -376,7 +376,7 @@ def test_what_a_gpu_does_not_stop_writing_is_told_as_it_was(monkeypatch):
     assert counters.read().planned_steps == before.planned_steps == 1
 
 
-def test_without_the_library_it_says_what_to_install():
+def test_without_the_library_the_error_names_what_to_install():
     hidden = "import sys; sys.modules['prometheus_client'] = None"
     code = f"{hidden}; import macs; macs.serve_metrics(macs.Runtime(), 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

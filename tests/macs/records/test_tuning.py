@@ -142,7 +142,7 @@ def test_a_target_with_other_compensation_is_more_than_a_target():
     assert layer._tables
 
 
-def test_a_tuning_that_is_given_and_not_used_is_said(tmp_path, caplog):
+def test_an_unused_tuning_logs_a_warning(tmp_path, caplog):
     profile().save(tmp_path / "profile")
     given = {"profile": str(tmp_path / "profile"), "target_load": 0.6}
     Options.of(given).runtime()
@@ -153,7 +153,7 @@ def test_a_tuning_that_is_given_and_not_used_is_said(tmp_path, caplog):
     assert "split is" not in caplog.text
 
 
-def test_another_number_of_ranks_is_said(caplog):
+def test_another_number_of_ranks_logs_a_warning(caplog):
     runtime_of(MACSConfig(target_load=0.6, split="tuned"), ranks=2)
     assert "was not verified for 2 expert-parallel ranks (tuned with 4)" in caplog.text
     with pytest.raises(ValueError, match=r"config.max_kl: found 2 expert-parallel ranks \(tuned with 4\)"):
@@ -198,7 +198,7 @@ def test_what_is_fixed_by_a_policy_does_not_matter():
         Runtime(config, profile=profile(of))
 
 
-def test_a_switch_is_whole_or_not_at_all():
+def test_a_switch_takes_effect_whole_or_not_at_all():
     """One of the routers was exchanged, as by a refit: no layer gets another limit."""
     runtime, layers = runtime_of(MACSConfig(target_load=1.0, split="tuned", min_tokens=0))
     before = [layer.planner.config.target_load for layer in layers]

@@ -50,7 +50,7 @@ def causal(mask, right_way=True):
         ({}, CallReader(padding_id=0)),
     ],
 )
-def test_padding_is_found_in_every_way_a_call_tells_it(given, reader):
+def test_padding_is_found_in_every_argument_that_marks_it(given, reader):
     assert valid_of(given, reader).equal(VALID)
 
 
@@ -69,7 +69,7 @@ def test_a_block_takes_precedence_and_is_completed_by_the_calls_padding():
     assert READER.read({"input_ids": IDS, "attention_mask": MASK}, stated).valid.equal(~mask)
 
 
-def test_a_block_of_other_tokens_is_not_put_aside_where_nothing_else_tells():
+def test_a_block_of_other_tokens_is_refused_where_nothing_else_gives_modality():
     outer = Modality.of(torch.ones(2, 3, dtype=torch.bool))
     given = {"input_ids": IDS, "attention_mask": MASK}
     assert CallReader().read(given, outer) is None  # the block stays, and the layers name its shape
@@ -205,7 +205,7 @@ class Packed:
         self.total_tokens, self.tokens_per_sample = total, sample
 
 
-def test_packed_sequences_tell_their_padding():
+def test_packed_sequences_mark_their_padding():
     ids = torch.tensor([[5, 5, 5, 1, 0, 5, 5, 0]])
     found = READER.read({"input_ids": ids, "packed_seq_params": Packed([0, 3, 5], [0, 4, 6])})
     assert found.valid.tolist() == [[True, True, True, False, True, True, False, False]]
@@ -304,7 +304,7 @@ def test_accelerates_hooks_may_come_first():
     check_seen(model)
 
 
-def test_without_macs_a_call_may_say_what_it_likes():
+def test_without_macs_no_argument_is_checked():
     """What cannot be read is an error of the layer that needs it, not of the call."""
     model = Model(image_token_id=5)
     attach_modality(model)
@@ -319,7 +319,7 @@ def test_without_macs_a_call_may_say_what_it_likes():
         model(inputs_embeds=torch.randn(2, 4, 8))
 
 
-def test_a_model_that_nothing_tells_of_says_so_once(caplog):
+def test_a_call_without_modality_logs_one_warning(caplog):
     model = Model()
     ModalityHook(model, CallReader(padding_id=0))
     for _ in range(2):
@@ -340,7 +340,7 @@ def test_a_model_that_nothing_tells_of_says_so_once(caplog):
         ((2, 8), (3, 8), "on the call that passes these tokens to the layer"),
     ],
 )
-def test_a_mask_of_other_tokens_says_what_to_do(mask, layer, message):
+def test_a_mask_of_other_tokens_is_refused_with_the_way_out(mask, layer, message):
     of = Runtime().add_layer(AnyAdapter(lambda: torch.randn(4, 8), Topology(4), 2))
     with modality(torch.ones(mask, dtype=torch.bool)), pytest.raises(ValueError, match=r".") as caught:
         of.tokens(*layer, False, torch.device("cpu"))

@@ -89,7 +89,7 @@ def test_a_use_of_one_rank_alone_is_withdrawn():
 
 
 @on_ranks(2, timeout=60)
-def test_after_a_difference_that_all_were_told_of_it_goes_on():
+def test_after_a_difference_that_all_ranks_raised_serving_continues():
     runtime = Runtime()
     model = Model(runtime)
     runtime.enabled = dist.get_rank() == 0
@@ -120,7 +120,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("field", list(SWITCHES))
 @on_ranks(2, timeout=60, patience=SHORT)
-def test_a_switch_of_one_rank_alone_is_told_there(field):
+def test_a_switch_of_one_rank_alone_raises_on_that_rank(field):
     runtime = Runtime()
     model = Model(runtime)
     model(IDS)
@@ -137,7 +137,7 @@ def test_a_switch_of_one_rank_alone_is_told_there(field):
 
 
 @on_ranks(2)
-def test_ranks_that_differ_from_the_first_pass_on_are_told():
+def test_ranks_that_differ_from_the_first_pass_on_raise():
     macs.runtime.state.__version__, version = f"0.0.{dist.get_rank()}", macs.runtime.state.__version__
     try:
         with pytest.raises(RankMismatch, match=r"macs version: '0\.0\.\d' on rank"):

@@ -45,7 +45,7 @@ def test_the_hook_reads_the_ids_of_every_call():
     assert model(ids) is None
 
 
-def test_what_the_caller_says_goes_first():
+def test_a_block_goes_before_the_calls_arguments():
     model = Model()
     attach_modality(model, image_token_id=5)
     ids = torch.tensor([[5, 1]])
@@ -129,7 +129,7 @@ def test_padding_follows_the_attention_mask_also_behind_a_cache():
     assert four.valid.all()
 
 
-def test_arguments_behind_stars_are_heeded():
+def test_arguments_behind_stars_are_read():
     class Starred(Multimodal):
         def forward(self, input_ids=None, **kwargs):
             return current_modality()

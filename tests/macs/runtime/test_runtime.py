@@ -124,7 +124,7 @@ def test_a_profile_moves_capacity():
         run(stranger)
 
 
-def test_without_a_mask_every_token_is_text_and_it_says_so_once(caplog):
+def test_without_a_mask_every_token_is_text_with_one_warning(caplog):
     runtime = Runtime(MACSConfig(min_tokens=0))
     layer = runtime.add_layer(AnyAdapter(lambda: ROUTER, Topology(4), 2))
     run(layer), run(layer)
@@ -181,7 +181,7 @@ def test_the_planner_names_what_does_not_fit(change, error, message):
         (lambda: build_policy("drop", MACSConfig(), Topology(4), 2), "unknown policy 'drop'"),
     ],
 )
-def test_what_cannot_be_built_is_told_when_it_is_built(build, message):
+def test_what_cannot_be_built_is_refused_when_built(build, message):
     with pytest.raises(ValueError, match=r".") as caught:
         build()
     assert message in str(caught.value)
@@ -193,7 +193,7 @@ def test_similarity_of_router_rows():
     assert router_similarity(rows).tolist() == expected
 
 
-def test_too_large_a_plan_says_so():
+def test_too_large_a_plan_is_refused():
     from macs.steps.demand import key_bits
 
     with pytest.raises(ValueError, match="plan fewer tokens or sources at once"):
