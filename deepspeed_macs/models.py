@@ -83,6 +83,6 @@ def why_no_layers(model: Any) -> str:
         f"config.expert_parallel: AutoEP is enabled and knows no MoE block of {type(model).__name__} "
         f"(model_type {kind!r}). If its block is made as one of {', '.join(sorted(PRESET_MODELS))}, name "
         "that one as preset_model; if it has a router with a weight [E, D] and experts of the usual form "
-        f"under other names, give {CUSTOM_KEYS}. Of blocks with biased experts (gpt-oss) or a router "
-        "that scales its input (Llama 4) AutoEP cannot be told"
+        f"under other names, give {CUSTOM_KEYS}. AutoEP cannot describe blocks with biased experts "
+        "(gpt-oss), a router that scales its input (Llama 4), or a router for each modality (Ernie-4.5-VL)"
     )

@@ -80,6 +80,11 @@ class CallReader:
             packed = given.get("packed_seq_params")
             if packed is not None and outer is not None:
                 return packed_inside(outer, packed)
+            if packed is not None and self.token_modality:
+                return Unreadable(
+                    "packed_seq_params: found it without input_ids; use attach_modality on the model that "
+                    f"packs, too, or {WAY_OUT}"
+                )
             return None
         valid, reason = self._valid(given, shape, device)
         if reason is not None:

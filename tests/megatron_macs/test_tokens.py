@@ -42,9 +42,11 @@ def test_samples_in_a_row_are_sequences_of_their_own(pool):
 
 
 def test_a_model_may_pack_inside_what_came_padded(pool):
-    assert pool.run(f"{JOBS}:packed_inside", 1, True) == [{"kinds": True, "valid": True}]
-    said = pool.run(f"{JOBS}:packed_inside", 1, False)[0]["error"]
-    assert "use attach_modality on the model that is called with packed_seq_params too" in said
+    assert pool.run(f"{JOBS}:packed_inside", 1, True, True) == [{"kinds": True, "valid": True}]
+    (outer,) = pool.run(f"{JOBS}:packed_inside", 1, True, False)
+    assert "use attach_modality on the model that is called with packed_seq_params too" in outer["error"]
+    (inner,) = pool.run(f"{JOBS}:packed_inside", 1, False, True)
+    assert "use attach_modality on the model that packs, too" in inner["error"]
 
 
 @pytest.mark.parametrize("policy", ["macs", "rank-balanced", "expanded-drop"])

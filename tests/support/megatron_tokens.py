@@ -197,15 +197,16 @@ class PacksInside(nn.Module):
 
 
 @on_megatron
-def packed_inside(inner: bool) -> dict[str, Any]:
-    """A model that packs by itself, with a hook on the model it calls and without."""
+def packed_inside(outer: bool, inner: bool) -> dict[str, Any]:
+    """A model that packs by itself, with hooks on it and on the model it calls, or on one of them."""
     ids, valid = ids_of(2, 16, 5)
     runtime = Runtime(busy(**SETTINGS))
     language_model = model_of(runtime)
     for layer in language_model.decoder.layers:
         layer.self_attention = Passing()
     model = PacksInside(language_model).eval()
-    attach_modality(model, image_token_id=IMAGE)
+    if outer:
+        attach_modality(model, image_token_id=IMAGE)
     if inner:
         attach_modality(language_model, image_token_id=IMAGE)
     told = Told(runtime)
