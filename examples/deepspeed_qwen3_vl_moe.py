@@ -77,7 +77,8 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
         LayerClock(engine.module, AutoEPMoELayer, length_axis=1),
         dist.group.WORLD,
         {"paper": PAPER, config["macs"].get("preset", "default"): (engine.macs.policy, engine.macs.config)},
-        from_cache(engine.macs, answers, answers.inputs_of),
+        # Of a large vocabulary they would not fit; macs evaluate measures the KL of --model.
+        from_cache(engine.macs, answers, answers.inputs_of) if arguments.model is None else None,
     )
 
 

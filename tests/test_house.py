@@ -11,10 +11,10 @@ LIMITS = {
     "macs": 9106,
     "megatron_macs": 1478,
     "deepspeed_macs": 1242,
-    "vllm_macs": 756,
+    "vllm_macs": 763,
     "tools": 6777,
-    "examples": 4580,
-    "tests": 16453,
+    "examples": 4577,
+    "tests": 16455,
 }
 """Lines of Python a room may have. A room that is full gives something up before it gets more."""
 

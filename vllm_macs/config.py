@@ -44,7 +44,12 @@ def entry_of(vllm_config: Any) -> MACSEntry | None:
     """The entry in a ``VllmConfig``; none if there is none."""
     extra = vllm_config.additional_config
     if not isinstance(extra, Mapping) or MACS not in extra:
-        for name in difflib.get_close_matches(MACS, extra if isinstance(extra, Mapping) else (), cutoff=0.8):
-            logger.warning("additional_config: found %r, expected 'macs'; MACS is off", name)
         return None
     return MACSEntry.of(extra[MACS])
+
+
+def warn_of_misspelling(vllm_config: Any) -> None:
+    """Log a warning for an entry that is called almost as ours; once, where the server is asked."""
+    extra = vllm_config.additional_config
+    for name in difflib.get_close_matches(MACS, extra if isinstance(extra, Mapping) else (), cutoff=0.8):
+        logger.warning("additional_config: found %r, expected 'macs'; MACS is off", name)

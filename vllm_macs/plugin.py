@@ -18,7 +18,7 @@ from macs.adapters import Patch, Runtime
 
 from . import limits
 from .compat import check_vllm
-from .config import MACSEntry, entry_of
+from .config import MACSEntry, entry_of, warn_of_misspelling
 
 logger = logging.getLogger("vllm.macs")
 
@@ -42,7 +42,9 @@ def _put() -> Any:
     def create_engine_config(self: Any, *given: Any, **named: Any) -> Any:
         config = stock_config(self, *given, **named)
         entry = entry_of(config)
-        if entry is not None:
+        if entry is None:
+            warn_of_misspelling(config)
+        else:
             check_vllm()
             limits.refuse(limits.of_config(config))
             replace(entry, metrics_port=None, metrics_address=None).runtime()  # before weights are read

@@ -41,15 +41,13 @@ def kl_of(point: dict[str, Any], interval: bool = False) -> str:
     return f"{mean} ({low}-{high})" if interval else mean
 
 
-def at(points: Points, title: str, target: float, batches: str | None = None) -> dict[str, Any] | None:
+def at(points: Points, title: str, target: float) -> dict[str, Any] | None:
     """The point of that title and target, if it was measured."""
-    mine = (one for one in points if (one["title"], one["target"]) == (title, target))
-    return next((one for one in mine if batches in (None, one["batches"])), None)
+    return next((one for one in points if (one["title"], one["target"]) == (title, target)), None)
 
 
-def by_target(points: Points, interval: bool, batches: str | None = None) -> str:
+def by_target(points: Points, interval: bool) -> str:
     """KL of every policy by target."""
-    points = [one for one in points if batches in (None, one["batches"])]
     targets = sorted({one["target"] for one in points}, reverse=True)
     rows = []
     for title in dict.fromkeys(one["title"] for one in points):

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
 from ..files import rank_and_world
 
 MISTAKE, INTERRUPTED = 2, 130
@@ -38,6 +36,8 @@ def leave(name: str, error: str | BaseException, code: int = MISTAKE) -> NoRetur
         line = f"{name}{rank}: {' '.join(str(error).split())}"
         sys.stderr.write(f"{line}\n")
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's own summary, which comes last, shows it too
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
             handler = get_error_handler()
             handler.initialize()
             try:

@@ -16,7 +16,7 @@ import vllm_macs
 from macs import IMAGE, MACSConfig, Modality, Planner, Runtime, Topology
 from macs.adapters import current_modality
 from vllm_macs import limits
-from vllm_macs.config import MACSEntry, entry_of
+from vllm_macs.config import MACSEntry, entry_of, warn_of_misspelling
 from vllm_macs.metrics import Relay
 
 D, E, K, T, R = 16, 8, 2, 48, 2
@@ -360,7 +360,9 @@ def test_a_profile_is_looked_for_before_weights_are_read(engine):
 
 
 def test_a_misspelt_entry_is_warned_of(caplog):
-    assert entry_of(SimpleNamespace(additional_config={"mac": {}, "other": 1})) is None
+    config = SimpleNamespace(additional_config={"mac": {}, "other": 1})
+    assert entry_of(config) is None
+    warn_of_misspelling(config)
     assert ["found 'mac', expected 'macs'" in one.message for one in caplog.records] == [True]
 
 
