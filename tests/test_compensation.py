@@ -10,9 +10,8 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from support import megatron_layouts
-from support.deepspeed_jobs import autoep_engine, macs_engine, on_deepspeed
-from support.megatron_jobs import batch_of, build_layer, layer_config, on_megatron
+from support.deepspeed_ranks import autoep_engine, macs_engine, on_deepspeed
+from support.megatron_ranks import Layout, batch_of, build_layer, layer_config, megatron_on, on_megatron
 
 import macs
 from macs import MACSConfig, Runtime
@@ -23,8 +22,7 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@on_ranks(2)
-@on_megatron
+@on_megatron(2)
 def test_megatron(dispatcher):
     runtime = Runtime(CONFIG)
     layer = build_layer(runtime, layer_config(dispatcher, 4, 2))
@@ -35,43 +33,34 @@ def test_megatron(dispatcher):
 
 @pytest.mark.skipif(inference_optimized() is None, reason="this Megatron has no such layer")
 @pytest.mark.parametrize("dispatcher", ["nccl", "nvls"])
-@on_ranks(2)
-@on_megatron
+@on_megatron(2)
 def test_the_inference_optimised_layer(dispatcher):
-    from support import megatron_inference_layer as inference
+    from support import inference_layer
 
-    @inference.on_engine
-    def run(dispatcher, count):
+    with inference_layer.buffers(dispatcher, [40, 40]):
         runtime = Runtime(CONFIG)
-        layer = inference.build(runtime, dispatcher)
-        hidden, mask = inference.batch_of(dist.get_rank(), count)
-        profile = profile_of([layer.router.weight], inference.TOP_K)
+        layer = inference_layer.build(runtime, dispatcher)
+        hidden, mask = inference_layer.batch_of(dist.get_rank(), 40)
+        profile = profile_of([layer.router.weight], inference_layer.TOP_K)
         with macs.modality(mask):
             check_added(runtime, CONFIG, profile, lambda: layer(hidden)[0], near=2**-5)
-
-    run(dispatcher, [40, 40])
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @on_ranks(4)
 def test_tensor_and_expert_tensor_parallelism(sequence_parallel):
     """Experts' outputs are partial there: the estimates are added once, after they are summed."""
-    layout = {"tp": 2, "ep": 2, "etp": 2, "sp": sequence_parallel}
-    layer_under(layout)
+    with megatron_on(Layout(4, tp=2, ep=2, etp=2)):
+        runtime = Runtime(CONFIG)
+        layer = build_layer(runtime, layer_config(experts=8, top_k=3, sequence_parallel=sequence_parallel))
+        hidden, mask = batch_of(dist.get_rank() // 2, 3, 12)
+        if sequence_parallel:
+            hidden = hidden.chunk(2)[dist.get_rank() % 2].contiguous()
+        with macs.modality(mask):
+            check_added(runtime, CONFIG, profile_of([layer.router.weight], 3), lambda: layer(hidden)[0])
 
 
-@megatron_layouts.on_layout
-def layer_under(layout):
-    runtime = Runtime(CONFIG)
-    layer = megatron_layouts.build(runtime, megatron_layouts.config_of(layout, "alltoall"))
-    hidden, mask = megatron_layouts.tokens_of(layout)
-    profile = profile_of([layer.router.weight], megatron_layouts.TOP_K)
-    with macs.modality(mask):
-        check_added(runtime, CONFIG, profile, lambda: layer(hidden)[0])
-
-
-@on_ranks(2)
-@on_deepspeed
+@on_deepspeed(2)
 def test_autoep():
     engine = autoep_engine("qwen3_moe", {"target_load": 0.6, "capacity_factor": None})
     layer = next(one for one in engine.modules() if isinstance(one, AutoEPMoELayer))
@@ -86,8 +75,7 @@ def test_autoep():
         check_added(engine.macs, CONFIG, profile_of(routers, layer.top_k), run)
 
 
-@on_ranks(2)
-@on_deepspeed
+@on_deepspeed(2)
 def test_moe():
     engine = macs_engine(4, 2, {"policy": "macs"})
     layer = engine.module.moe

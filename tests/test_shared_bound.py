@@ -3,14 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import on_ranks
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from support.deepspeed_jobs import autoep_engine, macs_engine, on_deepspeed
-from support.megatron_jobs import build_layer, layer_config, on_megatron
+from support.deepspeed_ranks import autoep_engine, macs_engine, on_deepspeed
+from support.megatron_ranks import build_layer, layer_config, on_megatron
 
 import macs
 from macs import MACSConfig, Runtime
@@ -39,8 +38,7 @@ def counted(runtime):
 
 @pytest.mark.engine
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@on_ranks(2)
-@on_megatron
+@on_megatron(2)
 def test_opposite_skews_lose_nothing_in_megatron(dispatcher):
     config = layer_config(dispatcher, 4, 2)
     runtime = Runtime(MACSConfig(target_load=1.05, min_tokens=0))
@@ -59,8 +57,7 @@ def test_opposite_skews_lose_nothing_in_megatron(dispatcher):
 
 @pytest.mark.engine
 @pytest.mark.parametrize("small", [0, 8])
-@on_ranks(2)
-@on_megatron
+@on_megatron(2)
 def test_a_step_that_is_too_small_to_plan_takes_part(small):
     """No rank waits for ever, and what is dropped is what this one rank has beyond the bound."""
     runtime = Runtime(MACSConfig(target_load=1.05, min_tokens=64))
@@ -75,8 +72,7 @@ def test_a_step_that_is_too_small_to_plan_takes_part(small):
 
 
 @pytest.mark.engine
-@on_ranks(2)
-@on_deepspeed
+@on_deepspeed(2)
 def test_opposite_skews_lose_nothing_in_autoep():
     engine = autoep_engine("qwen3_moe", BOUND)
     layer = next(one for one in engine.modules() if isinstance(one, AutoEPMoELayer))
@@ -92,8 +88,7 @@ def test_opposite_skews_lose_nothing_in_autoep():
 
 
 @pytest.mark.engine
-@on_ranks(2)
-@on_deepspeed
+@on_deepspeed(2)
 def test_opposite_skews_lose_nothing_in_moe():
     engine = macs_engine(4, 2, BOUND | {"policy": "macs"})
     layer = engine.module.moe

@@ -1,230 +1,396 @@
-"""The ways in: drop-ins, installation, launchers; what is left alone and what is refused."""
+"""The ways in: drop-ins and installation; what stays as it was and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+import logging
+import re
+import types
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from support.workers import RankFailed, free_port
+import deepspeed
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.sharded_moe import TopKGate
+from support import hf_models
+from support.cases import BUSY, events_of
+from support.deepspeed_ranks import (
+    DROPLESS,
+    IMAGE_TOKEN,
+    Model,
+    autoep_engine,
+    batch_of,
+    drawn,
+    logits_of,
+    on_deepspeed,
+)
+from torch import nn
 
-from macs import Recording
+import deepspeed_macs
+import macs
+from macs.adapters import ModalityHook
 
-ROOT = Path(__file__).parents[2]
-JOBS = "support.deepspeed_ways_in"
-
-
-def test_every_way_into_init_inference_is_the_same(pool, tmp_path):
-    found = pool.run(f"{JOBS}:init_inference_ways", 1, str(tmp_path))[0]
-    outputs = list(found["outputs"].values())
-    assert all(output == outputs[0] for output in outputs) and outputs[0] != found["stock"]
-    assert set(found["settings"].values()) == {0.5}
-    assert found["uninstalled"] and found["untouched"]
+INFERENCE = {"dtype": "fp32"}
+BLOCK = {**BUSY, "capacity_factor": 0.5, "min_tokens": 0, "image_token_id": IMAGE_TOKEN}
+TRAINING = {"train_micro_batch_size_per_gpu": 1}
+AUTOEP = {"expert_parallel": {"enabled": True, "autoep_size": 1}}
 
 
-def test_every_way_into_initialize_is_the_same(pool, tmp_path):
-    found = pool.run(f"{JOBS}:initialize_ways", 1, str(tmp_path))[0]
-    outputs = list(found["outputs"].values())
-    assert all(output == outputs[0] for output in outputs)
-    assert found["untouched"]
+def hooks_on(model):
+    """MACS' hooks on a model."""
+    return [
+        hook
+        for hook in model._forward_pre_hooks.values()
+        if isinstance(getattr(hook, "__self__", None), ModalityHook)
+    ]
+
+
+def layers_of(engine):
+    return [module for module in engine.modules() if isinstance(module, AutoEPMoELayer)]
+
+
+@on_deepspeed(1)
+def test_every_way_into_init_inference_is_the_same(tmp_path):
+    config = {**INFERENCE, "macs": BLOCK}
+    path, block = tmp_path / "ds_config.json", tmp_path / "macs.yaml"
+    path.write_text(json.dumps(config))
+    block.write_text("macs:\n" + "".join(f"  {name}: {value}\n" for name, value in BLOCK.items()))
+    engines = [
+        deepspeed_macs.init_inference(Model(4, 2, 1), config),
+        deepspeed_macs.init_inference(Model(4, 2, 1), config=config),
+        deepspeed_macs.init_inference(Model(4, 2, 1), str(path)),
+        deepspeed_macs.init_inference(Model(4, 2, 1), dtype="fp32", macs=BLOCK),
+    ]
+    for given, own in ((None, config), (BLOCK, INFERENCE), (block, INFERENCE)):
+        uninstall = deepspeed_macs.install(given)
+        engines.append(deepspeed.init_inference(Model(4, 2, 1), config=own))
+        uninstall()
+    bare = deepspeed.init_inference(Model(4, 2, 1, **DROPLESS), config=INFERENCE)
+    assert type(bare.module.moe.deepspeed_moe.gate) is TopKGate
+    assert config == {**INFERENCE, "macs": BLOCK}  # untouched
+    ids = batch_of(0, 3, 9)
+    outputs = [engine.eval()(ids) for engine in engines]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert not torch.equal(outputs[0], bare.eval()(ids))
+    assert [engine.macs.config.capacity_factor for engine in engines] == [0.5] * 7
+
+
+@on_deepspeed(1)
+def test_every_way_into_initialize_is_the_same(tmp_path):
+    config = {**TRAINING, **AUTOEP, "macs": BLOCK}
+    inner = {**TRAINING, "expert_parallel": {**AUTOEP["expert_parallel"], "macs": BLOCK}}
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps(config))
+    arguments = types.SimpleNamespace(deepspeed_config=str(path), local_rank=0)
+
+    def model():
+        return hf_models.build("qwen3_moe")
+
+    engines = [
+        deepspeed_macs.initialize(model=model(), config=config),
+        deepspeed_macs.initialize(model=model(), config=str(path)),
+        deepspeed_macs.initialize(model=model(), config_params=config),
+        deepspeed_macs.initialize(model=model(), config=inner),
+        deepspeed_macs.initialize(arguments, model()),
+    ]
+    uninstall = deepspeed_macs.install()
+    engines.append(deepspeed.initialize(model=model(), config=config))
+    uninstall()
+    assert arguments.deepspeed_config == str(path) and "macs" in inner["expert_parallel"]  # untouched
+    logits = []
+    for engine, *_ in engines:
+        engine.eval()
+        logits.append(logits_of(engine, hf_models.token_ids(0)))
+    assert all(torch.equal(one, logits[0]) for one in logits)
 
 
 @pytest.mark.parametrize("block", [None, {"enabled": False, "capacity_factor": 0.5}])
-def test_without_macs_deepspeed_is_as_it_was(pool, block):
-    found = pool.run(f"{JOBS}:left_alone", 1, block)[0]
-    assert found["kinds"] == ["AutoEPMoELayer", "TopKGate"]
-    assert found["macs"] == [False, False] and found["hooks"] == 0
-    assert found["config"] == [{"dtype": "fp32"}]
+@on_deepspeed(1)
+def test_without_macs_deepspeed_is_as_it_was(block):
+    more = {} if block is None else {"macs": block}
+    real = deepspeed_macs.inference._init_inference
+    with mock.patch.object(deepspeed_macs.inference, "_init_inference", wraps=real) as seen:
+        engine = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, **more})
+    given = seen.call_args
+    assert (*given.args[1:], *given.kwargs.values()) == (INFERENCE,)
+    assert type(engine.module.moe.deepspeed_moe.gate) is TopKGate
+    config = {**TRAINING, **AUTOEP, **more}
+    trainer = deepspeed_macs.initialize(model=hf_models.build("qwen3_moe"), config=config)[0]
+    assert {type(layer) for layer in layers_of(trainer)} == {AutoEPMoELayer}
+    for one in (engine, trainer):
+        assert not hasattr(one, "macs") and not hooks_on(one.module)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("no MoE layer", "config.macs: Linear has no MoE layer of DeepSpeed's"),
-        ("no MoE layer in a Hugging Face model", '"expert_parallel": {"enabled": true, "autoep_size": ...}'),
-        ("no visual tokens", "the visual tokens cannot be found"),
-        ("misspelt", "unknown macs field 'capacity_facter'; did you mean 'capacity_factor'?"),
-        ("fused", "expert_parallel.combine_impl = 'fused_weighted_sum' cannot be used with MACS"),
-        ("fused rows", "expert_parallel.row_weighting_impl = 'fused' cannot be used with MACS"),
-        ("somebody's own layer", "config.macs: found Own in the model, expected AutoEPMoELayer"),
-        ("MACS twice", "config.macs: found MACSTopKGate in the model, expected TopKGate"),
-        ("a gate of one's own", "config.macs: found OwnGate in the model, expected TopKGate"),
-        ("blind, then macs", "policy macs: the visual tokens cannot be found"),
-        ("a block too many", "config.macs: found both in the config and as an argument"),
-        ("expanded drop, folded", "policy expanded-drop: the expert-parallel group holds"),
-        ("expanded drop over DeepEP", "policy expanded-drop: the buffers of"),
-        ("transformers too new", "are known to work: pip install 'transformers>=5.17,<5.25'"),
-        ("blocks AutoEP cannot be told of", "name that one as preset_model"),
-        ("another model's profile", "it was measured on another model"),
-        ("mask of another shape", "modality mask: found shape (3, 8), 24 tokens; the layer has 27"),
-    ],
-)
-def test_what_cannot_work_is_refused_with_the_reason(pool, kind, message):
-    with pytest.raises(RankFailed) as caught:
-        pool.run(f"{JOBS}:refused", 1, kind)
-    name, found, _ = caught.value.errors[0]
-    assert message in found
-    assert name == ("ImportError" if kind == "transformers too new" else "ValueError")
+def inference(model=None, **block):
+    model = Model(4, 2, 1) if model is None else model
+    return deepspeed_macs.init_inference(model, {**INFERENCE, "macs": {**BLOCK, **block}}).eval()
 
 
-def test_tensor_parallel_ranks_of_an_inference_engine_must_plan_alike(pool):
-    with pytest.raises(RankFailed, match="policy expanded-drop: the expert-parallel group holds"):
-        pool.run(f"{JOBS}:refused", 2, "tensor parallelism of the inference engine")
+def under_autoep(model, **more):
+    return deepspeed_macs.initialize(model=model, config={**TRAINING, **AUTOEP, "macs": BLOCK, **more})
 
 
-def test_installations_nest(pool):
-    found = pool.run(f"{JOBS}:installed_twice", 1)[0]
-    assert found == dict.fromkeys(found, True)
+def added(changed, policy="macs"):
+    """``add_macs`` on a stock AutoEP model of which one layer is changed; no hook is left on it."""
+    engine = autoep_engine("qwen3_moe", None)
+    changed(layers_of(engine)[0])
+    try:
+        deepspeed_macs.add_macs(engine.module, {"modality": "manual", "policy": policy})
+    finally:
+        assert not hooks_on(engine.module)
 
 
-def test_deepspeeds_own_errors_are_unchanged(pool):
-    said = pool.run(f"{JOBS}:same_errors", 1)[0]
-    assert len(said) == 4 and said[0] == said[1] and said[2] == said[3]
+def expanded_and_folded():
+    def fold(layer):
+        layer.folding_group_handles = types.SimpleNamespace(spec=types.SimpleNamespace(tp_size=2))
+        layer.ep_size = 2
+
+    # Its topology is asked of groups that one process has not.
+    topology = macs.Topology(8, 2)
+    with mock.patch.object(deepspeed_macs.layers, "topology_of", return_value=topology):
+        added(fold, "expanded-drop")
 
 
-def test_calibration_and_planning_under_zero_three(pool):
-    for found in pool.run(f"{JOBS}:zero_three", 2):
-        assert found["profile"] and found["logits"] and found["dropped"] > 0
+def own_gate():
+    model = Model(4, 2, 1)
+    model.moe.deepspeed_moe.gate.__class__ = type("OwnGate", (TopKGate,), {})
+    inference(model)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_bit_for_bit(pool, dtype):
-    assert pool.run(f"{JOBS}:half_precision", 2, dtype) == [True, True]
+def blind_then_macs():
+    block = {"policy": "token-drop", "min_tokens": 0}
+    engine = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": block})
+    engine(batch_of(0, 3, 9))
+    engine.macs.use("macs")
 
 
-def test_pooled_capacity_in_the_moe_layer_logs_a_warning(pool):
-    said, padded = pool.run(f"{JOBS}:pooled_capacity_is_told", 1)[0]
+def expanded_over_deepep():
+    engine = autoep_engine("qwen3_moe", {})
+    for layer in layers_of(engine):
+        layer.comm_backend, layer.ep_size = "deepep", 2
+    engine.macs.use("expanded-drop")
+
+
+def undescribable_blocks():
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    settings = {**hf_models.SIZES, "num_local_experts": 8, "intermediate_size": 12, "head_dim": 8}
+    under_autoep(AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt_oss"](**settings)))
+
+
+def foreign_profile():
+    counts = torch.ones(1, 4, dtype=torch.int64)
+    profile = macs.Profile(visual=counts, text=2 * counts, fingerprints=("0" * 16,), top_k=2)
+    engine = inference()
+    engine.macs.use("macs", engine.macs.config, profile)
+    engine(batch_of(0, 3, 9))
+
+
+def wrong_mask():
+    with macs.modality(torch.ones(3, 8, dtype=torch.bool)):
+        inference(modality="manual", image_token_id=None)(batch_of(0, 3, 9))
+
+
+REFUSED = {
+    "no MoE layer": (
+        lambda: inference(nn.Linear(2, 2)),
+        "config.macs: Linear has no MoE layer of DeepSpeed's",
+    ),
+    "no MoE layer in a Hugging Face model": (
+        lambda: under_autoep(hf_models.build("qwen3_moe"), expert_parallel={"enabled": False}),
+        '"expert_parallel": {"enabled": true, "autoep_size": ...}',
+    ),
+    "no visual tokens": (lambda: inference(image_token_id=None), "the visual tokens cannot be found"),
+    "misspelt": (
+        lambda: inference(capacity_facter=1),
+        "unknown macs field 'capacity_facter'; did you mean 'capacity_factor'?",
+    ),
+    "fused": (  # a GPU's; AutoEP refuses it here only when it runs
+        lambda: added(lambda layer: setattr(layer, "combine_impl", "fused_weighted_sum")),
+        "expert_parallel.combine_impl = 'fused_weighted_sum' cannot be used with MACS",
+    ),
+    "fused rows": (
+        lambda: added(lambda layer: setattr(layer, "row_weighting_impl", "fused")),
+        "expert_parallel.row_weighting_impl = 'fused' cannot be used with MACS",
+    ),
+    "somebody's own layer": (
+        lambda: added(lambda layer: setattr(layer, "__class__", type("Own", (AutoEPMoELayer,), {}))),
+        "config.macs: found Own in the model, expected AutoEPMoELayer",
+    ),
+    "expanded drop, folded": (
+        expanded_and_folded,
+        "policy expanded-drop: the expert-parallel group holds",
+    ),
+    "MACS twice": (
+        lambda: deepspeed_macs.add_macs(inference().module, BLOCK),
+        "config.macs: found MACSTopKGate in the model, expected TopKGate",
+    ),
+    "a gate of one's own": (own_gate, "config.macs: found OwnGate in the model, expected TopKGate"),
+    "blind, then macs": (blind_then_macs, "policy macs: the visual tokens cannot be found"),
+    "a block too many": (
+        lambda: deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": BLOCK}, macs=BLOCK),
+        "config.macs: found both in the config and as an argument",
+    ),
+    "expanded drop over DeepEP": (expanded_over_deepep, "policy expanded-drop: the buffers of"),
+    "blocks AutoEP cannot describe": (undescribable_blocks, "name that one as preset_model"),
+    "another model's profile": (foreign_profile, "it was measured on another model"),
+    "mask of another shape": (
+        wrong_mask,
+        "modality mask: found shape (3, 8), 24 tokens; the layer has 27",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@on_deepspeed(1)
+def test_what_cannot_work_is_refused_with_the_reason(kind):
+    run, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run()
+
+
+@on_deepspeed(1)
+def test_a_transformers_that_is_too_new_is_refused():
+    from transformers.utils import output_capturing
+
+    class Registry(dict):
+        """What a newer transformers has there."""
+
+    message = "are known to work: pip install 'transformers>=5.17,<5.25'"
+    with (
+        mock.patch.object(output_capturing, "_CAN_RECORD_REGISTRY", Registry()),
+        pytest.raises(ImportError, match=message),
+    ):
+        under_autoep(hf_models.build("qwen3_moe"))
+
+
+@on_deepspeed(2)
+def test_tensor_parallel_ranks_of_an_inference_engine_must_plan_alike():
+    parallel = {"tensor_parallel": {"tp_size": 2}, "moe": {"ep_size": 2}}
+    block = {**BLOCK, "policy": "expanded-drop"}
+    config = {**INFERENCE, **parallel, "injection_policy": {nn.Embedding: ("up",)}, "macs": block}
+    with pytest.raises(ValueError, match="policy expanded-drop: the expert-parallel group holds"):
+        deepspeed_macs.init_inference(Model(4, 2, 2), config)
+
+
+@on_deepspeed(1)
+def test_installations_nest():
+    """They end in any order, and leave a model without experts as it is."""
+
+    def served(model):
+        return deepspeed.init_inference(model, config=INFERENCE)
+
+    stock = deepspeed.init_inference
+    outer = deepspeed_macs.install(BLOCK)
+    first = deepspeed.init_inference
+    inner = deepspeed_macs.install({**BLOCK, "capacity_factor": 2.0})
+    engine = served(Model(4, 2, 1))
+    assert engine.macs.config.capacity_factor == 2.0 and not engine.module.training
+    assert not hasattr(served(nn.Linear(2, 2)), "macs")
+    inner()
+    assert deepspeed.init_inference is first
+    assert served(Model(4, 2, 1)).macs.config.capacity_factor == 0.5
+    second = deepspeed_macs.install(BLOCK)
+    outer()  # in another order than they came
+    assert deepspeed.init_inference is not stock
+    second()
+    second()
+    assert deepspeed.init_inference is stock
+
+
+@pytest.mark.parametrize("config", ["/nowhere.json", 7])
+@on_deepspeed(1)
+def test_deepspeeds_own_errors_are_unchanged(config):
+    said = []
+    for function in (deepspeed.init_inference, deepspeed_macs.init_inference):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            function(Model(4, 2, 1), config)
+        said.append((caught.type, str(caught.value)))
+    assert said[0] == said[1]
+
+
+@on_deepspeed(2)
+def test_calibration_and_planning_under_zero_three():
+    """ZeRO keeps a part of every parameter on each rank."""
+    ids = hf_models.token_ids(dist.get_rank())
+    parallel = {"expert_parallel": {"enabled": True, "autoep_size": 2}, "zero_optimization": {"stage": 3}}
+    engine = under_autoep(hf_models.build("qwen3_moe"), **parallel)[0]
+    engine.eval()
+    profiles, logits = [], []
+    for one in (engine, autoep_engine("qwen3_moe", BLOCK)):
+        with one.macs.calibration():
+            logits_of(one, ids)
+        profiles.append(one.macs.measured_profile(dist.group.WORLD))
+        one.macs.use("macs", one.macs.config, profiles[-1])
+        logits.append(logits_of(one, ids))
+    assert profiles[0].fingerprints == profiles[1].fingerprints
+    assert torch.equal(profiles[0].visual, profiles[1].visual) and torch.equal(*logits)
+    assert engine.macs.reports()[0].dropped.sum() > 0
+    # A checkpoint that is loaded after the engine was made: served with its routers' rows.
+    block = {**BLOCK, "reroute": "group"}
+    later = under_autoep(hf_models.build("qwen3_moe"), **parallel, macs=block)[0]
+    for layer in later.macs.layers:
+        gate = layer.adapter.owner().router.gate.weight
+        with deepspeed.zero.GatheredParameters([gate], modifier_rank=0):
+            gate.copy_(drawn(layer.index, gate.shape))
+    later.eval()
+    for index, layer in enumerate(later.macs.layers):
+        rows = layer.adapter.router_weight()
+        assert torch.equal(rows, drawn(index, rows.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@on_deepspeed(2)
+def test_half_precision_stays_bit_for_bit(dtype):
+    stock, roomy = (
+        logits_of(
+            autoep_engine("qwen3_vl_moe", block, dtype=dtype, use_grouped_mm=False),
+            hf_models.token_ids(dist.get_rank()),
+        )
+        for block in (None, {"capacity_factor": 1e6})
+    )
+    assert torch.equal(stock, roomy) and stock.dtype == dtype
+
+
+@on_deepspeed(1)
+def test_pooled_capacity_in_the_moe_layer_logs_a_warning():
+    """Once; where the block names no policy, it is the one that this layer profits from."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("macs.runtime")
+    logger.addHandler(handler)
+    logging.disable(logging.NOTSET)
+    try:
+        engine = inference(level="rank")
+        engine.macs.use("rank-balanced")
+        engine(batch_of(0, 3, 9))
+    finally:
+        logging.disable(logging.WARNING)
+        logger.removeHandler(handler)
     assert len([line for line in said if "do not shorten its steps; use policy = padded" in line]) == 1
-    assert padded  # where nothing is said
+    block = {"image_token_id": IMAGE_TOKEN}
+    bare = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": block})
+    assert bare.macs.policy == "padded"
 
 
-def test_deepep_is_handed_the_plan(pool):
-    found = pool.run(f"{JOBS}:handed_to_deepep", 1)[0]
-    assert found["layers"] == 2 and found["shapes"] == [(36, 16), (36, 2), (36, 2)]
-    assert found["dropped"] > 0 and found["weightless"]
-    assert found["counts"] == 36 * 2 - found["dropped"]
-
-
-def run_python(code, folder):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_an_older_deepspeed_is_refused_with_the_needed_version(tmp_path):
-    package = tmp_path / "deepspeed" / "moe"
-    package.mkdir(parents=True)
-    (tmp_path / "deepspeed" / "__init__.py").write_text("__version__ = '0.16.0'\n")
-    (package / "__init__.py").write_text("")
-    (package / "sharded_moe.py").write_text(
-        "def top1gating(): ...\nclass TopKGate:\n    def forward(self, input, used_token=None): ...\n"
-    )
-    done = run_python("import deepspeed_macs", tmp_path)
-    assert done.returncode != 0
-    assert "deepspeed_macs needs deepspeed>=0.19.8,<0.20; found 0.16.0, which lacks" in done.stderr
-
-
-def test_without_deepspeed_the_extra_is_named(tmp_path):
-    code = "import sys; sys.modules['deepspeed'] = None; import deepspeed_macs"
-    done = run_python(code, tmp_path)
-    assert "deepspeed_macs needs deepspeed: pip install 'macs-moe[deepspeed]'" in done.stderr
-
-
-def test_the_core_needs_torch_alone(tmp_path):
-    code = "import sys; sys.modules['deepspeed'] = None; sys.modules['transformers'] = None; import macs"
-    assert run_python(code, tmp_path).returncode == 0
-
-
-SCRIPT = """
-import argparse, sys
-import deepspeed, torch
-from support.deepspeed_jobs import Model, batch_of
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--local_rank", type=int)
-parser.add_argument("--config", default=None)
-arguments = parser.parse_args()
-deepspeed.init_distributed("gloo", verbose=False)
-world = torch.distributed.get_world_size()
-config = arguments.config or {"dtype": "fp32", "moe": {"ep_size": world}}
-engine = deepspeed.init_inference(Model(4, 2, world), config=config).eval()
-with torch.inference_mode():
-    engine(batch_of(torch.distributed.get_rank(), 3, 9))
-dropped = float(engine.macs.reports()[0].dropped.sum()) if hasattr(engine, "macs") else -1.0
-line = f"rank {torch.distributed.get_rank()} of {world}, {arguments.local_rank}, dropped {dropped:g}"
-sys.stdout.write(line + "\\n")
-"""
-
-
-def launched(folder, launcher, *arguments):
-    script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    tools = str(Path(sys.executable).parent)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "PATH": tools + os.pathsep + os.environ["PATH"],
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = {
-        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m"],
-        "deepspeed": [
-            "deepspeed",
-            "--num_gpus",
-            "2",
-            "--master_port",
-            str(free_port()),
-            "--module",
-        ],
-        "python": [sys.executable, "-m"],
-    }[launcher]
-    done = subprocess.run(
-        [*command, "deepspeed_macs.launch", *(str(one) for one in arguments)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line[line.index("rank ") :] for line in done.stdout.splitlines() if ", dropped" in line]
-    return done, sorted(lines)
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_script_that_does_not_change_runs_with_macs(tmp_path, launcher):
-    block = tmp_path / "macs.json"
-    block.write_text(json.dumps({"capacity_factor": 0.5, "min_tokens": 0, "image_token_id": 5}))
-    done, lines = launched(tmp_path, launcher, "--macs", block, tmp_path / "script.py")
-    assert done.returncode == 0, done.stderr
-    assert len(lines) == 2
-    for rank, line in enumerate(lines):
-        local = rank if launcher == "deepspeed" else None
-        assert line.startswith(f"rank {rank} of 2, {local}, dropped ")
-        assert float(line.split()[-1]) > 0
-
-
-def test_a_scripts_own_config_holds_the_block(tmp_path):
-    config = {"dtype": "fp32", "moe": {"ep_size": 2}}
-    config["macs"] = {"capacity_factor": 0.5, "min_tokens": 0, "image_token_id": 5}
-    config["macs"]["record"] = str(tmp_path / "routing.safetensors")
-    (tmp_path / "ds_config.json").write_text(json.dumps(config))
-    done, lines = launched(
-        tmp_path, "torchrun", tmp_path / "script.py", "--config", tmp_path / "ds_config.json"
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(float(line.split()[-1]) > 0 for line in lines) and len(lines) == 2
-    recordings = [Recording.load(tmp_path / f"routing.rank{rank}.safetensors") for rank in (0, 1)]
-    assert all(one.num_ranks == 2 and len(one.records[0].modality) > 0 for one in recordings)
-
-
-def test_a_script_that_is_not_there_is_named(tmp_path):
-    done, _ = launched(tmp_path, "python", tmp_path / "nothing.py")
-    assert done.returncode == 2 and "found no script" in done.stderr
+@on_deepspeed(1)
+def test_deepep_is_handed_the_plan():
+    """-1 and no weight for what is dropped."""
+    engine, handed = autoep_engine("qwen3_moe", {"capacity_factor": 0.3, "reroute": "none"}), []
+    for layer in layers_of(engine):
+        layer.comm_backend, layer.ep_size = "deepep", 2
+        layer._deepep_route = lambda x, routed: handed.append((x, routed)) or torch.zeros_like(x)
+    events = events_of(engine.macs)
+    logits_of(engine, hf_models.token_ids(0))
+    assert len(handed) == len(events) == 2
+    x, routed = handed[0]
+    assert torch.equal(routed.selected_experts, events[0].plan.experts) and len(x) == 36
+    dropped = routed.selected_experts < 0
+    assert dropped.any() and (routed.top_scores[dropped] == 0).all()
+    assert int(routed.num_tokens_per_expert.sum()) == 36 * 2 - int(dropped.sum())

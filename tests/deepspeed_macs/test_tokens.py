@@ -1,59 +1,92 @@
-"""Which token is which, which expert is in service, and who agrees on what, in DeepSpeed's layers."""
+"""Which token is which, and which expert is in service, in models under AutoEP."""
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-JOBS = "support.deepspeed_jobs"
+from contextlib import nullcontext
+
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from support import hf_models
+from support.cases import events_of
+from support.deepspeed_ranks import autoep_engine, logits_of, on_deepspeed
+
+import macs
+
+IDS = hf_models.token_ids(0)
+MASK = torch.ones_like(IDS)
+MASK[:, :8] = 0
+IDS = IDS.masked_fill(MASK == 0, 0)
+GIVEN = {
+    "mask": {"attention_mask": MASK},
+    "ones": {"attention_mask": torch.ones_like(MASK)},
+    "embeddings": {"attention_mask": MASK},
+    "nothing": {},
+}
+TEXT = {"image_token_id": None}
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize(
-    ("block", "given"),
+    ("name", "block", "given"),
     [
-        ({"image_token_id": None}, "mask"),  # by policies that need no visual tokens
-        ({"image_token_id": None, "modality": "text"}, "mask"),
-        ({"image_token_id": None, "modality": "text", "policy": "macs"}, "embeddings"),
-        ({"image_token_id": None, "padding_token_id": 0}, "nothing"),
-        ({"image_token_id": None, "modality": "manual"}, "mask"),
+        (name, {**TEXT, **block}, given)
+        for name in ("mixtral", "qwen3_moe")
+        for block, given in (
+            ({}, "mask"),  # by policies that need no visual tokens
+            ({"modality": "text"}, "mask"),
+            ({"modality": "text", "policy": "macs"}, "embeddings"),
+            ({"padding_token_id": 0}, "nothing"),
+            ({"modality": "manual"}, "mask"),
+        )
+    ]
+    + [
+        ("qwen3_vl_moe", {}, "mask"),
+        ("qwen3_vl_moe", {"padding_token_id": 0}, "nothing"),
+        ("qwen3_vl_moe", {"padding_token_id": 0}, "ones"),  # what comes with the call takes precedence
+        ("qwen3_vl_moe", {"modality": "manual"}, "mask"),
+        ("qwen3_vl_moe", {"modality": "manual"}, "embeddings"),
     ],
 )
-def test_text_models_find_their_padding(pool, name, block, given):
-    found = pool.run(f"{JOBS}:padding_found", 1, name, block, given)[0]
-    assert found == {"padding": 24, "tokens": 12, "right": True, "visual": 0}
-
-
-@pytest.mark.parametrize(
-    ("block", "given", "way", "padding"),
-    [
-        ({}, "mask", "call", 24),
-        ({"padding_token_id": 0}, "nothing", "call", 24),
-        ({"padding_token_id": 0}, "ones", "call", 0),  # what comes with the call takes precedence
-        ({"modality": "manual"}, "mask", "block", 24),
-        ({"modality": "manual"}, "embeddings", "block", 24),
-    ],
-)
-def test_multimodal_models_find_theirs(pool, block, given, way, padding):
-    found = pool.run(f"{JOBS}:padding_found", 1, "qwen3_vl_moe", block, given, way)[0]
-    assert found["padding"] == padding and found["tokens"] == 36 - padding and found["visual"] > 0
+@on_deepspeed(1)
+def test_padding_is_found(name, block, given):
+    engine = autoep_engine(name, {"policy": "token-drop", "capacity_factor": 1.0, **block})
+    events = events_of(engine.macs)
+    inputs = {"input_ids": IDS}
+    if given == "embeddings":
+        inputs = {"inputs_embeds": engine.module.get_input_embeddings()(IDS)}
+    visual = name == "qwen3_vl_moe"
+    by_hand = visual and block.get("modality") == "manual"
+    with macs.modality(IDS == hf_models.IMAGE_TOKEN) if by_hand else nullcontext():
+        engine(use_cache=False, **inputs, **GIVEN[given])
+    tokens = events[0].tokens
+    real = torch.ones_like(MASK) if given == "ones" else MASK
+    assert torch.equal(tokens.valid.view(IDS.shape), real.bool())
+    assert int(engine.macs.reports()[0].tokens[0]) == int(real.sum())
+    assert (int(tokens.visual.sum()) > 0) == visual
 
 
 @pytest.mark.parametrize("policy", ["macs", "rank-balanced", "expanded-drop"])
-def test_experts_that_a_bias_takes_out_get_no_token(pool, policy):
-    for layers, sent, rerouted in pool.run(f"{JOBS}:disabled_experts", 2, policy):
-        assert layers == 1 and sent == 0
-        assert rerouted > 0 or policy == "expanded-drop"
+@on_deepspeed(2)
+def test_experts_that_a_bias_takes_out_get_no_token(policy):
+    block = {"policy": policy, "capacity_factor": 1.0, "level": "rank", "reroute": "group"}
+    engine = autoep_engine("glm4_moe", block)
+    layers = [one for one in engine.modules() if isinstance(one, AutoEPMoELayer)]
+    for layer in layers:
+        layer.router.e_score_correction_bias.data[5:] = -1e4
+    events = events_of(engine.macs)
+    logits_of(engine, hf_models.token_ids(0))
+    assert len(layers) == len(events) == 1 and (events[0].plan.experts < 5).all()
+    assert events[0].plan.rerouted.any() or policy == "expanded-drop"
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl_moe"])
-def test_router_logits_are_put_out(pool, name):
-    found = pool.run(f"{JOBS}:router_logits", 1, name)[0]
-    assert found["layers"] == [2, 2] and found["off by"] < 1e-5
-
-
-@pytest.mark.parametrize("drop_tokens", [True, False])
-@pytest.mark.parametrize("off", ["off", "training"])
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_a_gate_makes_the_same_collectives_on_or_off(pool, off, drop_tokens, k):
-    assert pool.run(f"{JOBS}:gates_off_and_on", 2, off, drop_tokens, k, timeout=60) == [[1.0, 6.0]] * 2
+@on_deepspeed(1)
+def test_router_logits_are_put_out(name):
+    """``output_router_logits``, as Hugging Face's own."""
+    arguments = {"input_ids": hf_models.token_ids(0), "use_cache": False, "output_router_logits": True}
+    expected = hf_models.build(name)(**arguments).router_logits
+    found = autoep_engine(name, {"capacity_factor": 1e6})(**arguments).router_logits
+    assert len(found) == 2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

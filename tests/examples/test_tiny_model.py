@@ -10,13 +10,25 @@ import pytest
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.utils import get_attention_mask
+from support.cases import busy
+from support.megatron_ranks import Layout, megatron_on, on_megatron
+from support.ranks import on_ranks
 from support.workers import free_port
-from tiny_vlm import data, easy_vqa
+from tiny_vlm import data, easy_vqa, plain
 from tiny_vlm import model as tiny
 from tiny_vlm.evaluate import accuracy_by_task, rank_imbalance
+from tiny_vlm.megatron import PictureEncoder, build_megatron_model
+from tiny_vlm.megatron_engine import Engine
+
+from macs import Runtime
+from macs.adapters import current_modality
+from megatron_macs import attach_modality
 
 ROOT = Path(__file__).parents[2]
-JOBS = "support.tiny_jobs"
 
 
 MODELS = {
@@ -43,35 +55,72 @@ def test_a_checkpoint_is_small_and_its_logs_figures_are_its_own(name):
         assert hard[task] == pytest.approx(logged["accuracy"][task], abs=0.2), task
 
 
+def built(source, runtime, **changes):
+    """The model in Megatron, under its parallel state."""
+    size = parallel_state.get_expert_model_parallel_world_size()
+    model = build_megatron_model(source, runtime, expert_model_parallel_size=size, **changes)
+    if runtime is not None:
+        attach_modality(model, image_token_id=source.config.image_token_id)
+    return model
+
+
+def logits_of(model, source, samples):
+    ids = torch.tensor([sample.prompt for sample in samples])
+    with model.pictures(PictureEncoder(source)(samples)):
+        return model(ids, torch.arange(ids.shape[1]).expand_as(ids), get_attention_mask(ids.shape[1]))
+
+
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("tasks", [data.TASKS, data.TEXT_TASKS], ids=["mixed", "text"])
-def test_megatron_gives_hugging_faces_logits(pool, world, tasks, dispatcher):
-    for stock, macs in pool.run(f"{JOBS}:logits_differ_by", world, tasks, dispatcher):
-        assert stock < 1e-4 and macs == stock
+@on_megatron()
+def test_megatron_gives_hugging_faces_logits(world, tasks, dispatcher):
+    source = tiny.load_model()
+    samples = data.draw_samples(5, "test", tasks, 14)[dist.get_rank() :: world]
+    expected = source(**tiny.sample_inputs(samples)).logits
+    stock, roomy = (
+        logits_of(built(source, runtime, moe_token_dispatcher_type=dispatcher), source, samples)
+        for runtime in (None, Runtime(busy(capacity_factor=1e6)))
+    )
+    torch.testing.assert_close(stock, expected, rtol=0, atol=1e-4)
+    assert torch.equal(stock, roomy)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_engine_answers_as_greedy_decoding_does(pool, world):
-    for found in pool.run(f"{JOBS}:engine_answers", world, "vanilla", {}, 28):
-        assert found["answers"] == found["greedy"]
-        assert found["right"] > 0.5 * len(found["answers"])
-        # One prompt step over all tokens; the steps of one token a sequence are left alone, unrecorded.
-        assert found["steps"] == [28 * data.PROMPT_TOKENS]
-        assert found["prefill"] == [28 * data.PROMPT_TOKENS, 1]
+@pytest.mark.parametrize(("world", "policy"), [(1, "vanilla"), (2, "vanilla"), (2, "macs")])
+@on_megatron()
+def test_the_engine_plans_the_prompt_and_answers_as_greedy_decoding_does(world, policy):
+    source = tiny.load_model()
+    runtime = Runtime(busy(), policy=policy)
+    model = built(source, runtime)
+    samples = data.draw_samples(5, "test", data.TASKS, 28)[dist.get_rank() :: world]
+    answers = Engine(model, PictureEncoder(source), len(samples)).generate(samples)
+    right = sum(answer == sample.answer for answer, sample in zip(answers, samples, strict=True))
+    assert right > (0.5 if policy == "vanilla" else 0.4) * len(answers)
+    if policy == "vanilla":
+        assert answers == plain.Engine(tiny.load_model()).generate(samples)
+    # One prompt step over all tokens; the steps of one token a sequence are neither planned nor recorded.
+    report = runtime.reports(dist.group.WORLD)[0]
+    assert report.tokens.tolist() == [28 * data.PROMPT_TOKENS] == report.prefill.tokens.tolist()
+    assert report.planned.tolist() == [world if policy == "macs" else 0]
 
 
-def test_macs_plans_the_prompt_and_leaves_decoding_alone(pool):
-    for found in pool.run(f"{JOBS}:engine_answers", 2, "macs", {}, 28):
-        assert found["planned"] == [2]
-        assert found["right"] > 0.4 * len(found["answers"])
-
-
-def test_real_pictures_one_process_plans_what_two_plan(pool):
-    first, second = pool.run(f"{JOBS}:plan_of_real_pictures", 2, 1)
-    (whole,) = pool.run(f"{JOBS}:plan_of_real_pictures", 1, 2)
-    assert first[0] + second[0] == whole[0]
-    assert first[1] + second[1] == whole[1] > 0
+@on_ranks(2)
+def test_real_pictures_one_process_plans_what_two_plan():
+    source, rank = tiny.load_model(), dist.get_rank()
+    samples = data.draw_samples(5, "test", data.TASKS, 12)
+    own, plans = slice(6 * rank, 6 * rank + 6), []
+    for layout, virtual_ranks, asked in ((Layout(2, ep=2), 1, samples[own]), (Layout(2), 2, samples)):
+        with megatron_on(layout):
+            runtime = Runtime(busy(min_tokens=0), virtual_ranks=virtual_ranks)
+            events = []
+            model = built(source, runtime)
+            runtime.layers[0].on_plan(events.append)
+            logits_of(model, source, asked)
+            assert current_modality() is None
+            experts = events[0].plan.experts
+            plans.append(experts.view(len(experts) // len(asked), len(asked), -1).transpose(0, 1))
+            assert events[0].plan.rerouted.any()
+    assert torch.equal(plans[0], plans[1][own])
 
 
 def main_job(*arguments):

@@ -1,214 +1,391 @@
 """The MoE layer with MACS on real Megatron-Core layers, over 1, 2 and 4 gloo processes."""
 
 import gc
+import importlib.util
+import re
+import urllib.request
 import weakref
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-from support.megatron_jobs import build_layer, layer_config, on_megatron
-from support.ranks import on_ranks
-from support.workers import RankFailed
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from support.cases import busy, events_of
+from support.megatron_ranks import (
+    Layout,
+    batch_of,
+    build_layer,
+    drawn,
+    groups_of,
+    layer_config,
+    megatron_on,
+    on_megatron,
+    output_of,
+)
+from support.ranks import gathered, on_ranks
 
 import macs
-from macs import POLICIES, MACSConfig, Runtime
+from macs import POLICIES, MACSConfig, Profile, Runtime
+from megatron_macs import cpu_engine, with_macs
 
-JOBS = "support.megatron_jobs"
+only_019 = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.core.inference.config") is None, reason="not in this Megatron"
+)
+GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+
+UNBOUNDED = [
+    ("macs", {"capacity_factor": 1e6}),
+    ("macs", {"capacity_factor": 1e6, "level": "rank"}),
+    ("token-drop", {"capacity_factor": 1e6}),
+    ("rank-balanced", {"capacity_factor": 1e6}),
+    ("vanilla", {}),
+    ("macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
+]
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, dispatcher, world):
-    for same in pool.run(f"{JOBS}:unbounded_is_stock", world, dispatcher, 4, 2, {}):
-        assert same == dict.fromkeys(same, True)
+@pytest.mark.parametrize(
+    ("world", "dispatcher", "experts", "changes"),
+    [
+        *((world, dispatcher, 4, {}) for world in (1, 2, 4) for dispatcher in ("alltoall", "allgather")),
+        (2, "alltoall", 4, {**SIGMOID, "moe_router_topk_scaling_factor": 2.5}),
+        (2, "alltoall", 8, GROUPS),
+        (2, "alltoall", 8, {**GROUPS, **SIGMOID}),
+    ],
+)
+@on_megatron()
+def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(world, dispatcher, experts, changes):
+    config = layer_config(dispatcher, experts, **changes)
+    hidden, mask = batch_of(dist.get_rank(), 3, 9)
+    stock, _ = build_layer(None, config)(hidden)
+    for policy, settings in UNBOUNDED:
+        layer = build_layer(Runtime(busy(**{"min_tokens": 0, **settings}), policy=policy), config)
+        with macs.modality(mask):
+            assert torch.equal(layer(hidden)[0], stock), (policy, settings)
+    runtime = Runtime(busy(capacity_factor=0.1, min_tokens=0))
+    layer = build_layer(runtime, config)
+    with macs.modality(mask):
+        with runtime.calibration():
+            assert torch.equal(layer(hidden)[0], stock)
+        assert not torch.equal(layer(hidden)[0], stock)
+        runtime.enabled = False
+        assert torch.equal(layer(hidden)[0], stock)
+        runtime.enabled = True
+        layer.router(hidden)  # a forward pass that ended early leaves nothing behind
+        layer.train()
+        assert torch.equal(layer(hidden)[0], stock)
 
 
-def test_the_endpoint_of_each_rank_counts_what_it_planned(pool):
-    """A thousand steps on two ranks, every fourth of them too small to plan, scraped meanwhile."""
+@on_megatron(2)
+def test_the_endpoint_of_each_rank_counts_what_it_planned():
+    """A thousand steps, every fourth of them too small to plan, scraped meanwhile."""
     parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
-    results = pool.run(f"{JOBS}:scraped", 2, 1000)
-    for result in results:
+    runtime = Runtime(busy(capacity_factor=0.7, min_tokens=20, reroute="group"))
+    layer = build_layer(runtime, layer_config())
+    expected = dict.fromkeys(((kind, act) for kind in ("text", "visual") for act in ("kept", "dropped")), 0)
+
+    def count(event):
+        for kind, own in (("visual", event.tokens.visual), ("text", ~event.tokens.visual)):
+            expected[kind, "dropped"] += int((event.plan.experts[own] < 0).sum())
+            expected[kind, "kept"] += int((event.plan.experts[own] == event.experts[own]).sum())
+
+    runtime.on_plan(count)
+    server = macs.serve_metrics(runtime, 0)
+
+    def scraped():
+        return urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics").read().decode()
+
+    try:
+        for step in range(1000):
+            hidden, mask = batch_of(dist.get_rank() + 2 * step, 1, 8 if step % 4 == 3 else 32)
+            with macs.modality(mask):
+                layer(hidden)
+            if step % 100 == 50:  # while it runs
+                assert "macs_steps_total" in scraped()
         found = {
             (one.name, *one.labels.values()): one.value
-            for family in parser.text_string_to_metric_families(result["answer"])
+            for family in parser.text_string_to_metric_families(scraped())
             for one in family.samples
         }
-        for name, count in result["expected"].items():
-            kind, action = name.split()
-            assert found["macs_assignments_total", action, "0", kind] == count > 0, name
-        assert found["macs_steps_total", "planned"] == 750 and found["macs_steps_total", "bypassed"] == 250
-        assert result["scrapes"] == 11
-    assert results[0]["expected"] != results[1]["expected"]
+    finally:
+        server.close()
+    for (kind, action), number in expected.items():
+        assert found["macs_assignments_total", action, "0", kind] == number > 0, (kind, action)
+    assert found["macs_steps_total", "planned"] == 750 and found["macs_steps_total", "bypassed"] == 250
+    first, second = gathered(expected)
+    assert first != second
 
 
-def test_sigmoid_scores_are_stock_bit_for_bit(pool):
-    changes = {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5}
-    for same in pool.run(f"{JOBS}:unbounded_is_stock", 2, "alltoall", 4, 2, changes):
-        assert same == dict.fromkeys(same, True)
-
-
-GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
-
-
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
-def test_group_limited_routing_is_stock_bit_for_bit_and_rerouting_stays_within_groups(pool, score_function):
-    changes = {**GROUPS, "moe_router_score_function": score_function}
-    for same in pool.run(f"{JOBS}:unbounded_is_stock", 2, "alltoall", 8, 2, changes):
-        assert same == dict.fromkeys(same, True)
-    for found in pool.run(f"{JOBS}:rerouted_within_groups", 2, changes):
-        assert found["rerouted"] > 0 and found["within"]
+@pytest.mark.parametrize("score", [{}, SIGMOID], ids=["softmax", "sigmoid"])
+@on_megatron(2)
+def test_rerouting_stays_within_a_tokens_groups(score):
+    runtime = Runtime(busy(min_tokens=0, capacity_factor=1.0, reroute="group"))
+    layer = build_layer(runtime, layer_config(experts=8, **GROUPS, **score))
+    (events, (hidden, mask)) = events_of(runtime), batch_of(dist.get_rank(), 6, 16)
+    with macs.modality(mask):
+        layer(hidden)
+    ((chosen, plan),) = [(event.experts // 2, event.plan) for event in events]  # 2 experts a group
+    within = ((plan.experts // 2)[..., None] == chosen[:, None, :]).any(-1)
+    assert plan.rerouted.any() and within[plan.rerouted].all()
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.plans])
-def test_the_layer_computes_its_plan(pool, dispatcher, policy):
-    results = pool.run(
-        f"{JOBS}:planned_output", 2, dispatcher, policy, {"capacity_factor": 0.8}, 3, 9, 8, 3, 1
-    )
-    for result in results:
-        assert result["error"] < 1e-5
-        assert result["statistics"]["dropped"] + result["statistics"]["rerouted"] > 0
-        if dispatcher == "alltoall":
-            # What is dropped is neither sent nor computed; what is rerouted travels once.
-            assert result["rows_sent"] == [result["rows_planned"]]
-
-
-def test_vanilla_sends_every_row(pool):
-    for result in pool.run(f"{JOBS}:planned_output", 2, "alltoall", "vanilla", {}, 3, 9, 8, 3, 1):
-        assert result["rows_sent"] == [3 * 9 * 3] and result["error"] < 1e-5
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.plans] + ["vanilla"])
+@on_megatron(2)
+def test_the_layer_computes_its_plan(dispatcher, policy):
+    runtime = Runtime(busy(min_tokens=0, capacity_factor=0.8), policy=policy)
+    layer = build_layer(runtime, layer_config(dispatcher, 8, 3))
+    events, (hidden, mask) = events_of(runtime), batch_of(dist.get_rank(), 3, 9)
+    with (
+        macs.modality(mask),
+        mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent,
+    ):
+        output, _ = layer(hidden)
+    plan = events[0].plan
+    torch.testing.assert_close(output, output_of(plan, hidden, 8), rtol=0, atol=1e-5)
+    changed = int(plan.statistics.dropped + plan.statistics.rerouted)
+    assert (changed > 0) == (policy != "vanilla")
+    if dispatcher == "alltoall":  # what is dropped is neither sent nor computed; what is rerouted goes once
+        rows = sent.call_args_list[0].args[1].shape[0]
+        assert rows == int((plan.experts >= 0).sum()) and (policy != "vanilla" or rows == 3 * 9 * 3)
 
 
 @pytest.mark.parametrize("level", ["expert", "rank"])
 @pytest.mark.parametrize("reroute", ["rank", "group"])
-def test_one_process_plans_what_two_plan(pool, level, reroute):
-    settings = {"capacity_factor": 0.6, "level": level, "reroute": reroute}
-    two = pool.run(f"{JOBS}:planned_output", 2, "alltoall", "macs", settings, 3, 9, 8, 3, 1)
-    one = pool.run(f"{JOBS}:planned_output", 1, "alltoall", "macs", settings, 3, 9, 8, 3, 2)[0]
-    assert two[0]["experts"] + two[1]["experts"] == one["experts"]
-    assert two[0]["weights"] + two[1]["weights"] == one["weights"]
-    moved = sum(result["statistics"]["dropped"] + result["statistics"]["rerouted"] for result in two)
-    assert moved == one["statistics"]["dropped"] + one["statistics"]["rerouted"] > 0
+@on_megatron(2)
+def test_one_process_plans_what_two_plan(level, reroute):
+    settings = busy(capacity_factor=0.6, level=level, reroute=reroute, min_tokens=0)
+    batches = [batch_of(rank, 3, 9) for rank in (0, 1)]
+
+    def planned(runtime, groups, hidden, mask, **changes):
+        layer = build_layer(runtime, layer_config(experts=8, top_k=3, **changes), groups)
+        events = events_of(runtime)
+        with macs.modality(mask):
+            layer(hidden)
+        plan = events[0].plan
+        return [one.view(9, len(mask), 3).transpose(0, 1) for one in (plan.experts, plan.weights)]
+
+    mine = planned(Runtime(settings), None, *batches[dist.get_rank()])
+    alone = [dist.new_group([rank]) for rank in (0, 1)][dist.get_rank()]
+    hidden, mask = torch.cat([one for one, _ in batches], 1), torch.cat([one for _, one in batches])
+    runtime = Runtime(settings, virtual_ranks=2)
+    whole = planned(runtime, groups_of(alone, alone), hidden, mask, expert_model_parallel_size=1)
+    for own, both in zip(mine, whole, strict=True):
+        assert torch.equal(own, both[3 * dist.get_rank() :][:3])
+    report = runtime.reports()[0]
+    assert report.dropped.sum() + report.rerouted.sum() > 0
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_rank_may_have_an_expert_of_its_own(pool, world):
-    settings = {"level": "rank", "reroute": "group"}
-    for result in pool.run(f"{JOBS}:planned_output", world, "alltoall", "macs", settings, 2, 9, world, 1, 1):
-        assert result["error"] < 1e-5
+@on_megatron()
+def test_every_rank_may_have_an_expert_of_its_own(world):
+    runtime = Runtime(busy(level="rank", reroute="group", min_tokens=0))
+    layer = build_layer(runtime, layer_config(experts=world, top_k=1))
+    events, (hidden, mask) = events_of(runtime), batch_of(dist.get_rank(), 2, 9)
+    with macs.modality(mask):
+        output, _ = layer(hidden)
+    torch.testing.assert_close(output, output_of(events[0].plan, hidden, world), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[9, 0], [0, 9], [1, 30]])
-def test_ranks_may_have_uneven_tokens_or_none(pool, lengths):
-    results = pool.run(f"{JOBS}:uneven_tokens", 2, {"capacity_factor": 0.5}, lengths)
-    for (shape, finite, _), length in zip(results, lengths, strict=True):
-        assert shape == (length, 1, 16) and finite
+@on_megatron(2)
+def test_ranks_may_have_uneven_tokens_or_none(lengths):
+    layer = build_layer(Runtime(busy(min_tokens=0, capacity_factor=0.5)), layer_config())
+    hidden, mask = batch_of(dist.get_rank(), 1, lengths[dist.get_rank()])
+    with macs.modality(mask):
+        output, _ = layer(hidden)
+    assert output.shape == hidden.shape and output.isfinite().all()
 
 
+@pytest.mark.parametrize("settings", [{}, {"level": "rank", "reroute": "group"}, {"spare_text": True}])
 @pytest.mark.parametrize("kind", ["one token", "no visual tokens", "all visual", "k is E", "not finite"])
-def test_odd_batches(pool, kind):
-    for settings in ({}, {"level": "rank", "reroute": "group"}, {"spare_text": True}):
-        found = pool.run(f"{JOBS}:odd_batch", 1, kind, settings)[0]
-        bad = 2 if kind == "not finite" else 0
-        assert found["nonfinite"] == bad
-        assert found["finite"] >= found["tokens"] - bad
-        if kind == "no visual tokens":
-            assert found["visual"] == 0 and found["R_v"] == 0.0
-        if kind == "all visual":
-            assert found["visual"] == found["tokens"] and found["R_v"] == 1.0
+@on_megatron(1)
+def test_odd_batches(kind, settings):
+    runtime = Runtime(busy(**{"min_tokens": 0, **settings}))
+    layer = build_layer(runtime, layer_config(top_k=4 if kind == "k is E" else 2))
+    hidden, mask = batch_of(0, 2, 8)
+    if kind == "one token":
+        hidden, mask = hidden[:1, :1].contiguous(), mask[:1, :1]
+    if kind in ("no visual tokens", "all visual", "not finite"):
+        mask = torch.full_like(mask, kind != "no visual tokens")
+    if kind == "not finite":
+        hidden[0, 0, 3], hidden[1, 1, 2] = float("nan"), float("inf")
+    with macs.modality(mask):
+        output, _ = layer(hidden)
+    report = runtime.reports()[0]
+    bad = 2 if kind == "not finite" else 0
+    assert int(report.nonfinite) == bad
+    assert int((~output.isfinite()).any(-1).sum()) <= bad
+    assert int(report.visual) == int(mask.sum())
+    if kind in ("no visual tokens", "all visual"):
+        assert float(report.visual_ratio[0]) == float(kind == "all visual")
+
+
+BAD_MASKS = {
+    "length": (lambda mask: mask[:, :-1], "found shape (2, 7), the layer has 2 sequences of 8 tokens"),
+    "batch": (lambda mask: mask[:1], "found shape (1, 8), the layer has 2 sequences of 8 tokens"),
+    "dtype": (lambda mask: mask.float(), "found torch.float32, expected torch.bool or"),
+    "device": (lambda mask: mask.to("meta"), "found on meta, the hidden states are on cpu"),
+    "shape": (lambda mask: mask.flatten(), "found shape (16,), expected (any, any)"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MASKS)
+@on_megatron(2, timeout=100)
+def test_a_mask_that_does_not_fit_is_an_error_and_hangs_nobody(kind):
+    """The other rank learns from the closed connection that its peer is gone."""
+    layer = build_layer(Runtime(busy(min_tokens=0)), layer_config())
+    hidden, mask = batch_of(dist.get_rank(), 2, 8)
+    if dist.get_rank() == 1:
+        with macs.modality(mask), pytest.raises(RuntimeError):
+            layer(hidden)
+        return
+    change, message = BAD_MASKS[kind]
+    expected = pytest.raises((ValueError, TypeError), match=re.escape(f"modality mask: {message}"))
+    with expected, macs.modality(change(mask)):
+        layer(hidden)
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("changes", "message"),
     [
-        ("length", "modality mask: found shape (2, 7), the layer has 2 sequences of 8 tokens"),
-        ("batch", "modality mask: found shape (1, 8), the layer has 2 sequences of 8 tokens"),
-        ("dtype", "modality mask: found torch.float32, expected torch.bool or"),
-        ("device", "modality mask: found on meta, the hidden states are on cpu"),
-        ("shape", "modality mask: found shape (16,), expected (any, any)"),
+        ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor = 1.0 cannot be used with MACS"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "moe_router_load_balancing_type = 'sinkhorn'"),
     ],
 )
-def test_a_mask_that_does_not_fit_is_an_error_and_hangs_nobody(pool, kind, message):
-    with pytest.raises(RankFailed) as caught:
-        pool.run(f"{JOBS}:bad_mask", 2, kind, [0], timeout=100)
-    assert message in caught.value.errors[0][1]
-    # The other rank learns from the closed connection that its peer is gone.
-    assert caught.value.errors[1] is not None
+@on_megatron(1)
+def test_settings_that_cannot_work_together_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_layer(Runtime(), layer_config(**changes))
 
 
-@pytest.mark.parametrize(
-    ("changes", "settings", "message"),
-    [
-        (
-            {"moe_expert_capacity_factor": 1.0},
-            {},
-            "moe_expert_capacity_factor = 1.0 cannot be used with MACS",
-        ),
-        ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "moe_router_load_balancing_type = 'sinkhorn'"),
-    ],
-)
-def test_settings_that_cannot_work_together_are_refused(pool, changes, settings, message):
-    with pytest.raises(RankFailed) as caught:
-        pool.run(f"{JOBS}:refused", 1, changes, settings)
-    kind, found, _ = caught.value.errors[0]
-    assert kind == "ValueError" and message in found
+@on_megatron(2)
+def test_a_profile_is_measured_over_all_ranks_and_belongs_to_one_model(tmp_path):
+    runtime = Runtime(busy(min_tokens=0))
+    layer = build_layer(runtime, layer_config())
+    hidden, mask = batch_of(dist.get_rank(), 2, 8)
+    with macs.modality(mask), runtime.calibration():
+        layer(hidden)
+    profile = runtime.measured_profile(dist.group.WORLD)
+    assert int(profile.visual.sum()) == 2 * sum(gathered(int(mask.sum())))
+    assert int(profile.visual.sum() + profile.text.sum()) == 2 * 2 * 8 * 2
+    path = tmp_path / f"{dist.get_rank()}.safetensors"
+    profile.save(path)
+    runtime.use("macs", runtime.config, Profile.load(path))
+    with macs.modality(mask):
+        layer(hidden)
+    layer.router.weight.add_(0.5)
+    runtime.use("macs", runtime.config, profile)
+    with macs.modality(mask), pytest.raises(ValueError, match="it was measured on another model"):
+        layer(hidden)
 
 
-def test_experts_that_do_not_divide_are_refused(pool):
-    with pytest.raises(RankFailed) as caught:
-        pool.run(f"{JOBS}:refused", 2, {"experts": 3}, {})
-    for _, found, _ in caught.value.errors:
-        assert "multiple" in found or "divisible" in found
-
-
-def test_a_profile_is_measured_over_all_ranks_and_belongs_to_one_model(pool, tmp_path):
-    first, second = pool.run(f"{JOBS}:calibrate_and_use", 2, str(tmp_path))
-    assert first["visual"] == second["visual"] and first["text"] == second["text"]
-    assert sum(first["visual"][0]) == first["expected"] + second["expected"]
-    assert sum(first["visual"][0]) + sum(first["text"][0]) == 2 * 2 * 8 * 2
-    assert "it was measured on another model" in first["refusal"]
-
-
-def test_weights_and_state_dict_are_stock(pool):
-    assert pool.run(f"{JOBS}:parameters_are_stock", 1) == [True]
+@on_megatron(1)
+def test_weights_and_state_dict_are_stock():
+    """Names, shapes and order."""
+    stock, ours = (
+        [(name, one.shape) for name, one in layer.state_dict().items() if hasattr(one, "shape")]
+        for layer in (build_layer(None, layer_config()), build_layer(Runtime(), layer_config()))
+    )
+    assert stock == ours and len(stock) > 4
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-def test_groups_may_be_passed_in(pool, dispatcher):
-    settings = {"capacity_factor": 0.5, "reroute": "none"}
-    found = pool.run(f"{JOBS}:without_global_state", 2, dispatcher, settings)
-    assert found == pool.run(f"{JOBS}:with_global_state", 2, dispatcher, settings)
-    assert all(one["dropped"] > 0 for one in found)
+@on_ranks(2)
+def test_groups_may_be_passed_in(dispatcher):
+    """While Megatron's parallel state is not set up at all."""
+    hidden, mask = batch_of(dist.get_rank(), 3, 12)
+
+    def run(groups):
+        runtime = Runtime(busy(min_tokens=0, capacity_factor=0.5, reroute="none"))
+        layer = build_layer(runtime, layer_config(dispatcher, 8), groups)
+        events = events_of(runtime)
+        with macs.modality(mask):
+            output, _ = layer(hidden)
+        assert events[0].plan.statistics.dropped > 0
+        return output, events[0].plan.experts
+
+    assert not parallel_state.is_initialized()
+    with cpu_engine(), torch.inference_mode():
+        everyone = dist.new_group([0, 1])
+        parallel_state._set_global_memory_buffer()  # scratch of the all-gather
+        found = run(groups_of(everyone, everyone))
+        parallel_state.destroy_global_memory_buffer()
+    with megatron_on(Layout(2, ep=2)):
+        for one, other in zip(found, run(None), strict=True):
+            assert torch.equal(one, other)
 
 
+@only_019
 @pytest.mark.parametrize("first", ["prompt", "small"])
-def test_a_prompt_is_planned_where_decoding_is_captured(pool, first):
-    pytest.importorskip("megatron.core.inference.config", reason="this Megatron wants another configuration")
-    for one in pool.run(f"{JOBS}:planned_where_graphs_are_on", 2, first):
-        assert one["same"] and one["rows"] and one["on host"]
-        assert one["points"] == ["before_ep_alltoall"] * (first == "small") + ["before_permutation_1"]
+@on_megatron(2)
+def test_a_prompt_is_planned_where_decoding_is_captured(first):
+    """The first step of a layer, or one after a small step."""
+    runtime = Runtime(busy(min_tokens=8, capacity_factor=0.5))
+    graphs = {"cuda_graph_impl": "local", "moe_pad_experts_for_cuda_graph_inference": True}
+    layer, plain = (build_layer(runtime, layer_config(experts=8, **changes)) for changes in (graphs, {}))
+    dispatcher = layer.token_dispatcher
+    if first == "small":
+        hidden, mask = batch_of(dist.get_rank(), 1, 4)
+        with macs.modality(mask):
+            layer(hidden)
+        assert dispatcher.cuda_dtoh_point == "before_ep_alltoall"
+    hidden, mask = batch_of(dist.get_rank(), 3, 12)
+    with macs.modality(mask):
+        output, _ = layer(hidden)
+        assert dispatcher.cuda_dtoh_point == "before_permutation_1"
+        rows = dispatcher.num_out_tokens
+        assert torch.equal(output, plain(hidden)[0])
+    report = runtime.reports()[0]
+    assert int(rows) == int(report.kept[-1] + report.rerouted[-1])
+    assert not isinstance(rows, torch.Tensor) or rows.device.type == "cpu"
 
 
-def test_reports_of_ranks_with_different_steps_are_not_added(pool):
-    assert pool.run(f"{JOBS}:reports_of_uneven_steps", 2, 0, False) == [[1], [1]]
-    assert pool.run(f"{JOBS}:reports_of_uneven_steps", 2, 2, True) == [[3], [1]]
-    with pytest.raises(RankFailed) as caught:
-        pool.run(f"{JOBS}:reports_of_uneven_steps", 2, 2, False)
-    assert all("recorded 1 to 3 steps" in error[1] for error in caught.value.errors)
+@pytest.mark.parametrize("extra", [0, 2])
+@on_megatron(2)
+def test_reports_of_ranks_with_different_steps_are_not_added(extra):
+    runtime = Runtime(busy(min_tokens=0), policy="vanilla")
+    layer = build_layer(runtime, layer_config())
+    hidden, mask = batch_of(dist.get_rank(), 2, 8)
+    for step in range(1 + extra):
+        runtime.recording = step == 0 or dist.get_rank() == 0
+        with macs.modality(mask):
+            layer(hidden)
+    assert [len(one.records) for one in runtime.reports()] == [1 + extra if dist.get_rank() == 0 else 1]
+    if extra:
+        with pytest.raises(ValueError, match="recorded 1 to 3 steps"):
+            runtime.reports(dist.group.WORLD)
+    else:
+        assert [len(one.records) for one in runtime.reports(dist.group.WORLD)] == [1]
 
 
-def test_multi_token_prediction_layers_are_bypassed(pool):
-    pytest.importorskip("megatron.core.inference.config", reason="this Megatron tells no such layer")
-    (found,) = pool.run(f"{JOBS}:layer_that_guesses_ahead", 1)
-    assert found == {"layers": 0, "dispatcher": "MoEAlltoAllTokenDispatcher"}
+@only_019
+@on_megatron(1)
+def test_multi_token_prediction_layers_are_bypassed():
+    runtime = Runtime(busy(min_tokens=0, capacity_factor=0.3))
+    spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False, normalization="RMSNorm")
+    mlp = with_macs(spec, runtime).submodules.mlp
+    groups = get_default_pg_collection()
+    layer = mlp(config=layer_config(), pg_collection=groups, is_mtp_layer=True).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(drawn(1, parameter.shape) / 4)
+    hidden, mask = batch_of(0, 2, 8)
+    with macs.modality(mask):
+        layer(hidden)
+    assert not runtime.layers and type(layer.token_dispatcher).__name__ == "MoEAlltoAllTokenDispatcher"
 
 
-@on_ranks(1)
-@on_megatron
+@on_megatron(1)
 def test_a_layer_goes_with_its_model_and_without_a_garbage_collection():
     """A cycle would keep the process groups of a model that failed."""
-    layer = build_layer(Runtime(MACSConfig(min_tokens=0)), layer_config("alltoall", 4, 2))
+    layer = build_layer(Runtime(MACSConfig(min_tokens=0)), layer_config())
     with macs.modality(torch.zeros(1, 80, dtype=torch.bool)):
         layer(torch.randn(80, 1, 16))
     gc.collect()

@@ -1,162 +1,171 @@
-"""Tensor, expert and expert-tensor parallelism, with and without sequence parallelism, on gloo."""
+"""Tensor, expert, expert-tensor and pipeline parallelism, with and without sequence parallelism, on gloo."""
+
+import re
 
 import pytest
+import torch
+import torch.distributed as dist
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
-from support.workers import RankFailed
+from megatron.core import parallel_state
+from support.cases import busy, events_of
+from support.fake_deepep import fake_deepep
+from support.megatron_ranks import (
+    Layout,
+    batch_of,
+    build_layer,
+    layer_config,
+    megatron_on,
+    on_megatron,
+    output_of,
+)
+from support.ranks import gathered, on_ranks
+from tiny_vlm import data, plain
+from tiny_vlm import model as tiny
+from tiny_vlm.megatron import PictureEncoder, build_megatron_model
+from tiny_vlm.megatron_engine import Engine
 
-JOBS = "support.megatron_layouts"
+import macs
+from macs import Runtime
+from megatron_macs import attach_modality
 
 LAYOUTS = {
-    "TP 2": {"tp": 2, "ep": 1, "etp": 2, "sp": False},
-    "TP 2, sequence parallel": {"tp": 2, "ep": 1, "etp": 2, "sp": True},
-    "TP 2, EP 2": {"tp": 2, "ep": 2, "etp": 1, "sp": False},
-    "TP 2, EP 2, sequence parallel": {"tp": 2, "ep": 2, "etp": 1, "sp": True},
-    "TP 2 x EP 2 x ETP 2": {"tp": 2, "ep": 2, "etp": 2, "sp": False},
-    "TP 2 x EP 2 x ETP 2, sequence parallel": {"tp": 2, "ep": 2, "etp": 2, "sp": True},
-    "TP 2 x EP 4, sequence parallel": {"tp": 2, "ep": 4, "etp": 1, "sp": True},
-    "EP 2 x DP 2": {"tp": 1, "ep": 2, "etp": 1, "sp": False},
+    "TP 2": Layout(2, tp=2, etp=2),
+    "TP 2, sequence parallel": Layout(2, tp=2, etp=2, sp=True),
+    "TP 2, EP 2": Layout(2, tp=2, ep=2),
+    "TP 2, EP 2, sequence parallel": Layout(2, tp=2, ep=2, sp=True),
+    "TP 2 x EP 2 x ETP 2": Layout(4, tp=2, ep=2, etp=2),
+    "TP 2 x EP 2 x ETP 2, sequence parallel": Layout(4, tp=2, ep=2, etp=2, sp=True),
+    "TP 2 x EP 4, sequence parallel": Layout(4, tp=2, ep=4, sp=True),
+    "EP 2 x DP 2": Layout(4, ep=2),
 }
+SEQUENCE_PARALLEL = LAYOUTS["TP 2, EP 2, sequence parallel"]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 
 
-def world(layout):
-    return max(layout["tp"], layout["ep"] * layout["etp"], 4 if layout["tp"] == 1 else 0)
+def config_of(layout, dispatcher="alltoall", **changes):
+    return layer_config(dispatcher, 8, 3, sequence_parallel=layout.sp, **changes)
+
+
+def tokens_of(layout):
+    """This rank's hidden states [S / TP, B, D] or [S, B, D], and the mask [B, S] of whole sequences."""
+    hidden, mask = batch_of(dist.get_rank() // layout.tp, 3, 12)
+    return (part_of(hidden, layout).contiguous(), mask)
+
+
+def part_of(sequences, layout):
+    """What a rank has of tensors [S, ...] under sequence parallelism."""
+    return sequences.chunk(layout.tp)[dist.get_rank() % layout.tp] if layout.sp else sequences
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(pool, name, dispatcher):
-    layout = LAYOUTS[name]
-    for same in pool.run(f"{JOBS}:unbounded_is_stock", world(layout), layout, dispatcher):
-        assert same == dict.fromkeys(same, True)
+@every_layout
+@on_megatron()
+def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(layout, dispatcher):
+    config, (hidden, mask) = config_of(layout, dispatcher), tokens_of(layout)
+    stock, _ = build_layer(None, config)(hidden)
+    for policy, settings in (
+        ("macs", {"capacity_factor": 1e6}),
+        ("macs", {"capacity_factor": 1e6, "level": "rank", "reroute": "group"}),
+        ("vanilla", {}),
+        ("macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
+    ):
+        layer = build_layer(Runtime(busy(**{"min_tokens": 0, **settings}), policy=policy), config)
+        with macs.modality(mask):
+            assert torch.equal(layer(hidden)[0], stock), (policy, settings)
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_layer_computes_its_plan(pool, name, dispatcher):
-    layout = LAYOUTS[name]
-    settings = {"capacity_factor": 0.6}
-    found = pool.run(f"{JOBS}:planned_output", world(layout), layout, dispatcher, "macs", settings)
-    for rank, one in enumerate(found):
-        assert one["error"] < 1e-5 and one["mask"] and one["moved"] > 0
-        twin = found[rank - rank % layout["tp"]]
-        if not layout["sp"]:
-            assert one["plan"] == twin["plan"]  # ranks with the same tokens agree
-        elif rank % layout["tp"]:
-            assert one["plan"] != twin["plan"]
+@every_layout
+@on_megatron()
+def test_the_layer_computes_its_plan(layout, dispatcher):
+    runtime = Runtime(busy(min_tokens=0, capacity_factor=0.6))
+    layer = build_layer(runtime, config_of(layout, dispatcher))
+    events, (hidden, mask) = events_of(runtime), tokens_of(layout)
+    with macs.modality(mask):
+        output, _ = layer(hidden)
+    plan, tokens = events[0].plan, events[0].tokens
+    torch.testing.assert_close(output, output_of(plan, hidden, 8), rtol=0, atol=1e-5)
+    assert torch.equal(tokens.modality.bool(), part_of(mask.t(), layout).flatten())
+    assert plan.statistics.rerouted + plan.statistics.dropped > 0
+    first = gathered(plan.experts)[dist.get_rank() // layout.tp * layout.tp]
+    # Ranks with the same tokens agree.
+    assert torch.equal(plan.experts, first) == (not layout.sp or dist.get_rank() % layout.tp == 0)
 
 
-def test_replicas_must_plan_alike(pool):
-    message = "policy expanded-drop: every rank would add experts of its own"
-    with pytest.raises(RankFailed, match="set sequence_parallel") as caught:
-        pool.run(f"{JOBS}:refused", 2, LAYOUTS["TP 2, EP 2"], "expanded-drop", {})
-    assert all(message in error[1] for error in caught.value.errors)
-
-
-@pytest.mark.parametrize("name", ["TP 2, sequence parallel", "TP 2, EP 2, sequence parallel"])
-def test_an_engine_may_take_sequence_parallelism_back(pool, name):
-    # As Megatron's static engine does when it begins to serve: every rank then has whole sequences.
-    layout = LAYOUTS[name]
-    settings = {"capacity_factor": 0.6}
-    found = pool.run(f"{JOBS}:without_sequence_parallelism", 2, layout, "macs", settings)
-    plain = pool.run(f"{JOBS}:planned_output", 2, {**layout, "sp": False}, "alltoall", "macs", settings)
-    assert [one["plan"] for one in found] == [one["plan"] for one in plain]
-    with pytest.raises(RankFailed) as caught:
-        pool.run(f"{JOBS}:without_sequence_parallelism", 2, layout, "expanded-drop", settings)
-    assert all("every rank would add experts of its own" in error[1] for error in caught.value.errors)
-
-
-def test_sequence_parallelism_wants_the_whole_mask(pool):
-    with pytest.raises(RankFailed) as caught:
-        pool.run(f"{JOBS}:bad_mask", 2, LAYOUTS["TP 2, EP 2, sequence parallel"])
-    assert "modality mask: found shape (3, 6), the layer has 3 sequences of 12 tokens" in str(caught.value)
-
-
-ONE = {"tp": 1, "ep": 1, "etp": 1, "sp": False}
-MODEL_LAYOUTS = {
-    "PP 2": (2, {**ONE, "pp": 2}),
-    "TP 2": (2, {**ONE, "tp": 2, "etp": 2}),
-    "EP 4": (4, {**ONE, "ep": 4}),
-    "TP 2, EP 2": (4, {**ONE, "tp": 2, "ep": 2}),
-    "PP 2 x EP 2": (4, {**ONE, "pp": 2, "ep": 2}),
-    "TP 2 x PP 2 x EP 2": (8, {**ONE, "tp": 2, "pp": 2, "ep": 2}),
-}
-QUESTIONS = 14  # two of each task
-
-
-@pytest.fixture(scope="module")
-def alone(pool):
-    """The tiny model's answers on one process, vanilla."""
-    (found,) = pool.run(f"{JOBS}:tiny_answers", 1, ONE, "vanilla", {}, QUESTIONS, {})
-    assert found["layers"] == 4 and found["mask"]
-    return found["answers"]
-
-
-@pytest.mark.parametrize("name", MODEL_LAYOUTS)
-def test_vanilla_gives_the_same_answers_under_every_layout(pool, alone, name):
-    world, layout = MODEL_LAYOUTS[name]
-    for one in pool.run(f"{JOBS}:tiny_answers", world, layout, "vanilla", {}, QUESTIONS, {}):
-        assert one["layers"] == 4 // layout.get("pp", 1) and one["mask"]
-        assert one["answers"] == alone[one["replica"] :: one["replicas"]]
+@pytest.mark.parametrize("layout", [LAYOUTS["TP 2, EP 2"]], ids=["TP 2, EP 2"])
+@on_megatron()
+def test_replicas_must_plan_alike(layout):
+    with pytest.raises(
+        ValueError, match="policy expanded-drop: every rank would add experts of its own"
+    ) as error:
+        build_layer(Runtime(policy="expanded-drop"), config_of(layout))
+    assert "set sequence_parallel" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "alike", "settings"),
-    [
-        ("PP 2", "one", {"capacity_factor": 0.8}),
-        ("TP 2", "one", {"capacity_factor": 0.8}),
-        ("PP 2 x EP 2", "EP 2", {"capacity_factor": 0.8}),
-        ("TP 2 x PP 2 x EP 2", "TP 2, EP 2", {"capacity_factor": 0.8}),
-    ],
+    "layout", [LAYOUTS["TP 2, sequence parallel"], SEQUENCE_PARALLEL], ids=["TP 2", "EP 2"]
 )
-def test_layouts_that_split_the_tokens_alike_plan_alike(pool, name, alike, settings):
-    others = {"one": (1, ONE), "EP 2": (2, {**ONE, "ep": 2}), **MODEL_LAYOUTS}
-    found, plain = (
-        pool.run(f"{JOBS}:tiny_answers", one[0], one[1], "macs", settings, QUESTIONS, {})
-        for one in (MODEL_LAYOUTS[name], others[alike])
-    )
-    by_replica = {one["replica"]: one for one in plain}
-    stages = MODEL_LAYOUTS[name][1].get("pp", 1)
-    for rank, one in enumerate(found):
-        twin = by_replica[one["replica"]]
-        assert one["mask"] and one["planned"] == [1] * (4 // stages)
-        assert one["answers"] == twin["answers"]
-        first = rank * stages // len(found) * one["layers"]  # stages are the slowest to vary
-        assert one["plans"] == twin["plans"][first : first + one["layers"]]
+@on_megatron()
+def test_an_engine_may_take_sequence_parallelism_back(layout):
+    """As Megatron's static engine does when it begins to serve: every rank then has whole sequences."""
+    whole = layout._replace(sp=False)
+    hidden, mask = tokens_of(whole)
+
+    def planned(policy, built, used):
+        runtime = Runtime(busy(min_tokens=0, capacity_factor=0.6), policy=policy)
+        config = config_of(built)
+        layer = build_layer(runtime, config)
+        config.sequence_parallel = used.sp
+        events = events_of(runtime)
+        with macs.modality(mask):
+            layer(hidden)
+        return events[0].plan
+
+    found, expected = planned("macs", layout, whole), planned("macs", whole, whole)
+    assert torch.equal(found.experts, expected.experts) and torch.equal(found.weights, expected.weights)
+    with pytest.raises(ValueError, match="every rank would add experts of its own"):
+        planned("expanded-drop", layout, whole)
 
 
-@pytest.mark.parametrize("chunks", [2, 3])
-def test_chunked_prefill_splits_the_mask_with_the_tokens(pool, alone, chunks):
-    changes = {"mlp_chunks_for_prefill": chunks}
-    (found,) = pool.run(f"{JOBS}:tiny_answers", 1, ONE, "vanilla", {}, QUESTIONS, changes)
-    assert found["mask"] and found["planned"] == [chunks] * 4
-    assert found["answers"] == alone
-    world, layout = MODEL_LAYOUTS["PP 2 x EP 2"]
-    settings = {"capacity_factor": 0.8}
-    for one in pool.run(f"{JOBS}:tiny_answers", world, layout, "macs", settings, QUESTIONS, changes):
-        assert one["mask"] and one["planned"] == [chunks] * 2
+@pytest.mark.parametrize("layout", [SEQUENCE_PARALLEL], ids=["TP 2, EP 2"])
+@on_megatron()
+def test_sequence_parallelism_wants_the_whole_mask(layout):
+    layer = build_layer(Runtime(busy(min_tokens=0)), config_of(layout))
+    hidden, mask = tokens_of(layout)
+    expected = re.escape("modality mask: found shape (3, 6), the layer has 3 sequences of 12 tokens")
+    with macs.modality(mask[:, : len(hidden)]), pytest.raises(ValueError, match=expected):
+        layer(hidden)
 
 
 @pytest.mark.parametrize("backend", ["deepep", "hybridep"])
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize(
-    ("policy", "settings"),
-    [
-        ("macs", {"capacity_factor": 0.5}),
-        ("token-drop", {}),
-    ],
-)
-def test_flex_dispatchers_carry_the_plan(pool, backend, world, policy, settings):
-    layout = {"tp": 1, "ep": world, "etp": 1, "sp": False}
-    found = pool.run(f"{JOBS}:over_deepep", world, layout, backend, policy, settings)
-    for one in found:
-        assert one["same"] and one["error"] < 1e-5 and abs(one["weights"]) < 1e-4
-        assert one["handed"] == one["kept"] and one["dropped"] > 0
+@pytest.mark.parametrize("policy", ["macs", "token-drop"])
+@pytest.mark.parametrize("layout", [Layout(2, ep=2), Layout(4, ep=4)], ids=["EP 2", "EP 4"])
+@on_megatron()
+def test_flex_dispatchers_carry_the_plan(layout, policy, backend):
+    config = config_of(layout, "flex", moe_flex_dispatcher_backend=backend)
+    hidden, mask = tokens_of(layout)
+    with fake_deepep() as fake, macs.modality(mask):
+        stock, _ = build_layer(None, config)(hidden)
+        roomy = Runtime(busy(capacity_factor=1e6, min_tokens=0))
+        assert torch.equal(build_layer(roomy, config)(hidden)[0], stock)
+        runtime = Runtime(busy(capacity_factor=0.5, min_tokens=0), policy=policy)
+        layer = build_layer(runtime, config)
+        events = events_of(runtime)
+        output, _ = layer(hidden)
+        (chosen, weights), rows = fake.handed[-1], fake.rows
+        runtime.enabled = False
+        assert torch.equal(layer(hidden)[0], stock)
+    plan = events[0].plan
+    torch.testing.assert_close(output, output_of(plan, hidden, 8), rtol=0, atol=1e-5)
+    kept = int((plan.experts >= 0).sum())
+    assert kept == int((chosen >= 0).sum() if backend == "deepep" else chosen.sum())
+    assert abs(float(weights.sum() - plan.weights.sum())) < 1e-4 and plan.statistics.dropped > 0
     # What is dropped reaches no expert.
-    assert sum(one["rows"][1] for one in found) == sum(one["kept"] for one in found)
-    assert sum(one["rows"][0] for one in found) == len(found) * 3 * 12 * 3
+    assert sum(gathered(rows[2])) == sum(gathered(kept))
+    assert sum(gathered(rows[0])) == layout.world * 3 * 12 * 3
 
 
 @pytest.mark.parametrize(
@@ -167,7 +176,86 @@ def test_flex_dispatchers_carry_the_plan(pool, backend, world, policy, settings)
         ("macs", {"moe_expert_rank_capacity_factor": 1.0}, "it drops what the plan keeps"),
     ],
 )
-def test_what_flex_dispatchers_cannot_express_is_refused(pool, policy, changes, message):
-    with pytest.raises(RankFailed) as caught:
-        pool.run(f"{JOBS}:refused_flex", 2, {"tp": 1, "ep": 2, "etp": 1, "sp": False}, policy, changes)
-    assert all(message in error[1] for error in caught.value.errors)
+@on_megatron(2)
+def test_what_flex_dispatchers_cannot_express_is_refused(policy, changes, message):
+    config = layer_config("flex", 8, 3)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with fake_deepep(), pytest.raises(ValueError, match=message):
+        build_layer(Runtime(policy=policy), config)
+
+
+MODEL_LAYOUTS = {
+    "PP 2": Layout(2, pp=2),
+    "TP 2": Layout(2, tp=2, etp=2),
+    "EP 4": Layout(4, ep=4),
+    "TP 2, EP 2": Layout(4, tp=2, ep=2),
+    "PP 2 x EP 2": Layout(4, pp=2, ep=2),
+    "TP 2 x PP 2 x EP 2": Layout(8, tp=2, pp=2, ep=2),
+}
+QUESTIONS = 14  # two of each task
+
+
+def answered(runtime, replicas=None, **changes):
+    """Events of a runtime's layers while the tiny model answers; each knew what every token is. Questions
+    are divided among ``replicas``, those of the data-parallel group by default."""
+    source = tiny.load_model()
+    model = build_megatron_model(
+        source,
+        runtime,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        **changes,
+    )
+    attach_modality(model, image_token_id=source.config.image_token_id)
+    replicas = replicas or parallel_state.get_data_parallel_world_size()
+    replica = parallel_state.get_data_parallel_rank() % replicas
+    samples = data.draw_samples(5, "test", data.TASKS, QUESTIONS)[replica::replicas]
+    events = [[] for _ in runtime.layers]
+    for layer, own in zip(runtime.layers, events, strict=True):
+        layer.on_plan(own.append)
+    answers = Engine(model, PictureEncoder(source), len(samples)).generate(samples)
+    ids = torch.tensor([sample.prompt for sample in samples])
+    image = (ids == source.config.image_token_id).t().flatten()
+    for own in events:
+        assert torch.equal(torch.cat([event.tokens.modality for event in own]).bool(), image)
+    return answers, samples, events
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks"), [*((name, 1) for name in MODEL_LAYOUTS), ("PP 2 x EP 2", 2), ("PP 2 x EP 2", 3)]
+)
+@on_ranks(lambda name, **_: MODEL_LAYOUTS[name].world)
+def test_vanilla_gives_the_same_answers_under_every_layout(name, chunks):
+    """Those of Hugging Face; also where a prompt is prefilled in chunks, which split the mask, too."""
+    layout = MODEL_LAYOUTS[name]
+    with megatron_on(layout):
+        answers, samples, events = answered(Runtime(policy="vanilla"), mlp_chunks_for_prefill=chunks)
+    assert answers == plain.Engine(tiny.load_model()).generate(samples)
+    assert [len(own) for own in events] == [chunks] * (4 // layout.pp)
+
+
+@pytest.mark.parametrize(
+    ("name", "alike", "replicas"),
+    [
+        ("PP 2", Layout(2), 1),
+        ("TP 2", Layout(2), 1),
+        ("PP 2 x EP 2", Layout(4, ep=2), 2),
+        ("TP 2 x PP 2 x EP 2", Layout(8, tp=2, ep=2), 2),
+    ],
+)
+@on_ranks(lambda name, **_: MODEL_LAYOUTS[name].world)
+def test_layouts_that_split_the_tokens_alike_plan_alike(name, alike, replicas):
+    settings, found = busy(capacity_factor=0.8), []
+    for layout in (alike, MODEL_LAYOUTS[name]):
+        with megatron_on(layout):
+            answers, samples, events = answered(Runtime(settings), replicas)
+            assert [len(own) for own in events] == [1] * (4 // layout.pp)
+            plans = [own[0].plan.experts.tolist() for own in events]
+            first = parallel_state.get_pipeline_model_parallel_rank() * len(plans)
+        found.append((tuple(samples[0].prompt), answers, plans))
+    whole = {asked: (answers, plans) for asked, answers, plans in gathered(found[0])}
+    asked, answers, plans = found[1]
+    assert answers == whole[asked][0] and plans == whole[asked][1][first : first + len(plans)]

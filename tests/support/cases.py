@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from macs import POLICIES, WEIGHTINGS, MACSConfig, Planner, Policy, Tokens, Topology
+from macs import POLICIES, WEIGHTINGS, MACSConfig, PlanEvent, Planner, Policy, Runtime, Tokens, Topology
 from macs.adapters import LayerAdapter
 from macs.routing import Field
 
@@ -33,6 +33,13 @@ BUSY = {"level": "expert", "weighting": "entropy", "reroute": "rank", "capacity_
 def busy(**settings: Any) -> MACSConfig:
     """``BUSY`` with some settings changed."""
     return MACSConfig().updated(**BUSY).updated(**settings)
+
+
+def events_of(runtime: Runtime) -> list[PlanEvent]:
+    """The steps that the layers of a runtime plan from now on, as a list that grows."""
+    events: list[PlanEvent] = []
+    runtime.on_plan(events.append)
+    return events
 
 
 class AnyAdapter(LayerAdapter):

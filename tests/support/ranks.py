@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 
-def on_ranks(world: int, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+
+def on_ranks(
+    world: int | Callable[..., int], **options: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Run a test's body on ``world`` gloo ranks of the pool; what it asserts, it asserts on each.
 
-    Its arguments are the test's parameters. ``options`` are those of ``Pool.run``.
+    Its arguments are the test's parameters, from which a function ``world`` gets the number of ranks.
+    ``options`` are those of ``Pool.run``.
     """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(body)
         def test(pool: Any, **arguments: Any) -> None:
-            pool.run(
-                run_body, world, inspect.getfile(inspect.unwrap(body)), body.__name__, arguments, **options
-            )
+            pool.run(body, world if isinstance(world, int) else world(**arguments), arguments, **options)
 
         names = ["pool", *inspect.signature(body).parameters]
         kind = inspect.Parameter.KEYWORD_ONLY
@@ -31,12 +32,8 @@ def on_ranks(world: int, **options: Any) -> Callable[[Callable[..., Any]], Calla
     return decorate
 
 
-def run_body(file: str, name: str, arguments: dict[str, Any]) -> None:
-    """In a worker: the body of the test ``name`` of a file."""
-    module = sys.modules.get(file)
-    if module is None:
-        spec = importlib.util.spec_from_file_location(file, file)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[file] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    getattr(module, name).__wrapped__(**arguments)
+def gathered(value: Any) -> list[Any]:
+    """The value of every rank, in their order."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found

@@ -119,7 +119,7 @@ def main(folder: str | None) -> None:
 
     import macs
     from megatron_macs import cpu_engine, with_macs
-    from support.megatron_jobs import layer_config
+    from support.megatron_ranks import layer_config
 
     store = dist.FileStore(tempfile.mktemp(), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -1,20 +1,22 @@
 """A pool of worker processes for multi-process tests, started once and used by all of them.
 
-Importing an engine takes seconds a process; the pool pays that once. A job is an importable function, or its
-name; ``Pool.run`` calls it on every rank of a fresh gloo process group.
+Importing an engine takes seconds a process; the pool pays that once. ``Pool.run`` calls a function on every
+rank of a fresh gloo process group.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
+import importlib.util
+import inspect
 import multiprocessing
 import os
 import socket
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -57,16 +59,16 @@ def _serve(connection: Any, path: list[str]) -> None:
         task = connection.recv()
         if task is None:
             return
-        module, name, arguments, rank, world, file, patience = task
+        job, arguments, rank, world, file, patience = task
         started = False
         try:
-            job = getattr(importlib.import_module(module), name)
+            function = _found(*job)
             store = dist.FileStore(file, world)
             store.set(f"ready/{rank}", "")
             store.wait([f"ready/{other}" for other in range(world)], START)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
             started = True
-            connection.send(Reply(started, True, job(*arguments)))
+            connection.send(Reply(started, True, function(**arguments)))
         except BaseException as error:
             found = (type(error).__name__, str(error), traceback.format_exc())
             connection.send(Reply(started, False, found))
@@ -78,6 +80,18 @@ def _serve(connection: Any, path: list[str]) -> None:
             gc.collect()
 
 
+def _found(file: str, name: str) -> Callable[..., Any]:
+    """A function of a file; of a test, its body (``on_ranks``)."""
+    module = sys.modules.get(file)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(file, file)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[file] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    function = getattr(module, name)
+    return getattr(function, "__wrapped__", function)
+
+
 class Pool:
     """Workers on this machine; more are started as jobs need them."""
 
@@ -87,19 +101,18 @@ class Pool:
 
     def run(
         self,
-        job: Any,
+        job: Callable[..., Any],
         world: int,
-        *arguments: Any,
+        arguments: Mapping[str, Any] | None = None,
         timeout: float = 300.0,
         patience: timedelta = COLLECTIVE,
     ) -> list[Any]:
-        """Call ``job`` (a function of a module, or "module:function") on ``world`` ranks; its results by
-        rank.
+        """Call ``job``, a function at the top of its file, on ``world`` ranks; its results by rank.
 
         ``RankFailed`` if it raises anywhere, ``Hung`` if a rank does not answer in ``timeout`` s.
         ``patience`` is how long a collective waits for the other ranks.
         """
-        module, name = job.split(":") if isinstance(job, str) else (job.__module__, job.__name__)
+        found = inspect.getfile(inspect.unwrap(job)), job.__name__
         while len(self._workers) < world:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs, list(sys.path)), daemon=True)
@@ -107,13 +120,14 @@ class Pool:
             self._workers.append((process, ours))
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world):
-                task = (module, name, arguments, rank, world, os.path.join(folder, "store"), patience)
+                store = os.path.join(folder, "store")
+                task = found, dict(arguments or {}), rank, world, store, patience
                 self._workers[rank][1].send(task)
             replies: list[Reply] = []
             for rank in range(world):
                 if not self._workers[rank][1].poll(timeout):
                     self.close()
-                    raise Hung(f"{module}:{name}: rank {rank} of {world} did not answer in {timeout:g} s")
+                    raise Hung(f"{job.__name__}: rank {rank} of {world} did not answer in {timeout:g} s")
                 replies.append(self._workers[rank][1].recv())
         if not all(reply.started for reply in replies):
             # torch names a process group by how many the process has made, and one that fails to start

@@ -1,5 +1,6 @@
 """Megatron's routing trace as a recording, and back."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from macs import Recording
 from macs_tools.common.traces import load_recordings, read_trace, write_trace
@@ -156,12 +158,14 @@ def test_mistakes_are_one_line(tmp_path):
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None
+    or importlib.util.find_spec("megatron.core.transformer.moe.router_trace") is None,
+    reason="this Megatron has no routing trace",
+)
 @pytest.mark.parametrize("logits", [False, True])
 def test_what_stock_megatron_wrote_is_read_and_reported(pool, tmp_path, logits):
-    pytest.importorskip(
-        "megatron.core.transformer.moe.router_trace", reason="this Megatron has no routing trace"
-    )
-    chosen = pool.run("support.megatron_jobs:traced", 2, str(tmp_path), logits)
+    chosen = pool.run(routes_traced, 2, {"folder": str(tmp_path), "logits": logits})
     paths = [tmp_path / f"router_trace_rank{rank}.jsonl" for rank in range(2)]
     experts = [] if logits else ["--experts", "4"]
     found = load_recordings(paths, None if logits else 4)
@@ -182,3 +186,25 @@ def test_what_stock_megatron_wrote_is_read_and_reported(pool, tmp_path, logits):
     assert [row["ranks"] for row in rows if row["policy"] == "macs 1.05"] == [2, 4]
     assert all(row["load"] <= 1.1 for row in rows if row["policy"] == "macs 1.05")
     assert "do not say which they are" in page.read_text() and "2 of 8 steps" not in page.read_text()
+
+
+def routes_traced(folder, logits):
+    """On a rank: stock Megatron's router tracer over two layers and some steps; what the routers chose."""
+    from megatron.core.transformer.moe.router_trace import RouterTracer
+    from support.megatron_ranks import Layout, batch_of, build_layer, drawn, layer_config, megatron_on
+
+    rank, chosen = dist.get_rank(), []
+    with megatron_on(Layout(2, ep=2)):
+        layers = [build_layer(None, layer_config()) for _ in range(2)]
+        layers[1].router.weight.copy_(drawn(5, layers[1].router.weight.shape) / 2)
+        blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"mlp": layer}) for layer in layers)
+        model = torch.nn.ModuleDict({"decoder": torch.nn.ModuleDict({"layers": blocks})})
+        tracer = RouterTracer(folder, 100, rank, capture_logits=logits)
+        tracer.register_hooks(model)
+        for step in range(4):
+            hidden, _ = batch_of(rank + 2 * step, 1, 4 if step == 3 else 80)
+            for number, layer in enumerate(layers):
+                _, routes = layer.router(hidden)
+                chosen.append((number, step, routes.nonzero()[:, 1].view(-1, 2).tolist()))
+        tracer.flush()
+    return chosen

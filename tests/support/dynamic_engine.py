@@ -1,4 +1,4 @@
-"""Jobs for worker processes: Megatron's dynamic inference engine (0.19) on a CPU.
+"""Megatron's dynamic inference engine (0.19) on a CPU.
 
 The engine, its context, its paged cache and its scheduling are real. What only a GPU has is stood in
 for: flash attention over the paged cache, in plain torch, and the CUDA calls of the bookkeeping.
@@ -13,10 +13,9 @@ from unittest import mock
 
 import torch
 from megatron.core.inference.config import InferenceConfig
-from megatron.core.inference.contexts import StaticInferenceContext, dynamic_context
+from megatron.core.inference.contexts import dynamic_context
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
-from megatron.core.inference.engines.static_engine import StaticInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
     GPTInferenceWrapper,
 )
@@ -33,11 +32,8 @@ from torch.overrides import TorchFunctionMode
 from macs import Runtime
 from megatron_macs import attach_modality
 from megatron_macs.hooks import watch
-from support.cases import busy
 
-from .megatron_jobs import drawn, on_megatron
-from .megatron_models import VOCABULARY, language_config, local_spec
-from .plan_log import PlanLog
+from .megatron_ranks import VOCABULARY, drawn, language_model
 
 IMAGE = 28
 LENGTHS = (70, 45, 90)
@@ -154,15 +150,8 @@ def prompts() -> list[list[int]]:
     return found
 
 
-def build_model(runtime: Runtime | None, image: bool) -> GPTModel:
-    model = GPTModel(
-        language_config(moe_router_dtype="fp32"),
-        local_spec(runtime),
-        vocab_size=VOCABULARY,
-        max_sequence_length=256,
-        position_embedding_type="rope",
-        parallel_output=False,
-    ).eval()
+def build_model(runtime: Runtime | None, image: bool = True) -> GPTModel:
+    model = language_model(runtime, 256, moe_router_dtype="fp32")
     with torch.no_grad():
         for seed, parameter in enumerate(model.parameters()):
             if parameter.dim() > 1:
@@ -174,71 +163,30 @@ def build_model(runtime: Runtime | None, image: bool) -> GPTModel:
     return model
 
 
-@on_megatron
-def dynamic_answers(
-    settings: dict[str, Any] | None, chunked: int | None, tokens: int = 4, image: bool = True
-) -> dict[str, Any]:
-    """Tokens generated, and what the layers were told; ``chunked``: prefill so many tokens a step."""
-    runtime = None if settings is None else Runtime(busy(**settings))
-    with pretended_cuda():
-        model = build_model(runtime, image)
-        context = DynamicInferenceContext(
-            model_config=model.config,
-            inference_config=InferenceConfig(
-                block_size_tokens=16,
-                buffer_size_gb=0.05,
-                max_requests=8,
-                max_tokens=512 if chunked is None else chunked,
-                max_sequence_length=256,
-                enable_chunked_prefill=chunked is not None,
-            ),
-        )
-        controller = TextGenerationController(GPTInferenceWrapper(model, context), Tokenizer())
-        engine = DynamicInferenceEngine(controller, context)
-        steps: list[tuple[int, int]] = []
-        model.register_forward_pre_hook(
-            lambda module, args, kwargs: steps.append(
-                (context.active_token_count, context.padded_active_token_count)
-            ),
-            with_kwargs=True,
-        )
-        log, seen = None, []
-        if runtime is not None:
-            log = PlanLog(runtime)
-            runtime.layers[0].on_plan(lambda event: seen.append(event.tokens))
-        for number, prompt in enumerate(prompts()):
-            sampling = SamplingParams(top_k=1, num_tokens_to_generate=tokens)
-            engine.add_request(number, list(prompt), sampling)
-        finished = []
-        while engine.has_unfinished_requests():
-            finished += engine.step_modern()["finished_request_records"]
-    answers = {record.requests[-1].request_id: record.requests[-1].generated_tokens for record in finished}
-    return {
-        "answers": [answers[number] for number in range(len(LENGTHS))],
-        "steps": steps,
-        "told": [(int(one.valid.sum()), int(one.visual.sum()), len(one.modality)) for one in seen],
-        "moved": 0
-        if log is None
-        else sum(int(plan.statistics.rerouted + plan.statistics.dropped) for plan in log.plans),
-        "planned": [] if log is None else [int(plan.statistics.tokens) for plan in log.plans],
-    }
+def build_engine(model: GPTModel, chunked: int | None = None) -> DynamicInferenceEngine:
+    """chunked: prefill so many tokens a step."""
+    context = DynamicInferenceContext(
+        model_config=model.config,
+        inference_config=InferenceConfig(
+            block_size_tokens=16,
+            buffer_size_gb=0.05,
+            max_requests=8,
+            max_tokens=chunked or 512,
+            max_sequence_length=256,
+            enable_chunked_prefill=chunked is not None,
+        ),
+    )
+    controller = TextGenerationController(GPTInferenceWrapper(model, context), Tokenizer())
+    return DynamicInferenceEngine(controller, context)
 
 
-@on_megatron
-def static_answers(settings: dict[str, Any] | None) -> dict[str, Any]:
-    """Through ``StaticInferenceEngine`` that runs on the dynamic one, and whether it really does."""
-    runtime = None if settings is None else Runtime(busy(**settings))
-    with pretended_cuda():
-        model = build_model(runtime, True)
-        context = StaticInferenceContext(8, 256)
-        controller = TextGenerationController(GPTInferenceWrapper(model, context), Tokenizer())
-        engine = StaticInferenceEngine(controller, max_batch_size=8, legacy=False, buffer_size_gb=0.05)
-        answers = engine.generate(
-            prompts=[" ".join(map(str, prompt)) for prompt in prompts()],
-            sampling_params=SamplingParams(top_k=1, num_tokens_to_generate=4),
-        )
-    return {
-        "answers": [list(answer.generated_tokens) for answer in answers],
-        "legacy": engine.legacy,
-        "told": [] if runtime is None else [float(report.visual[0]) for report in runtime.reports()],
-    }
+def answers_of(
+    engine: DynamicInferenceEngine, prompts: dict[int, list[int]], tokens: int = 4
+) -> dict[int, Any]:
+    """Tokens that the engine generates for prompts, by their numbers."""
+    for number, prompt in prompts.items():
+        engine.add_request(number, list(prompt), SamplingParams(top_k=1, num_tokens_to_generate=tokens))
+    finished = []
+    while engine.has_unfinished_requests():
+        finished += [record.requests[-1] for record in engine.step_modern()["finished_request_records"]]
+    return {request.request_id: list(request.generated_tokens) for request in finished}
