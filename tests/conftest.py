@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,3 +73,20 @@ def pool() -> Iterator[Pool]:
     workers = Pool()
     yield workers
     workers.close()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python with these words in a folder, as a user would, and asserts its exit status (none: any)."""
+
+    def run(*words: Any, folder: Path = tmp_path, status: int | None = 0, **environment: str) -> Any:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        given = {"PYTHONPATH": str(HERE.parent), "PATH": path, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], cwd=folder, env={**os.environ, **given, **environment},
+            capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+        assert status is None or done.returncode == status, done.stdout[-4000:] + done.stderr[-4000:]
+        return done
+
+    return run

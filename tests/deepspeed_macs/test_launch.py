@@ -45,11 +45,6 @@ def test_without_deepspeed_the_extra_is_named(tmp_path):
     assert "deepspeed_macs needs deepspeed: pip install 'macs-moe[deepspeed]'" in done.stderr
 
 
-def test_the_core_needs_torch_alone(tmp_path):
-    code = "import sys; sys.modules['deepspeed'] = None; sys.modules['transformers'] = None; import macs"
-    assert run_python(code, tmp_path).returncode == 0
-
-
 SCRIPT = """
 import argparse, sys
 import deepspeed, torch

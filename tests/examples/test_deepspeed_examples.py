@@ -1,8 +1,6 @@
 """The DeepSpeed examples, run as a user would."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,21 +17,18 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("--samples", "56", "--batch", "28", "--repeats", "1")
 
 
-def run(launcher, script, *arguments):
-    tools = Path(sys.executable).parent
-    port = str(free_port())
-    command = {
-        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", port],
-        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", port],
-    }[launcher]
-    return subprocess.run(
-        [*command, str(ROOT / "examples" / script), *(str(one) for one in arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+@pytest.fixture
+def run(program):
+    def started(launcher, script, *arguments, status=0):
+        words = {
+            "torchrun": "-m torch.distributed.run --nproc-per-node 2 --master-port".split(),
+            "deepspeed": [Path(sys.executable).parent / "deepspeed", *"--num_gpus 2 --master_port".split()],
+        }[launcher]
+        return program(
+            *words, free_port(), ROOT / "examples" / script, *arguments, folder=ROOT, status=status
+        )
+
+    return started
 
 
 @pytest.mark.parametrize(
@@ -43,10 +38,9 @@ def run(launcher, script, *arguments):
         ("deepspeed", "deepspeed_moe_inference.py", "padded"),
     ],
 )
-def test_the_table(tmp_path, launcher, script, preset):
+def test_the_table(run, tmp_path, launcher, script, preset):
     out = tmp_path / "out.json"
     done = run(launcher, script, *SMALL, "--json", out, "--profile", tmp_path / "profile.safetensors")
-    assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(out.read_text())["results"]
     shown = ["token-drop", "expanded-drop", "rank-balanced", "macs paper", f"macs {preset}"]
     if preset == "padded":  # there is no rank to pool where every expert computes as much as the fullest
@@ -64,21 +58,20 @@ def test_the_table(tmp_path, launcher, script, preset):
         assert rows[0] == 1.0 and all(share < 1.0 for share in rows[1:])
 
 
-def test_a_users_checkpoint(tmp_path):
+def test_a_users_checkpoint(run, tmp_path):
     save_llava(str(tmp_path / "model"))
     arguments = ["--model", tmp_path / "model", "--tokens", "3", "--profile", tmp_path / "p.safetensors"]
     out = tmp_path / "out.json"
-    done = run("torchrun", "deepspeed_qwen3_vl_moe.py", *arguments, *SMALL, "--json", out)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("torchrun", "deepspeed_qwen3_vl_moe.py", *arguments, *SMALL, "--json", out)
     results = json.loads(out.read_text())["results"]
     assert results["vanilla"]["accuracy"] == {} and results["vanilla"]["agreement"] == 1.0
     assert results["vanilla"]["visual_ratio"] > 0.3
     assert results["macs default"]["load_after"] < results["vanilla"]["load_after"]
-    missing = run("torchrun", "deepspeed_qwen3_vl_moe.py", "--model", tmp_path / "nothing")
+    missing = run("torchrun", "deepspeed_qwen3_vl_moe.py", "--model", tmp_path / "nothing", status=None)
     assert missing.returncode != 0 and "found no config.json" in missing.stderr + missing.stdout
 
 
-def test_a_users_picture(tmp_path):
+def test_a_users_picture(run, tmp_path):
     from PIL import Image
 
     sample = data.draw_samples(11, "test", ("count",), 1)[0]
@@ -86,6 +79,5 @@ def test_a_users_picture(tmp_path):
     arguments = ["--picture", tmp_path / "own.png", "--question", "how many digits are there ?"]
     arguments += ["--policy", "macs", "--batch", "28", "--profile", tmp_path / "p.safetensors"]
     done = run("torchrun", "deepspeed_qwen3_vl_moe.py", *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.strip().startswith(("vanilla:", "macs"))]
     assert len(lines) == 3 and all(line.split(":")[1].strip() in {"1", "2", "3", "4"} for line in lines)

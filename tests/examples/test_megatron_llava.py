@@ -1,9 +1,6 @@
 """The LLaVA example, run as a user would."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,20 +14,14 @@ from tiny_vlm import data
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_table(tmp_path):
+def test_the_table(program, tmp_path):
     out = tmp_path / "out.json"
-    command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2"]
-    command += ["--master-port", free_port(), ROOT / "examples" / "megatron_llava.py", "--policy", "macs"]
-    command += ["--samples", "28", "--repeats", "1", "--json", out, "--profile", tmp_path / "p.safetensors"]
-    done = subprocess.run(
-        [str(one) for one in command],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    launcher = *"-m torch.distributed.run --nproc-per-node 2 --master-port".split(), free_port()
+    words = "--policy macs --samples 28 --repeats 1 --json".split()
+    profile = tmp_path / "p.safetensors"
+    program(
+        *launcher, ROOT / "examples" / "megatron_llava.py", *words, out, "--profile", profile, folder=ROOT
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(out.read_text())["results"]
     assert list(results) == ["vanilla", "macs paper", "macs default"]
     vanilla, bounded = results["vanilla"], results["macs default"]

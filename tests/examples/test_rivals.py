@@ -1,9 +1,6 @@
 """Visual-token pruning, which MACS is held against: what is kept, what is hidden, and the comparison."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +10,13 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+from tiny_quality.pruning import AFTER, BEFORE, AfterLayer, Pruned, kept_of
+from tiny_quality.rivals import KEEPS
+from tiny_vlm import model as tiny
+from tiny_vlm.kinds import draw_batches
+from tiny_vlm.vocabulary import IMAGE, VOCABULARY
 
-from tiny_quality.pruning import AFTER, BEFORE, AfterLayer, Pruned, kept_of  # noqa: E402
-from tiny_quality.rivals import KEEPS  # noqa: E402
-from tiny_vlm import model as tiny  # noqa: E402
-from tiny_vlm.kinds import draw_batches  # noqa: E402
-from tiny_vlm.vocabulary import IMAGE, VOCABULARY  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -103,22 +99,13 @@ def test_hidden_tokens_change_no_other_token(model, inputs):
         hooks.remove()
 
 
-def test_the_comparison_is_measured_timed_and_drawn(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "compare_pruning.py")]
-    command += ["--tuning", str(ROOT / "examples" / "tiny_vlm" / "tuning-4-ranks.safetensors")]
+def test_the_comparison_is_measured_timed_and_drawn(program, tmp_path):
+    command = [ROOT / "examples" / "compare_pruning.py"]
+    command += ["--tuning", ROOT / "examples" / "tiny_vlm" / "tuning-4-ranks.safetensors"]
     command += (
         "--split validation --questions 28 --batch 14 --targets 0.6 --json found.json --plot a.png".split()
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def run():
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    shown = run()
+    shown = program(*command).stdout
     found = {one["title"]: one for one in json.loads((tmp_path / "found.json").read_text())}
     assert len(found) == 1 + len(KEEPS) * len((*BEFORE, *AFTER)) + 1 + 8
     stock, ours, pruned = found["as it is"], found["MACS 0.6"], found["tower attention, 0.5"]
@@ -129,7 +116,8 @@ def test_the_comparison_is_measured_timed_and_drawn(tmp_path):
     assert found["after layer 2, 0.5"]["rows"] < stock["rows"]
     for title in ("ideal balance", "EPLB, 1 replica a rank", *found):
         assert title in shown
-    assert (tmp_path / "a.png").stat().st_size > 1000 and shown.strip().endswith(run().strip())  # read again
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert shown.strip().endswith(program(*command).stdout.strip())  # read again
 
 
 @torch.inference_mode()

@@ -1,9 +1,6 @@
 """The evaluation of the tiny model: what it measures, and that it goes on where it was interrupted."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,27 +14,14 @@ SCRIPT = ROOT / "examples" / "evaluate_tiny_vlm.py"
 TUNING = ROOT / "examples" / "tiny_vlm" / "tuning-2-ranks.safetensors"
 
 
-def evaluate(folder, *arguments):
-    command = [sys.executable, str(SCRIPT), "--out", str(folder / "points.jsonl")]
-    return subprocess.run(
-        [*command, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-
-
 def points_in(path):
     return [json.loads(line)["found"] for line in path.read_text().splitlines()]
 
 
-def test_points_are_measured_once_and_shown(tmp_path):
+def test_points_are_measured_once_and_shown(program, tmp_path):
     small = ("--questions", "28", "--batch", "28", "--bounds", "1.05", "1.2")
-    shown = (*small, "--plot", str(tmp_path / "curve.png"))
-    first = evaluate(tmp_path, *shown)
-    assert first.returncode == 0, first.stderr
+    shown = (SCRIPT, "--out", tmp_path / "points.jsonl", *small, "--plot", tmp_path / "curve.png")
+    first = program(*shown)
     points = points_in(tmp_path / "points.jsonl")
     assert len(points) == 10 and (tmp_path / "curve-mixed-4.png").stat().st_size > 1000
     assert {one["title"] for one in points if one["baseline"]} == {
@@ -52,7 +36,7 @@ def test_points_are_measured_once_and_shown(tmp_path):
         # Whatever the policy: what it was told to keep to, it keeps to.
         assert 1.0 < found["load"] <= found["largest_load"] <= found["target"] + 1e-4
     assert "KL x 1000 to vanilla" in first.stdout and "load at equal KL" in first.stdout
-    again = evaluate(tmp_path, *shown)
+    again = program(*shown)
     assert "10 points, 10 of them in" in again.stdout and len(points_in(tmp_path / "points.jsonl")) == 10
 
 
@@ -64,9 +48,8 @@ def test_points_are_measured_once_and_shown(tmp_path):
         (("--title", "mcas"), "--title: found mcas, expected a title of --grid"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(tmp_path, arguments, error):
-    refused = evaluate(tmp_path, *arguments)
-    assert refused.returncode == 2 and error in refused.stderr
+def test_what_cannot_be_measured_is_refused(program, tmp_path, arguments, error):
+    assert error in program(SCRIPT, "--out", tmp_path / "points.jsonl", *arguments, status=2).stderr
 
 
 def test_every_setting_changes_what_it_names():

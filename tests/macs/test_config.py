@@ -1,7 +1,6 @@
 """Settings: ranges, names, files, presets."""
 
 import copy
-import json
 import pickle
 
 import pytest
@@ -39,10 +38,6 @@ def test_what_is_wrong_is_named(values, message):
     assert message in str(caught.value)
 
 
-def test_optional_bounds_may_be_absent():
-    assert MACSConfig(max_drop=None).max_drop is None
-
-
 def test_one_bound_takes_the_place_of_the_other():
     assert (MACSConfig().target_load, MACSConfig().capacity_factor) == (1.05, None)
     assert MACSConfig(capacity_factor=1.2).target_load is None
@@ -68,16 +63,22 @@ def test_a_preset_is_a_base_for_changes():
     assert all(MACSConfig.preset(name) for name in PRESETS)
 
 
-@pytest.mark.parametrize("suffix", ["json", "yaml", "yml"])
-def test_files(tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "text", "expected"),
+    [
+        (
+            "json",
+            '{"capacity_factor": 1.5, "max_drop": null}',
+            MACSConfig(capacity_factor=1.5, max_drop=None),
+        ),
+        ("yaml", "capacity_factor: 1.5\n", MACSConfig(capacity_factor=1.5)),
+        ("yml", "# nothing\n", MACSConfig()),
+    ],
+)
+def test_files(tmp_path, suffix, text, expected):
     path = tmp_path / f"macs.{suffix}"
-    text = (
-        json.dumps({"capacity_factor": 1.5, "max_drop": None})
-        if suffix == "json"
-        else "capacity_factor: 1.5\n"
-    )
     path.write_text(text)
-    assert MACSConfig.from_file(path) == MACSConfig(capacity_factor=1.5)
+    assert MACSConfig.from_file(path) == expected
 
 
 @pytest.mark.parametrize(
@@ -103,12 +104,6 @@ def test_files_that_are_no_config(tmp_path, name, text, message):
     assert message in str(caught.value) and len(str(caught.value)) < 2000
 
 
-def test_an_empty_yaml_file_is_the_default(tmp_path):
-    path = tmp_path / "macs.yaml"
-    path.write_text("# nothing\n")
-    assert MACSConfig.from_file(path) == MACSConfig()
-
-
 def test_every_setting_has_a_help_text():
     assert all(setting.metadata["help"] for setting in settings())
 
@@ -125,8 +120,6 @@ def test_a_preset_that_is_no_name_is_refused(preset):
         MACSConfig.from_dict({"preset": preset})
 
 
-def test_a_misspelt_setting_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown field 'target_lod'; did you mean 'target_load'"):
-        MACSConfig(target_lod=1)
-    assert pickle.loads(pickle.dumps(MACSConfig(target_load=1.2))) == MACSConfig(target_load=1.2)
-    assert copy.deepcopy(MACSConfig(target_load=1.2)) == MACSConfig(target_load=1.2)
+def test_settings_are_copied_and_pickled():
+    given = MACSConfig(target_load=1.2)
+    assert pickle.loads(pickle.dumps(given)) == given == copy.deepcopy(given)

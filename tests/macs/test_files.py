@@ -49,11 +49,3 @@ def test_a_folder_in_the_files_place_is_refused_before_the_run(tmp_path):
         pass
     assert os.listdir(tmp_path) == []
     assert check_output(tmp_path / "a.json", "--json") == (tmp_path / "a.json").resolve()
-
-
-def test_half_a_profile_is_none(tmp_path):
-    path = tmp_path / "model.safetensors"
-    PROFILE.save(path)
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        Profile.load(path)

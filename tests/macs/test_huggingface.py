@@ -60,6 +60,14 @@ def by_hand(block, given, plan):
     return made.view_as(given)
 
 
+def served(name="qwen3_moe", ranks=2, config=None):
+    """A model that plans and reads its mask, and its runtime."""
+    model, runtime = build(name), Runtime(config or MACSConfig(**TIGHT), virtual_ranks=ranks)
+    attach_plain(model, runtime)
+    attach_modality(model, image_token_id=IMAGE_TOKEN)
+    return model, runtime
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_estimates_of_what_is_dropped_are_added(name):
     model = build(name)
@@ -129,16 +137,6 @@ def test_the_block_computes_what_was_planned(name, policy):
     assert load <= 0.75 or policy == "expanded-drop"
 
 
-def test_the_mask_comes_with_the_call():
-    model = build("qwen3_moe")
-    runtime = Runtime(MACSConfig(**TIGHT), virtual_ranks=2)
-    attach_plain(model, runtime)
-    attach_modality(model, image_token_id=IMAGE_TOKEN)
-    with torch.inference_mode():
-        model(IDS)
-    assert int(runtime.reports()[0].visual.sum()) == int((IDS == IMAGE_TOKEN).sum())
-
-
 def test_training_and_small_steps_are_the_models_own():
     model = build("qwen3_moe")
     runtime = Runtime(MACSConfig(target_load=0.7), virtual_ranks=2)
@@ -195,10 +193,7 @@ def test_experts_that_are_divided_among_processes_are_refused():
 
 def test_requests_of_several_threads_are_planned_with_their_own_masks():
     """As in the pool of a web server: prompts of other shapes, and each other's answers alone."""
-    model = build("qwen3_moe")
-    runtime = Runtime(MACSConfig(**TIGHT), virtual_ranks=2)
-    attach_plain(model, runtime)
-    attach_modality(model, image_token_id=IMAGE_TOKEN)
+    model, _ = served()
     prompts = [token_ids(seed, rows=1 + seed % 3, length=16 + 4 * seed) for seed in range(4)]
 
     def answer(ids):
@@ -213,10 +208,7 @@ def test_requests_of_several_threads_are_planned_with_their_own_masks():
 
 def test_a_switch_waits_for_the_pass_of_another_thread():
     """What a pass begins with it ends with: all layers of a step have one policy."""
-    model = build("qwen3_moe")
-    runtime = Runtime(MACSConfig(**TIGHT), virtual_ranks=2)
-    attach_plain(model, runtime)
-    attach_modality(model, image_token_id=IMAGE_TOKEN)
+    model, runtime = served()
     seen, stop = [], threading.Event()
     runtime.on_plan(lambda event: seen.append((event.layer.index, event.layer.planner.policy.summary)))
 
@@ -344,16 +336,14 @@ def test_adapters_of_peft_on_routers_and_experts_are_part_of_the_model():
 
 def test_generate_reads_its_mask_behind_the_cache():
     """Whatever transformers calls the cache: a token of a left-padded row is one in decoding, too."""
-    model = build("qwen3_moe")
-    runtime = Runtime(MACSConfig(capacity_factor=1e6, min_tokens=0), virtual_ranks=2)
-    attach_plain(model, runtime)
-    attach_modality(model, image_token_id=IMAGE_TOKEN)
-    valid = []
+    model, runtime = served(config=MACSConfig(capacity_factor=1e6, min_tokens=0))
+    valid, visual = [], []
     runtime.layers[0].on_plan(lambda event: valid.append(int(event.tokens.valid.sum())))
+    runtime.layers[0].on_plan(lambda event: visual.append(int(event.tokens.visual.sum())))
     mask = torch.ones_like(IDS)
     mask[0, :9] = mask[1, :3] = 0
     model.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=4, do_sample=False)
-    assert valid == [int(mask.sum()), 4, 4, 4]
+    assert valid == [int(mask.sum()), 4, 4, 4] and visual[0] == int((IDS == IMAGE_TOKEN).sum())
 
 
 class Threads(nn.Module):

@@ -10,17 +10,13 @@ from macs.policies import POLICIES
 from macs.records.load import LayerRecorder
 
 
-def on_meta(value):
-    return value.to("meta")
-
-
 @pytest.mark.parametrize("name", list(POLICIES))
 @given(case=routings(config=configs()))
 def test_planning_reads_nothing_on_the_host(name, case):
     """On the meta device there are shapes but no values: reading one, or a shape that depends on
     one, is an error. What passes here has static shapes and no host synchronisation."""
-    tokens = type(case.tokens)(**{name: on_meta(value) for name, value in vars(case.tokens).items()})
-    arguments = [on_meta(value) for value in (case.hidden, case.experts, case.weights, case.scores)]
+    tokens = type(case.tokens)(**{name: value.to("meta") for name, value in vars(case.tokens).items()})
+    arguments = [value.to("meta") for value in (case.hidden, case.experts, case.weights, case.scores)]
     policy = build_policy(name, case.config, case.topology, case.top_k)
     plan = policy.plan(*arguments, tokens)
     assert plan.experts.shape == (len(case.hidden), policy.width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,19 +11,11 @@ from torch import Tensor
 
 from macs import POLICIES, WEIGHTINGS, MACSConfig, PlanEvent, Planner, Policy, Runtime, Tokens, Topology
 from macs.adapters import LayerAdapter
-from macs.routing import Field
-
-SCALARS = [field.name.lower() for field in Field]
 
 
 def build_policy(name: str, config: MACSConfig, topology: Topology, top_k: int, **extras: Any) -> Planner:
     """The planner of a policy, its name first."""
     return Planner(config, topology, top_k, name, **extras)
-
-
-def paper(**fields: Any) -> Policy:
-    """The paper's policy, which has every step at work, with some fields changed."""
-    return replace(POLICIES["paper"], **fields)
 
 
 BUSY = {"level": "expert", "weighting": "entropy", "reroute": "rank", "capacity_factor": 1.0}
@@ -67,7 +59,6 @@ class Routing:
     tokens: Tokens
     bias: list[float]
     similarity: Tensor
-    extra: dict = field(default_factory=dict)
 
 
 @st.composite
@@ -76,9 +67,7 @@ def routings(
     config=None,
     policy=None,
     max_tokens=12,
-    sources=None,
     ids=(0, 1, 2),
-    padding=True,
     exempt=True,
     distinct=False,
 ):
@@ -91,7 +80,7 @@ def routings(
     experts = ranks * draw(st.integers(1, 3))
     top_k = draw(st.integers(1, min(experts, 4)))
     count = draw(st.integers(1, max_tokens))
-    own = draw(st.integers(1, ranks)) if sources is None else min(sources, ranks)
+    own = draw(st.integers(1, ranks))
     seed = draw(st.integers(0, 2**32 - 1))
     generator = torch.Generator().manual_seed(seed)
 
@@ -110,7 +99,7 @@ def routings(
     weights = integers(1, 64, count, top_k).float() / 64
     place = torch.randperm(count, generator=generator)
     modality = torch.tensor(ids)[integers(0, len(ids), count)].to(torch.int8)
-    valid = torch.rand(count, generator=generator) > (0.2 if padding and draw(st.booleans()) else -1)
+    valid = torch.rand(count, generator=generator) > (0.2 if draw(st.booleans()) else -1)
     spared = torch.rand(count, generator=generator) < (0.1 if exempt and draw(st.booleans()) else -1)
     expert_rank = tuple(torch.randperm(experts, generator=generator).remainder(ranks).tolist())
     similarity = integers(0, 65, experts, experts).float() / 64

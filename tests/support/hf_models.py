@@ -11,186 +11,76 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY, IMAGE_TOKEN = 64, 5
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "max_position_embeddings": 128}
+SIZES |= {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
 }
-LATENT_ATTENTION = {
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-    "head_dim": 4,
-}
-DEEPSEEK = {
-    **SIZES,
-    **LATENT_ATTENTION,
-    "intermediate_size": 24,
-    "moe_intermediate_size": 12,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+DEEPSEEK = {**SIZES, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+DEEPSEEK |= {"v_head_dim": 8, "head_dim": 4, "intermediate_size": 24, "moe_intermediate_size": 12}
+DEEPSEEK |= {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
+GLM = {**DEEPSEEK, "head_dim": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
+GROUPS = {"n_group": 4, "topk_group": 2}
 QWEN = {**SIZES, "intermediate_size": 24, "moe_intermediate_size": 12, "num_experts": 8, "head_dim": 8}
-TOWER = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "out_hidden_size": 16,
-    "patch_size": 4,
-}
+LINEAR = {f"linear_{one}_head_dim": 8 for one in ("key", "value")}
+LINEAR |= {f"linear_num_{one}_heads": 2 for one in ("key", "value")}
+FULL = {"layer_types": ["full_attention", "full_attention"]}
+QWEN_3_5 = {**QWEN, **LINEAR, **FULL, "shared_expert_intermediate_size": 12}
+MINIMAX = {**SIZES, **FULL, "head_dim": 8, "rotary_dim": 4, "intermediate_size": 12, "num_local_experts": 8}
+MINIMAX |= {"dense_intermediate_size": 24, "shared_intermediate_size": 12, "mlp_layer_types": ["sparse"] * 2}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16}
+TOWER |= {"patch_size": 4}
+QWEN_TOWER = {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": []}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+AUDIO |= {"num_mel_bins": 8, "output_dim": 16, "downsample_hidden_size": 8}
+TOKENS = {"image_token_id": IMAGE_TOKEN, "video_token_id": 6}
+
+
+def over(text: dict[str, Any], vision: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A multimodal model's settings, over those of its text model and its tower."""
+    return {"text_config": text, "vision_config": vision, **TOKENS, **more}
+
+
+QWEN_VL = over({**QWEN, "rope_parameters": {**ROPE, "mrope_interleaved": True}}, QWEN_TOWER)
+INTERNVL = over(
+    {**QWEN, "model_type": "qwen3_moe", "norm_topk_prob": True},
+    {**VISION, "image_size": [8, 8], "patch_size": [4, 4]},
+)
+del INTERNVL["video_token_id"]
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**SIZES, "intermediate_size": 12, "num_local_experts": 8}),
     "qwen3_moe": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}),
     "qwen3_moe, weights not normalised": ("qwen3_moe", {**QWEN, "norm_topk_prob": False}),
-    "qwen3_5_moe": (
-        "qwen3_5_moe_text",
-        {
-            **QWEN,
-            "shared_expert_intermediate_size": 12,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "layer_types": ["full_attention", "full_attention"],
-        },
-    ),
+    "qwen3_5_moe": ("qwen3_5_moe_text", QWEN_3_5),
     "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, "topk_method": "greedy"}),
     "deepseek_v2, limited groups": (
         "deepseek_v2",
-        {**DEEPSEEK, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+        {**DEEPSEEK, **GROUPS, "topk_method": "group_limited_greedy"},
     ),
-    "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, "n_group": 4, "topk_group": 2}),
-    "glm4_moe": (
-        "glm4_moe",
-        {**DEEPSEEK, "head_dim": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True},
+    "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, **GROUPS}),
+    "glm4_moe": ("glm4_moe", GLM),
+    "glm4v_moe": (
+        "glm4v_moe",
+        over({**GLM, "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}, TOWER),
     ),
-    "glm4v_moe": ("glm4v_moe", {}),
-    "minimax_m3": (
-        "minimax_m3_vl_text",
-        {
-            **SIZES,
-            "head_dim": 8,
-            "rotary_dim": 4,
-            "intermediate_size": 12,
-            "dense_intermediate_size": 24,
-            "shared_intermediate_size": 12,
-            "num_local_experts": 8,
-            "mlp_layer_types": ["sparse", "sparse"],
-            "layer_types": ["full_attention", "full_attention"],
-        },
-    ),
-    "qwen3_5_moe, multimodal": ("qwen3_5_moe", {}),
-    "minimax_m3, multimodal": ("minimax_m3_vl", {}),
-    "qwen3_vl_moe": (
-        "qwen3_vl_moe",
-        {
-            "text_config": {
-                **QWEN,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
-                    "mrope_section": [2, 1, 1],
-                    "mrope_interleaved": True,
-                },
-            },
-            "vision_config": {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
-            "image_token_id": IMAGE_TOKEN,
-            "video_token_id": 6,
-        },
-    ),
-    "internvl": (
-        "internvl",
-        {
-            "text_config": {**QWEN, "model_type": "qwen3_moe", "norm_topk_prob": True},
-            "vision_config": {**VISION, "image_size": [8, 8], "patch_size": [4, 4]},
-            "image_token_id": IMAGE_TOKEN,
-        },
-    ),
-    "internvl, weights not normalised": (
-        "internvl",
-        {
-            "text_config": {**QWEN, "model_type": "qwen3_moe", "norm_topk_prob": False},
-            "vision_config": {**VISION, "image_size": [8, 8], "patch_size": [4, 4]},
-            "image_token_id": IMAGE_TOKEN,
-        },
-    ),
+    "minimax_m3": ("minimax_m3_vl_text", MINIMAX),
+    "qwen3_5_moe, multimodal": ("qwen3_5_moe", over(QWEN_3_5, QWEN_TOWER)),
+    "minimax_m3, multimodal": ("minimax_m3_vl", over(MINIMAX, {**VISION, "patch_size": 4})),
+    "qwen3_vl_moe": ("qwen3_vl_moe", QWEN_VL),
+    "internvl": ("internvl", INTERNVL),
     "kimi": (
         "kimi_k25",
-        {
-            "text_config": {**DEEPSEEK, "model_type": "deepseek_v3", "n_group": 4, "topk_group": 2},
-            "vision_config": {**VISION, "patch_size": 4},
-            "image_token_id": IMAGE_TOKEN,
-            "video_token_id": 6,
-        },
+        over({**DEEPSEEK, **GROUPS, "model_type": "deepseek_v3"}, {**VISION, "patch_size": 4}),
     ),
+    "qwen3_omni": ("qwen3_omni_moe_thinker", {**QWEN_VL, "audio_config": AUDIO, "audio_token_id": 4}),
 }
-CONFIGS["qwen3_omni"] = (
-    "qwen3_omni_moe_thinker",
-    {
-        **CONFIGS["qwen3_vl_moe"][1],
-        "audio_config": {
-            "d_model": 16,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 16,
-            "num_mel_bins": 8,
-            "output_dim": 16,
-            "downsample_hidden_size": 8,
-        },
-        "audio_token_id": 4,
-    },
-)
-CONFIGS["qwen3_5_moe, multimodal"][1].update(
-    text_config=CONFIGS["qwen3_5_moe"][1],
-    vision_config=CONFIGS["qwen3_vl_moe"][1]["vision_config"],
-    image_token_id=IMAGE_TOKEN,
-    video_token_id=6,
-)
-CONFIGS["minimax_m3, multimodal"][1].update(
-    text_config=CONFIGS["minimax_m3"][1],
-    vision_config={**VISION, "patch_size": 4},
-    image_token_id=IMAGE_TOKEN,
-    video_token_id=6,
-)
-CONFIGS["glm4v_moe"][1].update(
-    text_config={
-        **CONFIGS["glm4_moe"][1],
-        "head_dim": 8,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [2, 1, 1],
-            "partial_rotary_factor": 1.0,
-        },
-    },
-    vision_config=TOWER,
-    image_token_id=IMAGE_TOKEN,
-    video_token_id=6,
-)
-MULTIMODAL = (
-    "glm4v_moe",
-    "qwen3_5_moe, multimodal",
-    "minimax_m3, multimodal",
-    "qwen3_vl_moe",
-    "qwen3_omni",
-    "internvl",
-    "internvl, weights not normalised",
-    "kimi",
-)
+MULTIMODAL = [name for name, (_, settings) in CONFIGS.items() if "text_config" in settings]
 
 
 def build(name: str) -> nn.Module:

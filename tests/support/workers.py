@@ -117,6 +117,7 @@ class Pool:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs, list(sys.path)), daemon=True)
             process.start()
+            theirs.close()  # so that a worker's end is heard
             self._workers.append((process, ours))
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world):

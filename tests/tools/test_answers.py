@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
+from support.hf_models import build
 from tiny_vlm import data
 from tiny_vlm import model as tiny
 from tiny_vlm.plain import Engine
@@ -61,16 +62,6 @@ def padded(ids, model):
     return inputs
 
 
-def text_model():
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2, initializer_range=0.3)
-    return Qwen3MoeForCausalLM(config).eval()
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["pictures", "texts", "a text model"])
 def test_padded_prompts_follow_the_models_own_positions(model, kind):
@@ -78,7 +69,7 @@ def test_padded_prompts_follow_the_models_own_positions(model, kind):
     batch = data.draw_samples(4, "validation", tasks, 4)
     ids = torch.tensor([sample.prompt for sample in batch])
     if kind == "a text model":
-        model, ids = text_model(), ids % 50
+        model, ids = build("qwen3_moe"), ids % 50
     inputs = padded(ids, model)
     if kind == "pictures":
         inputs |= tiny.picture_inputs([sample.pixels for sample in batch])

@@ -2,39 +2,25 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
-ROOT = Path(__file__).parents[2]
-
-from macs_tools.bench import arguments as bench_arguments  # noqa: E402
-from macs_tools.bench.watch import Watch  # noqa: E402
+from macs_tools.bench import arguments as bench_arguments
+from macs_tools.bench.watch import Watch
 
 
-def benchmark(folder, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "macs_tools", "bench", *arguments, "--json", "out.jsonl"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+def benchmark(program, folder, *arguments):
+    done = program("-m", "macs_tools", "bench", *arguments, "--json", "out.jsonl")
     return json.loads((folder / "out.jsonl").read_text()), done.stdout
 
 
-def test_layers_side_by_side(tmp_path):
+def test_layers_side_by_side(program, tmp_path):
     flags = "layer --shape tiny --workloads image-flood --steps 1 --repeats 2 --ladder 1.3".split()
     policies = ["--policies", "token drop", "expanded drop", "macs", "macs, nothing over"]
     files = ["--save-cost-model", "costs.json"]
-    found, shown = benchmark(tmp_path, *flags, *policies, *files)
+    found, shown = benchmark(program, tmp_path, *flags, *policies, *files)
     rows = {row["policy"]: row for row in found["rows"]}
     assert list(rows) == ["vanilla", *policies[1:], "token drop 1.3", "expanded drop 1.3", "macs 1.3"]
     assert all(row["ms"] > 0 and row["share"] > 0 for row in rows.values())
@@ -54,8 +40,9 @@ def test_layers_side_by_side(tmp_path):
     assert "output bit for bit the same" in shown.replace("\n", " ")
 
 
-def test_the_planner_alone(tmp_path):
-    found, _ = benchmark(tmp_path, *"planner --shape tiny --tokens 512 --repeats 1 --policies macs".split())
+def test_the_planner_alone(program, tmp_path):
+    flags = "planner --shape tiny --tokens 512 --repeats 1 --policies macs".split()
+    found, _ = benchmark(program, tmp_path, *flags)
     macs = found["policies"]["macs"]
     assert macs["ms"] > 0 and sum(macs["parts"].values()) > 0 and macs["operators"] > 50
     shape = found["shape"]
@@ -64,7 +51,7 @@ def test_the_planner_alone(tmp_path):
     assert macs["bytes_a_token"] > 0
 
 
-def test_wrong_output_is_not_timed(tmp_path):
+def test_wrong_output_is_not_timed(program):
     """A policy whose layer does not compute its plan has no time, and the run fails."""
     flags = "layer --shape tiny --ranks 1 --workloads W4 --steps 1 --repeats 1".split()
     flags += ["--policies", "macs", "token drop"]
@@ -78,15 +65,8 @@ def test_wrong_output_is_not_timed(tmp_path):
         "torch.multiprocessing.spawn = lambda work, given, nprocs: work(0, *given)\n"
         f"run.main({flags})\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 1 and "some output was wrong" in done.stderr
+    done = program("-c", code, status=1)
+    assert "some output was wrong" in done.stderr
     assert done.stdout.count("not timed: wrong") == 1 and "token drop │ not timed: wrong" in done.stdout
 
 
@@ -107,10 +87,7 @@ def test_memory_is_counted_while_it_lives():
         (["nothing"], "invalid choice: 'nothing'"),
         (["layer", "--ranks", "3"], "--ranks: found 3, expected a divisor of the 64 experts"),
         (["layer", "--repeats", "0"], "--repeats: found 0, expected 1 or more"),
-        (
-            ["planner", "--recordings", "x"],
-            "--recordings: found mode planner, expected layer",
-        ),
+        (["planner", "--recordings", "x"], "--recordings: found mode planner, expected layer"),
     ],
 )
 def test_mistakes_are_named(flags, message, capsys):

@@ -1,9 +1,5 @@
 """``macs doctor``: what it finds, and what it makes of it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from macs.steps.contracts import Placement
@@ -47,16 +43,7 @@ def test_a_plan_that_differs_is_found(monkeypatch):
     assert found.state == doctor.FAILS and "differ from plain torch" in found.said
 
 
-def test_everything_is_looked_at():
-    run = subprocess.run(
-        [sys.executable, "-m", "macs_tools", "doctor"],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
+def test_everything_is_looked_at(program):
+    lines = (shown := program("-m", "macs_tools", "doctor", TRITON_INTERPRET="0").stdout).splitlines()
     assert [line.split()[0] for line in lines if line.split()[0] in doctor.CHECKS] == list(doctor.CHECKS)
-    assert "megatron" in run.stdout and " fails " not in run.stdout
+    assert "megatron" in shown and " fails " not in shown

@@ -1,10 +1,6 @@
 """The command for a GPU, dry: its sections run small, on a CPU."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +17,8 @@ pytestmark = [
 ]
 
 
-def test_every_section_runs_dry():
-    command = [sys.executable, "-m", "macs_tools", "bench", "gpu", "--dry", "--limit", "240"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+def test_every_section_runs_dry(program):
+    run = program(*"-m macs_tools bench gpu --dry --limit 240".split(), status=None)
     found = [json.loads(line) for line in run.stdout.splitlines()]
     assert [one["section"] for one in found] == list(gpu_check.sections(True))
     assert all(one["ok"] for one in found), found

@@ -27,21 +27,19 @@ def test_a_plan_launches_as_many_as_it_says(title):
     assert around == {ADAPTER: 5, RECORD: 1, MASK: 4} and AROUND == 6, found.by_operator
 
 
-def test_without_records_statistics_cost_nothing():
-    found = launches.count("macs", {}, SHAPE, statistics=False)
-    assert sum(found.by_step[step] for step in (*STEPS, OTHER)) == PLANS["defaults"]
-    assert found.by_step[RECORD] == 0
-
-
-def test_counters_cost_no_launch_of_a_layer():
-    found = launches.count("macs", {}, SHAPE, counted=True)
-    assert found.by_step[RECORD] == 1
-
-
-@pytest.mark.parametrize(("target", "more"), [(1.05, 1), (0.9, 0)])
-def test_sharing_a_bound_costs_one_launch_and_an_all_reduce(target, more):
-    found = launches.count("macs", {"target_load": target}, SHAPE, group=True)
+@pytest.mark.parametrize(
+    ("settings", "options", "more", "record"),
+    [
+        ({}, {"statistics": False}, 0, 0),  # without records, statistics cost nothing
+        ({}, {"counted": True}, 0, 1),  # counters cost no launch of a layer
+        ({"target_load": 1.05}, {"group": True}, 1, 1),  # sharing a bound costs one, and an all-reduce
+        ({"target_load": 0.9}, {"group": True}, 0, 1),
+    ],
+)
+def test_what_a_plan_launches_more(settings, options, more, record):
+    found = launches.count("macs", settings, SHAPE, **options)
     assert sum(found.by_step[step] for step in (*STEPS, OTHER)) == PLANS["defaults"] + more
+    assert found.by_step[RECORD] == record
 
 
 @pytest.mark.parametrize("tables", [1, 2])

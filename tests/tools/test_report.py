@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -293,10 +292,11 @@ def test_a_profile_of_another_model_is_refused(tmp_path):
         (("r.safetensors", "--ranks", "0"), "--ranks: found 0, expected more than 0"),
         (("r.safetensors", "--ranks", "3"), "--ranks: found 3, expected a divisor of the 8 experts"),
         (("r.safetensors", "--size", "3"), "did you mean --sizes?"),
+        (("r.safetensors", "--to", "b.safetensors"), "expected one .jsonl for a .safetensors, or one back"),
+        (("x.jsonl", "--to", "b.safetensors"), "found no file"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, flags, message):
+def test_mistakes_are_one_line(program, tmp_path, flags, message):
     recording(0).save(tmp_path / "r.safetensors")
-    command = [sys.executable, "-m", "macs_tools", "report", *flags, "--out", "page.html"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    done = program("-m", "macs_tools", "report", *flags, "--out", "page.html", status=2)
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1

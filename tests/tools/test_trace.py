@@ -3,15 +3,13 @@
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from macs import Recording
-from macs_tools.common.traces import load_recordings, read_trace, write_trace
+from macs_tools.common.traces import load_recordings, read_trace
 from macs_tools.report import run as report
 
 
@@ -144,18 +142,6 @@ def test_a_recording_goes_there_and_back(tmp_path, capsys):
     assert (found.num_experts, found.num_ranks) == (16, 4)
     assert all(torch.equal(found.tensors[name], one) for name, one in expected.tensors.items())
     assert "3 records of 2 layers, 90 tokens, 51% of them visual" in capsys.readouterr().out
-
-
-def test_mistakes_are_one_line(tmp_path):
-    path = tmp_path / "a.jsonl"
-    write_trace(recorded(), path)
-    for arguments, message in (
-        ([path, "--to", tmp_path / "b.jsonl"], "expected one .jsonl for a .safetensors, or one back"),
-        ([tmp_path / "x.jsonl", "--to", tmp_path / "b.safetensors"], "found no file"),
-    ):
-        command = [sys.executable, "-m", "macs_tools", "report", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(

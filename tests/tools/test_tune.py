@@ -1,9 +1,6 @@
 """``macs tune``: the search for a split, and a run of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,26 +51,22 @@ def test_moves_make_it_better_and_never_dearer():
     assert same == start
 
 
-def tune(folder, *arguments, launcher=("-m",)):
-    folder.mkdir(exist_ok=True)
-    return subprocess.run(
-        [
-            *(sys.executable, *launcher, "macs_tools", "tune"),
-            *("--out", str(folder / "tuned.safetensors"), *arguments),
-        ],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+@pytest.fixture
+def tune(program):
+    def run(folder, *arguments, launcher=("-m",), status=0):
+        folder.mkdir(exist_ok=True)
+        words = *launcher, "macs_tools", "tune", "--out", folder / "tuned.safetensors", *arguments
+        return program(*words, folder=folder, status=status)
+
+    return run
 
 
-def test_a_tuning_is_measured_kept_and_served(tmp_path):
+PROCESSES = (*"-m torch.distributed.run --nproc-per-node 2 -m".split(),)
+
+
+def test_a_tuning_is_measured_kept_and_served(tune, tmp_path):
     flags = ("--requests", "112", "--batch", "28", "--targets", "0.6", "0.9", "--tries", "2", "--ranks", "2")
     done = tune(tmp_path, *flags)
-    assert done.returncode == 0, done.stderr
     assert "of at most" in done.stdout  # a file shows no bar
     found = Profile.load(tmp_path / "tuned.safetensors").tuning
     assert found.target_loads.tolist() == [0.9, 0.6] and found.layer_loads.shape == (2, 4)
@@ -83,13 +76,13 @@ def test_a_tuning_is_measured_kept_and_served(tmp_path):
     # Layers in groups share a bound, and other kinds of batches take turns.
     other = ("--groups", "2", "--batches", "mixed", "small", "--targets", "0.6", "--tries", "0")
     done = tune(tmp_path / "grouped", *flags, *other)
-    assert done.returncode == 0 and "2 groups of layers" in done.stdout, done.stderr
+    assert "2 groups of layers" in done.stdout
     bounds = Profile.load(tmp_path / "grouped" / "tuned.safetensors").tuning.layer_loads
     assert bounds.shape == (1, 4) and bool((bounds[:, ::2] == bounds[:, 1::2]).all())
     # The same again measures nothing.
     lines = (tmp_path / "tuned.measured.jsonl").read_text().splitlines()
-    again = tune(tmp_path, *flags)
-    assert again.returncode == 0 and (tmp_path / "tuned.measured.jsonl").read_text().splitlines() == lines
+    tune(tmp_path, *flags)
+    assert (tmp_path / "tuned.measured.jsonl").read_text().splitlines() == lines
     assert all(len(json.loads(line)["kl"]) == 56 for line in lines)
     profile = Profile.load(tmp_path / "tuned.safetensors")
     assert torch.equal(profile.tuning.layer_loads, found.layer_loads)
@@ -97,25 +90,12 @@ def test_a_tuning_is_measured_kept_and_served(tmp_path):
     assert target_of(runtime.config, profile.tuning) == 0.6
 
 
-def test_megatron_measures_what_the_plain_adapter_does(tmp_path):
+def test_megatron_measures_what_the_plain_adapter_does(tune, tmp_path):
     """Two processes of Megatron, and one that plans as two: the same loads, KL alike."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    flags = (
-        "--requests",
-        "56",
-        "--batch",
-        "28",
-        "--targets",
-        "0.6",
-        "--tries",
-        "0",
-        "--compensation-rank",
-        "4",
-    )
-    assert tune(tmp_path / "plain", *flags, "--ranks", "2").returncode == 0
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
-    done = tune(tmp_path / "megatron", *flags, "--engine", "megatron", launcher=launcher)
-    assert done.returncode == 0, done.stderr
+    flags = "--requests 56 --batch 28 --targets 0.6 --tries 0 --compensation-rank 4".split()
+    tune(tmp_path / "plain", *flags, "--ranks", "2")
+    done = tune(tmp_path / "megatron", *flags, "--engine", "megatron", launcher=PROCESSES)
     one, other = (
         {str(json.loads(found["key"])[1:]): found for found in map(json.loads, path.read_text().splitlines())}
         for path in (tmp_path / name / "tuned.measured.jsonl" for name in ("plain", "megatron"))
@@ -135,7 +115,7 @@ def test_megatron_measures_what_the_plain_adapter_does(tmp_path):
     assert [found.ranks for found in tunings] == [2, 2] and tunings[0].requests == tunings[1].requests == 28
 
 
-def test_a_text_model_is_tuned_under_autoep(tmp_path):
+def test_a_text_model_is_tuned_under_autoep(tune, tmp_path):
     """Requests of several lengths; with a limit that nothing exceeds, answers and KL are the model's own."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     from tiny_vlm.vocabulary import build_tokenizer
@@ -153,9 +133,7 @@ def test_a_text_model_is_tuned_under_autoep(tmp_path):
     (tmp_path / "requests.jsonl").write_text("\n".join(lines))
     flags = ("--model", str(tmp_path / "model"), "--data", str(tmp_path / "requests.jsonl"), "--tokens", "4")
     flags += ("--requests", "16", "--batch", "8", "--tries", "0", "--targets", "4", "--engine", "deepspeed")
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
-    done = tune(tmp_path / "tuned", *flags, launcher=launcher)
-    assert done.returncode == 0, done.stderr
+    tune(tmp_path / "tuned", *flags, launcher=PROCESSES)
     rows = map(json.loads, (tmp_path / "tuned" / "tuned.measured.jsonl").read_text().splitlines())
     unlimited = [one for one in rows if max(one["kl"]) == 0]
     assert unlimited and all(all(one["same"]) for one in unlimited)
@@ -182,6 +160,6 @@ def test_an_interrupted_tuning_prints_what_is_kept(capsys):
         (("--polcy", "macs"), "did you mean --policy?"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, flags, message):
-    done = tune(tmp_path, *flags)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_mistakes_are_one_line(tune, tmp_path, flags, message):
+    done = tune(tmp_path, *flags, status=2)
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,10 +1,6 @@
 """``macs tune --only modality``: requests from files, profiles, how far they can be trusted."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,18 +13,7 @@ from macs import Profile
 from macs_tools.common import requests
 from macs_tools.tune import modality
 
-ROOT = Path(__file__).parents[2]
-
-
-def tune(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "macs_tools", "tune", "--only", "modality", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+TUNE = "-m", "macs_tools", "tune", "--only", "modality"
 
 
 @pytest.fixture
@@ -91,31 +76,20 @@ def test_stability_is_of_disjoint_halves():
 
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed", "megatron"])
-def test_a_profile_is_measured_shown_and_checked(folder, engine):
+def test_a_profile_is_measured_shown_and_checked(program, folder, engine):
     if engine == "megatron":
         pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    arguments = (
-        "--engine",
-        engine,
-        "--data",
-        str(folder),
-        "--requests",
-        "8",
-        "--batch",
-        "2",
-        "--out",
-        "found.safetensors",
-    )
-    done = tune(folder, *arguments, "--plot", "bias.png")
-    assert done.returncode == 0, done.stderr
+    arguments = "--engine", engine, "--data", str(folder), "--out", "found.safetensors"
+    arguments += ("--requests", "8", "--batch", "2")
+    done = program(*TUNE, *arguments, "--plot", "bias.png")
     profile = Profile.load(folder / "found.safetensors")
     assert (profile.num_layers, profile.num_experts, profile.top_k) == (4, 16, 2)
     assert profile.visual.sum(1).tolist() == [4 * 64 * 2] * 4
     assert "profile of 8 requests in found.safetensors" in done.stdout and "requests a half" in done.stdout
     assert (folder / "bias.png").stat().st_size > 1000
     if engine == "deepspeed":
-        fits = tune(folder, "--check", "found.safetensors")
-        assert fits.returncode == 0 and "was measured on this model" in fits.stdout
+        fits = program(*TUNE, "--check", "found.safetensors")
+        assert "was measured on this model" in fits.stdout
         Profile(profile.visual, profile.text, tuple("abcd"), 2).save(folder / "other.safetensors")
-        foreign = tune(folder, "--check", "other.safetensors")
-        assert foreign.returncode == 2 and "it was measured on another model" in foreign.stderr
+        foreign = program(*TUNE, "--check", "other.safetensors", status=2)
+        assert "it was measured on another model" in foreign.stderr

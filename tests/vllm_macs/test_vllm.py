@@ -107,21 +107,9 @@ def test_the_example_needs_no_model(tmp_path):
     assert all(float(line.split()[-2]) <= 0.7 < float(line.split()[3]) for line in shown)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ("--target-load", "0.7", "--macs", '{"profile": "nothing.safetensors"}'),
-            "expected a file that macs tune wrote",
-        ),
-        (("--macs", '{"split": "tuned"}'), "tuned"),
-        (("--macs", '{"targetload": 0.7}'), "did you mean 'target_load'|target_load"),
-        (("--macs", '{"image_token_id": 7}'), "vLLM says which tokens are visual"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_starts(tmp_path, model, flags, message):
-    found = answers(tmp_path, model, *flags, fails=True)
-    assert any(one in found for one in message.split("|")), found[-2000:]
+def test_what_cannot_be_is_refused_before_anything_starts(tmp_path, model):
+    flags = ("--target-load", "0.7", "--macs", '{"profile": "nothing.safetensors"}')
+    assert "expected a file that macs tune wrote" in answers(tmp_path, model, *flags, fails=True)
 
 
 def free_port():
@@ -152,15 +140,7 @@ def test_the_server_answers_many_at_once_and_shows_its_loads(tmp_path, model):
     entry = {"macs": {"target_load": 0.7, "min_tokens": 8, "metrics_port": metrics}}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512"]
-    command += [
-        "--max-num-seqs",
-        "8",
-        "--max-num-batched-tokens",
-        "64",
-        "--enforce-eager",
-        "--port",
-        str(port),
-    ]
+    command += [*"--max-num-seqs 8 --max-num-batched-tokens 64 --enforce-eager --port".split(), str(port)]
     command += ["--no-enable-prefix-caching", "--tensor-parallel-size", "2", "--enable-expert-parallel"]
     command += ["--host", "127.0.0.1", "--additional-config", json.dumps(entry)]
     log = (tmp_path / "log").open("w")

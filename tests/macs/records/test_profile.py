@@ -57,14 +57,6 @@ def test_one_modality_alone_gives_no_bias():
     assert found.bias(0.1).tolist() == [[0.0] * 4]
 
 
-def test_round_trip(tmp_path):
-    first = profile()
-    first.save(tmp_path / "p.safetensors")
-    second = Profile.load(tmp_path / "p.safetensors")
-    assert torch.equal(first.visual, second.visual) and torch.equal(first.text, second.text)
-    assert (first.fingerprints, first.top_k) == (second.fingerprints, second.top_k)
-
-
 def test_a_row_is_found_by_its_router():
     assert profile().row_of(ROUTER, 2) == 0
     assert profile().row_of(ROUTER.bfloat16(), 2) == 0

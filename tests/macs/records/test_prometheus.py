@@ -5,8 +5,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -39,6 +37,26 @@ def started(policy="macs", **settings):
         for router in routers
     ]
     return runtime, layers
+
+
+def calibrated(**options):
+    """A runtime with a profile, its layers, and a collector that has seen a step."""
+    runtime, layers = started()
+    with runtime.calibration():
+        step(layers, 64, 0)
+    runtime.use("macs", MACSConfig(min_tokens=0), runtime.measured_profile())
+    collector = Collector(runtime, **options)
+    step(layers, 64, 1)
+    return runtime, layers, collector
+
+
+def values(collector):
+    """Every sample by its name and the values of its labels."""
+    return {
+        (one.name, *one.labels.values()): one.value
+        for family in collector.collect()
+        for one in family.samples
+    }
 
 
 def step(layers, count, seed, continues=False):
@@ -103,11 +121,7 @@ def test_counts_equal_an_independent_count():
                     count(kind, int(mine.sum()))
         planned = bool(plans) and not (small and number >= 20)
         count("planned" if planned else "bypassed", 1)
-    families = {
-        (one.name, *one.labels.values()): one.value
-        for family in Collector(runtime).collect()
-        for one in family.samples
-    }
+    families = values(Collector(runtime))
     assert expected[0, "visual", "rerouted"] > 0 and expected[0, "visual", "dropped"] > 0
     for name, amount in expected.items():
         if isinstance(name, tuple):
@@ -119,12 +133,8 @@ def test_counts_equal_an_independent_count():
 
 
 def steps_of(runtime):
-    families = {
-        (one.name, *one.labels.values()): one.value
-        for family in Collector(runtime).collect()
-        for one in family.samples
-    }
-    return families["macs_steps_total", "planned"], families["macs_steps_total", "bypassed"]
+    found = values(Collector(runtime))
+    return found["macs_steps_total", "planned"], found["macs_steps_total", "bypassed"]
 
 
 def test_a_pass_that_stops_half_way_is_counted_once_and_the_next_one_too():
@@ -148,13 +158,9 @@ def test_prompts_in_chunks_are_counted_once():
                 for continues in (False, True):
                     step([layer], count, number, continues)
     assert steps_of(runtime) == (5, 5)
-    tokens = {one.labels["modality"]: one.value for one in tokens_of(runtime)}
-    assert sum(tokens.values()) == sum(int(layer.recorder.read().tokens.sum()) for layer in layers[:1])
-
-
-def tokens_of(runtime):
-    family = next(one for one in Collector(runtime).collect() if one.name == "macs_tokens")
-    return [one for one in family.samples if one.name == "macs_tokens_total"]
+    found = values(Collector(runtime))
+    tokens = sum(value for name, value in found.items() if name[0] == "macs_tokens_total")
+    assert tokens == sum(int(layer.recorder.read().tokens.sum()) for layer in layers[:1])
 
 
 class Part(torch.nn.Module):
@@ -215,13 +221,7 @@ def test_gauges_agree_with_the_recorders_reports_and_look_back_a_window(monkeypa
     for number in range(8):
         step(layers, 64, number)
 
-    def gauges():
-        found = {}
-        for family in collector.collect():
-            found |= {(one.name, *one.labels.values()): one.value for one in family.samples}
-        return found
-
-    found = gauges()
+    found = values(collector)
     for number, report in enumerate(runtime.reports()):
         mean = report.tokens * TOP_K / RANKS
         for stage in ("before", "after"):
@@ -236,11 +236,11 @@ def test_gauges_agree_with_the_recorders_reports_and_look_back_a_window(monkeypa
     # Far later, the steps of then are behind the window; what was scraped then is where it begins.
     now = time.monotonic()
     monkeypatch.setattr(prometheus.time, "monotonic", lambda: now + 1000)
-    assert ("macs_rank_load", "0", "after") not in gauges()
+    assert ("macs_rank_load", "0", "after") not in values(collector)
     runtime.use("vanilla", MACSConfig(min_tokens=0))
     step(layers, 64, 100)
     monkeypatch.setattr(prometheus.time, "monotonic", lambda: now + 1001)
-    found = gauges()
+    found = values(collector)
     assert found["macs_rank_load", "0", "after"] == found["macs_rank_load", "0", "before"]
 
 
@@ -280,35 +280,19 @@ def test_processes_of_a_machine_have_ports_of_their_own(monkeypatch):
 
 @pytest.mark.parametrize("per_expert", [False, True])
 def test_as_many_series_as_documented(per_expert):
-    runtime, layers = started()
-    with runtime.calibration():
-        step(layers, 64, 0)
-    runtime.use("macs", MACSConfig(min_tokens=0), runtime.measured_profile())
-    collector = Collector(runtime, per_expert)
-    step(layers, 64, 0)
+    _, _, collector = calibrated(per_expert=per_expert)
     count = sum(len(family.samples) for family in collector.collect())
     assert count == 12 * LAYERS + 14 + (2 * EXPERTS * LAYERS if per_expert else 0)
 
 
 def test_drift_is_what_the_runtime_finds():
-    runtime, layers = started()
-    with runtime.calibration():
-        for number in range(4):
-            step(layers, 64, number)
-    profile = runtime.measured_profile()
-    runtime.use("macs", MACSConfig(min_tokens=0), profile)
-    collector = Collector(runtime)
+    runtime, layers, collector = calibrated()
     for number in range(4, 8):
         step(layers, 64, number)
-    found = {
-        (one.labels["layer"], one.labels["modality"]): one.value
-        for family in collector.collect()
-        if family.name == "macs_drift"
-        for one in family.samples
-    }
+    found = values(collector)
     for number, (visual, text) in enumerate(runtime.drift()):
-        assert found[str(number), "visual"] == pytest.approx(visual)
-        assert found[str(number), "text"] == pytest.approx(text)
+        assert found["macs_drift", str(number), "visual"] == pytest.approx(visual)
+        assert found["macs_drift", str(number), "text"] == pytest.approx(text)
 
 
 def test_nothing_is_counted_where_nobody_asked(monkeypatch):
@@ -376,22 +360,9 @@ def test_a_row_that_a_gpu_keeps_writing_is_served_as_it_was(monkeypatch):
     assert counters.read().planned_steps == before.planned_steps == 1
 
 
-def test_without_the_library_the_error_names_what_to_install():
-    hidden = "import sys; sys.modules['prometheus_client'] = None"
-    code = f"{hidden}; import macs; macs.serve_metrics(macs.Runtime(), 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "pip install 'macs-moe[metrics]'" in done.stderr
-
-
 def test_the_dashboard_asks_for_metrics_that_there_are():
     dashboard = json.loads((DOCS / "grafana.json").read_text())
-    runtime, layers = started()
-    with runtime.calibration():
-        step(layers, 64, 0)
-    runtime.use("macs", MACSConfig(min_tokens=0), runtime.measured_profile())
-    collector = Collector(runtime)
-    step(layers, 64, 0)
-    names = {one.name for family in collector.collect() for one in family.samples}
+    names = {name[0] for name in values(calibrated()[2])}
     asked = set()
     for panel in dashboard["panels"]:
         for target in panel["targets"]:

@@ -276,7 +276,6 @@ def test_another_target_alone_is_put_where_the_planner_reads_it():
         (lambda: tuning(kl=torch.tensor([[math.nan, 0, 0], [1, 0, 0]]).double()), "tuning.kl: found"),
         (lambda: tuning(kl=torch.tensor([[-1, 0, 0], [1, 0, 0]]).double()), "expected numbers of 0 or more"),
         (lambda: tuning(ranks=0), "tuning.ranks: found 0, expected 1 or more"),
-        (lambda: tuning(policy="mac"), "unknown policy 'mac'; did you mean 'macs'"),
         (lambda: tuning(settings={"level": "rank"}), "tuning.settings: found"),
         (
             lambda: profile(tuning(layer_loads=torch.ones(2, 5, dtype=torch.float64))),

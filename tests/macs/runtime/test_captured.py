@@ -119,18 +119,6 @@ def test_a_replayed_layer_is_counted_planned_or_bypassed():
     assert (found.planned_steps, found.bypassed_steps) == (3, 6)
 
 
-@pytest.mark.usefixtures("static")
-def test_without_buffers_a_replay_would_read_an_old_mask():
-    layer = layer_of({"policy": "paper"})
-    inputs, modality = step(0)
-    with macs.modality(modality):
-        graph = make_fx(lambda *given: planned(layer, given, "cpu"))(*inputs)
-    inputs, modality = step(1)
-    with macs.modality(modality):
-        found = graph(*inputs)
-    assert not torch.equal(found[0], eager({"policy": "paper"}, 1)[0][0])
-
-
 def test_what_a_graph_captured_is_not_changed_under_it(monkeypatch):
     layer, (inputs, modality) = layer_of({"policy": "paper"}), step(0)
     runtime = layer.runtime
@@ -162,20 +150,6 @@ def test_buffers_keep_their_memory_and_follow_every_layout():
     for one, other in zip(layouts, expected, strict=True):
         assert same(one, other)
     assert buffers.hold(Modality.of(torch.zeros(1, 4, dtype=torch.bool))) is not first
-
-
-@gpu
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_planning_never_waits_for_the_gpu(settings):
-    layer = layer_of(settings)
-    inputs, modality = step(0, "cuda")
-    with macs.modality(modality):
-        planned(layer, inputs, "cuda")
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            planned(layer, inputs, "cuda")
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @gpu

@@ -1,6 +1,5 @@
 """Hooks that tell which token is which from what a model is called with."""
 
-import threading
 import types
 
 import pytest
@@ -9,17 +8,6 @@ from torch import nn
 
 from macs import AUDIO, IMAGE, TEXT, VIDEO, attach_modality, modality
 from macs.adapters import current_modality
-from macs.runtime.modality import required_modality
-
-
-class Cache:
-    """As a cache of Hugging Face's with so many tokens in it."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def get_seq_length(self):
-        return self.length
 
 
 class Model(nn.Module):
@@ -92,41 +80,11 @@ def test_what_the_caller_names_goes_before_the_config():
     assert model(torch.tensor([[5, 4]])).ids.tolist() == [[TEXT, IMAGE]]
 
 
-def test_a_processors_ids_go_before_the_ids():
-    model = Multimodal(image_token_id=5)
-    attach_modality(model)
-    ids, types = torch.tensor([[5, 5, 1]]), torch.tensor([[0, 2, 1]])
-    assert model(ids, mm_token_type_ids=types).ids.tolist() == [[TEXT, VIDEO, IMAGE]]
-    assert model(mm_token_type_ids=types).ids.tolist() == [[TEXT, VIDEO, IMAGE]]
-
-
 def test_a_model_without_token_ids_needs_its_processors_ids():
     model = Multimodal()
     attach_modality(model)
     assert model(torch.tensor([[5, 1]])) is None  # nothing tells, and the layers say so
     assert model(torch.tensor([[5, 1]]), mm_token_type_ids=torch.tensor([[1, 0]])).ids.tolist() == [[1, 0]]
-
-
-@pytest.mark.parametrize("config", [{}, {"image_token_id": 5}])
-def test_a_processors_ids_may_cover_what_is_in_the_cache(config):
-    model = Multimodal(**config)
-    attach_modality(model)
-    types = torch.tensor([[1, 1, 0], [1, 0, 1]])
-    step = model(torch.tensor([[1], [5]]), mm_token_type_ids=types, past_key_values=Cache(2))
-    assert step.ids.tolist() == [[TEXT], [IMAGE]]
-
-
-def test_padding_follows_the_attention_mask_also_behind_a_cache():
-    model = Multimodal(image_token_id=5)
-    attach_modality(model)
-    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    found = model(torch.tensor([[0, 5, 1], [5, 5, 1]]), attention_mask=mask)
-    assert found.valid.tolist() == [[False, True, True], [True, True, True]]
-    longer = torch.cat([mask, torch.ones(2, 1).long()], 1)
-    step = model(torch.tensor([[1], [1]]), attention_mask=longer, past_key_values=Cache(3))
-    assert step.valid.tolist() == [[True], [True]]
-    four = model(torch.tensor([[0, 5, 1]]), attention_mask=torch.zeros(1, 1, 3, 3))
-    assert four.valid.all()
 
 
 def test_arguments_behind_stars_are_read():
@@ -142,50 +100,6 @@ def test_arguments_behind_stars_are_read():
         mm_token_type_ids=torch.tensor([[2, 2]]),
     )
     assert found.valid.tolist() == [[False, True]] and found.ids.tolist() == [[VIDEO, VIDEO]]
-
-
-def attach_to(model):
-    """A layer that plans: it requires the modality, inside the call."""
-    return model.register_forward_pre_hook(lambda *_: required_modality() and None)
-
-
-def test_a_mask_for_other_tokens_is_an_error():
-    model = Multimodal(image_token_id=5)
-    attach_modality(model)
-    ids = torch.tensor([[5, 1, 1]])
-    for mask in (torch.tensor([[1]]), torch.ones(2, 3)):
-        # The model by itself may not care, and runs; the first layer that plans raises.
-        assert model(ids, attention_mask=mask) is None
-        layer = attach_to(model)
-        with pytest.raises(ValueError, match="attention_mask: found shape"):
-            model(ids, attention_mask=mask)
-        layer.remove()
-        assert current_modality() is None
-
-
-def test_every_thread_has_its_own():
-    class Waiting(Multimodal):
-        def forward(self, input_ids=None):
-            both.wait(10)  # both threads are inside now
-            found = current_modality()
-            both.wait(10)
-            return found
-
-    both = threading.Barrier(2)
-    model = Waiting(image_token_id=5)
-    attach_modality(model)
-    found, left = {}, {}
-
-    def call(width):
-        found[width] = model(torch.full((1, width), 5)).ids.shape
-        left[width] = current_modality()
-
-    threads = [threading.Thread(target=call, args=(width,)) for width in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {1: (1, 1), 2: (1, 2)} and left == {1: None, 2: None}
 
 
 def test_somebody_elses_hook_may_fail():

@@ -78,13 +78,15 @@ def swap(layer):
     layer.router.weight.data = NEW.clone()
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("change", [load, replace, swap, write])
-def test_refresh_puts_the_new_weights_similarity_in_place(change):
-    layer = Layer(Runtime(CONFIG, policy="paper"))
-    planned(layer)
-    place = similarity_of(layer).data_ptr()
-    change(layer)
-    layer.macs.runtime.refresh()
+def test_refresh_puts_the_new_weights_similarity_in_place(change, inference):
+    with torch.inference_mode(inference):
+        layer = Layer(Runtime(CONFIG, policy="paper"))
+        planned(layer)
+        place = similarity_of(layer).data_ptr()
+        change(layer)
+        layer.macs.runtime.refresh()
     assert torch.equal(similarity_of(layer), SIMILAR)
     assert similarity_of(layer).data_ptr() == place  # where a captured graph reads it
     fresh = Layer(Runtime(CONFIG, policy="paper"))
@@ -101,15 +103,6 @@ def test_refresh_fetches_what_an_engine_keeps_elsewhere():
     runtime.refresh()
     (constants,) = layer.planner._on_device.values()
     assert torch.equal(constants.affinity, router_similarity(NEW))
-
-
-def test_in_inference_mode_too():
-    with torch.inference_mode():
-        layer = Layer(Runtime(CONFIG, policy="paper"))
-        planned(layer)
-        write(layer)
-        layer.macs.runtime.refresh()
-    assert torch.equal(similarity_of(layer), SIMILAR)
 
 
 def test_a_runtime_keeps_no_deleted_models_layers():

@@ -42,8 +42,6 @@ def test_policies_switch_while_it_runs():
     runtime.enabled = True
     runtime.use("macs", MACSConfig(min_tokens=1000))
     assert int(run(layer).statistics.planned) == 0
-    with pytest.raises(ValueError, match="unknown policy 'mac'; did you mean 'macs'"):
-        runtime.use("mac")
 
 
 def test_reports_add_up_and_clear():
@@ -117,11 +115,6 @@ def test_a_profile_moves_capacity():
     runtime = Runtime(MACSConfig(min_tokens=0), policy="paper", profile=profile)
     layer = runtime.add_layer(AnyAdapter(lambda: ROUTER, Topology(4), 2))
     assert layer.planner._bias.tolist() == [1.0, -1.0, -1.0, 1.0]
-    stranger = Runtime(MACSConfig(min_tokens=0), policy="paper", profile=profile).add_layer(
-        AnyAdapter(lambda: ROUTER + 1, Topology(4), 2)
-    )
-    with pytest.raises(ValueError, match="measured on another model"):
-        run(stranger)
 
 
 def test_without_a_mask_every_token_is_text_with_one_warning(caplog):
@@ -152,10 +145,11 @@ def test_without_a_mask_every_token_is_text_with_one_warning(caplog):
         (lambda h, e, w, s: (h, e, w[1:], s), ValueError, "weights: found shape (31, 2), expected (32, 2)"),
         (lambda h, e, w, s: (h, e, w, s[:, 1:]), ValueError, "scores: found shape (32, 3), expected (32, 4)"),
         (lambda h, e, w, s: (h, e, w, s.to("meta")), ValueError, "scores: found on meta, expected on cpu"),
+        (lambda h, e, w, s: (h, e + 4, w, s), ValueError, "experts: found index 7, expected -1 to 3"),
     ],
 )
 def test_the_planner_names_what_does_not_fit(change, error, message):
-    planner = Planner(MACSConfig(), Topology(4), 2)
+    planner = Planner(MACSConfig(min_tokens=0), Topology(4), 2)
     with pytest.raises(error) as caught:
         planner.plan(*change(*inputs()))
     assert message in str(caught.value)
@@ -178,7 +172,6 @@ def test_the_planner_names_what_does_not_fit(change, error, message):
             lambda: Planner(MACSConfig(), Topology(4), 2, similarity=torch.ones(2, 2)),
             "similarity: found shape (2, 2)",
         ),
-        (lambda: build_policy("drop", MACSConfig(), Topology(4), 2), "unknown policy 'drop'"),
     ],
 )
 def test_what_cannot_be_built_is_refused_when_built(build, message):
@@ -205,7 +198,8 @@ def test_macs_needs_torch_alone():
     code = (
         "import sys\n"
         "class Only:\n"
-        "    blocked = {'yaml', 'safetensors', 'megatron', 'deepspeed', 'rich', 'transformers'}\n"
+        "    blocked = {'yaml', 'safetensors', 'megatron', 'deepspeed', 'rich', 'transformers'}\\n"
+        "    blocked |= {'prometheus_client'}\\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in self.blocked: raise ImportError(name)\n"
         "sys.meta_path.insert(0, Only())\n"
@@ -216,6 +210,10 @@ def test_macs_needs_torch_alone():
         "    assert \"pip install 'macs-moe[megatron]'\" in str(error), error\n"
         "else:\n"
         "    raise SystemExit('megatron_macs imported without megatron-core')\n"
+        "try:\n"
+        "    macs.serve_metrics(macs.Runtime(), 0)\n"
+        "except ImportError as error:\n"
+        "    assert 'macs-moe[metrics]' in str(error), error\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -89,15 +89,6 @@ def test_loads_ratio_and_capacity(case):
         )
 
 
-def test_visual_experts_grow_with_the_visual_ratio():
-    bias = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
-    for visual, order in ((900, 1), (100, -1)):
-        counts, constants = counts_of([1000], 1000, visual), constants_of([0, 1, 2], bias=bias)
-        high, middle, low = pool_capacity(counts, constants, rule(1.0, 0.5), 1, None)[0].tolist()
-        assert (high - middle) * order > 0 > (low - middle) * order
-        assert middle == 334 * UNIT
-
-
 def test_a_ranks_pool_is_its_even_share():
     """Rounded up once a rank, not once an expert: gamma bounds the rank."""
     ranks = torch.arange(256) // 32

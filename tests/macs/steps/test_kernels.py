@@ -237,20 +237,9 @@ def test_layout_of_tokens(sequence_major, sources):
 
 
 @kernel_test
-def test_records_in_a_ring():
-    ring = torch.zeros(3, 20, dtype=torch.int64, device=DEVICE)
-    rings = {"triton": (ring, ring[0, :1].clone()), "torch": (ring.clone(), ring[0, :1].clone())}
-    for step in range(5):
-        for choice, one in rings.items():
-            with kernels(choice):
-                append(torch.arange(20, device=DEVICE) + 100 * step, *one)
-        assert same(*rings.values()) and int(rings["triton"][1]) == step + 1
-
-
-@kernel_test
 @pytest.mark.parametrize(("experts", "ranks"), [(6, 2), (6, 6), (512, 1), (512, 64)])
 def test_counters_beside_a_ring(experts, ranks):
-    """Counts of records, and of each one's busiest rank and expert, wherever experts live."""
+    """Counts of records, and of their busiest ranks and experts, wherever these live; and a ring alone."""
     width = record_size(experts)
     experts_of_rank = (
         torch.randperm(experts, generator=generator(3)).view(ranks, -1).sort(1).values.to(DEVICE)
@@ -258,15 +247,17 @@ def test_counters_beside_a_ring(experts, ranks):
     kept = {}
     for choice in ("triton", "torch"):
         ring = torch.zeros(3, width, dtype=torch.int64, device=DEVICE)
-        kept[choice] = ring, ring[0, :1].clone(), ring.new_zeros(len(TOTALS) + width), experts_of_rank
+        alone = ring.clone(), ring[0, :1].clone()
+        kept[choice] = ring, ring[0, :1].clone(), ring.new_zeros(len(TOTALS) + width), experts_of_rank, *alone
     total = torch.zeros(len(TOTALS), dtype=torch.int64)
     for step in range(5):
         record = torch.randint(0, 2**40, (width,), generator=generator(step))
         record[Field.PLANNED] = step % 3
         for choice, one in kept.items():
             with kernels(choice):
-                append(record.to(DEVICE), *one[:2], Totals(*one[2:]))
-        assert same(*kept.values())
+                append(record.to(DEVICE), *one[:2], Totals(*one[2:4]))
+                append(record.to(DEVICE), *one[4:])
+        assert same(*kept.values()) and int(kept["triton"][5]) == step + 1
         before, after = (record[len(Field) + part * experts :][:experts] for part in (1, 2))
         total[0] += 1
         total[1] += step % 3 > 0

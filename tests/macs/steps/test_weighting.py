@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import reference
-from support.kernels import DEVICE, both, features, generator, kernel_test, tokens_of
+from support.kernels import DEVICE, both, features, kernel_test, tokens_of
 
 from macs import WEIGHTINGS, Tokens
 from macs.steps.contracts import Counts
@@ -17,7 +17,6 @@ from macs.steps.weighting import (
     distinctness,
     feature_entropy,
     finite_features,
-    normalize,
     relative_weights,
     semantic_weights,
 )
@@ -67,20 +66,6 @@ def test_entropy_ignores_autocast_and_default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
-def test_entropy_bounds():
-    flat, peaked = torch.zeros(1, 16), torch.zeros(1, 16)
-    peaked[0, 3] = 1000.0
-    assert entropy_of(flat).item() == pytest.approx(math.log(16))
-    assert entropy_of(peaked).item() == pytest.approx(0.0, abs=1e-6)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_entropy_of_what_is_not_finite(bad):
-    hidden = torch.randn(3, 8)
-    hidden[1, 2] = bad
-    assert torch.isnan(entropy_of(hidden)).tolist() == [False, True, False]
-
-
 @given(st.data())
 def test_normalized_entropy_and_weights(data):
     count = data.draw(st.integers(1, 20))
@@ -97,31 +82,6 @@ def test_normalized_entropy_and_weights(data):
     assert found.dtype == torch.int64
     assert int(found.min()) >= 1 and int(found.max()) <= UNIT
     torch.testing.assert_close(found.double() / UNIT, torch.tensor(expected).double(), atol=5e-5, rtol=0)
-
-
-def test_entropy_is_normalized_within_its_group_alone():
-    entropy = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0])
-    group = torch.tensor([0, 0, 1, 1, 2])
-    included = torch.tensor([True] * 5)
-    found = normalize(entropy, included, group, moments(3))
-    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.0]), atol=1e-4, rtol=0)
-
-
-def test_no_spread_gives_one_half():
-    entropy = torch.full((5,), 3.3) + torch.arange(5) * 1e-6
-    weight = entropy_weights(
-        entropy, torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.int64), 1, 1.0
-    )
-    assert weight.tolist() == [UNIT // 2] * 5
-
-
-def test_salient_tokens_weigh_more():
-    hidden = torch.zeros(4, 32)
-    hidden[0, 0] = hidden[1, 1] = 20.0  # peaked: low entropy
-    weight = entropy_weights(
-        entropy_of(hidden), torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int64), 1, 1.0
-    )
-    assert weight[0] > UNIT // 2 > weight[2]
 
 
 def weights_of(hidden, tokens, weighting, average=0.25, sources=1):
@@ -266,14 +226,3 @@ def test_sums_of_many_tokens_are_close():
     )
     assert torch.equal(one.moments[0], other.moments[0]) and int(one.moments[0].sum()) > 0
     torch.testing.assert_close(one.directions, other.directions, rtol=1e-6, atol=1e-6)
-
-
-def test_groups():
-    random = generator(3)
-    value = torch.rand(60, generator=random)
-    visual, group = torch.rand(60, generator=random) < 0.7, torch.randint(0, 5, (60,), generator=random)
-    together = relative_weights(value, visual, group, (1.5, 0.2), moments(5))
-    for one in range(5):
-        mine = group == one
-        alone = relative_weights(value[mine], visual[mine], group[mine] * 0, (1.5, 0.2), moments(1))
-        assert torch.equal(together[mine], alone)
