@@ -19,11 +19,11 @@ from .records.profile import Profile
 from .records.prometheus import serve_metrics
 from .records.recording import Recording
 from .records.tuning import Tuning
-from .routing import Plan
 from .runtime.hooks import attach_modality
 from .runtime.modality import modality
 from .runtime.runtime import Runtime
 from .runtime.state import PlanEvent
+from .steps.combine import Plan
 from .steps.weighting import WEIGHTINGS
 from .tokens import AUDIO, IMAGE, TEXT, VIDEO, Modality, Tokens
 from .topology import Topology

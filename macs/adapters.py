@@ -4,7 +4,6 @@ from .config import MACSConfig, check_name
 from .files import read_mapping
 from .policies import policy_of
 from .records.load import LayerReport, summarized
-from .routing import Plan
 from .runtime.adapter import LayerAdapter, Owner, TokenShard, Unsupported
 from .runtime.calls import CallReader, real_keys
 from .runtime.hooks import (
@@ -22,7 +21,7 @@ from .runtime.modality import ModalityBuffers, Unreadable, current_modality, mod
 from .runtime.options import Options, add_flags, options_of
 from .runtime.patch import Patch, missing_symbols
 from .runtime.runtime import Runtime
-from .steps.combine import loads_of, routing_from_map
+from .steps.combine import Plan, loads_of, routing_from_map
 from .steps.scoring import candidate_scores
 from .tokens import AUDIO, IMAGE, TEXT, VIDEO, Modality
 from .topology import Topology

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,12 +19,11 @@ from torch.nn import functional
 from .checks import FLOATS, expect
 from .config import MACSConfig
 from .policies import Policy, policy_of
-from .routing import Plan, PlanStatistics
 from .steps.admission import admit
-from .steps.bounds import GroupField, group_rows
-from .steps.capacity import measure_capacities
-from .steps.combine import combine
+from .steps.capacity import GroupField, group_rows, measure_capacities
+from .steps.combine import Plan, add_local_experts, combine
 from .steps.contracts import (
+    UNIT,
     AdmissionRule,
     Capacities,
     CapacityRule,
@@ -37,8 +35,6 @@ from .steps.contracts import (
 )
 from .steps.demand import measure_demand
 from .steps.drops import limit_drops
-from .steps.expansion import add_local_experts
-from .steps.fixed_point import UNIT
 from .steps.kernels.dispatch import on_device
 from .steps.rerouting import reroute
 from .steps.weighting import WeightRule, semantic_weights
@@ -97,17 +93,21 @@ class Planner:
         expect("modality_bias", self._bias, (experts,), (torch.float64,))
         self._similarity = torch.ones(experts, experts) if similarity is None else similarity.detach().float()
         expect("similarity", self._similarity, (experts, experts), FLOATS)
-        self._rules = _Rules.of(self.policy, self.config, len(topology.sources))
+        by_weight, settings = self.policy.cost == "weight", self.config
+        rows_only = settings.capacity_factor is None and settings.level == "rank" and not by_weight
+        self._weighting = WeightRule(
+            settings.weighting, self.policy.sharpness, settings.visual_weight, len(topology.sources)
+        )
+        self._admission = AdmissionRule(self.policy.priority, by_weight)
+        self._capacity = CapacityRule(
+            settings.capacity_factor, rows_only, self.policy.modality_strength, self.policy.floor
+        )
         self._on_device: dict[torch.device, LayerConstants] = {}
 
     @property
     def width(self) -> int:
         """k': assignments of a token in the plans."""
         return self.top_k + (self.topology.experts_per_rank if self.policy.adds_assignments else 0)
-
-    def prepare(self, device: torch.device) -> None:
-        """Put the constants on a device, which the first plan there does otherwise."""
-        self.constants(device)
 
     def update_similarity(self, similarity: Tensor) -> None:
         """Replace the similarity, [E, E] in 0..1, in place, so that captured graphs read the new one."""
@@ -190,17 +190,6 @@ class Planner:
         """What a process whose step is too small to plan adds in ``sum_over_group``: zeros int64 [4, R]."""
         return torch.zeros(len(GroupField), self.topology.num_ranks, dtype=torch.int64, device=device)
 
-    def _group_rows(
-        self, counts: Counts, constants: LayerConstants, sum_over_group: SumOverGroup | None
-    ) -> Tensor | None:
-        """``group_rows`` of all sources; none where each keeps to its own bound."""
-        if not self.shares_bound or (sum_over_group is None and len(self.topology.sources) == 1):
-            return None
-        rows = group_rows(counts, constants, self.top_k)
-        if sum_over_group is not None:
-            sum_over_group(rows)
-        return rows
-
     def _planned(
         self,
         hidden: Tensor,
@@ -209,19 +198,23 @@ class Planner:
         statistics: bool,
         sum_over_group: SumOverGroup | None,
     ) -> Plan:
-        config, rules, constants = self.config, self._rules, self.constants(hidden.device)
+        config, constants = self.config, self.constants(hidden.device)
         if config.spare_text:
             tokens = tokens.with_text_exempt()
         if self.policy.adds_assignments:
             routing = add_local_experts(routing, tokens, constants)
         counts = self._counts(hidden, statistics)
         with step("weights"):
-            weights = semantic_weights(hidden, tokens, rules.weights, counts, statistics)
+            weights = semantic_weights(hidden, tokens, self._weighting, counts, statistics)
         with step("demand"):
-            demand = measure_demand(routing, tokens, weights.weight, rules.admission, counts)
+            demand = measure_demand(routing, tokens, weights.weight, self._admission, counts)
         with step("capacities"):
-            group = self._group_rows(counts, constants, sum_over_group)
-            capacities = measure_capacities(counts, constants, rules.capacity, self.top_k, group)
+            group = None
+            if self.shares_bound and (sum_over_group is not None or len(self.topology.sources) > 1):
+                group = group_rows(counts, constants, self.top_k)
+                if sum_over_group is not None:
+                    sum_over_group(group)
+            capacities = measure_capacities(counts, constants, self._capacity, self.top_k, group)
         with step("admission"):
             placement = admit(demand, capacities, constants)
         if config.reroute != "none":
@@ -231,9 +224,7 @@ class Planner:
             with step("drops"):
                 placement = limit_drops(demand, placement, constants, config.max_drop)
         with step("combine"):
-            combined = combine(demand, placement, capacities, weights.finite, counts)
-        record = PlanStatistics(counts.record) if statistics else None
-        return Plan(combined.experts, combined.weights, combined.rerouted, record)
+            return combine(demand, placement, capacities, weights.finite, counts)
 
     def _unchanged(self, hidden: Tensor, routing: Routing, tokens: Tokens, statistics: bool) -> Plan:
         """The router's choice as a plan; its loads are counted, and every token weighs one."""
@@ -248,19 +239,18 @@ class Planner:
         demand = measure_demand(padded, tokens, weight, AdmissionRule("score", False), counts)
         tokens_of = counts.tokens
         idle = Capacities(tokens_of[:, None], None, torch.zeros_like(tokens_of, dtype=torch.bool), False)
-        placement = Placement(experts, idle.pools, None)
-        combined = combine(demand, placement, idle, torch.ones_like(tokens.valid), counts)
-        return Plan(combined.experts, weights, combined.rerouted, PlanStatistics(counts.record))
+        placement = Placement(experts, idle.pools)
+        return combine(demand, placement, idle, torch.ones_like(tokens.valid), counts)
 
     def _counts(self, hidden: Tensor, statistics: bool) -> Counts:
         """Zeros in the shapes that this planner's steps add to."""
         sources, experts = len(self.topology.sources), self.topology.num_experts
         shapes: dict[str, tuple[int, ...]] = {"by_source": (3, sources), "rows": (sources, experts)}
-        if self._rules.admission.by_weight:
+        if self._admission.by_weight:
             shapes["cost"] = sources, experts
         if statistics:
             shapes["record"] = (record_size(experts),)
-        return Counts.zeros(shapes | self._rules.weights.shapes(hidden.shape[1]), hidden.device)
+        return Counts.zeros(shapes | self._weighting.shapes(hidden.shape[1]), hidden.device)
 
     def _check(
         self, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens
@@ -303,25 +293,6 @@ class Planner:
             )
             self._on_device[device] = constants.to(device)
         return self._on_device[device]
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """What the steps need of the policy and the settings."""
-
-    weights: WeightRule
-    admission: AdmissionRule
-    capacity: CapacityRule
-
-    @classmethod
-    def of(cls, policy: Policy, config: MACSConfig, sources: int) -> _Rules:
-        by_weight = policy.cost == "weight"
-        rows_only = config.capacity_factor is None and config.level == "rank" and not by_weight
-        return cls(
-            WeightRule(config.weighting, policy.sharpness, config.visual_weight, sources),
-            AdmissionRule(policy.priority, by_weight),
-            CapacityRule(config.capacity_factor, rows_only, policy.modality_strength, policy.floor),
-        )
 
 
 def router_similarity(router_weight: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ class Tokens:
     @property
     def visual(self) -> Tensor:
         """Valid tokens that are weighed by their features: all but text. bool [T]"""
-        return (self.modality != TEXT) & self.valid
+        return torch.logical_and(self.modality, self.valid)  # TEXT is 0
 
 
 class Layout(NamedTuple):

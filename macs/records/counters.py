@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..routing import load_of, scalar_of
+from ..steps.combine import load_of, scalar_of
 from ..steps.contracts import Field, record_size
 from ..steps.record import TOTALS, Totals
 from ..topology import Topology

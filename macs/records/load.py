@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..routing import PlanStatistics, load_of, scalar_of
+from ..steps.combine import PlanStatistics, load_of, scalar_of
 from ..steps.contracts import Field, record_size
 from ..steps.record import Totals, append
 from ..topology import Topology

@@ -17,7 +17,7 @@ from ..policies import policy_of
 from ..records.compensation import SCOPES
 from ..records.load import LayerRecorder
 from ..records.tuning import tuned_config
-from ..routing import Plan
+from ..steps.combine import Plan
 from ..steps.compensation import CompensationTables, Dropped, compensate
 from ..tokens import Modality, Tokens
 from ..topology import Topology
@@ -287,7 +287,7 @@ class LayerRuntime:
 
     def prepare(self, device: torch.device) -> None:
         """Allocate what the first forward pass would, before a CUDA graph captures the layer."""
-        self.planner.prepare(device)
+        self.planner.constants(device)
         self._tables_on(device)
         self.recorder.prepare(device)
         self._prepare_counters(device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import MACSConfig
 from ..records.counters import Counters
 from ..records.profile import Profile
-from ..routing import Plan
+from ..steps.combine import Plan
 from ..tokens import Tokens
 from ..version import __version__
 from .consistency import RankConsistency

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .capacity import UNBOUNDED
 from .contracts import Capacities, Demand, LayerConstants, Placement
 from .demand import key_bits, tie_count
 from .kernels.dispatch import kernels_enabled
@@ -29,85 +29,76 @@ def admit(demand: Demand, capacities: Capacities, constants: LayerConstants) -> 
     Returns:
         Placed experts and remaining capacities.
     """
-    if kernels_enabled(demand.device):
+    if kernels_enabled(demand.weight.device):
         from .kernels import admission as kernels
 
         return kernels.admit(demand, capacities, constants)
-    experts, exempt = demand.routing.experts, demand.tokens.exempt[:, None]
-    admitted, bounded = demand.planned, []
-    for limit in limits_of(demand, capacities.pools, capacities.rows, constants):
-        pool = pools_of(experts, admitted, limit.of_expert, demand.tokens.source, limit.capacity)
-        queue = Queue(pool, demand.admission_key, limit.cost, tie_count(demand.routing))
-        admitted = admitted & (longest_prefix(queue, limit.capacity.flatten()) | exempt)
-        bounded.append((limit, pool))
-    placed = experts.masked_fill(demand.planned & ~admitted, -1)
-    remaining = [subtract_load(limit.capacity, pool, admitted, limit.cost) for limit, pool in bounded]
-    return Placement(placed, remaining[0], remaining[1] if len(remaining) > 1 else None)
+    experts, tokens = demand.routing.experts, demand.tokens
+    limits = limits_of(demand.cost, capacities.pools, capacities.rows, constants)
+    key, ties = demand.admission_key, tie_count(demand.routing)
+    admitted, left = fill(limits, experts, demand.planned, tokens.source, key, ties, tokens.exempt[:, None])
+    return Placement(experts.masked_fill(demand.planned ^ admitted, -1), *left)
 
 
 @dataclass(frozen=True)
 class PoolLimit:
-    """of_expert int64 [E]: pool of each expert in 0..P-1; capacity int64 [S, P]; cost int64 [T] of one
+    """of_expert int64 [E]: pool of each expert in 0..P-1; capacity int64 [S, P]; cost int64 [T, 1] of one
     assignment of each token."""
 
     of_expert: Tensor
     capacity: Tensor
     cost: Tensor
 
+    def pools_of(self, experts: Tensor, included: Tensor, source: Tensor) -> Tensor:
+        """Pool of each expert in experts [T, m], int64 in 0..Q-1; Q where it is not ``included``."""
+        pool = self.of_expert[experts]  # -1 reads the last expert, and is not included
+        if len(self.capacity) > 1:
+            pool = torch.add(pool, source[:, None], alpha=self.capacity.shape[1])
+        return pool.where(included, self.capacity.numel())
 
-def limits_of(
-    demand: Demand, pools: Tensor, rows: Tensor | None, constants: LayerConstants
-) -> list[PoolLimit]:
+    def less(self, pool: Tensor, taken: Tensor) -> Tensor:
+        """Capacity less the cost of the assignments taken bool [T, m] from pool [T, m]."""
+        load = pool.new_zeros(self.capacity.numel() + 1)
+        load.scatter_add_(0, pool.flatten(), (taken * self.cost).flatten())
+        return self.capacity - load[:-1].view(self.capacity.shape)
+
+
+def limits_of(cost: Tensor, pools: Tensor, rows: Tensor | None, constants: LayerConstants) -> list[PoolLimit]:
     """The limits an assignment has to fit: its pool's and, if there is one, that on its rank's rows."""
-    limits = [PoolLimit(constants.pool_of_expert, pools, demand.cost)]
+    limits = [PoolLimit(constants.pool_of_expert, pools, cost)]
     if rows is not None:
-        limits.append(PoolLimit(constants.rank_of_expert, rows, torch.ones_like(demand.weight)))
+        limits.append(PoolLimit(constants.rank_of_expert, rows, torch.ones_like(cost)))
     return limits
 
 
-def pools_of(
-    experts: Tensor, included: Tensor, of_expert: Tensor, source: Tensor, capacity: Tensor
+def fill(
+    limits: list[PoolLimit], experts: Tensor, asks: Tensor, source: Tensor, key: Tensor, ties: int,
+    exempt: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Which of the assignments that ask fit every limit, bool [T, m], and what is left of the limits."""
+    fits, pools = asks, []
+    for limit in limits:
+        pools.append(limit.pools_of(experts, fits, source))
+        first = longest_prefix(pools[-1], key, limit.cost, limit.capacity.flatten(), ties)
+        fits = fits & (first if exempt is None else first | exempt)
+    return fits, [limit.less(pool, fits) for limit, pool in zip(limits, pools, strict=True)]
+
+
+def longest_prefix(
+    pool: Tensor, key: Tensor, cost: Tensor, capacity: Tensor, ties: int, one_more: bool = False
 ) -> Tensor:
-    """Pool of each expert in experts [T, m], int64 in 0..Q-1; Q where it is not ``included``."""
-    pool = of_expert[experts]  # -1 reads the last expert, and is not included
-    if capacity.shape[0] > 1:
-        pool = pool + source[:, None] * capacity.shape[1]
-    return pool.masked_fill(~included, capacity.numel())
-
-
-@dataclass(frozen=True)
-class Queue:
-    """Assignments that ask for admission: pool int64 [T, m] in 0..Q (Q: not included), key int64 [T, m]
-    (``demand.admission_key``), cost int64 [T] > 0, ties: number of tie-breaks in the key."""
-
-    pool: Tensor
-    key: Tensor
-    cost: Tensor
-    ties: int
-
-
-def longest_prefix(queue: Queue, capacity: Tensor) -> Tensor:
     """The longest prefix of every pool, by ascending key, whose cost fits its capacity.
 
-    capacity int64 [Q] -> bool [T, m], True for what is not included: one sort and one segmented sum.
+    pool int64 [T, m] in 0..Q (Q: not included), key int64 [T, m] with so many ``ties``, cost int64 [T, m] or
+    [T, 1] > 0, capacity int64 [Q] -> bool [T, m], anything for what is not included. one_more: with the first
+    that does not fit. One sort and one segmented sum.
     """
-    bits, pools = key_bits(queue.ties, len(capacity)), len(capacity) + 1
-    pool = queue.pool.flatten()
-    order = ((pool << bits) | queue.key.flatten()).argsort()
-    pool, cost = pool[order], queue.cost[:, None].expand(queue.pool.shape).flatten()[order]
-    load = load_of(pool, cost, pools)
+    bits = key_bits(ties, len(capacity))
+    order = torch.add(key, pool, alpha=1 << bits).flatten().argsort()
+    cost, sorted_pool = cost.expand(pool.shape).flatten()[order], pool.flatten()[order]
+    load = pool.new_zeros(len(capacity) + 1).scatter_add_(0, sorted_pool, cost)
     # Costs are positive, so the running sum of a pool rises, and what fits is a prefix.
-    running = cost.cumsum(0) - (load.cumsum(0) - load)[pool]
-    fits = running <= torch.cat([capacity, capacity.new_full((1,), UNBOUNDED)])[pool]
-    return torch.empty_like(fits).scatter_(0, order, fits).view(queue.pool.shape)
-
-
-def load_of(pool: Tensor, cost: Tensor, pools: int) -> Tensor:
-    """Summed cost of each pool: pool int64 [N], cost int64 [N] -> int64 [pools]."""
-    return pool.new_zeros(pools).scatter_add_(0, pool, cost)
-
-
-def subtract_load(capacity: Tensor, pool: Tensor, taken: Tensor, cost: Tensor) -> Tensor:
-    """Capacity int64 [S, P] less the cost int64 [T] of the assignments taken bool [T, m] from pool [T, m]."""
-    load = load_of(pool.flatten(), (taken * cost[:, None]).flatten(), capacity.numel() + 1)
-    return capacity - load[:-1].view(capacity.shape)
+    end = load.cumsum(0) - load + functional.pad(capacity, (0, 1))
+    running = cost.cumsum(0)
+    fits = (running - cost if one_more else running) <= end[sorted_pool]
+    return torch.empty_like(fits).scatter_(0, order, fits).view(pool.shape)

@@ -1,17 +1,21 @@
 """Capacities: what each expert or rank may take from each source.
 
+A source with rows to spare at a rank lends them to sources that are over their bound there. Otherwise a
+source would drop rows although the rank is within ``target_load`` over all sources, as where one source has
+pictures and another has text. Below a target of 1 nothing is lent: every source keeps to its own bound.
+
 Shapes: S source ranks, E experts, R ranks, P pools (experts or ranks). Loads and capacities are int64 in
 fixed point (``UNIT`` is one token).
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
 
-from .bounds import row_bound, shared_bound
-from .contracts import Capacities, CapacityRule, Counts, LayerConstants
-from .fixed_point import UNIT
+from .contracts import UNIT, Capacities, CapacityRule, Counts, LayerConstants
 from .kernels.dispatch import kernels_enabled
 
 UNBOUNDED = 1 << 62
@@ -33,23 +37,24 @@ def measure_capacities(
     Returns:
         The capacities. A source with fewer than ``min_tokens`` valid tokens does not plan and is unbounded.
     """
-    if kernels_enabled(counts.device):
+    if kernels_enabled(counts.rows.device):
         from .kernels import capacity as kernels
 
         return kernels.measure_capacities(counts, constants, rule, top_k, group)
-    active = counts.tokens >= constants.min_tokens
-    idle = ~active[:, None]
-    rows = None
-    if rule.bounded and group is not None:
+    active, rows = counts.tokens >= constants.min_tokens, None
+    bounded = rule.capacity_factor is None
+    if bounded and group is not None:
         rows = shared_bound(counts, constants, group, top_k)
-    elif rule.bounded:
+    elif bounded:
         rows = row_bound(counts.tokens, constants, top_k)
+
+    def of_active(capacity: Tensor) -> Tensor:
+        return capacity.where(active[:, None], UNBOUNDED)
+
     if rows is not None and rule.rows_only:
-        return Capacities((rows * UNIT).masked_fill_(idle, UNBOUNDED), None, active, True)
-    pools = pool_capacity(counts, constants, rule, top_k, rows).masked_fill_(idle, UNBOUNDED)
-    return Capacities(
-        pools, None if rows is None else rows.masked_fill(idle, UNBOUNDED), active, rule.bounded
-    )
+        return Capacities(of_active(rows * UNIT), None, active, True)
+    pools = of_active(pool_capacity(counts, constants, rule, top_k, rows))
+    return Capacities(pools, None if rows is None else of_active(rows), active, bounded)
 
 
 def effective_visual_ratio(counts: Counts) -> Tensor:
@@ -122,3 +127,79 @@ def max_capacity_factors(counts: Counts, constants: LayerConstants, even: Tensor
     by_rank = gamma.new_zeros(sources, constants.ranks).scatter_reduce(1, column, gamma, "amax")
     total = gamma.new_zeros(sources, constants.ranks).index_add(1, rank, rows)
     return torch.where(total <= bound, torch.inf, by_rank)[:, rank]
+
+
+def row_bound(tokens: Tensor, constants: LayerConstants, top_k: int) -> Tensor:
+    """Rows that a source may send to a rank by itself, floor(target T k / R): int64 [S, R].
+
+    tokens int64 [S]: valid tokens of each source. With a target of 1 or more it covers the even share
+    T k / R rounded up, so that an even routing loses nothing.
+    """
+    bound = own_bound(tokens, constants, top_k)
+    even = (tokens * top_k + (constants.ranks - 1)) // constants.ranks
+    return torch.where(constants.target_load >= 1, torch.maximum(bound, even[:, None]), bound)
+
+
+def own_bound(tokens: Tensor, constants: LayerConstants, top_k: int) -> Tensor:
+    """``row_bound`` before rounding up: a source's part of the group's bound, int64 [S, R]."""
+    even = (tokens * top_k).double() / constants.ranks
+    return (even * constants.target_load).floor().long()[:, None].expand(-1, constants.ranks)
+
+
+class GroupField(IntEnum):
+    """Rows of ``group_rows``, each a sum over the sources that plan."""
+
+    ROWS = 0  # assignments to the rank
+    OVER = 1  # those beyond the sources' own bounds
+    UNDER = 2  # rows that the sources' own bounds leave
+    TOKENS = 3  # valid tokens, the same for every rank
+
+
+def group_rows(counts: Counts, constants: LayerConstants, top_k: int) -> Tensor:
+    """Sums over this process's sources, ``GroupField`` by rank, to be summed over the group.
+
+    Args:
+        counts: tokens by source, rows by source and expert.
+        constants: ``target_load``, and the rank of each expert.
+        top_k: k.
+
+    Returns:
+        int64 [4, R]; a source that does not plan is not in it.
+    """
+    if kernels_enabled(counts.rows.device):
+        from .kernels import capacity as kernels
+
+        return kernels.group_rows(counts, constants, top_k)
+    active = (counts.tokens >= constants.min_tokens).long()[:, None]
+    rows = rows_of_ranks(counts, constants)
+    left = own_bound(counts.tokens, constants, top_k) - rows
+    tokens = counts.tokens[:, None].expand_as(rows)
+    each = torch.stack([rows, (-left).clamp(min=0), left.clamp(min=0), tokens])
+    return (each * active).sum(1)
+
+
+def rows_of_ranks(counts: Counts, constants: LayerConstants) -> Tensor:
+    """Assignments of each source to each rank, int64 [S, R]."""
+    rows = counts.rows
+    return rows.new_zeros(len(rows), constants.ranks).index_add_(1, constants.rank_of_expert, rows)
+
+
+def shared_bound(counts: Counts, constants: LayerConstants, group: Tensor, top_k: int) -> Tensor:
+    """Rows of each source at each rank, int64 [S, R], under the group's bound; for a target below 1, the
+    source's own.
+
+    group int64 [4, R]: ``group_rows`` of all sources. The group's bound is the ``row_bound`` of all their
+    tokens. What it leaves is divided among the sources that are over, in proportion, rounded down; and taken
+    from those that are under, in proportion, rounded up. So a rank within the group's bound drops nothing,
+    and the sources together stay within it, or within the sum of their own bounds where rounding makes that
+    one row more.
+    """
+    own = own_bound(counts.tokens, constants, top_k)
+    left = own - rows_of_ranks(counts, constants)
+    rows, over, under, tokens = group.unbind()
+    whole = row_bound(tokens[:1], constants, top_k)[0]
+    spare = torch.maximum(whole + over - rows, under)
+    borrowed = torch.minimum(-left, -left * spare // over.clamp(min=1))
+    lent = (left * torch.minimum(over, under) + under - 1) // under.clamp(min=1)
+    shared = own + torch.where(left < 0, borrowed, -lent.clamp(min=0))
+    return torch.where(constants.target_load >= 1, shared, own)

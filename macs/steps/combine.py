@@ -1,4 +1,4 @@
-"""The output of a plan: experts, combine weights, and the record of what the plan did.
+"""The plan: experts, combine weights, and the record of what it did.
 
 Shapes: T tokens, k assignments of a token (k' with those a policy adds), E experts, S sources.
 """
@@ -10,26 +10,90 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contracts import Capacities, Counts, Demand, Field, Placement, Routing
-from .fixed_point import MASS_UNIT, to_fixed
+from ..tokens import Tokens
+from .contracts import (
+    LOADS,
+    MASS_UNIT,
+    UNITS,
+    Capacities,
+    Counts,
+    Demand,
+    Field,
+    LayerConstants,
+    Placement,
+    Routing,
+    to_fixed,
+)
 from .kernels.dispatch import kernels_enabled
 
 
+def scalar_of(records: Tensor, name: str) -> Tensor:
+    """A scalar of ``Field`` of records int64 [..., 17 + 3 E], by its name in lower case: float64 [...]."""
+    field = Field[name.upper()]
+    return records[..., field].double() / UNITS.get(field, 1)
+
+
+def load_of(records: Tensor, name: str) -> Tensor:
+    """Loads of ``LOADS`` out of records int64 [..., 17 + 3 E]: int64 [..., E]."""
+    return records[..., len(Field) :].unflatten(-1, (len(LOADS), -1))[..., LOADS.index(name), :]
+
+
 @dataclass(frozen=True)
-class Combined:
-    """experts int64 [T, k'] (-1: dropped), weights [T, k'], 0 where dropped, rerouted bool [T, k']."""
+class PlanStatistics:
+    """What a plan did, on the plan's device; every field adds up over sources and ranks.
+
+    record int64 [17 + 3 E]. Its numbers are attributes: each name of ``Field`` in lower case is a float64
+    scalar (``planned``: sources that planned; masses: sums of combine weights); ``load_visual``,
+    ``load_before`` and ``load_after`` are int64 [E], assignments of valid tokens: of visual tokens before
+    planning, of all before, of all after.
+    """
+
+    record: Tensor
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.upper() in Field.__members__:
+            return scalar_of(self.record, name)
+        if name in LOADS:
+            return load_of(self.record, name)
+        names = (*(field.lower() for field in Field.__members__), *LOADS)
+        raise AttributeError(f"PlanStatistics has no {name!r}; it has {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every assignment of a layer's tokens goes; statistics only where requested.
+
+    experts  int64 [T, k']  -1: dropped
+    weights  [T, k']        combine weights, in the dtype they came in; 0 where dropped
+    rerouted bool [T, k']
+    k' is k for every policy but expanded drop, which may add the experts on the token's rank.
+    """
 
     experts: Tensor
     weights: Tensor
     rerouted: Tensor
+    statistics: PlanStatistics | None
+
+    def as_map(self, num_experts: int) -> tuple[Tensor, Tensor]:
+        """The plan as multi-hot routing_map bool [T, E] and probs [T, E], in the weights' dtype."""
+        if kernels_enabled(self.experts.device):
+            from .kernels import combine as kernels
+
+            return kernels.map_of(self.experts, self.weights, num_experts)
+        column = self.experts.masked_fill(self.experts < 0, num_experts)
+        shape = len(column), num_experts + 1
+        chosen = column.new_zeros(shape, dtype=torch.bool).scatter_(1, column, True)
+        probs = self.weights.new_zeros(shape).scatter_(1, column, self.weights)
+        return chosen[:, :num_experts].contiguous(), probs[:, :num_experts].contiguous()
 
 
 def combine(
     demand: Demand, placement: Placement, capacities: Capacities, finite: Tensor | None, counts: Counts
-) -> Combined:
-    """Final experts with their ``combine_weights``; adds to ``counts.record`` where ``finite`` is given.
+) -> Plan:
+    """Final experts and combine weights; adds to ``counts.record`` where ``finite`` is given.
 
-    Of sources that do not plan, the columns that a policy appended are dropped.
+    Kept assignments keep their weights; a rerouted one gets ``weight_of_score`` of its new expert. Of sources
+    that do not plan, the columns that a policy appended are dropped.
 
     Args:
         demand: the assignments.
@@ -39,37 +103,27 @@ def combine(
         counts: of this plan.
 
     Returns:
-        What the engine gets.
+        The plan, with statistics where ``finite`` is given.
     """
-    if kernels_enabled(demand.device):
+    if kernels_enabled(demand.weight.device):
         from .kernels import combine as kernels
 
         return kernels.combine(demand, placement, capacities, finite, counts)
-    weights, rerouted = combine_weights(demand, placement)
-    experts, top_k = placement.experts, demand.routing.top_k
+    routing, experts, top_k = demand.routing, placement.experts, demand.routing.top_k
+    dropped = demand.planned & (experts < 0)
+    weights, rerouted = routing.weights.masked_fill(dropped, 0.0), torch.zeros_like(dropped)
+    if placement.moved:
+        rerouted = demand.planned & (experts != routing.experts) & ~dropped
+        moved = weight_of_score(routing.scores.gather(1, experts.clamp(min=0)), routing)
+        weights = torch.where(rerouted, moved, weights)
     if experts.shape[1] > top_k:
         added = torch.arange(experts.shape[1], device=experts.device) >= top_k
         added = ~capacities.active[demand.tokens.source][:, None] & added
         experts, weights = experts.masked_fill(added, -1), weights.masked_fill(added, 0)
-    combined = Combined(experts, weights, rerouted)
+    plan = Plan(experts, weights, rerouted, None if finite is None else PlanStatistics(counts.record))
     if finite is not None:
-        _record(demand, combined, placement, capacities, finite, counts)
-    return combined
-
-
-def combine_weights(demand: Demand, placement: Placement) -> tuple[Tensor, Tensor]:
-    """Combine weights [T, k'] of the placed assignments, 0 where dropped, and which are rerouted, bool.
-
-    Kept assignments pass through untouched; a rerouted one gets ``weight_of_score`` of its new expert.
-    """
-    routing, placed = demand.routing, placement.experts
-    dropped = demand.planned & (placed < 0)
-    weights = routing.weights.masked_fill(dropped, 0.0)
-    if not placement.moved:
-        return weights, torch.zeros_like(dropped)
-    rerouted = demand.planned & (placed != routing.experts) & ~dropped
-    moved = weight_of_score(routing.scores.gather(1, placed.clamp(min=0)), routing)
-    return torch.where(rerouted, moved, weights), rerouted
+        _record(demand, plan, placement, capacities, finite, counts)
+    return plan
 
 
 def weight_of_score(score: Tensor, routing: Routing) -> Tensor:
@@ -85,6 +139,26 @@ def weight_of_score(score: Tensor, routing: Routing) -> Tensor:
     score_sum = chosen.sum(1, keepdim=True, dtype=torch.float64).to(chosen.dtype)
     share = (score / score_sum.clamp(min=torch.finfo(score_sum.dtype).tiny)).clamp(max=1.0)
     return share.to(weights.dtype) * total
+
+
+def add_local_experts(routing: Routing, tokens: Tokens, constants: LayerConstants) -> Routing:
+    """Append the G experts of the token's own rank, each with ``weight_of_score``; -1 where the token has
+    that expert already, may not be sent there, is padding or is exempt."""
+    if kernels_enabled(routing.experts.device):
+        from .kernels import combine as kernels
+
+        return kernels.add_local_experts(routing, tokens, constants)
+    experts, scores = routing.experts, routing.scores
+    local, num_experts = constants.local_experts[tokens.source], scores.shape[1]
+    used = scores.new_zeros(len(scores), num_experts + 1, dtype=torch.bool)
+    used = used.scatter_(1, experts.masked_fill(experts < 0, num_experts), True)
+    score = scores.gather(1, local)
+    open_ = ~used.gather(1, local) & (tokens.valid & ~tokens.exempt)[:, None] & (score > 0)
+    added = torch.where(open_, local, -1)
+    weights = torch.where(open_, weight_of_score(score, routing), 0)
+    return Routing(
+        torch.cat([experts, added], 1), torch.cat([routing.weights, weights], 1), scores, routing.top_k
+    )
 
 
 def loads_of(experts: Tensor, num_experts: int) -> Tensor:
@@ -103,7 +177,7 @@ def loads_of(experts: Tensor, num_experts: int) -> Tensor:
 
 def _record(
     demand: Demand,
-    combined: Combined,
+    plan: Plan,
     placement: Placement,
     capacities: Capacities,
     finite: Tensor,
@@ -112,28 +186,24 @@ def _record(
     """Add ``Field`` and ``LOADS`` of this plan to the record."""
     routing, tokens, record = demand.routing, demand.tokens, counts.record
     top_k, num_experts, visual = routing.top_k, routing.scores.shape[1], tokens.visual
-    planned, now = demand.planned[:, :top_k].long(), combined.experts
-    unmet = torch.zeros_like(capacities.active)
-    if capacities.bounded:
-        remaining = placement.remaining if placement.remaining_rows is None else placement.remaining_rows
-        unmet = capacities.active & (remaining < 0).any(1)
-    record[: Field.SOURCES].add_(counts.by_source.sum(1))
-    flags = torch.stack([torch.ones_like(unmet), capacities.active, unmet])
-    record[Field.SOURCES : Field.VISUAL].add_(flags.sum(1))
-    record[Field.VISUAL : Field.KEPT].add_(torch.stack([visual, tokens.valid & ~finite]).sum(1))
-    state = combined.rerouted[:, :top_k] + 2 * (now[:, :top_k] < 0)  # kept, rerouted, dropped
-    planned_visual, expert = planned * visual[:, None], routing.experts[:, :top_k].clamp(min=0)
+    planned, lost, active = demand.planned[:, :top_k], plan.experts < 0, capacities.active
+    remaining = placement.remaining if placement.remaining_rows is None else placement.remaining_rows
+    unmet = active & (remaining < 0).any(1) if capacities.bounded else torch.zeros_like(active)
+    by_source = torch.cat([counts.by_source, torch.stack([torch.ones_like(active), active, unmet])])
+    record[: Field.VISUAL].add_(by_source.sum(1))
+    record[Field.VISUAL : Field.KEPT].add_(torch.stack([visual, tokens.valid > finite]).sum(1))
+    state = torch.where(lost, 2, plan.rerouted)[:, :top_k]  # kept, rerouted, dropped
+    planned_visual, expert = planned & visual[:, None], routing.experts[:, :top_k].clamp(min=0)
     mass = planned * to_fixed(routing.weights[:, :top_k], MASS_UNIT)
     index = [state + Field.KEPT, state + Field.KEPT_MASS, state + Field.VISUAL_KEPT]
-    index += [expert + len(Field), expert + len(Field) + num_experts]
-    amount = [planned, mass, planned_visual, planned_visual, planned]
-    record.scatter_add_(0, torch.stack(index).flatten(), torch.stack(amount).flatten())
-    final = now.clamp(min=0) + len(Field) + 2 * num_experts
-    record.scatter_add_(0, final.flatten(), ((now >= 0) & tokens.valid[:, None]).long().flatten())
+    index += [expert + len(Field), expert + (len(Field) + num_experts)]
+    index += [plan.experts.clamp(min=0) + (len(Field) + 2 * num_experts)]
+    amount = [planned, mass, planned_visual, planned_visual, planned, tokens.valid[:, None] > lost]
+    record.scatter_add_(0, torch.cat(index, 1).flatten(), torch.cat(amount, 1).flatten())
 
 
 def routing_from_map(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The inverse of ``map_of``.
+    """The inverse of ``Plan.as_map``.
 
     Args:
         chosen: multi-hot map, bool [T, E].
@@ -153,15 +223,3 @@ def routing_from_map(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor,
     experts = torch.full((rows, top_k + 1), -1, dtype=torch.int64, device=chosen.device)
     experts = experts.scatter_(1, column, expert)[:, :top_k].contiguous()
     return experts, probs.gather(1, experts.clamp(min=0))
-
-
-def map_of(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Experts int64 [T, m] (-1: none) and weights [T, m] as a multi-hot map bool [T, E] and probs [T, E]."""
-    if kernels_enabled(experts.device):
-        from .kernels import combine as kernels
-
-        return kernels.map_of(experts, weights, num_experts)
-    column = experts.masked_fill(experts < 0, num_experts)
-    chosen = column.new_zeros(len(column), num_experts + 1, dtype=torch.bool).scatter_(1, column, True)
-    probs = weights.new_zeros(len(column), num_experts + 1).scatter_(1, column, weights)
-    return chosen[:, :num_experts].contiguous(), probs[:, :num_experts].contiguous()

@@ -2,21 +2,40 @@
 
 Shapes: T tokens, D features, E experts, k assignments of a token (k' with those a policy adds), S sources,
 R ranks, P pools. An *assignment* is one (token, expert) pair. A *pool* has a capacity: one expert, or the
-experts of one rank together, once for each source. Loads, costs, capacities and priorities are int64 (see
-``fixed_point``).
+experts of one rank together, once for each source.
+
+Loads, costs, capacities and priorities are int64 in fixed point: sums of floats depend on the order of
+addition, and a plan is to be the same on every rank, device and engine. Where floats have to be summed first,
+they are summed in float64 and the result is quantised.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from ..tokens import Tokens
-from .fixed_point import MASS_UNIT, UNIT
+
+UNIT = 1 << 16
+"""The weight of one whole token; capacities and costs are counted in 1/65536 of a token."""
+
+PRIORITY_BITS = 24
+"""Priorities are integers from 0 to 2 ** 24."""
+
+MASS_UNIT = 1 << 20
+"""Combine weights are counted in 1/1048576 where shares of them are compared."""
+
+VALUE_UNIT = 1 << 18
+"""Moments of entropy and distinctness are quantised to 1/262144."""
+
+
+def to_fixed(values: Tensor, unit: int) -> Tensor:
+    """Nearest integer count of ``1 / unit``, int64; NaN counts as 0."""
+    return torch.nan_to_num(values.double() * unit, nan=0.0).round().long()
 
 
 class Field(IntEnum):
@@ -100,20 +119,18 @@ class Counts:
         # Multiples of 16 bytes, or Triton would compile a kernel for each alignment.
         sizes = [-(-math.prod(shape) // 2) * 2 for shape in shapes.values()]
         memory = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        views = dict.fromkeys(cls.__dataclass_fields__, memory[:0])
-        for (name, shape), part in zip(shapes.items(), memory.split(sizes), strict=True):
-            part = part.view(torch.float64) if name in ("moments", "directions") else part
-            views[name] = part if part.shape == shape else part[: math.prod(shape)].view(shape)
+        views, start = dict.fromkeys(cls.__dataclass_fields__, memory[:0]), 0
+        for (name, shape), size in zip(shapes.items(), sizes, strict=True):
+            views[name] = memory.as_strided(shape, (*shape[1:], 1), start)
+            start += size
+        for name in {"moments", "directions"} & shapes.keys():
+            views[name] = views[name].view(torch.float64)
         return cls(**views)
 
     @property
     def tokens(self) -> Tensor:
         """Valid tokens of each source, int64 [S]."""
         return self.by_source[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.rows.device
 
 
 @dataclass(frozen=True)
@@ -126,10 +143,6 @@ class Routing:
     weights: Tensor
     scores: Tensor
     top_k: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.experts.device
 
 
 @dataclass(frozen=True)
@@ -159,11 +172,6 @@ class CapacityRule:
     modality_strength: float
     floor: float
 
-    @property
-    def bounded(self) -> bool:
-        """Whether the rows of a rank are bounded."""
-        return self.capacity_factor is None
-
 
 @dataclass(frozen=True)
 class Demand:
@@ -182,13 +190,9 @@ class Demand:
     planned: Tensor
 
     @property
-    def device(self) -> torch.device:
-        return self.admission_key.device
-
-    @property
     def cost(self) -> Tensor:
-        """Capacity that one assignment of each token takes, int64 [T]."""
-        return self.weight if self.rule.by_weight else torch.full_like(self.weight, UNIT)
+        """Capacity that one assignment of each token takes, int64 [T, 1]."""
+        return (self.weight if self.rule.by_weight else torch.full_like(self.weight, UNIT))[:, None]
 
 
 @dataclass(frozen=True)
@@ -210,5 +214,5 @@ class Placement:
 
     experts: Tensor
     remaining: Tensor
-    remaining_rows: Tensor | None
-    moved: bool = False
+    remaining_rows: Tensor | None = None
+    moved: bool = field(default=False, kw_only=True)

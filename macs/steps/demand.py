@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tokens import Tokens
-from .contracts import AdmissionRule, Counts, Demand, Routing
-from .fixed_point import PRIORITY_BITS, UNIT, to_fixed
+from .contracts import PRIORITY_BITS, UNIT, AdmissionRule, Counts, Demand, Routing, to_fixed
 from .kernels.dispatch import kernels_enabled
 
 EXEMPT_PRIORITY = (1 << PRIORITY_BITS) + 1
@@ -35,32 +34,27 @@ def measure_demand(
     Returns:
         The demand; padding is not planned.
     """
-    if kernels_enabled(routing.device):
+    if kernels_enabled(routing.experts.device):
         from .kernels import demand as kernels
 
         return kernels.measure_demand(routing, tokens, weight, rule, counts)
     planned = tokens.valid[:, None] & (routing.experts >= 0)
-    _add_loads(routing.experts, planned, tokens, weight, counts)
-    expert, num_experts = routing.experts.clamp(min=0), routing.scores.shape[1]
+    expert, (sources, num_experts) = routing.experts.clamp(min=0), counts.rows.shape
+    cell = expert if sources == 1 else torch.add(expert, tokens.source[:, None], alpha=num_experts)
+    counts.rows.view(-1).scatter_add_(0, cell.flatten(), planned.flatten().long())
+    if counts.cost.numel():
+        counts.cost.view(-1).scatter_add_(0, cell.flatten(), (planned * weight[:, None]).flatten())
+    by_token = torch.stack([tokens.valid, weight * tokens.valid, weight * tokens.visual])
+    counts.by_source.index_add_(1, tokens.source, by_token)
+
     priority = priority_of(routing.scores.gather(1, expert), weight, rule.priority)
     priority = priority.masked_fill(tokens.exempt[:, None], EXEMPT_PRIORITY)
     stride, tie = num_experts, expert
     if expert.shape[1] > routing.top_k:
         added = torch.arange(expert.shape[1], device=expert.device) >= routing.top_k
-        stride, tie = 2 * num_experts, expert + num_experts * added
-    key = admission_key(priority, tokens.position[:, None] * stride + tie, tie_count(routing))
-    return Demand(routing, tokens, weight, rule, key, planned)
-
-
-def _add_loads(experts: Tensor, planned: Tensor, tokens: Tokens, weight: Tensor, counts: Counts) -> None:
-    sources, num_experts = counts.rows.shape
-    cell = experts if sources == 1 else tokens.source[:, None] * num_experts + experts
-    cell, one = cell.masked_fill(~planned, 0).flatten(), planned.long()
-    counts.rows.view(-1).scatter_add_(0, cell, one.flatten())
-    if counts.cost.numel():
-        counts.cost.view(-1).scatter_add_(0, cell, (one * weight[:, None]).flatten())
-    by_token = torch.stack([tokens.valid.long(), weight * tokens.valid, weight * tokens.visual])
-    counts.by_source.index_add_(1, tokens.source, by_token)
+        stride, tie = 2 * num_experts, torch.add(expert, added, alpha=num_experts)
+    tie = torch.add(tie, tokens.position[:, None], alpha=stride)
+    return Demand(routing, tokens, weight, rule, admission_key(priority, tie, tie_count(routing)), planned)
 
 
 def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:
@@ -70,13 +64,13 @@ def priority_of(score: Tensor, weight: Tensor, rule: str) -> Tensor:
     """
     value = score.double()
     if rule == "product":
-        value = (weight.double() / UNIT)[:, None] * value
+        value = value * weight[:, None] / UNIT
     return to_fixed(value.clamp(0, 1), 1 << PRIORITY_BITS)
 
 
 def admission_key(priority: Tensor, tie: Tensor, ties: int) -> Tensor:
     """int64 that rises as the priority falls, then with ``tie`` in 0..ties-1; all of one shape."""
-    return ((EXEMPT_PRIORITY - priority) << tie_bits(ties)) | tie
+    return torch.add(tie, EXEMPT_PRIORITY - priority, alpha=1 << tie_bits(ties))
 
 
 def tie_count(routing: Routing) -> int:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .admission import limits_of, pools_of, subtract_load
-from .contracts import Demand, LayerConstants, Placement
-from .demand import key_bits, tie_count
-from .fixed_point import MASS_UNIT, to_fixed
+from .admission import limits_of, longest_prefix
+from .contracts import MASS_UNIT, Demand, LayerConstants, Placement, to_fixed
+from .demand import tie_count
 from .kernels.dispatch import kernels_enabled
 
 
@@ -33,7 +32,7 @@ def limit_drops(
     Returns:
         The placement; remaining capacities may be below 0.
     """
-    if kernels_enabled(demand.device):
+    if kernels_enabled(demand.weight.device):
         from .kernels import drops as kernels
 
         return kernels.limit_drops(demand, placement, constants, max_drop)
@@ -42,29 +41,16 @@ def limit_drops(
     mass = functional.pad(mass, (0, placement.experts.shape[1] - top_k))
     dropped = demand.planned & (placement.experts < 0) & (mass > 0)
     experts, source = demand.routing.experts, demand.tokens.source
-    by_token = source[:, None].expand_as(dropped)
 
     def by_source(chosen: Tensor) -> Tensor:
-        flat = torch.where(chosen, mass, 0).flatten()
-        return flat.new_zeros(sources).scatter_add(0, by_token.flatten(), flat)
+        return mass.new_zeros(sources).index_add(0, source, (chosen * mass).sum(1))
 
     excess = by_source(dropped) - (by_source(demand.planned).double() * max_drop).floor().long()
     # Re-admitted: every assignment before which the mass re-admitted is still short of the excess.
-    pool = torch.where(dropped, by_token, sources).flatten()
-    bits = key_bits(tie_count(demand.routing), sources)
-    order = torch.sort((pool << bits) | demand.admission_key.flatten()).indices
-    sorted_pool, sorted_mass = pool[order], mass.flatten()[order]
-    load = mass.new_zeros(sources + 1).scatter_add(0, pool, mass.flatten())
-    start = load.cumsum(0) - load
-    before = sorted_mass.cumsum(0) - sorted_mass - start[sorted_pool]
-    short = before < torch.cat([excess, excess.new_full((1,), -1)])[sorted_pool]
-    back = torch.empty_like(short).scatter_(0, order, short).view(dropped.shape) & dropped
-    remaining = [
-        subtract_load(
-            limit.capacity, pools_of(experts, back, limit.of_expert, source, limit.capacity), back, limit.cost
-        )
-        for limit in limits_of(demand, placement.remaining, placement.remaining_rows, constants)
+    pool, ties = torch.where(dropped, source[:, None], sources), tie_count(demand.routing)
+    back = dropped & longest_prefix(pool, demand.admission_key, mass, excess - 1, ties, one_more=True)
+    left = [
+        limit.less(limit.pools_of(experts, back, source), back)
+        for limit in limits_of(demand.cost, placement.remaining, placement.remaining_rows, constants)
     ]
-    placed = torch.where(back, experts, placement.experts)
-    rows = remaining[1] if len(remaining) > 1 else None
-    return Placement(placed, remaining[0], rows, placement.moved)
+    return Placement(torch.where(back, experts, placement.experts), *left, moved=placement.moved)

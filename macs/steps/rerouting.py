@@ -5,14 +5,14 @@ Shapes: T tokens, W of them with an assignment that waits, k assignments of a to
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
 from torch.nn import functional
 
-from .admission import Queue, limits_of, longest_prefix, pools_of, subtract_load
+from .admission import fill, limits_of
 from .contracts import Demand, LayerConstants, Placement
 from .demand import admission_key, priority_of
-from .fixed_point import UNIT
 from .kernels.dispatch import indices_of, kernels_enabled
 
 LAST = (1 << 63) - 1
@@ -35,24 +35,20 @@ def reroute(demand: Demand, placement: Placement, constants: LayerConstants, rou
     Returns:
         The placement with the rerouted assignments.
     """
-    if kernels_enabled(demand.device):
+    if kernels_enabled(demand.weight.device):
         from .kernels import rerouting as kernels
 
         return kernels.reroute(demand, placement, constants, rounds)
     waiting = demand.planned & (placement.experts < 0)
     token = indices_of(waiting.any(1))  # [W]: only these are looked at from here on
     keys = demand.admission_key.masked_fill(~waiting, LAST).index_select(0, token)  # [W, k]
-    routing = demand.routing
-    experts, scores = (value.index_select(0, token) for value in (routing.experts, routing.scores))
-    weight, source = demand.weight[token], demand.tokens.source[token]
-    position = demand.tokens.position[token]
-    placed, remaining, rows = (
-        placement.experts.index_select(0, token),
-        placement.remaining,
-        placement.remaining_rows,
+    tokens, ties = demand.tokens, len(demand.admission_key)
+    experts, scores, placed = (
+        one.index_select(0, token)
+        for one in (demand.routing.experts, demand.routing.scores, placement.experts)
     )
-    waiters = Demand(routing, demand.tokens, weight, demand.rule, demand.admission_key, demand.planned)
-    ties = len(demand.admission_key)
+    weight, source, position = demand.weight[token], tokens.source[token], tokens.position[token]
+    limits = limits_of(demand.cost[token], placement.remaining, placement.remaining_rows, constants)
     # A token's chosen experts are closed: it has them, or they were full. So is each one it is given.
     num_experts = scores.shape[1]
     open_ = functional.pad(scores, (0, 1)).scatter_(1, experts.masked_fill(experts < 0, num_experts), 0.0)
@@ -61,40 +57,18 @@ def reroute(demand: Demand, placement: Placement, constants: LayerConstants, rou
         first, column = keys.min(1, keepdim=True)  # [W, 1]: the best waiting assignment
         home = experts.gather(1, column)[:, 0].clamp_(min=0)
         value = open_ * constants.affinity.index_select(0, home)  # [W, E]
-        value.mul_(_has_capacity(waiters, remaining, rows, source, constants))
+        for limit in limits:
+            spare = limit.capacity[:, limit.of_expert]  # [S, E]
+            value.mul_((spare if len(spare) == 1 else spare[source]) >= limit.cost)
         value, expert = value.max(1, keepdim=True)
         proposed = (value > 0) & (first < LAST)
         score = open_.gather(1, expert)
         key = admission_key(priority_of(score, weight, demand.rule.priority), position[:, None], ties)
-        accepted, pools = proposed, []
-        for limit in limits_of(waiters, remaining, rows, constants):
-            pool = pools_of(expert, accepted, limit.of_expert, source, limit.capacity)
-            fits = longest_prefix(Queue(pool, key, limit.cost, ties), limit.capacity.flatten())
-            accepted = accepted & fits
-            pools.append((limit, pool))
+        accepted, left = fill(limits, expert, proposed, source, key, ties)
         # An assignment without a candidate now never has one, for capacity only shrinks: the next one waits.
         keys = keys.scatter(1, column, first.masked_fill(accepted | ~proposed, LAST))
         placed = placed.scatter(1, column, torch.where(accepted, expert, placed.gather(1, column)))
         open_ = open_.scatter_(1, expert, score.masked_fill(accepted, 0.0))
-        left = [subtract_load(limit.capacity, pool, accepted, limit.cost) for limit, pool in pools]
-        remaining, rows = left[0], left[1] if rows is not None else None
-    return Placement(placement.experts.index_copy(0, token, placed), remaining, rows, moved=True)
-
-
-def _has_capacity(
-    demand: Demand, remaining: Tensor, rows: Tensor | None, source: Tensor, constants: LayerConstants
-) -> Tensor:
-    """Experts with capacity for tokens of source and weight int64 [W]: float32 [1 or W, E]."""
-
-    def at_token(by_source: Tensor) -> Tensor:
-        return by_source if len(by_source) == 1 else by_source[source]
-
-    # Compared for every expert, not for every token, where all assignments cost the same.
-    remaining = remaining[:, constants.pool_of_expert]  # [S, E]
-    if demand.rule.by_weight:
-        fits = at_token(remaining) >= demand.weight[:, None]
-    else:
-        fits = at_token(remaining >= UNIT)
-    if rows is not None:
-        fits = fits & at_token(rows[:, constants.rank_of_expert] >= 1)
-    return fits.float()
+        limits = [replace(limit, capacity=one) for limit, one in zip(limits, left, strict=True)]
+    placed = placement.experts.index_copy(0, token, placed)
+    return Placement(placed, *(limit.capacity for limit in limits), moved=True)

@@ -9,26 +9,6 @@ import torch
 from torch import Tensor
 
 
-def full_scores(logits: Tensor, score_function: str) -> Tensor:
-    """Scores of every expert, without correction bias.
-
-    Args:
-        logits: [T, E], any float dtype.
-        score_function: "softmax" or "sigmoid".
-
-    Returns:
-        float32 [T, E] in 0..1.
-
-    Raises:
-        ValueError: another score function.
-    """
-    if score_function == "softmax":
-        return torch.softmax(logits, dim=-1, dtype=torch.float32)
-    if score_function == "sigmoid":
-        return torch.sigmoid(logits.float())
-    raise ValueError(f"score function: found {score_function!r}, expected softmax or sigmoid")
-
-
 def candidate_scores(
     logits: Tensor,
     experts: Tensor,
@@ -39,8 +19,9 @@ def candidate_scores(
 ) -> Tensor:
     """Scores of the experts that the router could have chosen for a token, 0 for the others.
 
-    The one score pipeline of all adapters: ``full_scores``, less the experts that correction biases disable
-    (``enabled_experts``), less those outside the groups that the token uses (``within_groups``).
+    The one score pipeline of all adapters: scores without correction bias, less the experts that the bias
+    disables (``enabled_experts``), less those outside the groups that the token's own experts are in.
+    Group-limited routing divides the experts into equal groups to bound where a token travels.
 
     Args:
         logits: the router's, [T, E], any float dtype.
@@ -52,20 +33,19 @@ def candidate_scores(
 
     Returns:
         float32 [T, E] in 0..1.
+
+    Raises:
+        ValueError: another score function.
     """
-    scores = full_scores(logits, score_function)
+    if score_function == "softmax":
+        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    elif score_function == "sigmoid":
+        scores = torch.sigmoid(logits.float())
+    else:
+        raise ValueError(f"score function: found {score_function!r}, expected softmax or sigmoid")
     if bias is not None:
         enabled = enabled_experts(bias, experts.shape[1], num_groups, groups_used)
         scores = scores * enabled.to(scores.dtype)
-    return within_groups(scores, experts, num_groups)
-
-
-def within_groups(scores: Tensor, experts: Tensor, num_groups: int | None) -> Tensor:
-    """Scores [T, E], 0 for experts outside the groups that a token's own experts int64 [T, k] are in.
-
-    Group-limited routing divides the experts into equal groups to bound where a token travels; a score of 0
-    keeps rerouting within that bound.
-    """
     if num_groups is None:
         return scores
     size = scores.shape[1] // num_groups

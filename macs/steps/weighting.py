@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..tokens import MODALITIES, Tokens
-from .contracts import Counts, TokenWeights
-from .fixed_point import UNIT, VALUE_UNIT
+from .contracts import UNIT, VALUE_UNIT, Counts, TokenWeights
 from .kernels.dispatch import indices_of, kernels_enabled
 
 FLAT_SPREAD = 1e-5
@@ -88,16 +87,12 @@ class WeightRule:
         average = self.visual_weight if chosen.average is None else chosen.average
         return chosen.sign * self.sharpness, average
 
-    @property
-    def groups(self) -> int:
-        return self.sources * MODALITIES
-
     def shapes(self, size: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the ``Counts`` that ``semantic_weights`` of features of this size adds to."""
         chosen = WEIGHTINGS[self.weighting]
         shapes: dict[str, tuple[int, ...]] = {}
         if chosen.value is not None:
-            shapes["moments"] = 3, self.groups
+            shapes["moments"] = 3, self.sources * MODALITIES
         if chosen.directions:
             shapes["directions"] = self.sources, size
         return shapes
@@ -178,56 +173,35 @@ def distinctness(hidden: Tensor, token: Tensor, visual: Tensor, source: Tensor, 
     float64 [S, D] zeros, which the unit vectors of visual tokens are added to -> float32 [V], NaN where the
     features are not finite.
 
-    The mean direction is summed in float64 and quantised (``mean_directions``), and so is the result: the
-    order of the tokens does not matter.
+    The mean direction is summed in float64 and quantised, and so is the result: the order of the
+    tokens does not matter.
     """
     sources, norms, near = len(directions), [], []
     whole = 2 * len(token) >= len(hidden)  # then reading all is faster than gathering some
     if not whole:
         hidden, visual, source = hidden[token], visual[token], source[token]
     rows = _rows(hidden)
-    for z, seen, group in zip(hidden.split(rows), visual.split(rows), source.split(rows), strict=True):
+    parts = list(zip(hidden.split(rows), visual.split(rows), source.split(rows), strict=True))
+    for z, seen, group in parts:
         z = z.float()
         norm = torch.linalg.vector_norm(z, dim=-1)
-        finite = norm < torch.inf
-        features = z.where(finite[:, None], 0.0).double()
-        inverse = (1 / norm.double().clamp(min=1e-12)).where(finite & seen, 0.0)
+        features = z.nan_to_num(0.0, 0.0, 0.0).double()
+        inverse = norm.double().clamp(min=1e-12).reciprocal().where((norm < torch.inf) & seen, 0.0)
         if sources == 1:
-            directions[0] += torch.mv(features.t(), inverse)
+            directions.add_(torch.mv(features.t(), inverse))
         else:
             directions.index_add_(0, group, features * inverse[:, None])
         norms.append(norm)
-    mean = mean_directions(directions)
-    for z, group in zip(hidden.split(rows), source.split(rows), strict=True):
+    unit = functional.normalize(directions, dim=-1, eps=1e-12)
+    mean = ((unit * DIRECTION_UNIT).round() / DIRECTION_UNIT).float()
+    for z, _, group in parts:
         # Elementwise and summed, not a matrix product, which autocast or TF32 would round.
         near.append((z.float() * (mean if sources == 1 else mean[group])).sum(-1))
     norm = torch.cat(norms)
     distinct = 1 - torch.cat(near) / norm.clamp(min=1e-12)
     distinct = distinct.mul_(DISTINCT_UNIT).round_().div_(DISTINCT_UNIT)
-    distinct = distinct.masked_fill_(~(norm < torch.inf), torch.nan)
+    distinct = distinct.where(norm < torch.inf, torch.nan)
     return distinct[token] if whole else distinct
-
-
-def mean_directions(total: Tensor) -> Tensor:
-    """Unit vectors along sums of directions, float64 [S, D] -> float32 [S, D], quantised."""
-    unit = functional.normalize(total, dim=-1, eps=1e-12)
-    return ((unit * DIRECTION_UNIT).round() / DIRECTION_UNIT).float()
-
-
-def normalize(value: Tensor, included: Tensor, group: Tensor, moments: Tensor) -> Tensor:
-    """v~ = (v - mu) / (sigma + EPSILON), with mu and population sigma of each group.
-
-    value float32 [V], included bool [V] (in the moments), group int64 [V] in 0..G-1, moments float64 [3, G]
-    zeros, which they are added to -> float32 [V]; 0 in a group whose sigma is below ``FLAT_SPREAD``.
-    """
-    # Values are quantised, so that their float64 sums are of whole numbers and exact in any order.
-    value = (value.double() * VALUE_UNIT).round_().masked_fill_(~included, 0.0)
-    number, total, square = moments.index_add_(1, group, torch.stack([included, value, value * value]))
-    number = number.clamp(min=1)
-    mean = total / number
-    sigma = (square / number - mean * mean).clamp_(min=0).sqrt_() / VALUE_UNIT
-    scale = (sigma + EPSILON).reciprocal_().masked_fill_(sigma < FLAT_SPREAD, 0.0) / VALUE_UNIT
-    return ((value - mean[group]) * scale[group]).float()
 
 
 def relative_weights(
@@ -235,12 +209,21 @@ def relative_weights(
 ) -> Tensor:
     """w = 2 u sigmoid(delta v~) for visual tokens, 1 for the others, in fixed point.
 
-    value float32 [V], visual bool [V], group int64 [V]; curve: delta and u; moments as in ``normalize`` ->
-    int64 [V] in 1..UNIT. A visual token whose value is NaN gets the lowest weight and is not included.
+    v~ = (v - mu) / (sigma + EPSILON), with mu and population sigma of each group; 0 in a group whose sigma is
+    below ``FLAT_SPREAD``. value float32 [V], visual bool [V], group int64 [V] in 0..G-1; curve: delta and u;
+    moments float64 [3, G] zeros, which they are added to -> int64 [V] in 1..UNIT. A visual token whose value
+    is NaN gets the lowest weight and is not included.
     """
-    sharpness, average = curve
-    finite = value == value
-    normalized = normalize(value, visual & finite, group, moments)
+    (sharpness, average), finite = curve, value == value
+    included = visual & finite
+    # Values are quantised, so that their float64 sums are of whole numbers and exact in any order.
+    value = (value.double() * VALUE_UNIT).round_().where(included, 0.0)
+    number, total, square = moments.index_add_(1, group, torch.stack([included, value, value * value]))
+    number = number.clamp(min=1)
+    mean = total / number
+    sigma = (square / number - mean * mean).clamp_(min=0).sqrt_() / VALUE_UNIT
+    scale = (sigma + EPSILON).reciprocal_().masked_fill_(sigma < FLAT_SPREAD, 0.0) / VALUE_UNIT
+    normalized = ((value - mean[group]) * scale[group]).float()
     weight = torch.sigmoid(sharpness * normalized).mul_(2 * average * UNIT)
     weight = weight.double().round_().long().clamp_(1, UNIT)
-    return weight.masked_fill(~finite, 1).masked_fill(~visual, UNIT)
+    return weight.where(finite, 1).where(visual, UNIT)

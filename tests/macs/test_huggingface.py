@@ -343,7 +343,7 @@ def test_generate_reads_its_mask_behind_the_cache():
     mask = torch.ones_like(IDS)
     mask[0, :9] = mask[1, :3] = 0
     model.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=4, do_sample=False)
-    assert valid == [int(mask.sum()), 4, 4, 4] and visual[0] == int((IDS == IMAGE_TOKEN).sum())
+    assert valid == [int(mask.sum()), 4, 4, 4] and visual[0] == int((IDS == IMAGE_TOKEN)[mask == 1].sum())
 
 
 class Threads(nn.Module):

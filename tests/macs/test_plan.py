@@ -14,9 +14,8 @@ from support.cases import build_policy, configs, policies, routings
 
 from macs import POLICIES, TEXT, MACSConfig, Planner, Tokens, Topology
 from macs.steps.capacity import pool_capacity
-from macs.steps.contracts import Routing
+from macs.steps.contracts import MASS_UNIT, UNIT, Routing, to_fixed
 from macs.steps.demand import measure_demand
-from macs.steps.fixed_point import MASS_UNIT, UNIT, to_fixed
 from macs.steps.weighting import semantic_weights
 
 
@@ -36,7 +35,7 @@ def plan_of(case, sum_over_group=None, **changes):
 def weights_of(case):
     planner = planner_of(case)
     counts = planner._counts(case.hidden, False)
-    return semantic_weights(case.hidden, case.tokens, planner._rules.weights, counts, False).weight
+    return semantic_weights(case.hidden, case.tokens, planner._weighting, counts, False).weight
 
 
 def row_limit(target, assignments, ranks):
@@ -70,7 +69,7 @@ def limits(case, weight):
     planner = planner_of(case)
     counts, constants = planner._counts(case.hidden, False), planner.constants(torch.device("cpu"))
     routing = Routing(case.experts, case.weights, case.scores, case.top_k)
-    measure_demand(routing, tokens, weight, planner._rules.admission, counts)
+    measure_demand(routing, tokens, weight, planner._admission, counts)
     pool = list(range(experts)) if config.level == "expert" else list(topology.expert_rank)
     rows = None
     if config.target_load is not None:
@@ -85,8 +84,8 @@ def limits(case, weight):
             for s, row in zip(chosen, shared, strict=True):
                 rows[s] = row
     bound = None if rows is None else torch.tensor(rows)
-    pools = pool_capacity(counts, constants, planner._rules.capacity, case.top_k, bound).tolist()
-    if rows is not None and planner._rules.capacity.rows_only:
+    pools = pool_capacity(counts, constants, planner._capacity, case.top_k, bound).tolist()
+    if rows is not None and planner._capacity.rows_only:
         pools, rows = [[count * UNIT for count in row] for row in rows], None
     active = [t >= config.least_tokens("cpu") for t in counts.tokens.tolist()]
     return pools, rows, active, pool

@@ -136,7 +136,7 @@ def count(
     recorder = LayerRecorder(topology, top_k)
     with counting() as launches:
         device = torch.device("cuda", 0)
-        planner.prepare(device)
+        planner.constants(device)
         recorder.prepare(device)
         hidden = torch.empty(tokens, size, dtype=torch.bfloat16, device=device)
         logits = torch.empty(tokens, experts, dtype=torch.bfloat16, device=device)

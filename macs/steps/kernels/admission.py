@@ -24,9 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contracts import Capacities, Demand, LayerConstants, Placement
+from ..contracts import UNIT, Capacities, Demand, LayerConstants, Placement
 from ..demand import key_bits, tie_count
-from ..fixed_point import UNIT
 from .shared import power_of_2
 
 BINS = 256

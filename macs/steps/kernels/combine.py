@@ -10,6 +10,7 @@ millions. The record is of integers, and equal.
     out_experts, combined, rerouted   [T, k']   written
     record              int64 [17 + 3 E]    added to
     by_source           int64 [3, S]
+    exempt              bool  [T]           local_experts  int64 [S, G]     of expanded drop
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...tokens import TEXT
-from ..combine import Combined
-from ..contracts import Capacities, Counts, Demand, Field, Placement
-from ..fixed_point import MASS_UNIT
+from ...tokens import TEXT, Tokens
+from ..combine import Plan, PlanStatistics
+from ..contracts import MASS_UNIT, Capacities, Counts, Demand, Field, LayerConstants, Placement, Routing
 from .dispatch import on_device
 from .shared import assignments, power_of_2, rint, visual_of
 
@@ -32,7 +32,7 @@ AT_WEIGHT, AT_VISUAL_WEIGHT, AT_UNMET = AT["WEIGHT"], AT["VISUAL_WEIGHT"], AT["U
 AT_VISUAL, AT_NONFINITE, AT_KEPT = AT["VISUAL"], AT["NONFINITE"], AT["KEPT"]
 AT_KEPT_MASS, AT_VISUAL_KEPT = AT["KEPT_MASS"], AT["VISUAL_KEPT"]
 
-TILE = 256
+TILE, EXPANSION_TILE = 256, 512
 """Assignments that a program looks at together."""
 
 
@@ -43,7 +43,7 @@ def wide(weights: Tensor) -> tl.dtype:
 
 def combine(
     demand: Demand, placement: Placement, capacities: Capacities, finite: Tensor | None, counts: Counts
-) -> Combined:
+) -> Plan:
     """One launch."""
     routing, tokens, placed = demand.routing, demand.tokens, placement.experts.contiguous()
     (count, slots), num_experts, sources = placed.shape, routing.scores.shape[1], len(capacities.active)
@@ -68,7 +68,7 @@ def combine(
         MASS=MASS_UNIT, LOADS_AT=len(Field), TOKENS=block, K=columns, SOURCES=power_of_2(sources),
         POOLS=power_of_2(left.shape[1]),
     )  # fmt: skip
-    return Combined(experts, weights, rerouted)
+    return Plan(experts, weights, rerouted, None if finite is None else PlanStatistics(counts.record))
 
 
 @triton.jit
@@ -239,3 +239,60 @@ def _map(
     inside = here[:, None] & (column < num_experts)[None, :]
     tl.store(chosen + cell, hit != 0, mask=inside)
     tl.store(probs + cell, value.to(probs.dtype.element_ty), mask=inside)
+
+
+def add_local_experts(routing: Routing, tokens: Tokens, constants: LayerConstants) -> Routing:
+    """One launch."""
+    (count, k), more = routing.experts.shape, constants.local_experts.shape[1]
+    experts = torch.empty(count, k + more, dtype=torch.int64, device=routing.experts.device)
+    weights = torch.empty(count, k + more, dtype=routing.weights.dtype, device=routing.experts.device)
+    if count:
+        added, own = power_of_2(more), power_of_2(k)
+        block = max(1, EXPANSION_TILE // max(added, own))
+        tensors = (
+            routing.experts, routing.weights, routing.scores, tokens.source, tokens.valid, tokens.exempt,
+            constants.local_experts,
+        )  # fmt: skip
+        _add_local_experts[(triton.cdiv(count, block),)](
+            *(one.contiguous() for one in tensors), experts, weights, count, k, more, routing.scores.shape[1],
+            WIDE=wide(weights), SCORE=wide(routing.scores), TINY=torch.finfo(routing.scores.dtype).tiny,
+            TOKENS=block, K=own, MORE=added,
+        )  # fmt: skip
+    return Routing(experts, weights, routing.scores, routing.top_k)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _add_local_experts(
+    experts, weights, scores, source, valid, exempt, local_experts, out_experts, out_weights,
+    count, k, more, num_experts,
+    WIDE: tl.constexpr, SCORE: tl.constexpr, TINY: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr,
+    MORE: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    here = token < count
+    slot, extra = tl.arange(0, K), tl.arange(0, MORE)
+    real = here[:, None] & (slot < k)[None, :]
+    inside = here[:, None] & (extra < more)[None, :]
+    own = tl.load(experts + token[:, None] * k + slot[None, :], mask=real, other=-1)
+    weight = tl.load(weights + token[:, None] * k + slot[None, :], mask=real, other=0.0)
+    of = tl.load(source + token, mask=here, other=0)
+    local = tl.load(local_experts + of[:, None] * more + extra[None, :], mask=inside, other=0)
+    row = scores + token[:, None] * num_experts
+    may = tl.load(valid + token, mask=here, other=0).to(tl.int1)
+    may = may & ~tl.load(exempt + token, mask=here, other=0).to(tl.int1)
+    candidate = tl.load(row + local, mask=inside, other=0.0)
+    open_ = inside & may[:, None] & (candidate.to(SCORE) > 0)
+    for one in range(k):
+        used = tl.load(experts + token * k + one, mask=here, other=-1)
+        open_ = open_ & (local != used[:, None])
+    asked = real & (own >= 0)
+    score = tl.load(row + own, mask=asked, other=0.0)
+    joined = share_of(
+        candidate.to(SCORE), score, tl.where(asked, weight, 0.0).to(weight.dtype), SCORE, WIDE, TINY
+    )
+    start = token[:, None] * (k + more)
+    tl.store(out_experts + start + slot[None, :], own, mask=real)
+    tl.store(out_weights + start + slot[None, :], weight, mask=real)
+    at = start + k + extra[None, :]
+    tl.store(out_experts + at, tl.where(open_, local, -1), mask=inside)
+    tl.store(out_weights + at, tl.where(open_, joined, 0.0).to(weight.dtype), mask=inside)

@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tokens import TEXT, Tokens
-from ..contracts import AdmissionRule, Counts, Demand, Routing
+from ..contracts import PRIORITY_BITS, UNIT, AdmissionRule, Counts, Demand, Routing
 from ..demand import EXEMPT_PRIORITY, tie_bits, tie_count
-from ..fixed_point import PRIORITY_BITS, UNIT
 from .shared import RULES, assignments, power_of_2, priority_of, visual_of
 
 TILE = 1024

@@ -15,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contracts import Demand, LayerConstants, Placement
+from ..contracts import MASS_UNIT, UNIT, Demand, LayerConstants, Placement
 from ..demand import key_bits, tie_count
-from ..fixed_point import MASS_UNIT, UNIT
 from .admission import MASS, ROW, asks, first_out, memory_for, price_in_pools, price_of, searched
 from .shared import assignments, power_of_2, rint
 

@@ -16,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contracts import Demand, LayerConstants, Placement
+from ..contracts import PRIORITY_BITS, UNIT, Demand, LayerConstants, Placement
 from ..demand import EXEMPT_PRIORITY, key_bits, tie_bits
-from ..fixed_point import PRIORITY_BITS, UNIT
 from .admission import ROW, asks, first_out, memory_for, price_in_pools, price_of, searched
 from .shared import RULES, power_of_2, priority_of
 
@@ -33,7 +32,7 @@ def reroute(demand: Demand, placement: Placement, constants: LayerConstants, rou
     (count, k), num_experts = placed.shape, demand.routing.scores.shape[1]
     if not count:
         return replace(placement, moved=True)
-    tokens, device = demand.tokens, demand.device
+    tokens, device = demand.tokens, demand.weight.device
     sources, pools = remaining.shape
     key_bits(count, sources * pools)  # raises
     queue, key = torch.empty_like(demand.admission_key), torch.empty(count, dtype=torch.int64, device=device)

@@ -22,8 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tokens import MODALITIES, TEXT, Tokens
-from ..contracts import Counts, TokenWeights
-from ..fixed_point import UNIT, VALUE_UNIT
+from ..contracts import UNIT, VALUE_UNIT, Counts, TokenWeights
 from ..weighting import DIRECTION_UNIT, DISTINCT_UNIT, EPSILON, FLAT_SPREAD, WeightRule
 from .shared import finite, power_of_2, rint, visual_of
 
@@ -61,22 +60,23 @@ def semantic_weights(
         _constant[grid](hidden, *flags, weight, known, *sizes, visual, UNIT=UNIT, **form)
         return result
     value = torch.empty(count, dtype=torch.float32, device=device)
-    group = {"MODALITIES": MODALITIES, "GROUPS": power_of_2(rule.groups), "SCALE": VALUE_UNIT}
+    groups = rule.sources * MODALITIES
+    group = {"MODALITIES": MODALITIES, "GROUPS": power_of_2(groups), "SCALE": VALUE_UNIT}
     if rule.weighting == "distinct":
         norm = torch.empty(count, dtype=torch.float32, device=device)
         _directions[(*grid, rule.sources)](hidden, *flags, norm, known, counts.directions, *sizes, **form)
         _distinctness[grid](
-            hidden, *flags, counts.directions, norm, value, counts.moments, rule.groups, *sizes, rule.sources,
+            hidden, *flags, counts.directions, norm, value, counts.moments, groups, *sizes, rule.sources,
             UNIT=DISTINCT_UNIT, DIRECTION=DIRECTION_UNIT, SOURCES=power_of_2(rule.sources), **group, **form,
         )  # fmt: skip
     elif rule.weighting == "entropy":
-        _entropy[grid](hidden, *flags, value, known, counts.moments, rule.groups, *sizes, **group, **form)
+        _entropy[grid](hidden, *flags, value, known, counts.moments, groups, *sizes, **group, **form)
     else:
         raise NotImplementedError(
             f"weighting {rule.weighting}: its row says kernel = True, and there is none"
         )
     _weights[(triton.cdiv(count, TOKENS),)](
-        value, *flags, counts.moments, rule.groups, weight, count, *map(float, rule.curve),
+        value, *flags, counts.moments, groups, weight, count, *map(float, rule.curve),
         MODALITIES=MODALITIES, SCALE=VALUE_UNIT, UNIT=UNIT, FLAT=FLAT_SPREAD, EPSILON=EPSILON, TEXT=TEXT,
         TOKENS=TOKENS,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 
 from macs import METRICS, LayerReport, Topology
 from macs.adapters import summarized
-from macs.routing import Field
+from macs.steps.contracts import Field
 
 
 def report_of(busiest):

@@ -243,7 +243,7 @@ def test_a_kl_finds_the_smallest_target():
 def test_another_target_reaches_a_planner_that_ran_in_inference_mode():
     planner = build_policy("macs", MACSConfig(), Topology(4, 2), 2)
     with torch.inference_mode():
-        planner.prepare(torch.device("cpu"))
+        planner.constants(torch.device("cpu"))
     planner.update_target(0.5)
     (constants,) = planner._on_device.values()
     assert constants.target_load.tolist() == [0.5]

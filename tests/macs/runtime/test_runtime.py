@@ -198,8 +198,7 @@ def test_macs_needs_torch_alone():
     code = (
         "import sys\n"
         "class Only:\n"
-        "    blocked = {'yaml', 'safetensors', 'megatron', 'deepspeed', 'rich', 'transformers'}\\n"
-        "    blocked |= {'prometheus_client'}\\n"
+        "    blocked = 'yaml safetensors megatron deepspeed rich transformers prometheus_client'.split()\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in self.blocked: raise ImportError(name)\n"
         "sys.meta_path.insert(0, Only())\n"

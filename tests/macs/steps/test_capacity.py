@@ -10,16 +10,16 @@ from support import reference
 from support.cases import configs, policies, routings
 from support.kernels import DEVICE, both, generator, kernel_test, same
 
-from macs.steps.bounds import group_rows, row_bound
 from macs.steps.capacity import (
     effective_visual_ratio,
+    group_rows,
     max_capacity_factors,
     measure_capacities,
     pool_capacity,
+    row_bound,
 )
-from macs.steps.contracts import AdmissionRule, CapacityRule, Counts, LayerConstants, Routing
+from macs.steps.contracts import UNIT, AdmissionRule, CapacityRule, Counts, LayerConstants, Routing
 from macs.steps.demand import measure_demand
-from macs.steps.fixed_point import UNIT
 
 
 def constants_of(ranks, pool=None, bias=None, min_tokens=0, target=math.inf):

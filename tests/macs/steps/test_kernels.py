@@ -22,9 +22,8 @@ from support.kernels import (
 )
 
 from macs import MACSConfig, Modality, Planner, Tokens, Topology
-from macs.steps import admission, combine, demand, drops, expansion, rerouting
-from macs.steps.contracts import AdmissionRule, Capacities, Counts, Field, Routing, record_size
-from macs.steps.fixed_point import UNIT
+from macs.steps import admission, combine, demand, drops, rerouting
+from macs.steps.contracts import UNIT, AdmissionRule, Capacities, Counts, Field, Routing, record_size
 from macs.steps.kernels.dispatch import has_triton, kernels, kernels_enabled
 from macs.steps.record import TOTALS, Totals, append
 from macs.steps.weighting import semantic_weights
@@ -190,7 +189,7 @@ def test_record_and_combine_weights(count, sources, share, by_weight, rows, seed
 def test_local_experts(dtype, count, per_rank):
     asked, constants = case_of(count, 3, per_rank, sources=3, dtype=dtype)
     given = asked.routing, asked.tokens, constants
-    found, expected, *_ = both(expansion.add_local_experts, *given)
+    found, expected, *_ = both(combine.add_local_experts, *given)
     assert same(found.experts, expected.experts)
     # The interpreter cuts off what a GPU rounds to bfloat16.
     near = 2**-6 if dtype is torch.bfloat16 else 0
@@ -203,7 +202,8 @@ def test_local_experts(dtype, count, per_rank):
 @pytest.mark.parametrize(("count", "experts", "k"), [(33, 6, 3), (5, 512, 8), (0, 4, 2)])
 def test_map(count, experts, k, dtype):
     weights = torch.rand(count, k, generator=generator(count)).to(dtype).to(DEVICE)
-    found, expected, *_ = both(combine.map_of, experts_of(count, experts, k), weights, experts)
+    plan = combine.Plan(experts_of(count, experts, k), weights, weights > 0, None)
+    found, expected, *_ = both(combine.Plan.as_map, plan, experts)
     assert same(found, expected)
 
 
@@ -288,7 +288,7 @@ def test_a_whole_plan_is_the_same(case):
     inputs = on_device(case)
     with kernels("torch"), pytest.MonkeyPatch.context() as patch:
         counts = planner._counts(inputs[0], True)
-        weights = semantic_weights(inputs[0], inputs[4], planner._rules.weights, counts, True)
+        weights = semantic_weights(inputs[0], inputs[4], planner._weighting, counts, True)
         patch.setattr("macs.planner.semantic_weights", lambda *given: weights)
         found, expected, *_ = both(planner.plan, *inputs)
     assert torch.equal(found.experts, expected.experts)

@@ -10,8 +10,7 @@ from support import reference
 from support.kernels import DEVICE, both, features, kernel_test, tokens_of
 
 from macs import WEIGHTINGS, Tokens
-from macs.steps.contracts import Counts
-from macs.steps.fixed_point import UNIT
+from macs.steps.contracts import UNIT, Counts
 from macs.steps.weighting import (
     WeightRule,
     distinctness,
