@@ -39,7 +39,7 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
         """As the base class; where serving begins, the router's rows are those of now."""
         super().train(mode)
         if not mode and self.macs is not None:
-            self.macs.refetch()
+            self.macs.refresh()
         return self
 
     def _forward(self, hidden_states: Tensor) -> Any:

@@ -45,7 +45,7 @@ class MACSTopKGate(TopKGate):
         """As the base class; where serving begins, the router's rows are those of now."""
         super().train(mode)
         if not mode and self.macs is not None:
-            self.macs.refetch()
+            self.macs.refresh()
         return self
 
     def forward(

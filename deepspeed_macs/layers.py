@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -20,9 +19,9 @@ from macs.adapters import (
     LayerRuntime,
     MACSConfig,
     Owner,
+    Policy,
     Runtime,
     Topology,
-    Unsupported,
     policy_of,
 )
 
@@ -58,28 +57,26 @@ class DeepSpeedAdapter(LayerAdapter):
     def router_weight(self) -> Tensor:
         return self._weight if self._rows is None else self._rows
 
-    def refetch(self) -> bool:
+    def refetch(self) -> None:
         """Fetch the rows anew where ZeRO-3 keeps them in parts."""
         if self._rows is not None:
             with torch.inference_mode():
                 self._rows.copy_(_gathered(self._weight))
-        return self._rows is not None
 
-    def unsupported(self) -> Unsupported:
+    def refusal(self, policy: Policy) -> str | None:
         """Visual tokens must be found, and ranks with the same tokens must make the same plan."""
-        modality, added = None, None
-        if self.blind is not None:
-            modality = (
+        if policy.adds_assignments and self.same_tokens > 1:
+            return (
+                f"the expert-parallel group holds {self.same_tokens} tensor-parallel ranks with the same "
+                "tokens, which would add other experts of their own"
+            )
+        if policy.reads_modality and self.blind is not None:
+            return (
                 f"the visual tokens cannot be found ({self.blind}). Give image_token_id, or set "
                 '"modality": "text" for a model that has nothing else, or "manual" and macs.modality(mask) '
                 "around every forward pass"
             )
-        if self.same_tokens > 1:
-            added = (
-                f"the expert-parallel group holds {self.same_tokens} tensor-parallel ranks with the same "
-                "tokens, which would add other experts of their own"
-            )
-        return Unsupported(added, modality)
+        return None
 
 
 class GateAdapter(DeepSpeedAdapter):
@@ -114,20 +111,16 @@ class AutoEPAdapter(DeepSpeedAdapter):
     def k_of(layer: Any) -> int:
         return layer.top_k
 
-    def unsupported(self) -> Unsupported:
+    def refusal(self, policy: Policy) -> str | None:
         """DeepEP's buffers hold k assignments a token."""
-        unsupported, layer = super().unsupported(), self.owner()
-        if (
-            unsupported.added_assignments is None
-            and layer.comm_backend == DEEPEP_BACKEND
-            and layer.ep_size > 1
-        ):
-            why = (
+        layer, reason = self.owner(), super().refusal(policy)
+        deepep = layer.comm_backend == DEEPEP_BACKEND and layer.ep_size > 1
+        if reason is None and policy.adds_assignments and deepep:
+            return (
                 f"the buffers of expert_parallel.comm_backend = 'deepep' hold {layer.top_k} assignments a "
                 "token; use comm_backend = 'comm'"
             )
-            return replace(unsupported, added_assignments=why)
-        return unsupported
+        return reason
 
 
 def _gathered(weight: nn.Parameter) -> Tensor:

@@ -1,10 +1,11 @@
 """What engine adapters build on; they import nothing else of ``macs``."""
+# ruff: noqa: F401
 
 from .config import MACSConfig, check_name
 from .files import read_mapping
-from .policies import policy_of
+from .policies import Policy, policy_of
 from .records.load import LayerReport, summarized
-from .runtime.adapter import LayerAdapter, Owner, TokenShard, Unsupported
+from .runtime.adapter import LayerAdapter, Owner, TokenShard
 from .runtime.calls import CallReader, real_keys
 from .runtime.hooks import (
     ModalityHook,
@@ -25,52 +26,3 @@ from .steps.combine import Plan, loads_of, routing_from_map
 from .steps.scoring import candidate_scores
 from .tokens import AUDIO, IMAGE, TEXT, VIDEO, Modality
 from .topology import Topology
-
-__all__ = [
-    "AUDIO",
-    "IMAGE",
-    "TEXT",
-    "VIDEO",
-    "CallReader",
-    "CommandParser",
-    "LayerAdapter",
-    "LayerReport",
-    "LayerRuntime",
-    "MACSConfig",
-    "Modality",
-    "ModalityBuffers",
-    "ModalityHook",
-    "Options",
-    "Owner",
-    "Patch",
-    "Plan",
-    "ProcessError",
-    "Runtime",
-    "TokenShard",
-    "Topology",
-    "Unreadable",
-    "Unsupported",
-    "add_flags",
-    "attach_modality",
-    "candidate_scores",
-    "check_name",
-    "check_tells",
-    "completed",
-    "current_modality",
-    "first_process",
-    "innermost",
-    "layers_of",
-    "leave",
-    "loads_of",
-    "missing_symbols",
-    "modality",
-    "named_tokens",
-    "options_of",
-    "policy_of",
-    "read_mapping",
-    "real_keys",
-    "routing_from_map",
-    "run_script",
-    "summarized",
-    "token_modality_of",
-]

@@ -191,8 +191,6 @@ class MACSConfig:
 
         Of ``BOUNDS``, naming one replaces the others.
         """
-        for name in values:
-            check_name("field", name, tuple(setting.name for setting in settings()))
         given = [name for name in BOUNDS if values.get(name) is not None]
         if len(given) == 1:
             values = {**values, **dict.fromkeys(BOUNDS), given[0]: values[given[0]]}
@@ -206,11 +204,6 @@ class MACSConfig:
 def settings() -> list[Field[Any]]:
     """The fields of ``MACSConfig`` that a user sets."""
     return [setting for setting in fields(MACSConfig) if setting.init]
-
-
-def default_of(name: str) -> Any:
-    """The value of a setting in ``MACSConfig()``."""
-    return getattr(MACSConfig(), name)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -228,10 +221,9 @@ def check_name(what: str, name: Any, valid: tuple[str, ...]) -> None:
     """Raise a ``ValueError`` that names the nearest valid name unless ``name`` is one."""
     if isinstance(name, str) and name in valid:
         return
-    shown = name if len(str(name)) <= 100 else str(name)[:100] + "..."
-    nearest = difflib.get_close_matches(str(name)[:100], valid, n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.0)
     raise ValueError(
-        f"config: unknown {what} {shown!r}; did you mean {nearest[0]!r}? Valid: {', '.join(valid)}"
+        f"config: unknown {what} {name!r}; did you mean {nearest[0]!r}? Valid: {', '.join(valid)}"
     )
 
 
@@ -240,14 +232,8 @@ def _check(setting: Field[Any], value: Any) -> None:
     optional = setting.default is None or setting.default is MISSING
     if value is None and optional:
         return
-    value = value[:100] + "..." if isinstance(value, str) and len(value) > 100 else value
     if metadata["choices"]:
-        if not isinstance(value, str) or value not in metadata["choices"]:
-            nearest = difflib.get_close_matches(str(value), metadata["choices"], n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"{name}: found {value!r}, expected one of {', '.join(metadata['choices'])}; "
-                f"did you mean {nearest!r}?"
-            )
+        check_name(setting.name, value, metadata["choices"])
         return
     if isinstance(setting.default, bool):
         if not isinstance(value, bool):

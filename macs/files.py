@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,19 +33,15 @@ def save_tensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]
 ) -> None:
     """Replace ``path`` with a safetensors file; if writing fails, the former file stays."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(dict(tensors), aside, metadata=metadata)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(aside, 0o666 & ~mask)  # those of any new file; a temporary one is its owner's alone
+        aside.write_bytes(save(dict(tensors), metadata))
         os.replace(aside, path)
     except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
 
 
@@ -61,26 +56,18 @@ def rank_and_world() -> tuple[int, int]:
     return _place[0] if _place else (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-LARGEST_SETTINGS = 1 << 16
-"""Bytes of a settings file; usual ones have hundreds."""
-
-
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The mapping in a ``.json``, ``.yaml`` or ``.yml`` file; an empty file is an empty mapping.
 
     Raises:
-        ValueError: another kind of file, more than 64 kB, or something else than a mapping of names.
+        ValueError: another kind of file, or something else than a mapping of names.
     """
     path = Path(path)
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ValueError(f"config {path}: expected a .json, .yaml or .yml file")
-    if path.stat().st_size > LARGEST_SETTINGS:
-        raise ValueError(
-            f"config {path}: found {path.stat().st_size} bytes, expected at most {LARGEST_SETTINGS}"
-        )
+    text = path.read_text(encoding="utf-8")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = _parse(text, path.suffix) if text.strip() else None
+        values = _parsed(text, path.suffix) if text.strip() else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path}: not valid {path.suffix[1:]}: {error}") from error
     values = {} if values is None else values
@@ -89,7 +76,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _parse(text: str, suffix: str) -> Any:
+def _parsed(text: str, suffix: str) -> Any:
     if suffix == ".json":
         return json.loads(text)
     import yaml

@@ -159,11 +159,10 @@ class GateAdapter(LayerAdapter):
             wrapper = wrapper.base_layer
         return weight
 
-    def refetch(self) -> bool:
+    def refetch(self) -> None:
         """Put the rows together anew where FSDP2 keeps them in parts."""
         if self._rows is not None:
             self._rows = gate_of(self.block)[0].weight.full_tensor()
-        return self._rows is not None
 
 
 def _loaded(gate: Any) -> Tensor:

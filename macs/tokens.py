@@ -6,7 +6,7 @@ Shapes: B sequences of S tokens, T = B S tokens of a layer, in the layer's own o
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Modality:
     exempt: Tensor
     held: bool = False
     states_valid: bool = False
-    _layouts: dict[Layout, Tokens] = field(default_factory=dict, repr=False, compare=False)
+    _layouts: dict[tuple[bool, int], Tokens] = field(default_factory=dict, repr=False, compare=False)
     _parts: dict[tuple[int, int], Modality] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -130,16 +130,10 @@ class Modality:
             exempt=self.exempt.gather(1, origin) & real,
         )
 
-    def batch_major(self, sources: int = 1) -> Tokens:
-        """The tokens in the order b S + s, as in Hugging Face and DeepSpeed, of sequences divided evenly
-        among ``sources``; made once for all layers of a forward pass."""
-        return self._layout(Layout(False, sources))
-
-    def sequence_major(self, sources: int = 1) -> Tokens:
-        """The tokens in the order s B + b, as in Megatron; otherwise as ``batch_major``."""
-        return self._layout(Layout(True, sources))
-
-    def _layout(self, layout: Layout) -> Tokens:
+    def tokens(self, sequence_major: bool = False, sources: int = 1) -> Tokens:
+        """The tokens in the order b S + s, as in Hugging Face and DeepSpeed, or s B + b, as in Megatron, of
+        sequences divided evenly among ``sources``; made once for all layers of a forward pass."""
+        layout = sequence_major, sources
         if layout not in self._layouts:
             self._layouts[layout] = Tokens(*ordered(self, *layout))
         return self._layouts[layout]
@@ -195,13 +189,6 @@ class Tokens:
     def visual(self) -> Tensor:
         """Valid tokens that are weighed by their features: all but text. bool [T]"""
         return torch.logical_and(self.modality, self.valid)  # TEXT is 0
-
-
-class Layout(NamedTuple):
-    """Order of a layer's tokens, and number of sources they are divided among."""
-
-    sequence_major: bool
-    sources: int
 
 
 def ordered(modality: Modality, sequence_major: bool, sources: int) -> tuple[Tensor, ...]:

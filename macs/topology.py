@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -22,18 +21,19 @@ class Topology:
     sources: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1 or self.num_ranks < 1:
+        if self.num_experts < 1 or self.num_ranks < 1 or self.num_experts % self.num_ranks:
             raise ValueError(
-                f"topology: found {self.num_experts} experts on {self.num_ranks} ranks, expected 1 or more"
+                f"topology: found {self.num_experts} experts on {self.num_ranks} ranks, expected ranks that "
+                "divide them"
             )
-        if self.num_experts % self.num_ranks:
-            raise ValueError(
-                f"topology: {self.num_experts} experts are not divisible by {self.num_ranks} ranks"
-            )
+        even = tuple(rank for rank in range(self.num_ranks) for _ in range(self.experts_per_rank))
         if not self.expert_rank:
-            contiguous = tuple(j // self.experts_per_rank for j in range(self.num_experts))
-            object.__setattr__(self, "expert_rank", contiguous)
-        _check_placement(self.expert_rank, self.num_experts, self.num_ranks)
+            object.__setattr__(self, "expert_rank", even)
+        if tuple(sorted(self.expert_rank)) != even:
+            raise ValueError(
+                f"topology.expert_rank: found {self.expert_rank}, expected each of {self.num_ranks} ranks "
+                f"{self.experts_per_rank} times"
+            )
         if not self.sources or not all(0 <= rank < self.num_ranks for rank in self.sources):
             raise ValueError(
                 f"topology.sources: found {self.sources}, expected ranks from 0 to {self.num_ranks - 1}"
@@ -49,17 +49,3 @@ class Topology:
             [expert for expert, home in enumerate(self.expert_rank) if home == rank]
             for rank in range(self.num_ranks)
         ]
-
-
-def _check_placement(expert_rank: Sequence[int], num_experts: int, num_ranks: int) -> None:
-    if len(expert_rank) != num_experts:
-        raise ValueError(
-            f"topology.expert_rank: found {len(expert_rank)} entries, expected {num_experts}, one an expert"
-        )
-    for rank in range(num_ranks):
-        found = sum(1 for home in expert_rank if home == rank)
-        if found != num_experts // num_ranks:
-            raise ValueError(
-                f"topology.expert_rank: rank {rank} has {found} experts, expected "
-                f"{num_experts // num_ranks} on each of {num_ranks} ranks"
-            )

@@ -19,10 +19,10 @@ from macs.adapters import (
     LayerAdapter,
     LayerRuntime,
     Owner,
+    Policy,
     Runtime,
     TokenShard,
     Topology,
-    Unsupported,
     current_modality,
 )
 
@@ -125,28 +125,26 @@ class MoELayerAdapter(LayerAdapter):
         index, parts = self._replicas if self.config.sequence_parallel else (0, 1)
         return TokenShard(index, parts)
 
-    def unsupported(self) -> Unsupported:
+    def refusal(self, policy: Policy) -> str | None:
         """Some dispatchers send k assignments a token; tensor-parallel ranks with the same tokens must make
         the same plan."""
+        if not policy.adds_assignments:
+            return None
         config, replicas = self.config, self._replicas[1] // self.token_shard().parts
-        flex = config.moe_token_dispatcher_type == "flex"
-        for narrow, what in (
-            (
-                flex and config.moe_flex_dispatcher_backend == "deepep",
-                "moe_flex_dispatcher_backend = 'deepep'",
-            ),
-            (config.transformer_impl == "inference_optimized", "transformer_impl = 'inference_optimized'"),
-        ):
-            if narrow:
-                sends = f"{what} sends {config.moe_router_topk} assignments a token"
-                return Unsupported(added_assignments=f"{sends}, and this policy may add to them")
+        narrow = None
+        if config.transformer_impl == "inference_optimized":
+            narrow = "transformer_impl = 'inference_optimized'"
+        if config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend == "deepep":
+            narrow = "moe_flex_dispatcher_backend = 'deepep'"
+        if narrow is not None:
+            sends = f"{narrow} sends {config.moe_router_topk} assignments a token"
+            return f"{sends}, and this policy may add to them"
         if replicas > 1:
-            return Unsupported(
-                added_assignments="every rank would add experts of its own, but "
-                f"{replicas} tensor-parallel ranks hold the same tokens and must make the same plan; set "
-                "sequence_parallel, which gives each its own"
+            return (
+                f"every rank would add experts of its own, but {replicas} tensor-parallel ranks hold the "
+                "same tokens and must make the same plan; set sequence_parallel, which gives each its own"
             )
-        return Unsupported()
+        return None
 
     def mixes_outputs(self) -> str | None:
         """Overlapped shared experts are added where the dispatcher combines."""

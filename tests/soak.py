@@ -266,7 +266,8 @@ def main() -> int:
         options = arguments.minutes, arguments.switch
         runs = [threads.submit(soaked, name, *options) for name in arguments.engines]
         found = [one.result() for one in runs]
-    print(json.dumps(found, indent=1))
+    for one in found:
+        print("\n".join(f"{name}: {value}" for name, value in one.items()))
     return int(any(one["faults"] for one in found))
 
 

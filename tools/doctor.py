@@ -84,7 +84,7 @@ def equal_kernels() -> Finding:
     mask = torch.rand(2, 128, generator=generator) < 0.6
     hidden = torch.randn(256, 64, generator=generator)
     hidden, experts, weights, scores = (one.to(device) for one in (hidden, experts, weights, scores))
-    tokens = Modality.of(mask.to(device)).batch_major()
+    tokens = Modality.of(mask.to(device)).tokens()
     configs = {"fast": MACSConfig.preset("fast"), "safe": MACSConfig.preset("safe")}
     for name in ("macs", "paper", "padded", *configs):
         config = configs.get(name, MACSConfig()).updated(min_tokens=0)

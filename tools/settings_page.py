@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from macs import PRESETS
-from macs.config import default_of, settings
+from macs.config import MACSConfig, settings
 
 from .common.clone import ROOT
 from .common.command import Parser
@@ -38,7 +38,7 @@ def table() -> str:
         changed = [PRESETS[name].get(field.name, "") for name in names]
         cells = [
             f"`{field.name}`",
-            _shown(default_of(field.name)),
+            _shown(getattr(MACSConfig(), field.name)),
             allowed,
             *map(_shown, changed),
             told["help"],

@@ -19,9 +19,9 @@ from macs.adapters import (
     LayerAdapter,
     LayerRuntime,
     Owner,
+    Policy,
     Runtime,
     Topology,
-    Unsupported,
     candidate_scores,
     current_modality,
 )
@@ -50,8 +50,8 @@ class MoELayerAdapter(LayerAdapter):
     def plans_now(self) -> bool:
         return is_planned() and current_modality() is not None
 
-    def unsupported(self) -> Unsupported:
-        return Unsupported(added_assignments="vLLM's workspaces are sized for k experts a token")
+    def refusal(self, policy: Policy) -> str | None:
+        return "vLLM's workspaces are sized for k experts a token" if policy.adds_assignments else None
 
     def adds_estimates(self) -> bool:
         return self._adds

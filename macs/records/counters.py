@@ -10,11 +10,9 @@ Shapes: E experts, R ranks.
 from __future__ import annotations
 
 import os
-import threading
-import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +23,6 @@ from ..steps.contracts import Field, record_size
 from ..steps.record import TOTALS, Totals
 from ..topology import Topology
 from .load import relative_imbalance, relative_load
-
-TRIES, PAUSE = 20, 1e-3
-"""Reads of memory that a GPU may be writing, and seconds between them; a copy takes a hundredth of that."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +115,6 @@ class _Block:
     parts: Sequence[Totals]
     final: int
     ran: int | None = None
-    lock: Any = field(default_factory=threading.Lock)
-    seen: Tensor | None = None
 
     @property
     def alive(self) -> bool:
@@ -139,23 +132,7 @@ class _Block:
 
     def publish(self) -> None:
         """Copy the rows to the host, behind the work queued on the device."""
-        if self.rows.device.type == "cpu":
-            with self.lock:
-                self.host.copy_(self.rows)
-        else:
-            self.host.copy_(self.rows, non_blocking=True)
-
-    def read(self) -> Tensor:
-        """The host's copy; where a GPU keeps writing it, the one that was read before."""
-        with self.lock:
-            on_cpu = self.rows.device.type == "cpu"
-            for _ in range(1 if on_cpu else TRIES):
-                copy = self.host.clone()
-                if on_cpu or torch.equal(copy, self.host):
-                    self.seen = copy
-                    break
-                time.sleep(PAUSE)
-            return torch.zeros_like(self.host) if self.seen is None else self.seen
+        self.host.copy_(self.rows, non_blocking=True)
 
 
 class Counters:
@@ -237,11 +214,14 @@ class Counters:
         return [layer() for block in self._blocks if block.alive for layer in block.layers]
 
     def read(self) -> Reading:
-        """All counters as they were when a forward pass last ended; does not wait."""
+        """All counters as they were when a forward pass last ended; does not wait.
+
+        They only rise: a reading while a GPU copies them has some layers one pass ahead.
+        """
         layers: list[LayerTotals] = []
         leading, blocks, bypassed = [], [], 0
         for block in [block for block in self._blocks if block.alive]:
-            first, *rows = block.read().split([1, *(len(part.sums) for part in block.parts)])
+            first, *rows = block.host.clone().split([1, *(len(part.sums) for part in block.parts)])
             totals = [LayerTotals(row, *shape) for row, shape in zip(rows, block.shapes, strict=True)]
             steps = [layer.total("steps") for layer in totals]
             # The last of those with the most: no other has ended more passes.

@@ -21,13 +21,10 @@ from torch import Tensor
 from ..checks import FLOATS, expect
 from ..files import save_tensors
 from ..tokens import Tokens
-from .compensation import TENSORS as COMPENSATION_TENSORS
 from .compensation import Compensation
-from .tuning import TENSORS as TUNING_TENSORS
 from .tuning import Tuning
 
 FORMAT = "macs-profile-2"
-LARGEST_FILE = 1 << 33
 
 
 def router_fingerprint(router_weight: Tensor) -> str:
@@ -88,21 +85,6 @@ class Profile:
             )
         if given is None and self.tuning is not None and set(self.tuning.compensation) != {"none"}:
             raise ValueError("profile.tuning: verified with compensation, and the profile has none")
-        for row, name in enumerate(self.fingerprints):
-            first = self.fingerprints.index(name)
-            if not self._alike(first, row):
-                raise ValueError(
-                    f"profile: found layers {first} and {row} with equal router weights, expected different "
-                    "ones: a profile finds its layers by them, and these two were measured to differ"
-                )
-
-    def _alike(self, first: int, second: int) -> bool:
-        tensors = [self.visual, self.text]
-        if self.tuning is not None:
-            tensors.append(self.tuning.layer_loads.T)
-        if self.compensation is not None:
-            tensors.append(self.compensation.coefficients)
-        return all(torch.equal(one[first], one[second]) for one in tensors)
 
     @property
     def num_layers(self) -> int:
@@ -231,53 +213,27 @@ class Profile:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"profile {path}: found no file, expected one that macs tune wrote")
-        if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"profile {path}: found {path.stat().st_size} bytes, at most {LARGEST_FILE}")
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                names = set(file.keys())
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(
-                        f"profile {path}: found format {metadata.get('format')!r}, expected {FORMAT!r}"
-                    )
-                tuned = {f"tuning_{name}" for name in TUNING_TENSORS}
-                estimates = {f"compensation_{name}" for name in COMPENSATION_TENSORS}
-                parts = [part for part in (tuned, estimates) if names & part]
-                if names != {"visual", "text"}.union(*parts):
-                    raise ValueError(
-                        f"profile {path}: found tensors {sorted(names)}, expected visual, text, and all or "
-                        "none of a tuning's and of a compensation's"
-                    )
-                tensors = {name: file.get_tensor(name) for name in names}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"profile {path}: not a whole safetensors file: {error}") from error
-        fingerprints, top_k, tuning = _read_header(path, metadata.get("macs", ""))
-        if (tuning is None) == bool(names & tuned):
-            raise ValueError(f"profile {path}: found a part of a tuning, expected all of it or none")
-        return cls(
-            visual=tensors["visual"],
-            text=tensors["text"],
-            fingerprints=fingerprints,
-            top_k=top_k,
-            tuning=None if tuning is None else Tuning.of(tuning, tensors),
-            compensation=Compensation.of(tensors) if names & estimates else None,
-        )
-
-
-def _read_header(path: Path, text: str) -> tuple[tuple[str, ...], int, Any]:
-    try:
-        header = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"profile {path}: its header is not JSON: {error}") from error
-    if not isinstance(header, dict) or set(header) - {"tuning"} != {"fingerprints", "top_k"}:
-        raise ValueError(f"profile {path}: its header must have the fields fingerprints and top_k")
-    fingerprints, top_k = header["fingerprints"], header["top_k"]
-    if not isinstance(fingerprints, list) or not all(isinstance(one, str) for one in fingerprints):
-        raise ValueError(f"profile {path}: header field fingerprints must be a list of strings")
-    if not isinstance(top_k, int) or isinstance(top_k, bool):
-        raise ValueError(f"profile {path}: header field top_k must be a whole number")
-    return tuple(fingerprints), top_k, header.get("tuning")
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"profile {path}: found format {metadata.get('format')!r}, expected {FORMAT!r}")
+        try:
+            header = json.loads(metadata["macs"])
+            tuning = header.get("tuning")
+            return cls(
+                visual=tensors["visual"],
+                text=tensors["text"],
+                fingerprints=tuple(header["fingerprints"]),
+                top_k=header["top_k"],
+                tuning=None if tuning is None else Tuning.of(tuning, tensors),
+                compensation=Compensation.of(tensors) if "compensation_mean" in tensors else None,
+            )
+        except KeyError as error:
+            raise ValueError(f"profile {path}: found no {error}, expected what macs tune wrote") from error
 
 
 class Calibration:

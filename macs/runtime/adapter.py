@@ -2,8 +2,8 @@
 
 An adapter package derives ``LayerAdapter`` for its engine, passes one for each MoE layer to
 ``Runtime.add_layer``, and calls ``tokens`` and ``plan`` of the ``LayerRuntime`` it gets between routing and
-dispatch. It compares no names of policies: it declares what its engine cannot do in ``Unsupported``, and the
-core refuses policies that need it. docs/adapters.md walks through the adapters.
+dispatch. It compares no names of policies: ``refusal`` says why its engine cannot do what a policy needs.
+docs/adapters.md walks through the adapters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import MACSConfig
-from ..policies import policy_of
+from ..policies import Policy
 from ..topology import Topology
 
 
@@ -30,27 +30,6 @@ class TokenShard:
 
     index: int = 0
     parts: int = 1
-
-
-@dataclass(frozen=True)
-class Unsupported:
-    """What an engine cannot do at a layer as it is set up, each with the reason; none: it can.
-
-    added_assignments: give a token more than k experts. modality: tell visual tokens from text.
-    """
-
-    added_assignments: str | None = None
-    modality: str | None = None
-
-    def check(self, policy: str) -> None:
-        """Raise a ``ValueError`` for a policy that needs what the engine cannot do."""
-        row = policy_of(policy)
-        for needed, reason in (
-            (row.adds_assignments, self.added_assignments),
-            (row.reads_modality, self.modality),
-        ):
-            if needed and reason is not None:
-                raise ValueError(f"policy {policy}: {reason}")
 
 
 class _Group:
@@ -116,17 +95,16 @@ class LayerAdapter:
         """The router's rows [E, D]; called once weights are loaded."""
         raise NotImplementedError
 
-    def refetch(self) -> bool:
-        """Update rows that the engine keeps elsewhere; whether it does. Called on all ranks together."""
-        return False
+    def refetch(self) -> None:
+        """Update rows that the engine keeps elsewhere. Called on all ranks together."""
 
     def token_shard(self) -> TokenShard:
         """Which tokens this process has; an engine may change it between passes."""
         return TokenShard()
 
-    def unsupported(self) -> Unsupported:
-        """What the engine cannot do here, as it is set up now."""
-        return Unsupported()
+    def refusal(self, policy: Policy) -> str | None:
+        """Why the engine, as it is set up now, cannot do what a policy needs; none: it can."""
+        return None
 
     def adds_estimates(self) -> bool:
         """Whether compensation is added here, and not to another process's part of the routed output."""

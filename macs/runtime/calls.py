@@ -74,21 +74,19 @@ class CallReader:
 
     def _read(
         self, given: Mapping[str, Any], outer: Modality | None, engine_ids: Tensor | None
-    ) -> Modality | Unreadable | None:
-        shape, device = shape_of(given)
+    ) -> Modality | None:
+        shape = shape_of(given)
         if shape is None:
             packed = given.get("packed_seq_params")
             if packed is not None and outer is not None:
                 return packed_inside(outer, packed)
             if packed is not None and self.token_modality:
-                return Unreadable(
+                raise ValueError(
                     "packed_seq_params: found it without input_ids; use attach_modality on the model that "
                     f"packs, too, or {WAY_OUT}"
                 )
             return None
-        valid, reason = self._valid(given, shape, device)
-        if reason is not None:
-            return Unreadable(reason)
+        valid = self._valid(given, shape)
         if outer is not None and tuple(outer.ids.shape) == shape:
             if valid is not None and not outer.states_valid:
                 outer = outer.with_valid(valid)
@@ -97,39 +95,36 @@ class CallReader:
         if ids is None and outer is not None and self.has_no_modality(given):
             return None  # the block is of other tokens: the layers raise
         if ids is None:
-            ids, reason = self._ids(given, shape)
+            ids = self._ids(given, shape)
         if ids is None:
-            return None if reason is None else Unreadable(reason)
+            return None
         return folded(Modality.of(ids.to(torch.int8), valid=valid), given)
 
-    def _ids(self, given: Mapping[str, Any], shape: tuple[int, int]) -> tuple[Tensor | None, str | None]:
-        """Modality ids int8 [B, S], or why there are none (or neither, where the layers raise)."""
+    def _ids(self, given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+        """Modality ids int8 [B, S]; none where the layers raise."""
         tokens, types = given.get("input_ids"), given.get("mm_token_type_ids")
         if isinstance(types, Tensor):
             if types.dim() != 2:
-                return (
-                    None,
-                    f"mm_token_type_ids: found shape {tuple(types.shape)}, expected [B, S]; {WAY_OUT}",
-                )
+                found = tuple(types.shape)
+                raise ValueError(f"mm_token_type_ids: found shape {found}, expected [B, S]; {WAY_OUT}")
             # A processor's types are of the prompt; what was generated behind it is text. Types that are as
             # wide as the call behind a cache may be either's, and ids tell.
             past = past_of(given)
             unclear = types.shape[1] == shape[1] and not (isinstance(past, int) and past == 0)
             if not (unclear and self.token_modality and isinstance(tokens, Tensor)):
-                return own_columns("mm_token_type_ids", types, shape, past, TEXT), None
+                return own_columns("mm_token_type_ids", types, shape, past, TEXT)
         if isinstance(tokens, Tensor):
-            if not (
-                self.token_modality or self.text_only or self.padding_id is not None or self._masks(given)
-            ):
-                return None, None
+            masked = any(given.get(name) is not None for name in ("attention_mask", "padding_mask"))
+            if not (self.token_modality or self.text_only or self.padding_id is not None or masked):
+                return None
             ids = torch.full_like(tokens, TEXT, dtype=torch.int8)
             for token_id, modality in self.token_modality.items():
                 ids = ids.masked_fill(tokens == token_id, modality)
-            return ids, None
+            return ids
         embeds = given["inputs_embeds"]
         if self.text_only:
-            return torch.zeros(shape, dtype=torch.int8, device=embeds.device), None
-        return None, (
+            return torch.zeros(shape, dtype=torch.int8, device=embeds.device)
+        raise ValueError(
             "inputs_embeds: found them without input_ids, and they do not tell visual tokens from text; "
             f"expected input_ids or mm_token_type_ids beside them, or {WAY_OUT}"
         )
@@ -138,13 +133,8 @@ class CallReader:
         """Whether neither the call nor what is known of the model tells visual tokens from text."""
         return not (self.token_modality or self.text_only or given.get("mm_token_type_ids") is not None)
 
-    def _masks(self, given: Mapping[str, Any]) -> bool:
-        return any(given.get(name) is not None for name in ("attention_mask", "padding_mask"))
-
-    def _valid(
-        self, given: Mapping[str, Any], shape: tuple[int, int], device: torch.device
-    ) -> tuple[Tensor | None, str | None]:
-        """Tokens that are not padding, bool [B, S] (none: unknown), or why that cannot be read."""
+    def _valid(self, given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+        """Tokens that are not padding, bool [B, S]; none: unknown."""
         masks: list[Tensor] = []
         causal: Tensor | None = None
         mask = given.get("attention_mask")
@@ -160,7 +150,7 @@ class CallReader:
                 masks.append(real_keys(seen, shape))
         elif mask is not None:
             what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            return None, f"attention_mask: found {what}, expected [B, S] or [B, 1, S, K]; {WAY_OUT}"
+            raise ValueError(f"attention_mask: found {what}, expected [B, S] or [B, 1, S, K]; {WAY_OUT}")
         padding = given.get("padding_mask")
         if padding is not None:
             found = tuple(padding.shape) if isinstance(padding, Tensor) else type(padding).__name__
@@ -170,31 +160,33 @@ class CallReader:
         starts = packing_of(given)
         if starts is not None:
             if shape[0] != 1:
-                return None, (
+                raise ValueError(
                     f"packed sequences: found {shape[0]} rows of tokens, expected one that holds them "
                     f"all; {WAY_OUT}"
                 )
-            masks.append(within_sequences(*starts, shape[1]))
+            lengths, ends = starts
+            index, place = locate_in(ends, shape[1])
+            masks.append((place < torch.cat([lengths, lengths.new_zeros(1)])[index])[None])
         ids = given.get("input_ids")
         if not masks and self.padding_id is not None and isinstance(ids, Tensor):
             masks.append(ids != self.padding_id)
         if causal is not None:
             masks.append(causal)
         if not masks:
-            return None, None
+            return None
         valid = masks[0]
         for mask in masks[1:]:
             valid = valid & mask
-        return valid.expand(shape), None
+        return valid.expand(shape)
 
 
-def shape_of(given: Mapping[str, Any]) -> tuple[tuple[int, int] | None, torch.device]:
+def shape_of(given: Mapping[str, Any]) -> tuple[int, int] | None:
     """[B, S] of the call's tokens, from ids, embeddings or a processor's types; none where it has none."""
     for name in ("input_ids", "inputs_embeds", "mm_token_type_ids"):
         tensor = given.get(name)
         if isinstance(tensor, Tensor) and tensor.dim() >= 2:
-            return (tensor.shape[0], tensor.shape[1]), tensor.device
-    return None, torch.device("cpu")
+            return tensor.shape[0], tensor.shape[1]
+    return None
 
 
 def past_of(given: Mapping[str, Any]) -> int | Tensor:
@@ -276,14 +268,7 @@ def packing_of(given: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     return ends.diff(), ends if padded is None else padded
 
 
-def within_sequences(lengths: Tensor, ends: Tensor, count: int) -> Tensor:
-    """Which of ``count`` packed tokens belong to a sequence, bool [1, count]; the others are padding."""
-    index, place = locate_in(ends, count)
-    known = torch.cat([lengths, lengths.new_zeros(1)])
-    return (place < known[index])[None]
-
-
-def packed_inside(outer: Modality, packed: Any) -> Modality | Unreadable | None:
+def packed_inside(outer: Modality, packed: Any) -> Modality | None:
     """The modality of sequences that a model has packed by itself: outer [B, S], padded -> [1, T].
 
     For the language model inside a multimodal one, which is called with what the outer model made.
@@ -294,7 +279,7 @@ def packed_inside(outer: Modality, packed: Any) -> Modality | Unreadable | None:
     lengths, ends = packing
     rows = outer.ids.shape[0]
     if len(lengths) != rows:
-        return Unreadable(
+        raise ValueError(
             f"packed sequences: found {len(lengths)}, the modality mask around them has {rows} sequences; "
             "set macs.modality around the model that is called with the packed tokens"
         )

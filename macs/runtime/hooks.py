@@ -6,8 +6,8 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -112,11 +112,13 @@ class ModalityHook:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack = ExitStack()
-        _calls_of_thread().append((stack, sys.exc_info()[1]))
+        _thread.calls.append((stack, sys.exc_info()[1]))
         for runtime in self._runtimes_of(module):
             stack.enter_context(runtime.forward_pass())
-        stack.enter_context(_called(module))
-        stack.enter_context(model_call(lambda: collective_layers(module)))
+        stack.callback(called_model.reset, called_model.set(module))
+        # The layers in which processes wait for each other.
+        waiting = [] if module.training else layers_of(module)
+        stack.enter_context(model_call(lambda: [layer for layer in waiting if layer.on]))
         given = {**dict(zip(self._order[type(module)], args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         modality = self.of_call(given)
@@ -132,7 +134,7 @@ class ModalityHook:
         return list({layer.runtime: None for layer in layers if layer is not None})
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        stack, error_before = _calls_of_thread().pop()
+        stack, error_before = _thread.calls.pop()
         error = sys.exc_info()
         # A model may be called while another error is handled.
         stack.__exit__(*(error if error[1] is not error_before else (None, None, None)))
@@ -140,15 +142,6 @@ class ModalityHook:
 
 def _layer(module: nn.Module) -> Any:
     return getattr(module, "macs", None)
-
-
-@contextmanager
-def _called(module: nn.Module) -> Iterator[None]:
-    token = called_model.set(module)
-    try:
-        yield
-    finally:
-        called_model.reset(token)
 
 
 @cache
@@ -159,20 +152,14 @@ def _out_of_graphs() -> None:
         setattr(ModalityHook, name, torch.compiler.disable(getattr(ModalityHook, name)))
 
 
-_threads = threading.local()
+class _Thread(threading.local):
+    """The current calls of a thread, innermost last, and the error that was handled before each."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[ExitStack, BaseException | None]] = []
 
 
-def _calls_of_thread() -> list[tuple[ExitStack, BaseException | None]]:
-    """The current calls of this thread, innermost last, and the error that was handled before each."""
-    if not hasattr(_threads, "calls"):
-        _threads.calls = []
-    calls: list[tuple[ExitStack, BaseException | None]] = _threads.calls
-    return calls
-
-
-def collective_layers(model: nn.Module) -> list[LayerRuntime]:
-    """The layers of a model in which processes wait for each other, where those plan."""
-    return [] if model.training else [layer for layer in layers_of(model) if layer.on]
+_thread = _Thread()
 
 
 def parameters(model: nn.Module) -> tuple[str, ...]:

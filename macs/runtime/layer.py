@@ -86,14 +86,10 @@ class LayerRuntime:
         self._tables: dict[torch.device, CompensationTables] = {}
         self.recorder = LayerRecorder(self.topology, self.top_k)
 
-    def refetch(self) -> None:
-        """Fetch the router's rows anew where an engine keeps a part of them on each process; on all of them
-        together, outside a forward pass."""
-        if self.adapter.refetch():
-            self.refresh()
-
     def refresh(self) -> None:
-        """Recompute the similarity from the router's current weights, in place."""
+        """Fetch the router's rows anew where an engine keeps them elsewhere, and recompute the similarity in
+        place; on all ranks together, outside a forward pass."""
+        self.adapter.refetch()
         if self._planner is not None and self._planner.policy.uses_similarity(self.runtime.config):
             self._planner.update_similarity(router_similarity(self.adapter.router_weight()))
 
@@ -129,28 +125,22 @@ class LayerRuntime:
         """
         # One thread at a time: what is kept between router and dispatch is of one call.
         with self.runtime.forward_pass(), self._lock:
-            self._continues = continues
-            self._planned.step = None
-            yield from self._entering(count, device, training)
-
-    def _entering(self, count: int, device: torch.device, training: bool) -> Iterator[None]:
-        consistency = self.consistency
-        captured = capturing(device)
-        self.graphed |= captured
-        if consistency is None or captured:
-            self._bypass(count, device, training)
-            yield
-            return
-        try:
-            consistency.refuse_broken()
-            consistency.check(self.runtime.settings(training))
-            self._bypass(count, device, training)
-            yield
-        except RankMismatch:
-            raise  # as in ``model_call``
-        except BaseException as error:
-            consistency.break_off(error)
-            raise
+            self._continues, self._planned.step = continues, None
+            captured = capturing(device)
+            self.graphed |= captured
+            consistency = None if captured else self.consistency
+            try:
+                if consistency is not None:
+                    consistency.refuse_broken()
+                    consistency.check(self.runtime.settings(training))
+                self._bypass(count, device, training)
+                yield
+            except RankMismatch:
+                raise  # as in ``model_call``
+            except BaseException as error:
+                if consistency is not None:
+                    consistency.break_off(error)
+                raise
 
     def done(self) -> None:
         """The layer has made its last collective."""
@@ -296,7 +286,9 @@ class LayerRuntime:
 
     def check(self, policy: str, config: MACSConfig) -> None:
         """Raise a ``ValueError`` if the engine cannot honour this policy here; log the adapter's advice."""
-        self.adapter.unsupported().check(policy)
+        reason = self.adapter.refusal(policy_of(policy))
+        if reason is not None:
+            raise ValueError(f"policy {policy}: {reason}")
         for advice in self.adapter.advice(policy, config):
             self.runtime.warn_once(advice)
 
@@ -392,28 +384,22 @@ class LayerRuntime:
         a mask every token is text.
         """
         shard = self.adapter.token_shard()
-        if shard != self._shard:
-            self._move_to(shard)
+        if shard != self._shard:  # the engine divides the tokens in another way: there is another planner
+            self.check(self.runtime.policy, self.runtime.config)
+            self._shard = shard
+            if self._planner is not None and self.captured:
+                raise RuntimeError("sequence parallelism changed after a CUDA graph captured this layer")
+            self._planner = None
         modality = self._modality(batch, length * shard.parts, device)
         part = select(modality, batch, length, (shard.index, shard.parts), (first, chunks))
-        layout = part.sequence_major if sequence_major else part.batch_major
-        return layout(len(self.topology.sources))
+        return part.tokens(sequence_major, len(self.topology.sources))
 
     def counted_tokens(self, count: int, sequence_major: bool, device: torch.device) -> Tokens:
         """As ``tokens``, for an engine that only passes the number of tokens, B S = count."""
         modality = self._modality(1, count, device)
         if modality.ids.numel() != count:
             raise ValueError(misfit(modality, None, count))
-        layout = modality.sequence_major if sequence_major else modality.batch_major
-        return layout(len(self.topology.sources))
-
-    def _move_to(self, shard: Any) -> None:
-        """The engine divides the tokens in another way: the planner has to be made anew."""
-        self.check(self.runtime.policy, self.runtime.config)
-        self._shard = shard
-        if self._planner is not None and self.captured:
-            raise RuntimeError("sequence parallelism changed after a CUDA graph captured this layer")
-        self._planner = None
+        return modality.tokens(sequence_major, len(self.topology.sources))
 
     def _modality(self, batch: int, length: int, device: torch.device) -> Modality:
         """The modality around the call; all text, [batch, length], if there is none."""

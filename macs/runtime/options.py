@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..config import PRESETS, MACSConfig, check_name, default_of, settings
+from ..config import PRESETS, MACSConfig, check_name, settings
 from ..files import check_output, rank_and_world, read_mapping
 from ..policies import POLICIES
 from ..records.profile import Profile
@@ -133,7 +133,13 @@ class Options:
                 "not used; set split to 'tuned' to serve with them"
             )
         if self.metrics_port is not None:
-            self._serve_metrics(runtime, self.metrics_port)
+            try:
+                server = serve_metrics(runtime, self.metrics_port, address=self.metrics_address)
+            except ValueError as error:  # the port of this process; others have theirs
+                raise ProcessError(str(error)) from error
+            if not self.metrics_port:
+                rank = rank_and_world()[0]
+                print(f"MACS: metrics of rank {rank} on port {server.port}", file=sys.stderr)
         if self.calibrate is not None or self.record is not None:
             exit_on_sigterm()
         if self.calibrate is not None:
@@ -141,14 +147,6 @@ class Options:
         if self.record is not None:
             runtime.start_routing()
         return runtime
-
-    def _serve_metrics(self, runtime: Runtime, port: int) -> None:
-        try:
-            server = serve_metrics(runtime, port, address=self.metrics_address)
-        except ValueError as error:  # the port of this process; others have theirs
-            raise ProcessError(str(error)) from error
-        if not port:
-            print(f"MACS: metrics of rank {rank_and_world()[0]} on port {server.port}", file=sys.stderr)
 
     def finish(self, runtime: Runtime) -> None:
         """Write what was recorded or calibrated, when the script ends."""
@@ -190,8 +188,9 @@ def add_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
             choices = tuple(POLICIES) if option.name == "policy" else None
             group.add_argument(flag, type=metadata["kind"], choices=choices, help=metadata["help"])
     group.add_argument(f"{prefix}-preset", choices=tuple(PRESETS), help="a named set of settings")
+    defaults = MACSConfig()
     for setting in settings():
-        metadata, default = setting.metadata, default_of(setting.name)
+        metadata, default = setting.metadata, getattr(defaults, setting.name)
         options: dict[str, Any] = {"help": f"{metadata['help']} (default: {default})".replace("%", "%%")}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction

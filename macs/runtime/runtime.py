@@ -51,18 +51,9 @@ class Runtime(RuntimeState):
 
     def _forget_process(self) -> None:
         super()._forget_process()
-        self._layers: list[weakref.ref[LayerRuntime]] = []
         self._calibrations: weakref.WeakKeyDictionary[LayerRuntime, Calibration] = weakref.WeakKeyDictionary()
         self._recorder: tuple[RoutingRecorder, Callable[[], None]] | None = None
         self._end_calibration: Callable[[], None] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_calibrations", "_recorder", "_end_calibration")
-        return {name: value for name, value in super().__getstate__().items() if name not in dropped}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._forget_process()
-        vars(self).update(state, calibrating=False)
 
     def use(
         self, policy: str = "macs", config: MACSConfig | None = None, profile: Profile | None = None
@@ -189,22 +180,12 @@ class Runtime(RuntimeState):
         self.register(layer)
         return layer
 
-    @property
-    def layers(self) -> list[LayerRuntime]:
-        """The layers that are alive, in the order in which they were added."""
-        return [layer for layer in (reference() for reference in self._layers) if layer is not None]
-
-    def register(self, layer: LayerRuntime) -> None:
-        self._layers = [reference for reference in self._layers if reference() is not None]
-        self._layers.append(weakref.ref(layer))
-
     def refresh(self) -> None:
         """Recompute what depends on the routers' weights, in place, also for captured graphs.
 
         Call it on every rank alike when weights were replaced while serving.
         """
         for layer in self.layers:
-            layer.adapter.refetch()
             layer.refresh()
 
     def on_plan(self, callback: Callback) -> Callable[[], None]:

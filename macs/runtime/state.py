@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -73,6 +74,7 @@ class RuntimeState:
         """What belongs to this process and is not saved."""
         self.counters: Counters | None = None
         self.callbacks: list[Callback] = []
+        self._layers: list[weakref.ref[Any]] = []
         self._consistency: dict[int, RankConsistency] = {}
         self._condition = threading.Condition()
         self._passes = self._waiting = 0  # forward passes that run; changes that wait for their end
@@ -83,9 +85,12 @@ class RuntimeState:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        of_process = {"counters", "callbacks", "_consistency", "_compared", "_layers"}
-        of_process |= {"_condition", "_passes", "_waiting", "_thread"}
-        return {name: value for name, value in vars(self).items() if name not in of_process}
+        kept = "policy", "config", "profile", "enabled", "recording", "virtual_ranks", "_warned"
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget_process()
+        vars(self).update(state, calibrating=False)
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
@@ -158,12 +163,13 @@ class RuntimeState:
 
     def register(self, layer: Any) -> None:
         """Add a layer, also one that was copied or loaded with its module."""
-        raise NotImplementedError
+        self._layers = [reference for reference in self._layers if reference() is not None]
+        self._layers.append(weakref.ref(layer))
 
     @property
     def layers(self) -> list[Any]:
         """The layers that are alive, in the order in which they were added."""
-        raise NotImplementedError
+        return [layer for layer in (reference() for reference in self._layers) if layer is not None]
 
     def warn_once(self, message: str) -> None:
         """Log a warning the first time it is given."""

@@ -27,4 +27,4 @@ def test_planning_reads_nothing_on_the_host(name, case):
 
 def test_laying_out_tokens_reads_nothing_on_the_host():
     modality = Modality.of(torch.full((3, 5), IMAGE, dtype=torch.int8, device="meta"))
-    assert modality.sequence_major().modality.shape == modality.batch_major(3).source.shape == (15,)
+    assert modality.tokens(True).modality.shape == modality.tokens(sources=3).source.shape == (15,)

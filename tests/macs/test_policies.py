@@ -30,7 +30,7 @@ def test_a_policy_does_what_its_row_declares(name):
     changed = not torch.equal(plan.experts[:, :TOP_K], inputs[1])
     assert changed == policy.plans
     # A baseline treats visual tokens as text.
-    seen = planner.plan(*inputs, Modality.of(torch.arange(TOKENS)[None] % 2 == 0).batch_major())
+    seen = planner.plan(*inputs, Modality.of(torch.arange(TOKENS)[None] % 2 == 0).tokens())
     assert torch.equal(seen.experts, plan.experts) != policy.reads_modality
 
 

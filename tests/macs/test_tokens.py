@@ -53,7 +53,7 @@ def test_a_modality_is_complete():
 def test_layouts():
     mask = torch.tensor([[IMAGE, TEXT, TEXT], [TEXT, VIDEO, VIDEO]])
     found = Modality.of(mask, valid=torch.tensor([[True] * 3, [True, True, False]]))
-    batch, sequence = found.batch_major(), found.sequence_major()
+    batch, sequence = found.tokens(), found.tokens(True)
     assert batch.modality.tolist() == [1, 0, 0, 0, 2, 2] and batch.position.tolist() == [0, 1, 2, 3, 4, 5]
     # Megatron's order: token 0 of both sequences, then token 1, then token 2.
     assert sequence.modality.tolist() == [1, 0, 0, 2, 0, 2] and sequence.position.tolist() == [
@@ -66,13 +66,13 @@ def test_layouts():
     ]
     assert sequence.valid.tolist() == [True] * 5 + [False]
     assert sequence.visual.tolist() == [True, False, False, True, False, False]
-    assert found.batch_major() is batch  # made once for all layers
+    assert found.tokens() is batch  # made once for all layers
 
 
 def test_sources_divide_the_sequences():
     found = Modality.of(torch.zeros(4, 2, dtype=torch.bool))
-    assert found.batch_major(2).source.tolist() == [0] * 4 + [1] * 4
-    assert found.sequence_major(2).source.tolist() == [0, 0, 1, 1] * 2
+    assert found.tokens(sources=2).source.tolist() == [0] * 4 + [1] * 4
+    assert found.tokens(True, 2).source.tolist() == [0, 0, 1, 1] * 2
 
 
 def test_blocks_nest_and_end():
@@ -97,5 +97,5 @@ def test_threads_have_their_own():
 
 
 def test_no_tokens_at_all():
-    tokens = Modality.of(torch.zeros(0, 4, dtype=torch.bool)).sequence_major()
+    tokens = Modality.of(torch.zeros(0, 4, dtype=torch.bool)).tokens(True)
     assert tokens.modality.shape == (0,) and tokens.source.shape == (0,)

@@ -124,7 +124,7 @@ def _plan(
     count = 256
     scores = torch.rand(count, experts).to(dtype)
     weights, chosen = scores.topk(k, 1)
-    tokens = Modality.of(torch.rand(2, count // 2) < 0.5).batch_major(len(sources))
+    tokens = Modality.of(torch.rand(2, count // 2) < 0.5).tokens(sources=len(sources))
     hidden = torch.randn(count, size).bfloat16()
     planner = build_policy(policy, config, Topology(experts, ranks, sources=sources), k)
     plan = planner.plan(hidden, chosen, weights, scores, tokens)

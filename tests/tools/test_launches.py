@@ -48,7 +48,7 @@ def test_compensation_costs_three_launches(tables):
         count, size, experts, k, _ = SHAPE
         made = {"dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
         chosen = torch.empty(count, k, dtype=torch.int64, device="cuda")
-        tokens = Modality.of(torch.empty(2, count // 2, dtype=torch.bool, device="cuda")).sequence_major()
+        tokens = Modality.of(torch.empty(2, count // 2, dtype=torch.bool, device="cuda")).tokens(True)
         dropped = Dropped(
             torch.empty(count, size, **made), chosen, torch.empty(count, k, **made), chosen, tokens
         )

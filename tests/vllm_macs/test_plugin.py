@@ -216,7 +216,7 @@ def test_a_step_is_planned_as_the_planner_plans_it(engine):
     (event,) = events
     assert torch.equal(event.tokens.visual, VISUAL) and current_modality() is None
     own = Planner(MACSConfig(**ENTRY), Topology(E, R), K)
-    tokens = Modality.of((VISUAL * IMAGE).to(torch.int8)[None]).batch_major()
+    tokens = Modality.of((VISUAL * IMAGE).to(torch.int8)[None]).tokens()
     expected = own.plan(event.hidden, event.experts, event.weights, event.scores, tokens)
     assert torch.equal(expected.experts, event.plan.experts)
     assert torch.equal(layer.seen, expected.experts.int()) and layer.seen.dtype == torch.int32

@@ -51,7 +51,7 @@ def inputs(size: Size, seed: int = 0) -> tuple[Any, ...]:
     scores = logits.softmax(1)
     weights, experts = scores.topk(size.top_k, 1)
     hidden = torch.randn(size.tokens, size.hidden, generator=generator, device=device) + 0.3
-    return hidden.bfloat16(), experts, weights, scores, Modality.of(mask).batch_major()
+    return hidden.bfloat16(), experts, weights, scores, Modality.of(mask).tokens()
 
 
 def case_of(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -36,7 +36,7 @@ def planned_alone(
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     hidden = features(batch, shape.hidden, 0, 0).to(device(), dtype)
     experts, weights, scores = (one.to(device()) for one in (batch.experts, batch.weights, batch.scores))
-    tokens = Modality.of(batch.ids[None].to(device())).batch_major()
+    tokens = Modality.of(batch.ids[None].to(device())).tokens()
     return partial(planner.plan, hidden, experts, weights, scores, tokens)
 
 

@@ -146,7 +146,7 @@ def count(
         launches.by_step.clear()
         launches.by_operator.clear()
         with launches.step(MASK):
-            found = Modality.of(mask).sequence_major()
+            found = Modality.of(mask).tokens(True)
         with launches.step(ADAPTER):
             choice = routing_from_map(chosen, probs, top_k)
             scores = candidate_scores(logits, choice[0], "softmax")

@@ -63,7 +63,7 @@ class Batch:
 
     @property
     def tokens(self) -> Tokens:
-        return self.modality.batch_major()
+        return self.modality.tokens()
 
     @property
     def modality(self) -> Modality:
@@ -228,7 +228,7 @@ def replay(recordings: Sequence[Recording], layer: int, tokens: int | None = Non
     """Batches [step][rank] of what real routers chose in a layer; scores that were not recorded are made
     up, below the least of the token's own. Steps of which some rank has no record are left out. With
     ``tokens``, all batches have so many, or as many as the shortest has."""
-    records = [{one.step: one for one in recording.of_layer(layer)} for recording in recordings]
+    records = [{one.step: one for one in recording.records if one.layer == layer} for recording in recordings]
     steps = sorted(set.intersection(*(set(one) for one in records)))
     if not steps:
         raise ValueError(f"recording: layer {layer} has no step that all {len(records)} files have")

@@ -63,7 +63,7 @@ def requested_by(
     experts, weights, scores = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("experts", "weights", "scores")
     )
-    tokens = Modality.of(torch.stack([batch.ids for batch in batches])).batch_major(planned)
+    tokens = Modality.of(torch.stack([batch.ids for batch in batches])).tokens(sources=planned)
     topology = Topology(shape.experts, ranks, sources=tuple(own))
     planned_by = np.arange(ranks) * planned // ranks
     found = {}

@@ -23,7 +23,7 @@ def steps(count, seed=0, noise=0.0):
     shift = 3 * torch.randn(2, FEATURES, generator=random)
     random = torch.Generator().manual_seed(seed)
     for _ in range(count):
-        tokens = Modality.of(torch.rand(1, 300, generator=random) < 0.5).batch_major(1)
+        tokens = Modality.of(torch.rand(1, 300, generator=random) < 0.5).tokens()
         kind = tokens.visual.long()
         inner = torch.randn(300, RANK, generator=random)
         hidden = torch.einsum("tr,tdr->td", inner, directions[kind]) + shift[kind]
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         header = file.metadata()
     del tensors["compensation_basis"]
     save_file(tensors, path, header)
-    with pytest.raises(ValueError, match="all or none of a tuning's and of a compensation's"):
+    with pytest.raises(ValueError, match="found no 'compensation_basis'"):
         Profile.load(path)
     one = kept.compensation
     with pytest.raises(

@@ -26,7 +26,7 @@ def profile(**changes):
 
 def test_calibration_counts_tokens_by_expert_and_modality():
     mask = torch.tensor([[1, 0, 2, 1]])
-    tokens = Modality.of(mask, valid=torch.tensor([[True, True, True, False]])).batch_major()
+    tokens = Modality.of(mask, valid=torch.tensor([[True, True, True, False]])).tokens()
     calibration = Calibration(3)
     for _ in range(2):
         calibration.observe(torch.tensor([[0, 1], [1, 2], [0, -1], [2, 1]]), tokens)
@@ -98,13 +98,8 @@ def test_hostile(tmp_path):
     Profile.load(written())
     cases = [
         (written, {"form": "other"}, "found format 'other', expected 'macs-profile-2'"),
-        (written, {"tensors": {"visual": good["visual"]}}, "found tensors ['visual']"),
-        (written, {"tensors": {**good, "code": torch.ones(1)}}, "found tensors ['code', 'text', 'visual']"),
-        (written, {"header": "{"}, "its header is not JSON"),
-        (written, {"header": "[" * 100000}, "its header is not JSON"),
-        (written, {"header": {"top_k": 2}}, "its header must have the fields"),
-        (written, {"header": {**header, "fingerprints": "x"}}, "fingerprints must be a list of strings"),
-        (written, {"header": {**header, "top_k": True}}, "top_k must be a whole number"),
+        (written, {"tensors": {"visual": good["visual"]}}, "found no 'text', expected what macs tune wrote"),
+        (written, {"header": {"top_k": 2}}, "found no 'fingerprints', expected what macs tune wrote"),
         (written, {"header": {**header, "top_k": 9}}, "profile.top_k: found 9, expected 1 to 4"),
         (written, {"header": {**header, "fingerprints": []}}, "profile.fingerprints: found 0, expected 1"),
         (written, {"tensors": {**good, "text": good["text"].float()}}, "profile.text: found torch.float32"),

@@ -347,19 +347,6 @@ def test_a_deleted_model_is_no_longer_served():
     assert len(families["macs_rank_load"].samples) == 4
 
 
-def test_a_row_that_a_gpu_keeps_writing_is_served_as_it_was(monkeypatch):
-    runtime, layers = started()
-    counters = runtime.start_counting()
-    step(layers, 64, 0)
-    before = counters.read()
-    (block,) = counters._blocks
-    monkeypatch.setattr(block, "rows", torch.empty(0, device="meta"))
-    monkeypatch.setattr(torch, "equal", lambda one, other: False)
-    monkeypatch.setattr("macs.records.counters.PAUSE", 0)
-    block.host += 1
-    assert counters.read().planned_steps == before.planned_steps == 1
-
-
 def test_the_dashboard_asks_for_metrics_that_there_are():
     dashboard = json.loads((DOCS / "grafana.json").read_text())
     _, layers, collector = calibrated()

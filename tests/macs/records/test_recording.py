@@ -1,6 +1,5 @@
 """Recording: what is kept of a run's routing, how much of it, and how a file is read back."""
 
-import json
 import logging
 import signal
 import subprocess
@@ -62,7 +61,6 @@ def test_what_was_recorded_comes_back(tmp_path, with_scores):
         (0, 2),
         (1, 2),
     ]
-    assert len(list(found.of_layer(1))) == 3
     for record in found.records:
         experts, weights, scores, modality = (part[:20] for part in steps[record.step][record.layer])
         assert torch.equal(record.experts, experts) and torch.equal(record.modality, modality)
@@ -91,8 +89,6 @@ def test_it_stays_within_its_bounds(tmp_path, caplog):
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"record\.every: found 0, expected a whole number"):
-        RoutingRecorder(every=0)
     runtime = running()
     assert runtime.save_routing(tmp_path / "a") is None
     with runtime.record_routing(tmp_path / "a"):
@@ -111,6 +107,9 @@ def test_mistakes_are_named(tmp_path):
     path.write_bytes(b"no such thing")
     with pytest.raises(ValueError, match="not a recording"):
         Recording.load(path)
+    save_file({"layers": torch.zeros(1)}, path, metadata={"macs": '{"format": "macs-profile-1"}'})
+    with pytest.raises(ValueError, match="expected format 'macs-routing-2'"):
+        Recording.load(path)
     save_file({"layers": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"found header \{\}, expected format 'macs-routing-2'"):
         Recording.load(path)
@@ -122,22 +121,6 @@ def test_mistakes_are_named(tmp_path):
         ({"counts": torch.tensor([3])}, "do not add up"),
         ({"experts": torch.full((20, TOP_K), EXPERTS, dtype=torch.int16)}, "experts outside -1..5"),
         ({"experts": torch.full((20, TOP_K), 3, dtype=torch.int16)}, "found a token with an expert twice"),
-        ({"weights": torch.full((20, TOP_K), torch.nan).half()}, "found weights that are no finite numbers"),
-        ({"weights": torch.full((20, TOP_K), torch.inf).half()}, "found weights that are no finite numbers"),
-        ({"weights": torch.zeros(20, TOP_K)}, "recording.weights"),
-        ({"counts": torch.tensor([2**63 - 1, -(2**63 - 1), 20])}, "recording.layers: found shape"),
-        ({"modality": torch.full((20,), 9, dtype=torch.int8)}, "modalities outside 0..3"),
-        ({"layers": torch.tensor([-1], dtype=torch.int32)}, "layers outside 0.."),
-        ({"steps": torch.tensor([0.5])}, "recording.steps: found torch.float32"),
-        ({"counts": torch.tensor([[20]])}, "recording.counts: found shape"),
-        (
-            {
-                "counts": torch.tensor([2**62, 2**62, 2**62, 2**62 + 20]),  # which wraps to 20
-                "layers": torch.zeros(4, dtype=torch.int32),
-                "steps": torch.zeros(4, dtype=torch.int64),
-            },
-            "do not add up",
-        ),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, change, message):
@@ -150,28 +133,6 @@ def test_a_damaged_file_is_refused(tmp_path, change, message):
         header = file.metadata()
     save_file({**load_file(path), **change}, path, metadata=header)
     with pytest.raises((ValueError, TypeError), match=message):
-        Recording.load(path)
-
-
-@pytest.mark.parametrize(
-    ("header", "message"),
-    [
-        ({"num_ranks": 0}, "found num_ranks '0', expected a whole number"),
-        ({"num_ranks": "2"}, "found num_ranks '2', expected a whole number"),
-        ({"num_ranks": 4}, "found 6 experts on 4 ranks"),
-        ({"num_ranks": 10**400}, "found num_ranks '1000"),
-        ({"num_experts": 1, "num_ranks": 1}, "found 2 assignments a token, expected 1 to 1"),
-        ({"num_experts": None}, "found num_experts 'None'"),
-        ({"format": "macs-profile-1"}, "expected format 'macs-routing-2'"),
-    ],
-)
-def test_a_header_is_checked_field_by_field(tmp_path, header, message):
-    runtime, path = running(1), tmp_path / "routing"
-    with runtime.record_routing(path):
-        step(runtime, 0)
-    whole = {"format": "macs-routing-2", "num_experts": EXPERTS, "num_ranks": 2, **header}
-    save_file(load_file(path), path, metadata={"macs": json.dumps(whole)})
-    with pytest.raises(ValueError, match=message):
         Recording.load(path)
 
 

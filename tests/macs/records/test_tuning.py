@@ -54,7 +54,7 @@ def planned(layer):
         1
     )
     weights, experts = scores.topk(2, 1)
-    tokens = Modality.of(torch.zeros(1, 256, dtype=torch.bool)).batch_major()
+    tokens = Modality.of(torch.zeros(1, 256, dtype=torch.bool)).tokens()
     plan = layer.plan(torch.randn(256, 6), experts, weights, scores, tokens)
     rows = torch.bincount(plan.experts[plan.experts >= 0], minlength=8).view(4, 2).sum(1)
     return float(rows.max()) / 128
@@ -208,15 +208,6 @@ def test_a_switch_takes_effect_whole_or_not_at_all():
         runtime.use("macs", MACSConfig(target_load=0.6, split="tuned", min_tokens=0), runtime.profile)
     assert [layer.planner.config.target_load for layer in layers] == before == [1.0] * 3
     assert runtime.config.target_load == 1.0
-
-
-def test_equal_routers_that_were_tuned_apart_are_refused():
-    """They would both get the first's limit."""
-    names = (*(router_fingerprint(one) for one in ROUTERS[:2]), router_fingerprint(ROUTERS[1]))
-    with pytest.raises(ValueError, match="found layers 1 and 2 with equal router weights"):
-        replace(profile(), fingerprints=names)
-    same = tuning(layer_loads=torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]], dtype=torch.float64))
-    assert replace(profile(same), fingerprints=names).num_layers == 3
 
 
 def test_a_captured_layer_stays_on_its_side_of_the_mean():

@@ -139,14 +139,14 @@ def test_what_a_graph_captured_is_not_changed_under_it(monkeypatch):
 def test_buffers_keep_their_memory_and_follow_every_layout():
     buffers = ModalityBuffers()
     first = buffers.hold(step(0)[1])
-    layouts = first.sequence_major(), first.batch_major(2), first.columns(8, 16).sequence_major()
+    layouts = first.tokens(True), first.tokens(sources=2), first.columns(8, 16).tokens(True)
     places = [one.data_ptr() for one in (first.ids, *(one.modality for one in layouts))]
     fresh = step(1)[1]
     with torch.inference_mode():
         held = buffers.hold(fresh)
     assert held is first
     assert [one.data_ptr() for one in (first.ids, *(one.modality for one in layouts))] == places
-    expected = fresh.sequence_major(), fresh.batch_major(2), fresh.columns(8, 16).sequence_major()
+    expected = fresh.tokens(True), fresh.tokens(sources=2), fresh.columns(8, 16).tokens(True)
     for one, other in zip(layouts, expected, strict=True):
         assert same(one, other)
     assert buffers.hold(Modality.of(torch.zeros(1, 4, dtype=torch.bool))) is not first

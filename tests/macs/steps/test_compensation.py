@@ -32,7 +32,7 @@ def case_of(count, rank, tables, dtype=torch.float32, added=0):
         experts.to(DEVICE),
         torch.rand(count, K, generator=random).to(DEVICE, dtype),
         planned.to(DEVICE),
-        Modality.of((torch.rand(1, count, generator=random) < 0.6).to(DEVICE)).batch_major(1),
+        Modality.of((torch.rand(1, count, generator=random) < 0.6).to(DEVICE)).tokens(),
     )
     return torch.randn(count, FEATURES, generator=random).to(DEVICE, dtype), dropped, given
 

@@ -304,7 +304,7 @@ def test_plans_of_many_experts_are_the_same(experts, k):
     random = generator(experts, k)
     scores = (torch.randn(count, experts, generator=random) - torch.arange(experts) / experts * 4).softmax(1)
     weights, chosen = scores.topk(k, 1)
-    tokens = Modality.of((torch.rand(1, count, generator=random) < 0.7).to(DEVICE)).batch_major()
+    tokens = Modality.of((torch.rand(1, count, generator=random) < 0.7).to(DEVICE)).tokens()
     hidden = torch.randn(count, 24, generator=random)
     inputs = [one.to(DEVICE) for one in (hidden, chosen, weights, scores)]
     for policy, factor in (("macs", 0.5), ("paper", 1.0)):
@@ -325,7 +325,7 @@ def test_other_policies_and_scores_that_are_not_numbers(policy, dtype, count):
     weights, chosen = scores.topk(3, 1)
     if count:
         scores[3, 9], scores[5, 0] = float("nan"), float("nan")
-    tokens = Modality.of(torch.zeros(1, count, dtype=torch.bool, device=DEVICE)).batch_major()
+    tokens = Modality.of(torch.zeros(1, count, dtype=torch.bool, device=DEVICE)).tokens()
     inputs = [one.to(DEVICE) for one in (torch.randn(count, 8, generator=random), chosen, weights, scores)]
     config = MACSConfig(capacity_factor=0.7, min_tokens=0)
     planner = build_policy(policy, config, Topology(12, 3, sources=(1,)), 3)
