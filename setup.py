@@ -13,7 +13,7 @@ MEGATRON = ["megatron-core>=0.16.1,<0.20"]
 DEEPSPEED = ["deepspeed>=0.19.8,<0.20"]
 VLLM = ["vllm>=0.32,<0.34"]
 TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.6,<3"]
-TOOLS = ["jinja2>=3.1", "matplotlib>=3.8", "plotly>=6", "rich>=13", "rich-argparse>=1.5"]
+TOOLS = ["jinja2>=3.1", "matplotlib>=3.8", "rich>=13", "rich-argparse>=1.5"]
 METRICS = ["prometheus-client>=0.20"]
 # Only to fit the figures of tools/hardware anew, which are in the package.
 HARDWARE = ["aiconfigurator-core>=0.12,<0.13"]

@@ -5,37 +5,26 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from macs.runtime.launch import leave, nearest
 
 from .common.command import run
 
-
-@dataclass(frozen=True)
-class Command:
-    """Where a command's ``main`` is, and what it is for."""
-
-    module: str
-    purpose: str
-
-
 COMMANDS = {
-    "doctor": Command("doctor", "what is installed here, and whether MACS can work with it"),
-    "tune": Command("tune.run", "a profile: the experts' modality, and the split of a load among layers"),
-    "report": Command(
-        "report.run", "recorded traffic, and what policies and balancers would win on it, at any EP size"
+    "doctor": ("doctor", "what is installed here, and whether MACS can work with it"),
+    "tune": ("tune.run", "a profile: the experts' modality, and the split of a load among layers"),
+    "report": (
+        "report.run",
+        "recorded traffic, and what policies and balancers would win on it, at any EP size",
     ),
-    "when": Command("when", "time of a prefill by model, GPU and load: MACS beside EPLB and pruning"),
-    "evaluate": Command(
-        "evaluate", "what policies and loads cost in answers, on a model and requests of yours"
-    ),
-    "bench planner": Command("bench.run", "time, operators and memory of the planner, by step"),
-    "bench layer": Command("bench.run", "Megatron's real MoE layer over processes, policies in turn"),
-    "bench launches": Command("common.launches", "kernel launches of a plan, counted exactly"),
-    "bench gpu": Command("bench.gpu", "what only a GPU can tell: kernels, graphs, times, in one run"),
+    "when": ("when", "time of a prefill by model, GPU and load: MACS beside EPLB and pruning"),
+    "evaluate": ("evaluate", "what policies and loads cost in answers, on a model and requests of yours"),
+    "bench planner": ("bench.run", "time of the planner, by step"),
+    "bench layer": ("bench.run", "Megatron's real MoE layer over processes, policies in turn"),
+    "bench launches": ("common.launches", "kernel launches of a plan, counted exactly"),
+    "bench gpu": ("bench.gpu", "what only a GPU can tell: kernels, graphs, times, in one run"),
 }
-"""By the words that ask for it."""
+"""By the words that ask for it: where a command's ``main`` is, and what it is for."""
 
 
 def usage() -> str:
@@ -43,7 +32,7 @@ def usage() -> str:
     from macs.version import __version__
 
     width = max(map(len, COMMANDS))
-    lines = [f"  macs {words.ljust(width)}  {one.purpose}" for words, one in COMMANDS.items()]
+    lines = [f"  macs {words.ljust(width)}  {purpose}" for words, (_, purpose) in COMMANDS.items()]
     title = f"macs {__version__}: modality-aware capacity scaling for multimodal MoE inference"
     return "\n".join([title, "", *lines, "", "macs COMMAND --help tells what a command takes."])
 
@@ -70,8 +59,8 @@ def main(given: Sequence[str] | None = None) -> int:
         asked = " ".join(words[: 2 if words[0] == "bench" else 1])
         leave("macs", f"found {asked!r}, expected one of {', '.join(COMMANDS)}{nearest(asked, COMMANDS)}")
     # The modes of a benchmark share a parser, which reads the mode itself.
-    shared = COMMANDS[name].module == "bench.run"
-    module = COMMANDS[name].module
+    module, _ = COMMANDS[name]
+    shared = module == "bench.run"
 
     def command(rest: Sequence[str]) -> int | None:
         return importlib.import_module(f".{module}", __package__).main(rest)

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -25,12 +24,8 @@ from .common.command import Parser, quiet
 WORKS, ABSENT, FAILS = "works", "absent", "fails"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """state: "works", "absent" or "fails"; said: the version, or why not and what to do."""
-
-    state: str
-    said: str
+Finding = tuple[str, str]
+"""State: "works", "absent" or "fails"; and the version, or why not and what to do."""
 
 
 def _version(package: str) -> str | None:
@@ -44,39 +39,37 @@ def adapter(module: str, package: str, extra: str) -> Finding:
     """An engine, and whether its adapter can build on the version that is here."""
     version = _version(package)
     if version is None:
-        return Finding(
-            ABSENT, f"pip install 'macs-moe[{extra}]', or from a clone pip install -e '.[{extra}]'"
-        )
+        return (ABSENT, f"pip install 'macs-moe[{extra}]', or from a clone pip install -e '.[{extra}]'")
     try:
         found = importlib.import_module(module)
         getattr(found, "check_vllm", bool)()  # the plugin imports without its engine
     except Exception as error:  # whatever an engine raises on its way in
-        return Finding(FAILS, f"{package} {version}: {type(error).__name__}: {error}")
-    return Finding(WORKS, f"{package} {version}")
+        return (FAILS, f"{package} {version}: {type(error).__name__}: {error}")
+    return (WORKS, f"{package} {version}")
 
 
 def optional(module: str, package: str, use: str) -> Finding:
     """A package that is used where it is found."""
     if importlib.util.find_spec(module) is None:
-        return Finding(ABSENT, use)
-    return Finding(WORKS, f"{_version(package) or 'of unknown version'}: {use}")
+        return (ABSENT, use)
+    return (WORKS, f"{_version(package) or 'of unknown version'}: {use}")
 
 
 def gpu() -> Finding:
     """The GPU that torch sees."""
     if not torch.cuda.is_available():
-        return Finding(ABSENT, "torch sees none; plans are made by plain torch on the CPU")
+        return (ABSENT, "torch sees none; plans are made by plain torch on the CPU")
     major, minor = torch.cuda.get_device_capability()
-    return Finding(WORKS, f"{torch.cuda.get_device_name()}, sm_{major}{minor}")
+    return (WORKS, f"{torch.cuda.get_device_name()}, sm_{major}{minor}")
 
 
 def equal_kernels() -> Finding:
     """Whether plans by Triton's kernels are those of their reference implementation, here."""
     if not has_triton():
-        return Finding(ABSENT, "triton is not installed; plans are made by plain torch")
+        return (ABSENT, "triton is not installed; plans are made by plain torch")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpreted:
-        return Finding(ABSENT, "not run: no GPU (TRITON_INTERPRET=1 runs them in Triton's interpreter)")
+        return (ABSENT, "not run: no GPU (TRITON_INTERPRET=1 runs them in Triton's interpreter)")
     device = torch.device("cpu" if interpreted else "cuda")
     generator = torch.Generator().manual_seed(0)
     scores = (torch.randn(256, 16, generator=generator) - torch.arange(16) / 8).softmax(1)
@@ -95,8 +88,8 @@ def equal_kernels() -> Finding:
                 plans.append(planner.plan(hidden, experts, weights, scores, tokens))
         differ = int((plans[0].experts != plans[1].experts).sum())
         if differ > 2:  # a weight that rounds apart may put one of two neighbours first
-            return Finding(FAILS, f"{name}: {differ} of 512 assignments differ from plain torch")
-    return Finding(WORKS, "plans are those of plain torch" + (", in the interpreter" if interpreted else ""))
+            return (FAILS, f"{name}: {differ} of 512 assignments differ from plain torch")
+    return (WORKS, "plans are those of plain torch" + (", in the interpreter" if interpreted else ""))
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {
@@ -116,7 +109,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "prometheus-client": lambda: optional(
         "prometheus_client", "prometheus-client", "live metrics (the extra metrics)"
     ),
-    "plotly": lambda: optional("plotly", "plotly", "macs report (the extra tools)"),
+    "matplotlib": lambda: optional("matplotlib", "matplotlib", "pictures of macs report (the extra tools)"),
     "flashinfer": lambda: optional("flashinfer", "flashinfer-python", "Megatron's inference layer"),
 }
 """What is looked at, by the names that the command takes."""
@@ -134,7 +127,7 @@ def main(given: Sequence[str] | None = None) -> int:
     print(f"macs {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     failed = False
     for name in arguments.needed or CHECKS:
-        found = CHECKS[name]()
-        print(f"{name:20}{found.state:8}{found.said}")
-        failed |= name in arguments.needed and found.state != WORKS
+        state, said = CHECKS[name]()
+        print(f"{name:20}{state:8}{said}")
+        failed |= name in arguments.needed and state != WORKS
     return int(failed)

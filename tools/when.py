@@ -13,6 +13,7 @@ without MACS (``macs report`` measures yours). Balanced: the most that EPLB can 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,6 +28,9 @@ from .hardware.prefill import MODELS, Machine, Prefill, served_prompts
 ENCODER, LITTLE = 0.35, 0.05
 """Shares of the time: of the vision encoder, from which it is the first thing to move; of a gain, below which
 it is not worth a change."""
+
+BALANCE = 1.05
+"""Target of MACS that balances only."""
 
 PARTS = ("vision", "attention", "moe", "exchange")
 
@@ -45,40 +49,32 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     prompts = served_prompts(arguments.tokens)
     pruned = prompts.pruned(arguments.keep)
     rank = arguments.compensation_rank
-    for name in arguments.models:
+    cases = itertools.product(
+        arguments.models, arguments.hardware, arguments.engines, arguments.sizes, arguments.loads
+    )
+    for name, gpu, engine, size, load in cases:
         model = MODELS[name]
-        for gpu in arguments.hardware:
-            for engine in arguments.engines:
-                machine = Machine(gpu, engine, model, arguments.dtype)
-                for size in arguments.sizes:
-                    if model.experts % size:
-                        continue
-                    for load in arguments.loads:
-                        if load > size:
-                            continue
-                        today = machine.prefill(prompts, size, load)
-                        limits = {"bound": (arguments.balance, 0), "macs": (arguments.target, rank)}
-                        others = {"balanced": machine.prefill(prompts, size, 1.0)}
-                        others |= {
-                            title: machine.prefill(prompts, size, load, limit, estimates)
-                            for title, (limit, estimates) in limits.items()
-                        }
-                        others["pruned"] = machine.prefill(pruned, size, load, encoded=prompts)
-                        others["both"] = machine.prefill(
-                            pruned, size, load, arguments.target, rank, encoded=prompts
-                        )
-                        gains = {title: 1 - float(one.total / today.total) for title, one in others.items()}
-                        yield {
-                            "model": name,
-                            "gpu": gpu,
-                            "engine": ENGINES[engine],
-                            "ranks": size,
-                            "load": load,
-                            "ms": float(today.total),
-                            **{part: float(getattr(today, part) / today.total) for part in PARTS},
-                            **{title: 1 - gain for title, gain in gains.items()},
-                            "first": first(today, gains),
-                        }
+        if model.experts % size or load > size:
+            continue
+        machine = Machine(gpu, engine, model, arguments.dtype)
+        today = machine.prefill(prompts, size, load)
+        others = {"balanced": machine.prefill(prompts, size, 1.0)}
+        for title, limit, estimates in (("bound", BALANCE, 0), ("macs", arguments.target, rank)):
+            others[title] = machine.prefill(prompts, size, load, limit, estimates)
+        others["pruned"] = machine.prefill(pruned, size, load, encoded=prompts)
+        others["both"] = machine.prefill(pruned, size, load, arguments.target, rank, encoded=prompts)
+        gains = {title: 1 - float(one.total / today.total) for title, one in others.items()}
+        yield {
+            "model": name,
+            "gpu": gpu,
+            "engine": ENGINES[engine],
+            "ranks": size,
+            "load": load,
+            "ms": float(today.total),
+            **{part: float(getattr(today, part) / today.total) for part in PARTS},
+            **{title: 1 - gain for title, gain in gains.items()},
+            "first": first(today, gains),
+        }
 
 
 def columns(arguments: argparse.Namespace) -> dict[str, str]:
@@ -95,8 +91,8 @@ def columns(arguments: argparse.Namespace) -> dict[str, str]:
         "moe": "MoE",
         "exchange": "exchange",
         "balanced": "balanced",
-        "bound": f"MACS {arguments.balance:g}",
-        "macs": f"MACS {arguments.target:g}",
+        "bound": f"MACS {BALANCE:g}",
+        "macs": f"MACS {arguments.target:g}" + (" with estimates" if arguments.target == BALANCE else ""),
         "pruned": f"pruned to {arguments.keep:g}",
         "both": "both",
         "first": "do first",
@@ -131,16 +127,14 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32], help="EP sizes, 8 ranks a node")
     parser.add_argument("--loads", nargs="+", type=float, default=[1.1, 1.2, 1.5, 2.0, 3.0])
     parser.add_argument("--tokens", type=int, default=16384, help="of a rank in a step")
-    parser.add_argument("--balance", type=float, default=1.05, help="limit of MACS that balances only")
     parser.add_argument("--target", type=float, default=0.6, help="limit of MACS below the mean")
     parser.add_argument("--keep", type=float, default=0.5, help="share of visual tokens that pruning keeps")
     parser.add_argument("--compensation-rank", type=int, default=16, help="of MACS's estimates; 0: none")
-    parser.add_argument("--markdown", action="store_true", help="print tables for a page")
     arguments = parser.parse_args(given)
     for name, known in (("models", MODELS), ("hardware", GPUS), ("engines", ENGINES)):
         if "all" in getattr(arguments, name):
             setattr(arguments, name, list(known))
-    for name in ("sizes", "loads", "tokens", "balance", "target", "keep"):
+    for name in ("sizes", "loads", "tokens", "target", "keep"):
         value = getattr(arguments, name)
         for one in value if isinstance(value, list) else [value]:
             if not 0 < one < float("inf"):
@@ -163,12 +157,6 @@ def main(given: Sequence[str] | None = None) -> None:
     same = [key for key in ("model", "gpu", "engine") if len({one[key] for one in found}) == 1]
     shown = {key: head for key, head in heads.items() if key not in same}
     title = ", ".join(found[0][key] if key != "gpu" else found[0][key].upper() for key in same)
-    if arguments.markdown:
-        print(f"| {' | '.join(shown.values())} |\n|{' --- |' * len(shown)}")
-        for one in found:
-            print(f"| {' | '.join(cell(key, one[key]) for key in shown)} |")
-        print(f"\n{title + '. ' if title else ''}{legend(arguments)}")
-        return
     table = Table(title=title, title_justify="left", caption=legend(arguments), caption_justify="left")
     for key, head in shown.items():
         table.add_column(head, justify="left" if key in ("model", "gpu", "engine", "first") else "right")

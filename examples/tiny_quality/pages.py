@@ -17,7 +17,7 @@ from macs_tools.common.workloads import SHAPES
 from macs_tools.hardware.machine import machine
 
 from .points import SETTINGS
-from .rivals import BUDGETS, families_of
+from .rivals import BUDGETS, best_times
 from .statistics import best_baseline, least_load
 
 ROOT = Path(__file__).parents[2]
@@ -149,14 +149,7 @@ def rivals(runs: dict[str, Points]) -> str:
     for model in MODELS:
         points = runs[f"rivals/{model}"]
         eplb = next(one for one in points if one["title"].startswith("EPLB"))
-        families = families_of(points)
-        times = {
-            family: [
-                min((one["with_eplb"] for one in mine if one["kl"][0] <= budget), default=None)
-                for budget in BUDGETS
-            ]
-            for family, mine in families.items()
-        }
+        times = best_times(points)
         least = [min(filter(None, column), default=None) for column in zip(*times.values(), strict=True)]
         rows.append([f"**{model}** (EPLB alone {eplb['ratio']:.2f})", *[""] * len(BUDGETS)])
         for family, mine in times.items():

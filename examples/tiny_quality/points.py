@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -59,17 +58,17 @@ class Point:
     batches: str = "mixed"
     ranks: int = 4
 
-    def key(self, arguments: argparse.Namespace) -> str:
-        """What distinguishes this point from all others in the file."""
+    def key(self, run: Any) -> str:
+        """What distinguishes this point of a ``Run`` from all others in the file."""
         fields = {
             **asdict(self),
             "config": self.config.as_dict(),
-            "split": arguments.split,
-            "questions": arguments.questions,
+            "split": run.split,
+            "questions": run.questions,
         }
         if self.config.split == "tuned" or self.config.compensation in ("visual", "all"):
-            fields["tuning"] = sorted(map(str, arguments.tuning))
-        fields |= {"seed": arguments.seed, "batch": arguments.batch, "model": str(arguments.checkpoint)}
+            fields["tuning"] = sorted(map(str, run.tuning))
+        fields |= {"seed": run.seed, "batch": run.batch, "model": str(run.checkpoint)}
         return json.dumps(fields, sort_keys=True)
 
 

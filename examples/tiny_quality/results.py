@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,61 +24,63 @@ from rich.console import Console
 from tiny_vlm import CHECKPOINT
 
 from macs_tools.common.command import Parser
+from macs_tools.common.picture import picture
 
 from .pages import FIGURES, MODELS, ROOT, write_pages
 
 PICTURES = ROOT / "docs" / "pictures"
-LIMITS = "1.05", "0.8", "0.6", "0.4", "0.25"
 KINDS = "small", "pair", "read"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation of a model: its name in the figures, arguments, and profiles by name."""
+    """One evaluation of a model: its name in the figures, ``table/model``, the points of a grid to measure,
+    on which questions, and profiles of `macs tune` by name."""
 
     name: str
-    model: str
-    arguments: tuple[str, ...]
+    grid: str = "frontier"
+    titles: tuple[str, ...] = ()  # only the points with one of these
+    batches: tuple[str, ...] = ("mixed",)
+    bounds: tuple[float, ...] = (1.05, 0.8, 0.6, 0.4, 0.25)
     profiles: tuple[str, ...] = ()
+    ranks: int = 4
+    split: str = "test"
+    questions: int = 896
+    batch: int = 56
+    seed: int = 0
+    tuning: tuple[Path, ...] = ()
+    """The profiles' files."""
 
     @property
-    def command(self) -> list[str]:
-        """Arguments of examples/evaluate_tiny_vlm.py, but for profiles and files."""
-        folder = CHECKPOINT if self.model == "main" else CHECKPOINT.parent / "others" / self.model
-        own = () if self.model == "main" else ("--checkpoint", str(folder.relative_to(ROOT)))
-        mixed = ("--batches", "easy-vqa") if self.model == "easy-vqa" else ()
-        return [*self.arguments, *own, *(() if "--batches" in self.arguments else mixed)]
+    def model(self) -> str:
+        return self.name.split("/")[1]
+
+    @property
+    def checkpoint(self) -> Path:
+        return CHECKPOINT if self.model == "main" else CHECKPOINT.parent / "others" / self.model
 
 
 def runs() -> list[Run]:
-    """All of them; a name is ``table/model``."""
-    frontier = [
-        Run(f"frontier/{model}", model, ("--split", "test", "--bounds", *LIMITS), (model, f"drop-{model}"))
-        for model in MODELS
+    """All of them."""
+    few: dict[str, Any] = {"questions": 448, "bounds": (1.05, 0.6, 0.4)}
+    some = "token-drop", "rank-balanced", "macs", "macs, tuned", "macs, compensated"
+    texts = {"grid": "settings", "titles": ("macs", "spare_text: true"), "batches": ("texts",), **few}
+    eight = {model: (f"{model}-8",) for model in ("main", "unbalanced")}
+    found = [Run(f"frontier/{model}", profiles=(model, f"drop-{model}")) for model in MODELS]
+    found += [
+        Run(f"settings/{model}", "settings", bounds=(1.05, 0.6), split="validation") for model in MODELS
     ]
-    settings = [
-        Run(f"settings/{model}", model, ("--grid", "settings", "--bounds", "1.05", "0.6")) for model in MODELS
-    ]
-    few = ("--split", "test", "--questions", "448", "--bounds", "1.05", "0.6", "0.4", "--batches")
-    titles = ("--title", "token-drop", "rank-balanced", "macs", "macs, tuned", "macs, compensated")
-    kinds = [
-        Run(f"kinds/{model}", model, (*titles, *few, "mixed", *KINDS), (f"kinds-{model}",))
+    found += [
+        Run(f"kinds/{model}", titles=some, batches=("mixed", *KINDS), profiles=(f"kinds-{model}",), **few)
         for model in ("main", "balanced", "unbalanced")
     ]
-    texts = [
-        Run(
-            f"texts/{model}",
-            model,
-            ("--grid", "settings", "--title", "macs", "spare_text: true", *few, "texts"),
-        )
-        for model in ("main", "balanced")
-    ]
-    eight = ("--split", "test", "--ranks", "8", "--bounds", "1.05", "0.6", "0.4")
-    ranks = [
-        Run(f"8-ranks/{model}", model, eight, (f"{model}-8",) if model in ("main", "unbalanced") else ())
+    found += [Run(f"texts/{model}", **texts) for model in ("main", "balanced")]
+    found += [
+        Run(f"8-ranks/{model}", ranks=8, bounds=(1.05, 0.6, 0.4), profiles=eight.get(model, ()))
         for model in MODELS
     ]
-    return [*frontier, *settings, *kinds, *texts, *ranks]
+    # That model knows one kind of question.
+    return [replace(one, batches=("easy-vqa",)) if one.model == "easy-vqa" else one for one in found]
 
 
 BENCHES = {
@@ -117,9 +119,9 @@ def measured_rivals(model: str, arguments: argparse.Namespace, console: Console)
     """MACS beside pruning and EPLB: the command and its rows, with times."""
     from . import rivals
 
-    command = Run("", model, ()).command
-    if model == "easy-vqa":
-        command += ["--questions", "672"]
+    checkpoint = Run(f"rivals/{model}").checkpoint
+    command = [] if model == "main" else ["--checkpoint", str(checkpoint.relative_to(ROOT))]
+    command += ["--batches", "easy-vqa", "--questions", "672"] if model == "easy-vqa" else []
     tuning, out = arguments.profiles / f"{model}.safetensors", arguments.points / f"rivals-{model}.json"
     asked = rivals.parse_arguments([*command, "--tuning", str(tuning), "--json", str(out)])
     console.print(f"rivals/{model}")
@@ -139,17 +141,32 @@ def rounded(value: Any) -> Any:
 
 def measured_run(run: Run, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Its command and its points."""
-    from .report import plot
-    from .run import measure, parse_arguments
+    from .run import measure
 
-    files = [str(arguments.profiles / f"{name}.safetensors") for name in run.profiles]
-    tuning = ["--tuning", *files] if files else []
-    out = arguments.points / f"{run.name.replace('/', '-')}.jsonl"
+    tuning = tuple(arguments.profiles / f"{name}.safetensors" for name in run.profiles)
     console.print(run.name)
-    found = measure(parse_arguments([*run.command, *tuning, "--out", str(out)]), console)
+    found = measure(
+        replace(run, tuning=tuning), arguments.points / f"{run.name.replace('/', '-')}.jsonl", console
+    )
     if run.name.startswith("frontier"):
         plot(found, PICTURES / f"kl-{run.model}.png")
-    return {"command": "evaluate_tiny_vlm.py " + " ".join(run.command), "points": found}
+    return {"command": f"results.py --only {run.name}", "points": found}
+
+
+def plot(found: list[dict[str, Any]], path: Path) -> None:
+    """KL against the realised load, a curve for each policy, with 95 % intervals."""
+    with picture(path, figsize=(7, 4.5)) as axes:
+        for title in dict.fromkeys(one["title"] for one in found):
+            mine = sorted((one for one in found if one["title"] == title), key=lambda one: one["load"])
+            kl = [[max(value, 1e-7) for value in one["kl"]] for one in mine]
+            mean, low, high = zip(*kl, strict=True)
+            loads = [one["load"] for one in mine]
+            axes.plot(loads, mean, marker="o", markersize=3, label=title)
+            axes.fill_between(loads, low, high, alpha=0.15)
+        loads = found[0]["vanilla_loads"]
+        axes.axvline(sum(loads) / len(loads), color="grey", linestyle=":", label="vanilla's load")
+        axes.set(xlabel="load", ylabel="KL to vanilla (nats)", yscale="log")
+        axes.legend(fontsize=8)
 
 
 def origin() -> dict[str, str]:

@@ -24,21 +24,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from tiny_vlm import CHECKPOINT
-from tiny_vlm import model as tiny
-from tiny_vlm.kinds import MIXES, answer_tokens
-from tiny_vlm.vocabulary import up_to_end
+from tiny_vlm.kinds import MIXES
 from torch import Tensor
 
 from macs import MACSConfig
-from macs_tools.common.answers import divergence, read
+from macs_tools.common.answers import divergence
 from macs_tools.common.command import Parser, output_file
 from macs_tools.common.intervals import bootstrap
+from macs_tools.common.picture import picture
 from macs_tools.hardware.machine import ENGINES, GPUS
 from macs_tools.hardware.prefill import MODELS, Machine, Prefill, served_prompts
 from macs_tools.report.placement import replicated
 
 from .model import Bench, measuring
 from .pruning import AFTER, BEFORE, AfterLayer, Pruned
+from .statistics import Answers
 
 KEEPS = 0.95, 0.9, 0.75, 0.6, 0.5, 0.35, 0.25
 BUDGETS = 3e-4, 1e-3, 3e-3, 1e-2, 1e-1
@@ -94,11 +94,12 @@ class Comparison(Bench):
     """The tiny model under rivals, one batch after the other."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        super().__init__(arguments, arguments.ranks)
+        super().__init__(arguments)
         text: Any = self.model.config.text_config
         self.loads = Loads(text.num_hidden_layers, text.num_experts)
         self.runtime.on_plan(self.loads)
-        self.vanilla: dict[str, Any] = {}
+        self.vanilla: Answers | None = None
+        self.mean, self.tokens = np.zeros(0), 1  # of vanilla: rows of a rank, and tokens
 
     @contextmanager
     def reading(self, rival: Rival, number: int, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -133,36 +134,31 @@ class Comparison(Bench):
     def measure(self, rival: Rival) -> dict[str, Any]:
         """Answers and loads of a rival, held against the model as it is."""
         self.use(rival)
-        kind, tokens = self.arguments.batches[0], []
-        said: list[Tensor] = []
-        ids: list[list[int]] = []
-        batches = self.batches(kind)
-        for number, batch in enumerate(batches):
-            with self.reading(rival, number, tiny.sample_inputs(batch)) as inputs:
-                prompt = read(self.model, self.runtime, inputs)
-                tokens.append(int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()))
-                ids += map(up_to_end, prompt.greedy(answer_tokens(kind)).tolist())
-                prompt.rewind()
-                given = self.vanilla["ids"] if self.vanilla else ids
-                said += prompt.said_of(given[len(said) : len(said) + len(batch)])
+        tokens: list[int] = []
+
+        @contextmanager
+        def reading(number: int, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+            with self.reading(rival, number, inputs) as given:
+                tokens.append(int(given.get("attention_mask", torch.ones_like(given["input_ids"])).sum()))
+                yield given
+
+        found = self.answers(self.arguments.batches[0], self.vanilla, reading)
         by_expert = self.loads.taken()
         before, after = by_expert.reshape(*by_expert.shape[:3], self.arguments.ranks, -1).sum(-1)
-        if not self.vanilla:
-            self.vanilla = {"ids": ids, "said": said, "mean": after.mean(-1), "tokens": sum(tokens)}
-        kl = np.array([divergence(*pair) for pair in zip(self.vanilla["said"], said, strict=True)])
-        tasks = np.array([sample.task for batch in batches for sample in batch])
-        same = np.array([one == other for one, other in zip(ids, self.vanilla["ids"], strict=True)])
+        if self.vanilla is None:
+            self.vanilla, self.mean, self.tokens = found, after.mean(-1), sum(tokens)
+        kl = np.array([divergence(*pair) for pair in zip(self.vanilla.said, found.said, strict=True)])
+        same = np.array([one == other for one, other in zip(found.ids, self.vanilla.ids, strict=True)])
         return {
             **asdict(rival),
             "title": rival.title,
             "kl": bootstrap(kl),
-            "kl_by_task": {task: float(kl[tasks == task].mean()) for task in dict.fromkeys(tasks.tolist())},
             "same": float(same.mean()),
-            "tokens": sum(tokens) / self.vanilla["tokens"],
+            "tokens": sum(tokens) / self.tokens,
             # Over the mean of the router's choice: by itself, planned; and over that of the model as it is.
             "natural": float((before.max(-1) / before.mean(-1)).mean()),
             "load": float((after.max(-1) / before.mean(-1)).mean()),
-            "rows": float((after.max(-1) / self.vanilla["mean"]).mean()),
+            "rows": float((after.max(-1) / self.mean).mean()),
             "eplb": with_replicas(by_expert[0], self.arguments.ranks),
         }
 
@@ -247,51 +243,51 @@ def families_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def best_times(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Of every family the least time within each of ``BUDGETS``; pruning with EPLB."""
+    return {
+        family: [
+            min((one["with_eplb"] for one in mine if one["kl"][0] <= budget), default=None)
+            for budget in BUDGETS
+        ]
+        for family, mine in families_of(rows).items()
+    }
+
+
 def fastest(rows: list[dict[str, Any]]) -> Table:
-    """Of every family the least time within a KL; pruning with EPLB."""
     table = Table(title="time over today's at most so much KL x 1000")
     for name in ("", *(f"{1e3 * budget:g}" for budget in BUDGETS)):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for family, mine in families_of(rows).items():
-        within = ([one["with_eplb"] for one in mine if one["kl"][0] <= budget] for budget in BUDGETS)
-        table.add_row(family, *(f"{min(times):.2f}" if times else "" for times in within))
+    for family, times in best_times(rows).items():
+        table.add_row(family, *("" if one is None else f"{one:.2f}" for one in times))
     return table
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """KL against time, a curve for each family."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    colours: dict[str, Any] = {}
-    for family, mine in families_of(rows).items():
-        method, _, both = family.partition(" + ")
-        mine.sort(key=lambda one: one["with_eplb"])
-        x, kl = [one["with_eplb"] for one in mine], [one["kl"][0] for one in mine]
-        look: dict[str, Any] = {"linestyle": "-" if family == "MACS" else "--", "marker": "o"}
-        look |= {"linestyle": "none", "marker": "x"} if both else {}
-        colour = colours.get(method)
-        (line,) = axes.plot(x, kl, **look, markersize=5, label=family, color=colour)
-        colours[method] = line.get_color()
-    for one in rows:
-        if one["kl"][0] <= 0 and one["title"] != "as it is":
-            axes.axvline(one["ratio"], linestyle=":", color="grey", linewidth=1)
-            place = axes.get_xaxis_transform()
-            axes.text(one["ratio"], 0.5, one["title"], rotation=90, fontsize=7, ha="right", transform=place)
-    axes.set(
-        xlabel="time of a prefill over today's, pruning with EPLB",
-        ylabel="KL to the model as it is (nats)",
-        yscale="log",
-    )
-    axes.set_title(title.replace("; ", ";\n"), fontsize=8)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with picture(path, figsize=(8, 4.5)) as axes:
+        colours: dict[str, Any] = {}
+        for family, mine in families_of(rows).items():
+            method, _, both = family.partition(" + ")
+            mine.sort(key=lambda one: one["with_eplb"])
+            x, kl = [one["with_eplb"] for one in mine], [one["kl"][0] for one in mine]
+            look: dict[str, Any] = {"linestyle": "-" if family == "MACS" else "--", "marker": "o"}
+            look |= {"linestyle": "none", "marker": "x"} if both else {}
+            colour = colours.get(method)
+            (line,) = axes.plot(x, kl, **look, markersize=5, label=family, color=colour)
+            colours[method] = line.get_color()
+        for one in rows:
+            if one["kl"][0] <= 0 and one["title"] != "as it is":
+                axes.axvline(one["ratio"], linestyle=":", color="grey", linewidth=1)
+                style = {"rotation": 90, "fontsize": 7, "ha": "right"}
+                axes.text(one["ratio"], 0.5, one["title"], transform=axes.get_xaxis_transform(), **style)
+        axes.set(
+            xlabel="time of a prefill over today's, pruning with EPLB",
+            ylabel="KL to the model as it is (nats)",
+            yscale="log",
+        )
+        axes.set_title(title.replace("; ", ";\n"), fontsize=8)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

@@ -40,7 +40,6 @@ def measured(
     expected_right = np.array([ids == one.answer for ids, one in zip(vanilla.ids, asked, strict=True)])
     same = np.array([ids == other for ids, other in zip(found.ids, vanilla.ids, strict=True)])
     kl = np.array([divergence(*pair) for pair in zip(vanilla.said, found.said, strict=True)])
-    texts = np.array([sample.pixels is None for sample in asked])
     after = torch.stack([report.load("after") for report in reports])  # [L, N]
     # Vanilla's own: before planning a layer has what the plans of those before it made of its input.
     before = torch.stack([report.load("before") for report in untouched])
@@ -52,15 +51,12 @@ def measured(
         "ranks": point.ranks,
         "target": point.config.target_load,
         "kl": [float(f"{value:.4g}") for value in bootstrap(kl)],
-        "text_kl": float(f"{kl[texts].mean():.4g}") if texts.any() else None,
         "same": round(float(same.mean()), 4),
         "right": round(float(right.mean()), 4),
         "vanilla_right": round(float(expected_right.mean()), 4),
         "load": round(float(after.mean()), 4),
-        "largest_load": round(float(after.max()), 4),
         "vanilla_loads": [round(float(load), 4) for load in before.mean(1)],
         "dropped": round(float(np.mean([report.share("dropped") for report in reports])), 4),
-        "rerouted": round(float(np.mean([report.share("rerouted") for report in reports])), 4),
     }
 
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-import torch.distributed as dist
 from torch import nn
+
+from macs_tools.common.clock import settle
 
 
 class LayerClock:
@@ -26,13 +26,11 @@ class LayerClock:
         started: list[float] = []
 
         def before(module: nn.Module, args: tuple) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            settle()
             started.append(time.perf_counter())
 
         def after(module: nn.Module, args: tuple, output: object) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            settle()
             elapsed = (time.perf_counter() - started.pop()) * 1e3
             if args[0].shape[self.length_axis] > 1:
                 times.append(elapsed)
@@ -44,12 +42,3 @@ class LayerClock:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def slowest_rank(milliseconds: float) -> float:
-    """The largest of all ranks' values."""
-    value = torch.tensor([milliseconds], dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        value = value.cuda()
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return float(value)

@@ -6,43 +6,25 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .data import Sample
 from .model import sample_inputs
+from .plain import Engine
 
 BATCH = 70
 
 
-def _with_answers(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Prompt and answer ids [B, S + A], and which of them are answers; short answers are padded."""
-    longest = max(len(sample.answer) for sample in samples)
-    rows = [sample.prompt + sample.answer + [0] * (longest - len(sample.answer)) for sample in samples]
-    answers = torch.zeros(len(rows), len(rows[0]), dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        answers[row, len(sample.prompt) : len(sample.prompt) + len(sample.answer)] = True
-    return torch.tensor(rows), answers
-
-
 @torch.inference_mode()
 def accuracy_by_task(model: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
-    """Share of the answers that greedy decoding gets wholly right.
-
-    One forward pass over prompt and answer tells: greedy decoding gives the answer if and only if
-    each of its tokens is the likeliest after the right ones before it.
-    """
-    device = next(model.parameters()).device
+    """Share of the answers that greedy decoding gets wholly right."""
+    engine = Engine(model)
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(samples), BATCH):
         batch = samples[start : start + BATCH]
-        ids, answers = _with_answers(batch)
-        inputs = {name: tensor.to(device) for name, tensor in sample_inputs(batch).items()}
-        inputs["input_ids"] = ids.to(device)
-        inputs["position_ids"] = torch.arange(ids.shape[1], device=device).expand(3, *ids.shape)
-        logits = model(**inputs).logits[:, :-1].cpu()
-        hits = (logits.argmax(-1) == ids[:, 1:]) | ~answers[:, 1:]
-        for sample, hit in zip(batch, hits.all(1).tolist(), strict=True):
-            right[sample.task].append(hit)
+        answers = engine.generate(batch, max(len(sample.answer) for sample in batch))
+        for sample, answer in zip(batch, answers, strict=True):
+            right[sample.task].append(answer == sample.answer)
     return {task: round(sum(hits) / len(hits), 4) for task, hits in right.items()}
 
 

@@ -8,7 +8,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,9 @@ from macs_tools.tune.model import Said
 from . import CHECKPOINT, data
 from . import model as tiny
 from .arguments import PROFILE, question_tokens
-from .clock import LayerClock, slowest_rank
+from .clock import LayerClock
 from .results import Results, results_table, summarize
+from .vocabulary import words_of
 
 VANILLA = "vanilla"
 Shown = dict[str, tuple[str, MACSConfig]]
@@ -50,16 +51,6 @@ def columns_of(arguments: argparse.Namespace) -> Shown:
         return COLUMNS
     arguments.profile = tuning
     return {**COLUMNS, "tuned": ("macs", MACSConfig(split="tuned", max_kl=MAX_KL))}
-
-
-class Engine(Protocol):
-    """What an engine must do for an ``Experiment``."""
-
-    def generate(self, samples: Sequence[data.Sample], tokens: int = data.ANSWER_TOKENS) -> list[list[int]]:
-        """Greedy answers, token ids up to and with the end token; every rank calls it equally often."""
-
-    def words(self, ids: Sequence[int]) -> str:
-        """An answer as text."""
 
 
 def share_of(arguments: argparse.Namespace) -> int:
@@ -94,9 +85,9 @@ def settings_by_name(arguments: argparse.Namespace, columns: Shown) -> Shown:
 class Experiment:
     """The model in its engine on every rank, and what is measured on it.
 
-    engine.generate answers samples; runtime is its MACS layers' own; clock times them; group holds
-    the expert-parallel ranks; columns are those of MACS to show; said gives log-probabilities [A, V] of
-    answers, where the engine can. Every rank makes the same calls.
+    engine.generate answers samples greedily, token ids up to and with the end token; runtime is its MACS
+    layers' own; clock times them; group holds the expert-parallel ranks; columns are those of MACS to show;
+    said gives log-probabilities [A, V] of answers, where the engine can. Every rank makes the same calls.
     """
 
     def __init__(
@@ -104,7 +95,7 @@ class Experiment:
         arguments: argparse.Namespace,
         console: Console,
         runtime: Runtime,
-        engine: Engine,
+        engine: Any,
         clock: LayerClock,
         group: dist.ProcessGroup,
         columns: Shown | None = None,
@@ -185,7 +176,7 @@ class Experiment:
                 self.engine.generate(batch, tokens=1)  # warms the planner of this policy
                 with self.clock.running() as calls:
                     self.engine.generate(batch, tokens=1)
-                slowest = slowest_rank(statistics.mean(calls))
+                slowest = max(self.gathered([statistics.mean(calls)]))
                 if repeat > 0:
                     times[title].append(slowest)
             progress.advance(bar)
@@ -258,7 +249,11 @@ class Experiment:
             chosen = {title: chosen[title] for title in (VANILLA, list(chosen)[-1])}
         for title, (policy, config) in chosen.items():
             self.runtime.use(policy, config, profile)
-            yield title, self.engine.words(self.engine.generate([sample])[0])
+            yield title, self.words(self.engine.generate([sample])[0])
+
+    def words(self, ids: Sequence[int]) -> str:
+        """An answer as text."""
+        return words_of(ids)
 
     caution = (
         "The model knows handwritten digits on photographs, and nothing else: its answer about any other "
@@ -308,8 +303,7 @@ def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> 
     console.print(caption, highlight=False)
     console.print(NEXT, highlight=False, markup=False)
     if arguments.json is not None and dist.get_rank() == 0:
-        found = {title: one.as_dict() for title, one in results.items()}
-        arguments.json.write_text(json.dumps({"caption": caption, "results": found}, indent=1))
+        arguments.json.write_text(json.dumps({"caption": caption, "results": results}, indent=1))
 
 
 def run(

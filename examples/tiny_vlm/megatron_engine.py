@@ -8,7 +8,7 @@ from macs_tools.common.static_engine import answer, static_engine
 
 from .data import ANSWER_TOKENS, PROMPT_TOKENS, Sample
 from .megatron import PictureEncoder, TinyVLM
-from .vocabulary import END, UNKNOWN, VOCABULARY, up_to_end, words_of
+from .vocabulary import END, VOCABULARY, up_to_end, words_of
 
 
 class WordTokenizer:
@@ -17,13 +17,12 @@ class WordTokenizer:
     bos = None
     eod = VOCABULARY[END]
     vocab_size = len(VOCABULARY)
-    _words = tuple(VOCABULARY)
 
     def tokenize(self, text: str) -> list[int]:
         return [VOCABULARY[word] for word in text.split()]
 
     def detokenize(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return " ".join(self._words[i] if i < len(self._words) else UNKNOWN for i in ids)
+        return words_of(ids)
 
 
 class Engine:
@@ -52,7 +51,3 @@ class Engine:
         with self.model.pictures(self.pictures(samples)):
             answers = answer(self.engine, [list(sample.prompt) for sample in samples], tokens)
         return [up_to_end(ids) for ids in answers]
-
-    def words(self, ids: Sequence[int]) -> str:
-        """An answer as text."""
-        return words_of(ids)

@@ -6,14 +6,12 @@ model. The weights are the same, and so are the answers.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.inference.engines.static_engine import StaticInferenceEngine
 from megatron.core.inference.inference_request import VLMInferenceRequest
 from megatron.core.inference.model_inference_wrappers.multimodal.vlm_inference_wrapper import (
     VLMInferenceWrapper,
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from macs import Runtime
-from macs_tools.common.static_engine import greedy, wrapper_arguments
+from macs_tools.common.static_engine import engine_of, greedy, wrapper_arguments
 from megatron_macs import with_macs
 
 from .data import ANSWER_TOKENS, PROMPT_TOKENS, Sample
@@ -37,7 +35,7 @@ from .megatron import copy_weights, transformer_config
 from .megatron_engine import WordTokenizer
 from .model import picture_inputs
 from .pictures import IMAGE_TOKENS, PICTURE_SIZE
-from .vocabulary import up_to_end, words_of
+from .vocabulary import up_to_end
 
 PATCH = PICTURE_SIZE // round(IMAGE_TOKENS**0.5)  # pixels a side of what one token stands for
 
@@ -146,12 +144,7 @@ class LLaVAEngine:
         context = StaticInferenceContext(1, PROMPT_TOKENS + ANSWER_TOKENS)
         language = model.language_model
         wrapper = VLMInferenceWrapper(Wrapped(model), *wrapper_arguments(language, context))
-        controller = VLMTextGenerationController(wrapper, WordTokenizer())
-        if getattr(controller, "pp_group", None) is None:
-            controller.pp_group = parallel_state.get_pipeline_model_parallel_group()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.engine = StaticInferenceEngine(controller, max_batch_size=1, legacy=True)
+        self.engine = engine_of(VLMTextGenerationController(wrapper, WordTokenizer()), 1)
 
     def generate(self, samples: Sequence[Sample], tokens: int = ANSWER_TOKENS) -> list[list[int]]:
         """The answer to every sample: token ids up to and with the end token."""
@@ -173,10 +166,6 @@ class LLaVAEngine:
         )
         (result,) = self.engine.generate(inference_requests=[request])
         return up_to_end(result.generated_tokens.tolist())
-
-    def words(self, ids: Sequence[int]) -> str:
-        """An answer as text."""
-        return words_of(ids)
 
 
 def one_token_a_picture(prompt: Sequence[int], image_token: int) -> list[int]:

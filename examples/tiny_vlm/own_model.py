@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ class OwnExperiment(Experiment):
         return found
 
     caution = ""
+
+    def words(self, ids: Sequence[int]) -> str:
+        return self.engine.words(ids)
 
     def own_question(self, picture: Path, question: str) -> Any:
         with Image.open(picture) as image:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .data import ANSWER_TOKENS, Sample
 from .model import sample_inputs
-from .vocabulary import up_to_end, words_of
+from .vocabulary import up_to_end
 
 
 class Engine:
@@ -42,7 +42,3 @@ class Engine:
             position = torch.full((3, len(samples), 1), length + step, device=device)
             inputs = {"input_ids": answers[-1], "position_ids": position}
         return [up_to_end(ids) for ids in torch.cat(answers, 1).tolist()]
-
-    def words(self, ids: Sequence[int]) -> str:
-        """An answer as text."""
-        return words_of(ids)

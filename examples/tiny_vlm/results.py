@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,23 +12,9 @@ from macs.adapters import summarized
 
 from . import data
 
-
-@dataclass
-class Results:
-    """What one policy did. Times are milliseconds a layer, on the slowest rank. KL is from vanilla, in nats;
-    None where an engine gives no log-probabilities."""
-
-    accuracy: dict[str, float]
-    agreement: float
-    kl: float | None
-    loads: dict[str, float]  # ``macs.METRICS``
-    layer_ms: float
-    time_ratio: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """As it is written to a file."""
-        told = asdict(self)
-        return {**told.pop("loads"), **told}
+Results = dict[str, Any]
+"""What one policy did: ``macs.METRICS``, accuracy by task, agreement with vanilla, KL from vanilla in nats
+(none where an engine gives no log-probabilities), layer_ms on the slowest rank and time_ratio to vanilla."""
 
 
 def summarize(
@@ -48,31 +33,31 @@ def summarize(
         if hits:
             accuracy[task] = statistics.mean(hits)
 
-    return Results(
-        accuracy=accuracy,
-        agreement=statistics.mean(own == other for own, other in zip(answers, vanilla, strict=True)),
-        kl=statistics.mean(kl) if kl else None,
-        loads=summarized(reports),
-        layer_ms=milliseconds,
-        time_ratio=milliseconds / vanilla_milliseconds,
-    )
+    return {
+        **summarized(reports),
+        "accuracy": accuracy,
+        "agreement": statistics.mean(own == other for own, other in zip(answers, vanilla, strict=True)),
+        "kl": statistics.mean(kl) if kl else None,
+        "layer_ms": milliseconds,
+        "time_ratio": milliseconds / vanilla_milliseconds,
+    }
 
 
 def results_table(results: dict[str, Results], further: dict[str, list[str]] | None = None) -> Table:
     """One row a policy; ``further`` columns by heading, a cell for each policy."""
     values = list(results.values())
-    columns = {"load": [f"{one.loads['load_after']:.2f}" for one in values]}
-    if all(one.kl is not None for one in values):
-        columns["KL x 1000"] = [f"{1e3 * (one.kl or 0):.2g}" for one in values]
-    columns["same"] = [f"{one.agreement:.3f}" for one in values]
+    columns = {"load": [f"{one['load_after']:.2f}" for one in values]}
+    if all(one["kl"] is not None for one in values):
+        columns["KL x 1000"] = [f"{1e3 * one['kl']:.2g}" for one in values]
+    columns["same"] = [f"{one['agreement']:.3f}" for one in values]
     for name, tasks in (("pictures", data.PICTURE_TASKS), ("texts", data.TEXT_TASKS)):
-        if set(tasks) <= set(values[0].accuracy):
-            means = [statistics.mean(one.accuracy[task] for task in tasks) for one in values]
+        if set(tasks) <= set(values[0]["accuracy"]):
+            means = [statistics.mean(one["accuracy"][task] for task in tasks) for one in values]
             columns[name] = [f"{one:.3f}" for one in means]
-    columns["dropped"] = [f"{one.loads['dropped']:.0%}" for one in values]
+    columns["dropped"] = [f"{one['dropped']:.0%}" for one in values]
     columns |= further or {}
-    columns["ms"] = [f"{one.layer_ms:.1f}" for one in values]
-    columns["time"] = [f"{one.time_ratio:.2f}" for one in values]
+    columns["ms"] = [f"{one['layer_ms']:.1f}" for one in values]
+    columns["time"] = [f"{one['time_ratio']:.2f}" for one in values]
     table = Table(box=SIMPLE_HEAD, padding=0)
     table.add_column("policy", no_wrap=True)
     for heading in columns:

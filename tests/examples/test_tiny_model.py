@@ -125,7 +125,7 @@ def test_real_pictures_one_process_plans_what_two_plan():
 def main_job(program):
     launcher = *"-m torch.distributed.run --nproc-per-node 2 --master-port".split(), free_port()
     script = ROOT / "examples" / "megatron_inference.py"
-    return lambda *words, **options: program(*launcher, script, *words, folder=ROOT, **options)
+    return lambda *words, **options: program(*launcher, script, *words, folder=ROOT, COLUMNS="80", **options)
 
 
 def test_the_main_job(main_job, tmp_path):

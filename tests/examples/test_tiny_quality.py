@@ -1,6 +1,5 @@
 """The evaluation of the tiny model: what it measures, and that it goes on where it was interrupted."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,21 +8,19 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
+from rich.console import Console
+from tiny_quality.results import Run, plot, runs
+from tiny_quality.run import asked_points, measure
+
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "evaluate_tiny_vlm.py"
 TUNING = ROOT / "examples" / "tiny_vlm" / "tuning-2-ranks.safetensors"
 
 
-def points_in(path):
-    return [json.loads(line)["found"] for line in path.read_text().splitlines()]
-
-
-def test_points_are_measured_once_and_shown(program, tmp_path):
-    small = ("--questions", "28", "--batch", "28", "--bounds", "1.05", "1.2")
-    shown = (SCRIPT, "--out", tmp_path / "points.jsonl", *small, "--plot", tmp_path / "curve.png")
-    first = program(*shown)
-    points = points_in(tmp_path / "points.jsonl")
-    assert len(points) == 10 and (tmp_path / "curve-mixed-4.png").stat().st_size > 1000
+def test_points_are_measured_once_and_drawn(tmp_path, capsys):
+    run, path = Run("frontier/main", questions=28, batch=28, bounds=(1.05, 1.2)), tmp_path / "points.jsonl"
+    points = measure(run, path, Console())
+    plot(points, tmp_path / "curve.png")
+    assert len(points) == 10 and (tmp_path / "curve.png").stat().st_size > 1000
     assert {one["title"] for one in points if one["baseline"]} == {
         "token-drop",
         "expanded-drop",
@@ -33,23 +30,16 @@ def test_points_are_measured_once_and_shown(program, tmp_path):
         assert found["ranks"] == 4 and len(found["vanilla_loads"]) == 4
         mean, low, high = found["kl"]
         assert 0 <= low <= mean <= high
-        # Whatever the policy: what it was told to keep to, it keeps to.
-        assert 1.0 < found["load"] <= found["largest_load"] <= found["target"] + 1e-4
-    assert "KL x 1000 to vanilla" in first.stdout and "load at equal KL" in first.stdout
-    again = program(*shown)
-    assert "10 points, 10 of them in" in again.stdout and len(points_in(tmp_path / "points.jsonl")) == 10
+        assert 1.0 < found["load"] <= found["target"] + 1e-4
+    lines = path.read_text()
+    assert measure(run, path, Console()) == points and path.read_text() == lines
+    assert "10 points, 10 of them in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (("--tuning", str(TUNING)), "for 2 ranks, expected --ranks 2"),
-        (("--questions", "10"), "--questions: found 10, expected a batch (56)"),
-        (("--title", "mcas"), "--title: found mcas, expected a title of --grid"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(program, tmp_path, arguments, error):
-    assert error in program(SCRIPT, "--out", tmp_path / "points.jsonl", *arguments, status=2).stderr
+def test_a_tuning_for_the_runs_ranks_adds_tuned_points():
+    tuned = asked_points(Run("frontier/main", ranks=2, tuning=(TUNING,)))
+    assert len(tuned) > len(asked_points(Run("frontier/main", ranks=2)))
+    assert len({one.name for one in runs()}) == len(runs()) == 17
 
 
 def test_every_setting_changes_what_it_names():

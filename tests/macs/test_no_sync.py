@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from support.cases import build_policy, configs, routings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from macs import IMAGE, Modality
+from macs import IMAGE, MACSConfig, Modality, Topology
 from macs.policies import POLICIES
 from macs.records.load import LayerRecorder
 
@@ -28,3 +30,27 @@ def test_planning_reads_nothing_on_the_host(name, case):
 def test_laying_out_tokens_reads_nothing_on_the_host():
     modality = Modality.of(torch.full((3, 5), IMAGE, dtype=torch.int8, device="meta"))
     assert modality.tokens(True).modality.shape == modality.tokens(sources=3).source.shape == (15,)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operator within puts out."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = [one.numel() for one in tree_leaves(out) if isinstance(one, torch.Tensor)]
+        self.size = max([self.size, *found])
+        return out
+
+
+@pytest.mark.parametrize("name", ["macs", "paper", "token-drop"])
+def test_no_tensor_has_every_expert_for_every_assignment(name):
+    """[T, k, E], of which 4096 tokens of a layer of 512 experts have 16 million."""
+    count, experts, top_k = 64, 512, 8
+    scores = torch.rand(count, experts)
+    weights, chosen = scores.topk(top_k)
+    planner = build_policy(name, MACSConfig(min_tokens=0), Topology(experts, 8), top_k)
+    with Largest() as largest:
+        planner.plan(torch.randn(count, 32), chosen, weights, scores)
+    assert largest.size < count * top_k * experts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from macs.config import MIN_TOKENS
-from macs_tools.common.cost_model import CostModel, at_load, break_even, captured, on_network
+from macs_tools.common.cost_model import CostModel, at_load, break_even, captured
 from macs_tools.common.workloads import SHAPES, contenders
 from macs_tools.hardware.machine import machine
 
@@ -60,8 +60,8 @@ def test_what_leaves_a_node_goes_by_the_slower_network():
     assert MODEL.exchange_ms(sent) == pytest.approx(0.5 + 10)
     sent[0, 2] = 5
     assert MODEL.exchange_ms(sent) == pytest.approx(0.5 + 50)
-    assert on_network(MODEL, None, 1.0, None).exchange_ms(sent) == pytest.approx(0.5 + 10)
-    assert on_network(MODEL, None, None, 4).exchange_ms(sent) == pytest.approx(0.5 + 15)
+    assert replace(MODEL, beyond_gbs=1.0).exchange_ms(sent) == pytest.approx(0.5 + 10)
+    assert replace(MODEL, node=4).exchange_ms(sent) == pytest.approx(0.5 + 15)
     assert MODEL.exchange_ms(np.ones((1, 1))) == 0.0
 
 

@@ -8,8 +8,8 @@ from macs_tools import doctor
 
 
 def test_what_is_named_must_work(capsys, monkeypatch):
-    monkeypatch.setitem(doctor.CHECKS, "gpu", lambda: doctor.Finding(doctor.WORKS, "one"))
-    monkeypatch.setitem(doctor.CHECKS, "triton", lambda: doctor.Finding(doctor.ABSENT, "none here"))
+    monkeypatch.setitem(doctor.CHECKS, "gpu", lambda: (doctor.WORKS, "one"))
+    monkeypatch.setitem(doctor.CHECKS, "triton", lambda: (doctor.ABSENT, "none here"))
     assert doctor.main(["gpu"]) == 0
     assert doctor.main(["gpu", "triton"]) == 1
     shown = capsys.readouterr().out
@@ -24,23 +24,23 @@ def test_an_unknown_name_is_an_error(capsys):
 
 def test_an_adapter_that_cannot_build_on_its_engine_gives_the_reason():
     found = doctor.adapter("macs_of_no_engine", "torch", "nothing")
-    assert found.state == doctor.FAILS and "ModuleNotFoundError" in found.said
+    assert found[0] == doctor.FAILS and "ModuleNotFoundError" in found[1]
     found = doctor.adapter("json", "an-engine-nobody-has", "megatron")
-    assert found.state == doctor.ABSENT and "pip install -e '.[megatron]'" in found.said
+    assert found[0] == doctor.ABSENT and "pip install -e '.[megatron]'" in found[1]
 
 
 @pytest.mark.kernels
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 def test_a_plan_that_differs_is_found(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert doctor.equal_kernels().state == doctor.WORKS
+    assert doctor.equal_kernels()[0] == doctor.WORKS
 
     def admit(demand, capacities, constants):
         return Placement(demand.routing.experts.clone(), capacities.pools, capacities.rows)
 
     monkeypatch.setattr("macs.steps.kernels.admission.admit", admit)
     found = doctor.equal_kernels()
-    assert found.state == doctor.FAILS and "differ from plain torch" in found.said
+    assert found[0] == doctor.FAILS and "differ from plain torch" in found[1]
 
 
 def test_everything_is_looked_at(program):

@@ -104,11 +104,11 @@ def test_what_to_do_first_changes_no_answer():
 
 
 def test_the_table_of_cases(capsys):
-    when.main("--models all --sizes 8 32 --loads 1.2 2 --tokens 4096 --markdown".split())
+    flags = "--models all --sizes 8 32 --loads 1.2 2 --tokens 4096".split()
+    assert len(list(when.rows(when.parse_arguments(flags)))) == 2 * (4 + 3)  # 32 divides not all experts
+    when.main(flags)
     shown = capsys.readouterr().out
-    lines = [line for line in shown.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 2 * (4 + 3)  # 32 does not divide the 72 experts of one
-    assert "aiconfigurator-core 0.12.0" in shown and "| kimi-vl-a3b |" in shown
+    assert "aiconfigurator-core 0.12.0" in shown and "kimi-vl-a3b" in shown
     when.main(["--engines", "all"])
     assert "TensorRT-LLM" in capsys.readouterr().out
     with pytest.raises(ValueError, match="found no case, expected EP sizes that divide"):

@@ -1,7 +1,6 @@
 """``macs tune``: the search for a split, and a run of it."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ pytest.importorskip("skimage", reason="scikit-image is not installed")
 
 from macs import MACSConfig, Profile, Runtime
 from macs.records.tuning import target_of
-from macs_tools.tune import search
-from macs_tools.tune.run import keeping
+from macs_tools.tune import run, search
 
 NATURAL = np.array([1.2, 1.4, 1.3])
 COST = np.array([5.0, 0.1, 0.5])
@@ -140,11 +138,16 @@ def test_a_text_model_is_tuned_under_autoep(tune, tmp_path):
     assert Profile.load(tmp_path / "tuned" / "tuned.safetensors").tuning.ranks == 2
 
 
-def test_an_interrupted_tuning_prints_what_is_kept(capsys):
-    with pytest.raises(SystemExit) as end, keeping(Path("runs/tuned.safetensors")):
+def test_an_interrupted_tuning_prints_what_is_kept(monkeypatch, capsys, tmp_path):
+    def interrupted(arguments):
         raise KeyboardInterrupt
-    told = capsys.readouterr().err
-    assert end.value.code == 130 and "runs/tuned.measured.jsonl, and the same command goes on from" in told
+
+    monkeypatch.setattr("macs_tools.tune.sources.opened", interrupted)
+    with pytest.raises(SystemExit) as end:
+        run.main(["--out", str(tmp_path / "tuned.safetensors")])
+    assert end.value.code == 130
+    error = capsys.readouterr().err
+    assert "tuned.measured.jsonl, and the same command goes on from there" in error
 
 
 @pytest.mark.parametrize(

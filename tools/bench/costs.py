@@ -81,12 +81,6 @@ class Costs:
             works.append(work)
         return works
 
-    def slowness(self) -> list[float]:
-        """Between one sample and the next, how much longer everything took than in the median sample: what
-        the machine was like while a workload ran."""
-        layers = np.array([one["layers"][1] for one in self.samples])
-        return ((layers[:-1] + layers[1:]) / 2 / np.median(layers)).tolist()
-
     def model(self, planning: dict[str, float], origin: str) -> CostModel:
         """The figures, of all samples so far."""
         shape = self.shape

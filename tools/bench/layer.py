@@ -43,8 +43,7 @@ from ..common.workloads import NOTHING_OVER, VANILLA, Batch, features
 from .arguments import running, steps_of
 from .costs import Costs, calibrating, order_of
 from .report import machine, table_of
-from .results import Done, row_of, sent_by, sound
-from .watch import tensors_in
+from .results import Done, row_of, sound
 
 
 class Collectives(TorchDispatchMode):
@@ -58,7 +57,8 @@ class Collectives(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func._schema.name.split("::")[1]
             self.counts[name] += 1
-            self.counts[f"{name} elements"] += sum(one.numel() for one in tensors_in((args, kwargs)))
+            given = torch.utils._pytree.tree_leaves((args, kwargs))
+            self.counts[f"{name} elements"] += sum(one.numel() for one in given if isinstance(one, Tensor))
         return func(*args, **(kwargs or {}))
 
 
@@ -105,7 +105,10 @@ def _layer_rank(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
                 asked.logits = step[2]
                 for title, side in sides.items():
                     good[title] &= _checked(side, step, batch, stock, oracle, done[title])
-            good = {title: everywhere(value) for title, value in good.items()}
+            good = {
+                title: bool(over_ranks(torch.tensor(int(value)), dist.ReduceOp.MIN))
+                for title, value in good.items()
+            }
             works = {VANILLA: lambda hidden, modality: stock(hidden)}
             works |= {title: side for title, side in sides.items() if title != VANILLA and good[title]}
             turns: dict[str, list[float]] = {title: [] for title in works}
@@ -136,8 +139,7 @@ def _layer_rank(rank: int, arguments: argparse.Namespace) -> dict[str, Any]:
         origin = f"measured: {arguments.ranks} processes, {machine(arguments)['device']}"
         costs.sample()
         model = costs.model(planning, origin)
-        speeds = dict(zip(arguments.workloads, costs.slowness(), strict=True))
-    return {"rows": rows, "under_capacity": same, "cost_model": asdict(model), "slowness": speeds}
+    return {"rows": rows, "under_capacity": same, "cost_model": asdict(model)}
 
 
 def _checked(side: Side, step: Step, batch: Batch, stock: Any, oracle: Oracle, done: Done) -> bool:
@@ -148,9 +150,7 @@ def _checked(side: Side, step: Step, batch: Batch, stock: Any, oracle: Oracle, d
     output, plan = side(hidden, modality), side.plan
     side.runtime.recording = False
     assert plan is not None
-    topology = side.macs.topology
-    sent = over_ranks(sent_by(plan, topology, topology.sources[0]))
-    done.add(over_ranks(plan.statistics.record), sent)
+    done.records.append(over_ranks(plan.statistics.record).cpu())
     routed = torch.equal(plan.statistics.load_before.cpu(), loads_of(batch.experts, side.shape.experts))
     good = routed and sound(plan, side.shape)
     good &= same_output(output, oracle(hidden, plan))
@@ -160,11 +160,6 @@ def _checked(side: Side, step: Step, batch: Batch, stock: Any, oracle: Oracle, d
         exact = device().type == "cpu"
         good &= torch.equal(output, own) if exact else same_output(output, own)
     return good
-
-
-def everywhere(value: bool) -> bool:
-    """Whether it holds on every rank."""
-    return bool(over_ranks(torch.tensor(int(value)), dist.ReduceOp.MIN))
 
 
 def _nothing_more(stock: Any, side: Side, hidden: Tensor, modality: Modality) -> dict[str, Any]:
@@ -191,7 +186,7 @@ def run_layer(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
         f"{arguments.threads} thread(s), T {shape.tokens}, D {shape.hidden}, FFN {shape.ffn} (gated), "
         f"E {shape.experts}, k {shape.top_k}; {arguments.steps} steps, {arguments.repeats} turns, medians ± "
         "half the quartile distance. Ratios: to stock Megatron in the same turn. Ideal: ratio of the busiest "
-        "ranks' rows. Busiest: rows over vanilla's mean."
+        "ranks' rows."
     )
     console.print(table_of(found["rows"], caption))
     same = found["under_capacity"]

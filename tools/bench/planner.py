@@ -1,4 +1,4 @@
-"""``macs bench planner``: its parts and its memory."""
+"""``macs bench planner``: the time of a plan, by step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -14,15 +13,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.table import Table
 
 from macs import Modality, Plan, Planner, Topology
 from macs.planner import STEPS
 
 from ..common.clock import clocked, milliseconds
-from ..common.layers import Asked, around_plan, build_layer, device, engine, force, join, layout_of
+from ..common.layers import Asked, build_layer, device, engine, force, join, layout_of
 from ..common.workloads import Contender, Shape, contenders, draw, features
-from .planner_report import show_planner
-from .watch import Watch
 
 
 def planned_alone(
@@ -56,20 +54,15 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
         works = {title: planned_alone(shape, one, ranks) for title, one in chosen.items()}
         layers: list[float] = []
         spent: dict[str, list[float]] = {title: [] for title in works}
-        around = around_plan(batch.experts.to(device()), batch.scores.to(device()))
-        plans = {title: work() for title, work in works.items()}
-        beside: dict[str, list[float]] = {title: [] for title in works}
         for turn in range(arguments.repeats + 1):
             stock(hidden)
             layers.append(milliseconds(partial(stock, hidden)))
             for title, work in works.items():
                 work()
                 spent[title].append(milliseconds(work))
-                around(plans[title])
-                beside[title].append(milliseconds(partial(around, plans[title])))
             if turn == 0:
                 layers.clear()
-                for values in (*spent.values(), *beside.values()):
+                for values in spent.values():
                     values.clear()
         layer_ms = statistics.median(layers)
         for title, work in works.items():
@@ -78,26 +71,31 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
                 parts.append({})
                 with mock.patch("macs.planner.step", partial(clocked, parts[-1])):
                     work()
-            with Watch() as watch:
-                work()
             found["policies"][title] = {
                 "ms": statistics.median(spent[title]),
-                "around_ms": statistics.median(beside[title]),
                 "share": statistics.median(
-                    (mine + other) / layer
-                    for mine, other, layer in zip(spent[title], beside[title], layers, strict=True)
+                    mine / layer for mine, layer in zip(spent[title], layers, strict=True)
                 ),
                 "parts": {part: statistics.median(one.get(part, 0.0) for one in parts) for part in STEPS},
-                "operators": watch.operators,
-                "bytes_a_token": watch.peak / shape.tokens,
             }
-            # Where k E is more than D.
-            work = planned_alone(replace(shape, experts=512), chosen[title], ranks)
-            work()
-            with Watch() as watch:
-                work()
-            found["policies"][title]["largest_tensor_at_512"] = watch.largest
         found["layer_ms"] = layer_ms
         dist.destroy_process_group()
     show_planner(console, found, shape)
     return found
+
+
+def show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None:
+    policies = found["policies"]
+    table = Table(
+        caption=f"T {shape.tokens}, D {shape.hidden}, FFN {shape.ffn}, E {shape.experts}, k {shape.top_k}, "
+        f"image-flood, {found['virtual_ranks']} ranks; vanilla layer {found['layer_ms']:.0f} ms",
+        caption_justify="left",
+    )
+    for title in ("", *policies):
+        table.add_column(title, justify="left" if not title else "right")
+    table.add_row("planner, ms", *(f"{one['ms']:.1f}" for one in policies.values()))
+    table.add_row("share of a vanilla layer", *(f"{one['share']:.1%}" for one in policies.values()))
+    table.add_section()
+    for part in STEPS:
+        table.add_row(f"{part}, ms", *(f"{one['parts'][part]:.2f}" for one in policies.values()))
+    console.print(table)

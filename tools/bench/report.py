@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from macs.steps.kernels.dispatch import has_triton
 
 HEADINGS = [
     *("workload", "policy", "ms", "time / vanilla", "ideal", "share of ideal", "load"),
-    *("imbalance", "sent", "dropped", "rerouted", "kept mass"),
+    *("dropped", "rerouted", "kept mass"),
 ]
 
 
@@ -42,9 +40,7 @@ def table_of(rows: Sequence[dict[str, Any]], caption: str) -> Table:
             f"{row['ratio']:.3f}" + (f" ± {row['ratio_spread'] / 2:.3f}" if row["turns"] > 1 else ""),
             f"{row['ideal']:.3f}",
             f"{row['share']:.0%}",
-            f"{row['load']:.3f}",
-            f"{row['busiest_expert']:.2f}",
-            f"{row['sent']:.1%}",
+            f"{row['load_after']:.3f}",
             f"{row['dropped']:.1%}",
             f"{row['rerouted']:.1%}",
             f"{row['kept_mass']:.3f}",
@@ -56,7 +52,7 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """What it ran on, with what."""
     gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if gpu else processor(),
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": arguments.threads,
         "python": platform.python_version(),
@@ -64,11 +60,3 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
         "megatron": importlib.metadata.version("megatron-core"),
         "triton": has_triton(),
     }
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "CPU"

@@ -18,18 +18,11 @@ from ..common.workloads import Shape
 
 @dataclass
 class Done:
-    """What a policy did in the steps of a workload: of each its record, and the rows sent to others, both
-    summed over all ranks."""
+    """What a policy did in the steps of a workload: the record of each, summed over all ranks."""
 
     topology: Topology
     top_k: int
     records: list[Tensor] = field(default_factory=list)
-    sent: list[float] = field(default_factory=list)
-
-    def add(self, record: Tensor, sent: Tensor) -> None:
-        """One more step."""
-        self.records.append(record.cpu())
-        self.sent.append(float(sent))
 
     @property
     def report(self) -> LayerReport:
@@ -39,30 +32,6 @@ class Done:
     def busiest(self) -> float:
         """Rows of the largest rank, over all steps."""
         return float(self.report.rows_of_ranks("after").amax(1).sum())
-
-    @property
-    def busiest_expert(self) -> float:
-        """Rows of the busiest expert over vanilla's mean expert's."""
-        report = self.report
-        mean = report.tokens.sum() * self.top_k / self.topology.num_experts
-        return float(report.rows_of_experts("after").amax(1).sum() / mean)
-
-    def figures(self) -> dict[str, float]:
-        """What the table shows of it."""
-        report = self.report
-        return {
-            **report.summary(),
-            "load": float(report.load("after").mean()),
-            "busiest_expert": self.busiest_expert,
-            "sent": sum(self.sent) / float((report.kept + report.rerouted + report.dropped).sum()),
-        }
-
-
-def sent_by(plan: Plan, topology: Topology, rank: int) -> Tensor:
-    """Rows that leave a source rank."""
-    ranks = torch.tensor(topology.expert_rank, device=plan.experts.device)
-    goes = plan.experts >= 0
-    return (goes & (ranks[plan.experts.clamp(min=0)] != rank)).sum()
 
 
 def row_of(
@@ -83,7 +52,7 @@ def row_of(
         "ideal": ideal,
         "share": ideal / statistics.median(ratios),
     }
-    return row | done.figures()
+    return row | done.report.summary()
 
 
 def spread_of(values: Sequence[float]) -> float:

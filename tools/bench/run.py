@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import time
@@ -17,20 +16,16 @@ from ..common.command import quiet
 from .arguments import parse_arguments
 from .report import machine
 
-RUNS = {
-    "planner": ("planner", "run_planner"),
-    "layer": ("layer", "run_layer"),
-}
-"""Of every mode the module, which imports an engine, and its function."""
-
 
 def main(given: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(given)
     quiet(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 165)
     started = time.time()
-    module, function = RUNS[arguments.mode]
-    run = getattr(importlib.import_module(f".{module}", __package__), function)
+    if arguments.mode == "planner":  # each imports an engine
+        from .planner import run_planner as run
+    else:
+        from .layer import run_layer as run
     found = run(arguments, console)
     told = {
         name: str(value) if isinstance(value, (Path, list)) and name != "ladder" else value

@@ -208,12 +208,6 @@ def captured(model: CostModel) -> CostModel:
     return replace(model, launch_ms=min(model.launch_ms, CAPTURED_MS))
 
 
-def on_network(model: CostModel, inside: float | None, beyond: float | None, node: int | None) -> CostModel:
-    """The same machine in another cluster; none leaves a figure as it is."""
-    given = {"inside_gbs": inside, "beyond_gbs": beyond, "node": node}
-    return replace(model, **{name: value for name, value in given.items() if value is not None})
-
-
 def at_load(shape: Shape, ranks: int, load: float, tokens: int) -> np.ndarray:
     """Rows [R, E] of sources with so many tokens, of which the first rank gets ``load`` times the mean and
     the others the rest; even within a rank."""

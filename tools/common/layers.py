@@ -116,11 +116,9 @@ def build_layer(
 
 @dataclass
 class Asked:
-    """What the layers are to be routed by, now. own_otherwise: calls on another number of tokens, as in
-    decoding, route themselves; else they are an error."""
+    """What the layers are to be routed by, now."""
 
     logits: Tensor | None = None
-    own_otherwise: bool = False
 
 
 def force(layer: nn.Module, asked: Asked) -> None:
@@ -133,8 +131,6 @@ def force(layer: nn.Module, asked: Asked) -> None:
             return logits
         if asked.logits.numel() == logits.numel():
             return asked.logits.view_as(logits)
-        if asked.own_otherwise:
-            return logits
         raise ValueError(
             f"routing: found a call on {logits.numel() // logits.shape[-1]} tokens, asked for "
             f"{asked.logits.numel() // logits.shape[-1]}"

@@ -27,7 +27,11 @@ def static_engine(
     """Megatron's static engine around a model, for so many sequences of so many tokens, answers and all."""
     context = StaticInferenceContext(largest_batch, largest_length)
     wrapper = GPTInferenceWrapper(model, *wrapper_arguments(model, context))
-    controller = TextGenerationController(wrapper, tokenizer)
+    return engine_of(TextGenerationController(wrapper, tokenizer), largest_batch)
+
+
+def engine_of(controller: TextGenerationController, largest_batch: int) -> StaticInferenceEngine:
+    """Megatron's static engine of a controller."""
     # Newer versions make theirs part of the constructor's work, older ones of the caller's.
     if getattr(controller, "pp_group", None) is None:
         controller.pp_group = parallel_state.get_pipeline_model_parallel_group()

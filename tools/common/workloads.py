@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from macs import IMAGE, TEXT, MACSConfig, Modality, Recording, Tokens
+from macs import IMAGE, TEXT, MACSConfig, Recording
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,6 @@ class Batch:
     def first(self, count: int) -> Batch:
         """Of so many tokens."""
         return Batch(self.experts[:count], self.weights[:count], self.scores[:count], self.ids[:count])
-
-    @property
-    def tokens(self) -> Tokens:
-        return self.modality.tokens()
-
-    @property
-    def modality(self) -> Modality:
-        return Modality.of(self.ids[None])
 
 
 Draw = Callable[[Shape, int, int, int, torch.Generator], Batch]

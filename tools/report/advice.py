@@ -12,6 +12,7 @@ import numpy as np
 from macs import Profile
 
 from .prediction import BALANCED, Prediction
+from .simulation import EPLB
 from .traffic import Traffic
 
 WORTH = 0.02
@@ -47,9 +48,8 @@ def lowest(prediction: Prediction) -> str:
 
 
 def eplb_of(prediction: Prediction, size: int) -> dict[str, Any] | None:
-    """EPLB's row with the fewest replicas, if it was predicted."""
-    found = [one for one in prediction.policies if "replica" in one]
-    return prediction.of(size, found[0]) if found else None
+    """EPLB's row, if it was predicted."""
+    return prediction.of(size, EPLB) if EPLB in prediction.policies else None
 
 
 def advise(traffic: Traffic, prediction: Prediction, profile: Profile | None, path: Path | None) -> Advice:
@@ -86,7 +86,7 @@ def _verdict(prediction: Prediction, size: int) -> tuple[bool, str]:
     eplb = eplb_of(prediction, size)
     if eplb is not None and eplb["ratio"] < min(1, chosen["ratio"]) - WORTH:
         return False, (
-            f"EPLB first: {eplb['policy'].removeprefix('EPLB, ')} a rank takes {eplb['ratio']:.3f} of "
+            f"EPLB first: {EPLB.removeprefix('EPLB, ')} a rank takes {eplb['ratio']:.3f} of "
             f"vanilla's time and changes no answer, MACS at {target:g} {chosen['ratio']:.3f}; {gain}."
         )
     if verified:

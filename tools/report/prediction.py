@@ -92,12 +92,9 @@ def predict(
     model: CostModel,
     shape: Shape,
     sizes: Sequence[int],
-    policies: Sequence[str] = BASELINES,
     targets: Sequence[float] = TARGETS,
-    replicas: Sequence[int] = (1,),
-    seed: int = 0,
 ) -> Prediction:
-    """Plan tokens drawn from the recording, by vanilla, ``policies`` and MACS at every target, for clusters
+    """Plan tokens drawn from the recording, by vanilla, ``BASELINES`` and MACS at every target, for clusters
     of these sizes."""
     tuning = None if profile is None else profile.tuning
     verified: dict[float, float] = {}
@@ -111,9 +108,9 @@ def predict(
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     layers = sampled_layers(traffic)
     for layer in layers:
-        own, batch_of = resampled(drawn_from(recordings, layer), layer, shape, seed)
+        own, batch_of = resampled(drawn_from(recordings, layer), layer, shape)
         known = contenders(BALANCED)
-        chosen: dict[str, Contender] = {title: known[title] for title in (VANILLA, *policies)}
+        chosen: dict[str, Contender] = {title: known[title] for title in (VANILLA, *BASELINES)}
         for target in sorted({BALANCED, *targets}, reverse=True):
             title, one = loosened("macs", known["macs"], target)
             chosen[title] = one
@@ -123,7 +120,7 @@ def predict(
                     split = one.config.updated(target_load=float(at[0][layer]))
                     chosen[f"{title} tuned"] = replace(one, config=split)
         for size in sizes:
-            for row in simulate(own, size, batch_of, chosen, model, replicas, seed, SOURCES):
+            for row in simulate(own, size, batch_of, chosen, model, SOURCES):
                 found.setdefault((size, row["policy"]), []).append(row)
     rows = []
     for (size, policy), each in found.items():

@@ -3,7 +3,6 @@
     macs report runs/routing.rank*.safetensors                               # tables in the terminal
     macs report runs/routing.rank*.safetensors --out report.html             # and a page
     macs report router_trace_rank*.jsonl --experts 128                       # Megatron's routing traces
-    macs report --workload W6 --shape cpu                                    # a drawn workload
     macs report router_trace_rank0.jsonl --to routing.safetensors            # convert, either way
 
 Shows load by layer, expert, modality and time; predicts the time of a MoE layer by policy and target beside
@@ -22,20 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from macs import TEXT, Profile, Recording
 from macs.version import __version__
 
 from ..common.command import Parser, output_file, quiet
-from ..common.cost_model import CostModel, on_network
+from ..common.cost_model import CostModel
 from ..common.traces import is_trace, load_recordings, write_trace
-from ..common.workloads import SHAPES, VANILLA, WORKLOADS, Shape, contenders, draw
+from ..common.workloads import SHAPES, Shape
 from ..hardware.machine import DTYPE_BYTES, ENGINES, GPUS, machine
 from .advice import Advice, advise
-from .figures import THEMES, figures
-from .prediction import BALANCED, BASELINES, TARGETS, Prediction, predict, sizes_for
+from .figures import figures
+from .prediction import TARGETS, Prediction, predict, sizes_for
 from .table import COLUMNS, LEGEND, cells, show
 from .traffic import Traffic, default_ranks, measured
 
@@ -46,7 +44,6 @@ MOST_TOKENS, FEWEST_TOKENS = 1024, 64
 def render(traffic: Traffic, prediction: Prediction, advice: Advice, sources: str) -> str:
     """The page."""
     import jinja2
-    from plotly.offline import get_plotlyjs
 
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (Path(__file__).parent / "page.html").read_text()
@@ -61,37 +58,8 @@ def render(traffic: Traffic, prediction: Prediction, advice: Advice, sources: st
         cells=cells,
         legend=LEGEND,
         sources=sources,
-        themes=THEMES,
-        themes_json=json.dumps(THEMES),
-        plotly=get_plotlyjs(),
         version=__version__,
     )
-
-
-def drawn(workload: str, shape: Shape, ranks: int = 8, layers: int = 4, steps: int = 16) -> list[Recording]:
-    """Traffic of a workload as every rank would have recorded it; each layer has its own seed."""
-    found = []
-    for rank in range(ranks):
-        batches = [
-            draw(workload, shape, step, rank, ranks, layer)
-            for step in range(steps)
-            for layer in range(layers)
-        ]
-        found.append(
-            Recording(
-                shape.experts,
-                ranks,
-                {
-                    "layers": torch.arange(layers, dtype=torch.int32).repeat(steps),
-                    "steps": torch.arange(steps).repeat_interleave(layers),
-                    "counts": torch.tensor([len(one.ids) for one in batches]),
-                    "experts": torch.cat([one.experts for one in batches]).short(),
-                    "weights": torch.cat([one.weights for one in batches]).half(),
-                    "modality": torch.cat([one.ids for one in batches]),
-                },
-            )
-        )
-    return found
 
 
 def convert(paths: Sequence[Path], to: Path, experts: int | None, ranks: int | None) -> str:
@@ -125,9 +93,7 @@ def report(
     tokens: int | None = None,
     shape: Shape = SHAPES["qwen3-vl-30b-a3b"],
     model: CostModel | None = None,
-    policies: Sequence[str] = BASELINES,
     targets: Sequence[float] = TARGETS,
-    replicas: Sequence[int] = (1,),
 ) -> tuple[Traffic, Prediction, Advice]:
     """What the recordings hold, what is predicted for them, and the advice; arguments as the command's."""
     traffic = measured(recordings, default_ranks(recordings) if ranks is None else ranks)
@@ -138,14 +104,13 @@ def report(
     model.check(shape)
     loaded = None if profile is None else Profile.load(profile)
     chosen = sizes_for(traffic.experts) if sizes is None else sizes
-    prediction = predict(recordings, traffic, loaded, model, shape, chosen, policies, targets, replicas)
+    prediction = predict(recordings, traffic, loaded, model, shape, chosen, targets)
     return traffic, prediction, advise(traffic, prediction, loaded, profile)
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("macs report", __doc__)
-    parser.add_argument("recordings", nargs="*", type=Path, help="of each rank of one run")
-    parser.add_argument("--workload", choices=WORKLOADS, help="instead: drawn traffic, of --shape, 8 ranks")
+    parser.add_argument("recordings", nargs="+", type=Path, help="of each rank of one run")
     parser.add_argument("--out", type=output_file, help="a page with pictures, .html")
     parser.add_argument("--json", type=output_file, help="the prediction's rows, one JSON object")
     parser.add_argument(
@@ -160,35 +125,26 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help=tokens)
     shape = "sizes of the experts to predict for"
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-vl-30b-a3b", help=shape)
-    baselines = [title for title in contenders(BALANCED) if title != VANILLA]
-    parser.add_argument("--policies", nargs="*", choices=baselines, default=list(BASELINES))
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="loads of MACS")
-    parser.add_argument("--replicas", nargs="*", type=int, default=[1], help="of EPLB, on every rank")
     parser.add_argument("--hardware", choices=GPUS, help="GPU whose published times are used (default: h100)")
     engine = "whose times of experts on it (default: trtllm, the nearest to Megatron's grouped GEMM)"
     parser.add_argument("--engine", choices=ENGINES, help=engine)
     parser.add_argument("--dtype", choices=DTYPE_BYTES, help="of the experts' weights (default: bf16)")
     parser.add_argument("--cost-model", type=Path, help="instead: a machine of macs bench layer")
-    parser.add_argument("--inside-gbs", type=float, help="10^9 bytes/s of a rank within its node")
-    parser.add_argument("--beyond-gbs", type=float, help="10^9 bytes/s of a rank beyond it")
-    parser.add_argument("--node", type=int, help="ranks of a node")
     arguments = parser.parse_args(given)
-    if bool(arguments.recordings) == bool(arguments.workload):
-        parser.error("expected recordings, or a --workload")
     asked = [name for name in ("hardware", "engine", "dtype") if getattr(arguments, name)]
     if arguments.cost_model and asked:
         parser.error(f"--cost-model: found --{asked[0]} besides, expected one of them")
     for path in (*arguments.recordings, *filter(None, (arguments.profile, arguments.cost_model))):
         if not path.is_file():
             parser.error(f"found no file {str(path)!r}")
-    for name in ("ranks", "tokens", "experts", "inside_gbs", "beyond_gbs", "node"):
+    for name in ("ranks", "tokens", "experts"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')}: found {value}, expected more than 0")
-    for name in ("targets", "replicas"):
-        for value in getattr(arguments, name):
-            if not 0 < value < float("inf"):
-                parser.error(f"--{name}: found {value}, expected more than 0")
+            parser.error(f"--{name}: found {value}, expected more than 0")
+    for value in arguments.targets:
+        if not 0 < value < float("inf"):
+            parser.error(f"--targets: found {value}, expected more than 0")
     if arguments.experts is not None and not any(map(is_trace, arguments.recordings)):
         parser.error("--experts: found without a trace (.jsonl), which it is of")
     return arguments
@@ -201,10 +157,7 @@ def main(given: Sequence[str] | None = None) -> None:
         return
     quiet()
     shape = SHAPES[arguments.shape]
-    if arguments.workload:
-        recordings = drawn(arguments.workload, shape)
-    else:
-        recordings = load_recordings(arguments.recordings, arguments.experts, arguments.ranks)
+    recordings = load_recordings(arguments.recordings, arguments.experts, arguments.ranks)
     experts = recordings[0].num_experts
     for size in arguments.sizes or ():
         if size < 2 or experts % size:
@@ -222,17 +175,15 @@ def main(given: Sequence[str] | None = None) -> None:
         sizes=arguments.sizes,
         tokens=arguments.tokens,
         shape=shape,
-        model=on_network(model, arguments.inside_gbs, arguments.beyond_gbs, arguments.node),
-        policies=arguments.policies,
+        model=model,
         targets=arguments.targets,
-        replicas=arguments.replicas,
     )
-    show(traffic, prediction, advice, Console(width=None if sys.stdout.isatty() else 165))
+    show(prediction, advice, Console(width=None if sys.stdout.isatty() else 165))
     if arguments.json:
         result = {"rows": prediction.rows, "layers": prediction.layers, "verdict": advice.verdict}
         arguments.json.write_text(json.dumps(result | {"costs": prediction.model.origin}) + "\n")
     if arguments.out:
-        names = ", ".join(path.name for path in arguments.recordings) or f"workload {arguments.workload}"
+        names = ", ".join(path.name for path in arguments.recordings)
         arguments.out.write_text(render(traffic, prediction, advice, names))
         print(f"{arguments.out}, {arguments.out.stat().st_size / 1e6:.1f} MB")
 

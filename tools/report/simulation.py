@@ -14,10 +14,11 @@ import torch
 
 from macs import Modality, Planner, Recording, Topology
 
-from ..common.cost_model import Breakdown, CostModel, captured
+from ..common.cost_model import Breakdown, CostModel
 from ..common.workloads import VANILLA, Batch, Contender, Shape, features, replay, stream
-from .placement import Placement, ideal, least_loaded, moving_ms, replicated
+from .placement import ideal, least_loaded, moving_ms, replicated
 
+EPLB = "EPLB, 1 replica"
 IDEAL = "ideal balance"
 LEAST_LOADED = "least-loaded EP"
 LEAST_TOKENS = 64
@@ -39,7 +40,7 @@ class Requested:
 
 def moves_weights(title: str) -> bool:
     """Whether a row is of a balancer, which moves weights and changes no answer, and not of a policy."""
-    return "replica" in title or title in (IDEAL, LEAST_LOADED)
+    return title in (EPLB, IDEAL, LEAST_LOADED)
 
 
 def requested_by(
@@ -48,7 +49,6 @@ def requested_by(
     batch_of: BatchOf,
     step: int,
     ranks: int,
-    seed: int,
     sources: int | None = None,
 ) -> dict[str, Requested]:
     """What the ranks send under every policy. At most ``sources`` ranks are planned; the rest repeat them."""
@@ -57,9 +57,7 @@ def requested_by(
     batches = [batch_of(step, number) for number in range(planned)]
     # Features only tell visual tokens apart, and do so with fewer dimensions.
     size = min(shape.hidden, 256)
-    hidden = torch.cat(
-        [features(batch, size, step, rank, seed) for batch, rank in zip(batches, own, strict=True)]
-    )
+    hidden = torch.cat([features(batch, size, step, rank) for batch, rank in zip(batches, own, strict=True)])
     experts, weights, scores = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("experts", "weights", "scores")
     )
@@ -87,55 +85,45 @@ def simulate(
     batch_of: BatchOf,
     chosen: dict[str, Contender],
     model: CostModel,
-    replicas: Sequence[int] = (),
-    seed: int = 0,
     sources: int | None = None,
 ) -> list[dict[str, Any]]:
     """Layer time of every policy and balancer in step 0, one row each, times in ms.
 
-    EPLB's replicas are placed by the loads of step 1. At most ``sources`` ranks are planned; the rest repeat
-    them.
+    EPLB's replicas, one a rank, are placed by the loads of step 1. At most ``sources`` ranks are planned; the
+    rest repeat them.
     """
-    requested = requested_by(shape, chosen, batch_of, 0, ranks, seed, sources)
+    requested = requested_by(shape, chosen, batch_of, 0, ranks, sources)
     vanilla = requested[VANILLA].rows
     loads = vanilla.sum(0).astype(float)
     mean = loads.sum() / ranks
     tokens = shape.tokens
-    best, base = ideal(model, vanilla, tokens).total, model.layer(vanilla, tokens=tokens).total
+    base = model.layer(vanilla, tokens=tokens).total
 
-    def row(title: str, time: Breakdown, busiest: float, saved: float = 0.0) -> dict[str, Any]:
-        parts = {part: getattr(time, part) for part in ("source", "planner", "exchange", "experts")}
+    def row(title: str, time: Breakdown, busiest: float) -> dict[str, Any]:
         found = {"ranks": ranks, "policy": title, "ms": time.total, "ratio": time.total / base}
-        found |= {"captured": (time.total - saved) / base, "load": busiest / mean, **parts}
-        return found | ({"won_back": (base - time.total) / (base - best)} if base > best else {})
+        return found | {"load": busiest / mean}
 
     rows = []
     for title, one in requested.items():
-        planning, replayed = (
-            machine.planning_ms(title, tokens) + one.shared * machine.sharing_ms
-            for machine in (model, captured(model))
-        )
+        planning = model.planning_ms(title, tokens) + one.shared * model.sharing_ms
         busiest = one.rows.sum(0).reshape(ranks, -1).sum(1).max()
         masses = dict(zip(("kept_mass", "rerouted_mass", "dropped_mass"), one.mass.tolist(), strict=True))
         time = model.layer(one.rows, planning, tokens=tokens)
-        rows.append(row(title, time, float(busiest), planning - replayed) | masses)
-    placed: dict[str, Placement] = {}
-    if replicas:
-        other = requested_by(shape, {VANILLA: chosen[VANILLA]}, batch_of, 1, ranks, seed, sources)
-        before = other[VANILLA].rows.sum(0).astype(float)
-        for count in replicas:
-            title = f"EPLB, {count} replica{'s' * (count > 1)}"
-            placed[title] = replicated(before, ranks, count, model.expert_bytes)
-    placed[LEAST_LOADED] = least_loaded(loads, ranks, model.expert_bytes)
-    for title, placement in placed.items():
+        rows.append(row(title, time, float(busiest)) | masses)
+    other = requested_by(shape, {VANILLA: chosen[VANILLA]}, batch_of, 1, ranks, sources)
+    before = other[VANILLA].rows.sum(0).astype(float)
+    for title, placement in (
+        (EPLB, replicated(before, ranks, 1, model.expert_bytes)),
+        (LEAST_LOADED, least_loaded(loads, ranks, model.expert_bytes)),
+    ):
         time = model.layer(vanilla, 0.0, placement.share, moving_ms(model, placement), tokens)
-        memory = {"extra_bytes": placement.memory, "moved_bytes": placement.moved}
-        rows.append(row(title, time, float((loads @ placement.share).max())) | memory)
+        busiest = float((loads @ placement.share).max())
+        rows.append(row(title, time, busiest) | {"extra_bytes": placement.memory})
     rows.append(row(IDEAL, ideal(model, vanilla, tokens), mean))
     return rows
 
 
-def resampled(recordings: Sequence[Recording], layer: int, shape: Shape, seed: int) -> tuple[Shape, BatchOf]:
+def resampled(recordings: Sequence[Recording], layer: int, shape: Shape) -> tuple[Shape, BatchOf]:
     """Recorded traffic for any number of ranks: each source draws its tokens, with replacement, from those
     of one recorded rank and step."""
     steps = replay(recordings, layer)
@@ -146,7 +134,7 @@ def resampled(recordings: Sequence[Recording], layer: int, shape: Shape, seed: i
     def batch_of(step: int, rank: int) -> Batch:
         row = steps[step % len(steps)]
         own = row[rank % len(row)]
-        taken = torch.randint(len(own.ids), (shape.tokens,), generator=stream("resampled", seed, step, rank))
+        taken = torch.randint(len(own.ids), (shape.tokens,), generator=stream("resampled", 0, step, rank))
         return Batch(*(getattr(own, name)[taken] for name in ("experts", "weights", "scores", "ids")))
 
     return shape, batch_of

@@ -8,29 +8,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..common.cost_model import break_even, captured
-from .advice import Advice, nearest_size
+from .advice import Advice
 from .prediction import Prediction
-from .traffic import Traffic
 
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ms": ("layer, ms", "{:.3f}".format),
     "ratio": ("time / vanilla", "{:.3f}".format),
-    "captured": ("in a CUDA graph", "{:.3f}".format),
-    "won_back": ("won back", "{:.0%}".format),
     "load": ("load", "{:.3f}".format),
-    "experts": ("experts, ms", "{:.3f}".format),
-    "exchange": ("exchange, ms", "{:.3f}".format),
     "kept_mass": ("kept mass", "{:.3f}".format),
     "dropped_mass": ("dropped mass", "{:.3f}".format),
     "extra_bytes": ("extra MB", lambda value: f"{value / 1e6:.1f}"),
-    "moved_bytes": ("moved MB", lambda value: f"{value / 1e6:.1f}"),
 }
 """Of a prediction's row, in the terminal and on the page: heading and form."""
 
 LEGEND = (
-    "Load: rows of the largest rank over the mean of the router's choice. Won back: of the time that vanilla "
-    "takes beyond ideal balance. Mass: combine weight that stays where the router put it, or is dropped."
+    "Load: rows of the largest rank over the mean of the router's choice. Mass: combine weight "
+    "that stays where the router put it, or is dropped."
 )
 
 
@@ -39,7 +32,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [form(row[key]) if key in row else "" for key, (_, form) in COLUMNS.items()]
 
 
-def show(traffic: Traffic, prediction: Prediction, advice: Advice, console: Console) -> None:
+def show(prediction: Prediction, advice: Advice, console: Console) -> None:
     for size in prediction.sizes:
         table = Table(title=f"{size} ranks", title_justify="left")
         table.add_column("policy")
@@ -50,24 +43,8 @@ def show(traffic: Traffic, prediction: Prediction, advice: Advice, console: Cons
                 table.add_row(row["policy"], *cells(row))
         console.print(table)
     console.print(f"{LEGEND} Costs: {prediction.model.origin}.")
-    _show_break_even(traffic, prediction, console)
     for one in (*advice.reasons, *advice.against):
         console.print(f"- {one}", markup=False)
     for title, line in advice.commands:
         console.print(f"{title}: {line}", markup=False)
     console.print(f"[bold]{advice.verdict}[/bold]")
-
-
-def _show_break_even(traffic: Traffic, prediction: Prediction, console: Console) -> None:
-    """Tokens of a rank from which a plan takes less time than it saves, by the load without it."""
-    size = nearest_size(traffic, prediction)
-    if size < 2:
-        return
-    table = Table(title=f"tokens a rank from which a plan pays, {size} ranks")
-    for heading in ("load", "eager", "in a CUDA graph"):
-        table.add_column(heading, justify="right")
-    for load in (1.1, 1.2, 1.5, 2.0):
-        models = prediction.model, captured(prediction.model)
-        found = (break_even(model, prediction.shape, size, load) for model in models)
-        table.add_row(f"{load:g}", *(str(one or "never") for one in found))
-    console.print(table)

@@ -8,12 +8,11 @@ rank 8 in one, 3.5 GB at rank 16 in two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from macs.adapters import LayerRuntime
 from macs.records.compensation import Compensation, Explained, Moments, Regression
@@ -41,54 +40,60 @@ def fit_compensation(model: Scorer, rank: int) -> Compensation:
         mixed = layer.adapter.mixes_outputs()
         if mixed is not None:
             raise ValueError(f"compensation: {mixed}")
-    device = {layer: layer.adapter.router_weight().device for layer in layers}
-    moments = {layer: Moments.nbytes(features[layer]) for layer in layers}
-    directions: dict[LayerRuntime, tuple[Tensor, Tensor]] = {}
-    for part in parts(layers, moments):
-        first = {layer: Moments(features[layer], device[layer]) for layer in part}
-        _sweep(model, "tune", first)
-        directions |= {layer: one.principal(rank) for layer, one in first.items()}
-        del first
-    sizes = {layer: Regression.nbytes(experts[layer], features[layer], rank) for layer in layers}
-    coefficients: dict[LayerRuntime, Tensor] = {}
-    counts: dict[LayerRuntime, Tensor] = {}
-    for part in parts(layers, sizes):
-        second = {layer: Regression(*directions[layer], experts[layer]) for layer in part}
-        _sweep(model, "tune", second)
-        coefficients |= {layer: one.solve() for layer, one in second.items()}
-        counts |= {layer: one.count.long().cpu() for layer, one in second.items()}
-        del second
-    explained: dict[LayerRuntime, Tensor] = {}
-    for part in parts(
-        layers, {layer: Explained.nbytes(experts[layer], features[layer], rank) for layer in layers}
-    ):
-        third = {layer: Explained(*directions[layer], experts[layer], coefficients[layer]) for layer in part}
-        _sweep(model, "verify", third)
-        explained |= {layer: one.share() for layer, one in third.items()}
-        del third
+    directions = _swept(
+        model,
+        "tune",
+        lambda layer: Moments.nbytes(features[layer]),
+        lambda layer: Moments(features[layer], layer.adapter.router_weight().device),
+        lambda one: one.principal(rank),
+    )
+    fits = _swept(
+        model,
+        "tune",
+        lambda layer: Regression.nbytes(experts[layer], features[layer], rank),
+        lambda layer: Regression(directions[layer][0], directions[layer][1], experts[layer]),
+        lambda one: (one.solve(), one.count.long().cpu()),
+    )
+    explained = _swept(
+        model,
+        "verify",
+        lambda layer: Explained.nbytes(experts[layer], features[layer], rank),
+        lambda layer: Explained(directions[layer][0], directions[layer][1], experts[layer], fits[layer][0]),
+        lambda one: one.share(),
+    )
     return Compensation(
         mean=torch.stack([directions[layer][0].cpu() for layer in layers]),
         basis=torch.stack([directions[layer][1].cpu() for layer in layers]).to(torch.bfloat16),
-        coefficients=torch.stack([coefficients[layer] for layer in layers]),
-        tokens=torch.stack([counts[layer] for layer in layers]),
+        coefficients=torch.stack([fits[layer][0] for layer in layers]),
+        tokens=torch.stack([fits[layer][1] for layer in layers]),
         explained=torch.stack([explained[layer] for layer in layers]),
     )
 
 
-def parts(layers: Sequence[LayerRuntime], nbytes: dict[LayerRuntime, int]) -> list[list[LayerRuntime]]:
+def parts(layers: Sequence[LayerRuntime], nbytes: Callable[[LayerRuntime], int]) -> list[list[LayerRuntime]]:
     """The layers in groups of at most ``MEMORY``, each of one layer or more."""
     groups: list[list[LayerRuntime]] = [[]]
     for layer in layers:
-        if groups[-1] and sum(nbytes[one] for one in [*groups[-1], layer]) > MEMORY:
+        if groups[-1] and sum(nbytes(one) for one in [*groups[-1], layer]) > MEMORY:
             groups.append([])
         groups[-1].append(layer)
     return groups
 
 
-def _sweep(model: Scorer, half: str, sums: Mapping[LayerRuntime, Any]) -> None:
-    """Read a half of the requests, and add up what the processes of the group have."""
-    model.observe(half, {layer: one.add for layer, one in sums.items()})
-    if model.group is not None:
-        for one in sums.values():
+def _swept(
+    model: Scorer,
+    half: str,
+    nbytes: Callable[[LayerRuntime], int],
+    make: Callable[[LayerRuntime], Any],
+    take: Callable[[Any], Any],
+) -> dict[LayerRuntime, Any]:
+    """What is taken from every layer's sums over a half of the requests and the processes of the group."""
+    found: dict[LayerRuntime, Any] = {}
+    for part in parts(model.runtime.layers, nbytes):
+        sums = {layer: make(layer) for layer in part}
+        model.observe(half, {layer: one.add for layer, one in sums.items()})
+        for one in sums.values() if model.group is not None else ():
             for tensor in one.sums:
                 dist.all_reduce(tensor, group=model.group)
+        found |= {layer: take(one) for layer, one in sums.items()}
+    return found

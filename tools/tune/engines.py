@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,20 +17,18 @@ from macs.adapters import CallReader, ModalityHook
 
 from ..common import clone
 from ..common.processes import processes
-from ..common.requests import ProcessorEngine, Request, load_model, opened
+from ..common.requests import ProcessorEngine, load_model
 
 
-def tiny_sample(request: Request) -> Any:
-    """A request as the tiny model's prompt; words it does not know are unknown to it."""
-    from tiny_vlm import data
-    from tiny_vlm import model as tiny
-    from tiny_vlm.vocabulary import BEGIN, FILLER, build_tokenizer, encode
+def loaded(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any], Any]]:
+    """The model, and what makes an engine of it that answers."""
+    if arguments.model is None:
+        import tiny_vlm.model
+        import tiny_vlm.plain
 
-    pixels = None if request.picture is None else opened(request.picture, tiny.open_picture)
-    prefix = encode(BEGIN) if pixels is None else data.PICTURE_PREFIX
-    room = data.PROMPT_TOKENS - len(prefix)
-    words = list(build_tokenizer()(request.text.lower())["input_ids"])[:room]
-    return data.Sample("own", prefix + encode(FILLER) * (room - len(words)) + words, [], pixels)
+        return tiny_vlm.model.load_model(arguments.checkpoint or tiny_vlm.CHECKPOINT), tiny_vlm.plain.Engine
+    model, processor = load_model(arguments.model, arguments.dtype)
+    return model, lambda module: ProcessorEngine(module, processor, arguments.tokens)
 
 
 @contextlib.contextmanager
@@ -69,45 +67,26 @@ def deepspeed(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
             "expert_parallel": {"enabled": True, "autoep_size": dist.get_world_size()},
             "macs": {},
         }
-        if arguments.model is None:
-            import tiny_vlm.model
-            import tiny_vlm.plain
-
-            model: Any = tiny_vlm.model.load_model(arguments.checkpoint or tiny_vlm.CHECKPOINT)
-        else:
-            model, processor = load_model(arguments.model, arguments.dtype)
-            if not hasattr(model.config, "vision_config"):
-                config["macs"]["modality"] = "text"
+        model, answering = loaded(arguments)
+        if not hasattr(model.config, "vision_config"):
+            config["macs"]["modality"] = "text"
         engine = deepspeed_macs.initialize(model=model, config=config)[0]
         engine.eval()
-        answers: Any
-        if arguments.model is None:
-            answers = tiny_vlm.plain.Engine(engine.module)
-        else:
-            answers = ProcessorEngine(engine.module, processor, arguments.tokens)
-        yield engine.macs, answers
+        yield engine.macs, answering(engine.module)
 
 
 @contextlib.contextmanager
 def plain(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
     """The tiny model, or a checkpoint of one's own, on one device with the plain adapter."""
     runtime = Runtime(virtual_ranks=arguments.ranks)
-    if arguments.model is None:
-        import tiny_vlm.model
-        import tiny_vlm.plain
-
-        model: Any = tiny_vlm.model.load_model(arguments.checkpoint or tiny_vlm.CHECKPOINT)
-        engine: Any = tiny_vlm.plain.Engine(model)
-    else:
-        model, processor = load_model(arguments.model, arguments.dtype)
-        model = model.cuda() if torch.cuda.is_available() else model
-        engine = ProcessorEngine(model, processor, arguments.tokens)
-    macs.attach_plain(engine.model, runtime)
-    if hasattr(engine.model.config, "vision_config"):
-        macs.attach_modality(engine.model)
+    model, answering = loaded(arguments)
+    model = model.cuda() if torch.cuda.is_available() else model
+    macs.attach_plain(model, runtime)
+    if hasattr(model.config, "vision_config"):
+        macs.attach_modality(model)
     else:  # text alone
-        ModalityHook(engine.model, CallReader(text_only=True))
-    yield runtime, engine
+        ModalityHook(model, CallReader(text_only=True))
+    yield runtime, answering(model)
 
 
 def rank_of() -> tuple[int, int]:
@@ -122,6 +101,6 @@ ENGINES = {"plain": plain, "deepspeed": deepspeed, "megatron": megatron}
 def running(arguments: argparse.Namespace) -> Iterator[tuple[Runtime, Any]]:
     """The model in the engine that is asked for."""
     if arguments.model is None:
-        clone.examples("tiny_vlm")
+        clone.examples()
     with ENGINES[arguments.engine](arguments) as (runtime, engine):
         yield runtime, engine

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from macs import POLICIES, Profile, Runtime
 from macs.runtime.launch import first_process
 
 from ..common.requests import question_of, read_requests
-from .engines import rank_of, running, tiny_sample
+from .engines import rank_of, running
 
 THRESHOLD = POLICIES["paper"].bias_threshold
 """[tau] of a modality bias."""
@@ -38,7 +37,7 @@ def batches_of(arguments: argparse.Namespace) -> list[list[Any]]:
         # In their order, pictures of one kind would make up one half, or all that is taken.
         order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(arguments.seed))
         requests = [requests[i] for i in order[: arguments.requests].tolist()]
-        questions = [(tiny_sample if arguments.model is None else question_of)(one) for one in requests]
+        questions = [question_of(one) for one in requests]
     count = len(questions) // arguments.batch
     if count < 2:
         raise ValueError(
@@ -92,8 +91,6 @@ def show(arguments: argparse.Namespace, profiles: Sequence[Profile], console: Co
     )
     profile.save(arguments.out)
     console.print(f"profile of {len(profiles) * size} requests in {arguments.out}")
-    if arguments.plot is not None:
-        plot(profile, THRESHOLD, arguments.plot)
 
 
 @dataclass(frozen=True)
@@ -155,25 +152,3 @@ def bias_table(profile: Profile, threshold: float, halves: Stability) -> Table:
             f"{halves.difference[layer]:.3f}",
         )
     return table
-
-
-def plot(profile: Profile, threshold: float, path: Path) -> None:
-    """Visual preference q of every layer's experts, in order, with the thresholds of a bias."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    preference = profile.visual_preference().sort(1).values
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for layer in range(profile.num_layers):
-        axes.plot(range(profile.num_experts), preference[layer].tolist(), marker=".", label=f"layer {layer}")
-    for bound in (0.5 - threshold, 0.5 + threshold):
-        axes.axhline(bound, color="grey", linestyle=":", linewidth=1)
-    axes.set(xlabel="experts of the layer, in order", ylabel="visual preference q", ylim=(0, 1))
-    if profile.num_layers <= 12:
-        axes.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -20,11 +20,10 @@ Serve with it: --moe-macs-profile FILE --moe-macs-split tuned --moe-macs-target-
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from macs.runtime.launch import INTERRUPTED, first_process, leave
 from ..common.command import Parser, output_file, quiet
 from .tuning import TARGETS
 
-LONG = {"multi-image", "pair", "read", "easy-vqa"}
+LONG = {"pair", "read", "easy-vqa"}
 """Kinds of batches whose prompts or answers are longer than the tiny model's engine in Megatron expects."""
 
 
@@ -69,17 +68,15 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--only", choices=("modality",), help="measure the experts' modality bias alone")
     parser.add_argument("--check", type=Path, help="with --only: hold this profile against the model")
-    parser.add_argument("--plot", type=output_file, help="with --only: a picture of the visual preferences")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=output_file, default=Path("runs") / "tuned.safetensors")
     arguments = parser.parse_args(given)
     if arguments.model is not None and arguments.data is None:
         parser.error("--model: expected --data with it, requests of your own")
-    if arguments.data is not None and arguments.model is None and arguments.only is None:
+    if arguments.data is not None and arguments.model is None:
         parser.error("--data: expected --model with it")
-    for name in ("check", "plot"):
-        if getattr(arguments, name) is not None and arguments.only is None:
-            parser.error(f"--{name}: expected --only modality with it")
+    if arguments.check is not None and arguments.only is None:
+        parser.error("--check: expected --only modality with it")
     for name in ("model", "data", "checkpoint", "config", "check"):
         path = getattr(arguments, name)
         if path is not None and not path.exists():
@@ -154,17 +151,6 @@ def shares_of(compensation: Compensation) -> Table:
     return table
 
 
-@contextlib.contextmanager
-def keeping(out: Path) -> Iterator[None]:
-    """On Ctrl-C, say what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = out.with_suffix(".measured.jsonl")
-        message = f"interrupted; what was measured is in {kept}, and the same command goes on from there"
-        leave("macs tune", message, INTERRUPTED)
-
-
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, show, write."""
     arguments = parse_arguments(given)
@@ -181,16 +167,21 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in sorted(vars(arguments).items())}
     about = json.dumps({name: value for name, value in settings.items() if name not in ("out", "targets")})
-    with keeping(arguments.out), opened(arguments) as model:
-        profile, found = tune(
-            model,
-            arguments.out,
-            targets=arguments.targets,
-            tries=arguments.tries,
-            rank=arguments.compensation_rank,
-            about=about,
-            console=console,
-        )
+    try:
+        with opened(arguments) as model:
+            profile, found = tune(
+                model,
+                arguments.out,
+                targets=arguments.targets,
+                tries=arguments.tries,
+                rank=arguments.compensation_rank,
+                about=about,
+                console=console,
+            )
+    except KeyboardInterrupt:
+        kept = arguments.out.with_suffix(".measured.jsonl")
+        message = f"interrupted; what was measured is in {kept}, and the same command goes on from there"
+        leave("macs tune", message, INTERRUPTED)
     if not first_process():
         return
     profile.save(arguments.out)

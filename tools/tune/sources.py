@@ -91,11 +91,11 @@ def opened(arguments: argparse.Namespace) -> Iterator[Scorer]:
     with running(arguments) as (runtime, engine):
         runtime.enabled = False
         asked = (tiny_asked if arguments.model is None else own_asked)(arguments, engine)
-        if arguments.engine == "megatron":
-            said = in_one_pass(engine)
-        else:
-            inputs_of = engine.inputs_of
-            said = from_cache(runtime, engine, inputs_of)
+        said = (
+            in_one_pass(engine)
+            if arguments.engine == "megatron"
+            else from_cache(runtime, engine, engine.inputs_of)
+        )
         yield Scorer(
             runtime,
             said,
