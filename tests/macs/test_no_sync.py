@@ -47,7 +47,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["macs", "paper", "token-drop"])
 def test_no_tensor_has_every_expert_for_every_assignment(name):
     """[T, k, E], of which 4096 tokens of a layer of 512 experts have 16 million."""
-    count, experts, top_k = 64, 512, 8
+    count, experts, top_k = 256, 512, 8
     scores = torch.rand(count, experts)
     weights, chosen = scores.topk(top_k)
     planner = build_policy(name, MACSConfig(min_tokens=0), Topology(experts, 8), top_k)
