@@ -78,7 +78,7 @@ class MACSTopKGate(TopKGate):
         """
         found = super().forward(input, used_token, sparse_routes, use_tutel)
         assert self.macs is not None
-        if not self.drop_tokens or self.macs.group is None:
+        if not self.drop_tokens or self.macs.adapter.group is None:
             return found
         if sparse_routes:
             auxiliary, capacity, *rest = found
@@ -145,8 +145,8 @@ class MACSTopKGate(TopKGate):
     def _agreed(self, capacity: Tensor) -> Tensor:
         """The largest capacity of the group's members, in place: int64 []"""
         assert self.macs is not None
-        if self.macs.group is not None:
-            dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.macs.group)
+        if self.macs.adapter.group is not None:
+            dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.macs.adapter.group)
         return capacity
 
 

@@ -12,18 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import MACSConfig
-from ..planner import Planner, SumOverGroup, router_similarity
+from ..planner import Planner, SumOverGroup
 from ..policies import policy_of
-from ..records.compensation import SCOPES
 from ..records.load import LayerRecorder
-from ..records.tuning import tuned_config
 from ..steps.combine import Plan
-from ..steps.compensation import CompensationTables, Dropped, compensate
-from ..tokens import Modality, Tokens
+from ..steps.compensation import Dropped, compensate
+from ..tokens import Tokens
 from ..topology import Topology
 from .adapter import LayerAdapter
 from .consistency import RankConsistency, RankMismatch, complete
-from .modality import misfit, required_modality, select
+from .modality import layer_modality, misfit, select
+from .served import ServedPlanner
 from .state import Callback, OutputCallback, PlanEvent, RuntimeState, called_model, capturing
 
 
@@ -62,36 +61,29 @@ class LayerRuntime:
         self.runtime.register(self)
 
     @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The processes that share the layer's experts."""
-        return self.adapter.group
-
-    @property
     def consistency(self) -> RankConsistency | None:
         """The comparison of settings with the group's members; none for a process by itself."""
-        return self.runtime.consistency_of(self.group)
+        return self.runtime.consistency_of(self.adapter.group)
 
     @property
     def _sum_over_group(self) -> SumOverGroup | None:
         """The all-reduce of the group's members; none for a process by itself."""
-        group = self.group
+        group = self.adapter.group
         if not isinstance(group, dist.ProcessGroup) or group.size() == 1 or not self.adapter.exchanges:
             return None
         return lambda rows: dist.all_reduce(rows, group=group)
 
     def reset(self) -> None:
         """Drop the planner and the records."""
-        self._planner: Planner | None = None
-        self.profile_row: int | None = None  # of the runtime's profile, as the planner has it
-        self._tables: dict[torch.device, CompensationTables] = {}
+        self._served: ServedPlanner | None = None
         self.recorder = LayerRecorder(self.topology, self.top_k)
 
     def refresh(self) -> None:
         """Fetch the router's rows anew where an engine keeps them elsewhere, and recompute the similarity in
         place; on all ranks together, outside a forward pass."""
         self.adapter.refetch()
-        if self._planner is not None and self._planner.policy.uses_similarity(self.runtime.config):
-            self._planner.update_similarity(router_similarity(self.adapter.router_weight()))
+        if self._served is not None:
+            self._served.refresh()
 
     def on_plan(self, callback: Callback) -> Callable[[], None]:
         """Call ``callback`` with a ``PlanEvent`` after every step that is planned or calibrated.
@@ -103,11 +95,7 @@ class LayerRuntime:
         return lambda: self._callbacks.remove(callback)
 
     def on_output(self, callback: OutputCallback) -> Callable[[], None]:
-        """Call ``callback`` with a step's ``PlanEvent`` and its routed output [T, D], not compensated.
-
-        Returns:
-            A function that removes it.
-        """
+        """As ``on_plan``, with the step's routed output [T, D], not compensated."""
         self._output_callbacks.append(callback)
         return lambda: self._output_callbacks.remove(callback)
 
@@ -203,7 +191,7 @@ class LayerRuntime:
             event = PlanEvent(self, *step)
             for callback in (*self._callbacks, *runtime.callbacks):
                 callback(event)
-        if self._output_callbacks or self._tables:
+        if self._output_callbacks or (plan is not None and self.served.compensates):
             self._planned.step = step
         return plan
 
@@ -225,7 +213,7 @@ class LayerRuntime:
         rows, (hidden, experts, weights, _, tokens, plan) = output.reshape(-1, output.shape[-1]), step
         for callback in self._output_callbacks:
             callback(PlanEvent(self, *step), rows)
-        tables = self._tables_on(rows.device)
+        tables = None if plan is None else self.served.tables(rows.device)
         if plan is None or tables is None:
             return output
         dropped = Dropped(hidden, experts, weights, plan.experts, tokens)
@@ -278,7 +266,7 @@ class LayerRuntime:
     def prepare(self, device: torch.device) -> None:
         """Allocate what the first forward pass would, before a CUDA graph captures the layer."""
         self.planner.constants(device)
-        self._tables_on(device)
+        self.served.tables(device)
         self.recorder.prepare(device)
         self._prepare_counters(device)
 
@@ -293,78 +281,31 @@ class LayerRuntime:
             self.runtime.warn_once(advice)
 
     @property
+    def served(self) -> ServedPlanner:
+        """The planner under the settings in force, and what belongs to it; made on first use, when the
+        router's weights are loaded."""
+        if self._served is None:
+            self._served = ServedPlanner(self.runtime, self.adapter, self.topology)
+        return self._served
+
+    @property
     def planner(self) -> Planner:
-        """The layer's planner; made on first use, when the router's weights are loaded."""
-        if self._planner is None:
-            runtime, policy = self.runtime, policy_of(self.runtime.policy)
-            bias, similarity = None, None
-            if runtime.profile is not None:
-                weight = self.adapter.router_weight()
-                self.profile_row = runtime.profile.row_of(weight, self.top_k)
-                if policy.reads_modality:
-                    bias = runtime.profile.bias(policy.bias_threshold)[self.profile_row]
-            elif policy.modality_strength > 0:
-                runtime.warn_once("MACS: no profile; no expert has a modality bias")
-            if policy.uses_similarity(runtime.config):
-                similarity = router_similarity(self.adapter.router_weight())
-            planner = Planner(
-                self._layer_config(runtime.config),
-                self.topology,
-                self.top_k,
-                runtime.policy,
-                modality_bias=bias,
-                similarity=similarity,
-            )
-            self._tables = self._tables_of(planner)
-            self._planner = planner
-        return self._planner
+        return self.served.planner
 
-    def _tables_of(self, planner: Planner) -> dict[torch.device, CompensationTables]:
-        """What the settings compensate with, on the router's device, where steps mostly are; else nothing."""
-        scope, profile = planner.config.compensation, self.runtime.profile
-        if not (SCOPES.get(scope) and planner.policy.plans and self.adapter.adds_estimates()):
-            return {}
-        # ``use`` has refused others.
-        assert profile is not None and profile.compensation is not None and self.profile_row is not None
-        weight = self.adapter.router_weight()
-        tables = profile.compensation.tables(self.profile_row, scope, weight)
-        return {weight.device: tables.to(weight.device)}
-
-    def _tables_on(self, device: torch.device) -> CompensationTables | None:
-        """The tables on a device; none where nothing is compensated."""
-        held = self._tables
-        if held and device not in held:
-            held[device] = next(iter(held.values())).to(device)
-        return held.get(device)
+    @property
+    def profile_row(self) -> int | None:
+        """The layer's row of the runtime's profile; none before it has planned."""
+        return None if self._served is None else self._served.profile_row
 
     def target_under(self, config: MACSConfig) -> float | None:
         """The layer's ``target_load`` under other settings; none where it has no planner yet."""
-        if self._planner is None:
-            return None
-        target = self._layer_config(config).target_load
-        assert target is not None
-        if self.captured and (target >= 1) != self._planner.shares_bound:
-            former = self._planner.config.target_load
-            raise RuntimeError(
-                f"use: a CUDA graph has captured a layer with target_load {former}, found {target:g}: "
-                "expected both below 1, where sources share no bound, or neither"
-            )
-        return target
+        return None if self._served is None else self._served.target_under(config, self.captured)
 
     def retarget(self, target: float | None) -> None:
         """Apply a ``target_load`` in place, and drop the records."""
-        if self._planner is not None and target is not None:
-            self._planner.update_target(target)
+        if self._served is not None and target is not None:
+            self._served.planner.update_target(target)
         self.recorder.clear()
-
-    def _layer_config(self, config: MACSConfig) -> MACSConfig:
-        """The settings with this layer's ``target_load``, where the profile's tuning splits it."""
-        profile = self.runtime.profile
-        if config.split == "uniform":
-            return config
-        assert profile is not None and profile.tuning is not None
-        row = profile.row_of(self.adapter.router_weight(), self.top_k)
-        return tuned_config(config, profile.tuning, row, self.runtime.warn_once)
 
     # The tokens.
 
@@ -387,37 +328,19 @@ class LayerRuntime:
         if shard != self._shard:  # the engine divides the tokens in another way: there is another planner
             self.check(self.runtime.policy, self.runtime.config)
             self._shard = shard
-            if self._planner is not None and self.captured:
+            if self._served is not None and self.captured:
                 raise RuntimeError("sequence parallelism changed after a CUDA graph captured this layer")
-            self._planner = None
-        modality = self._modality(batch, length * shard.parts, device)
+            self._served = None
+        modality = layer_modality(batch, length * shard.parts, device, self.runtime)
         part = select(modality, batch, length, (shard.index, shard.parts), (first, chunks))
         return part.tokens(sequence_major, len(self.topology.sources))
 
     def counted_tokens(self, count: int, sequence_major: bool, device: torch.device) -> Tokens:
         """As ``tokens``, for an engine that only passes the number of tokens, B S = count."""
-        modality = self._modality(1, count, device)
+        modality = layer_modality(1, count, device, self.runtime)
         if modality.ids.numel() != count:
             raise ValueError(misfit(modality, None, count))
         return modality.tokens(sequence_major, len(self.topology.sources))
-
-    def _modality(self, batch: int, length: int, device: torch.device) -> Modality:
-        """The modality around the call; all text, [batch, length], if there is none."""
-        modality = required_modality()
-        if capturing(device) and (modality is None or not modality.held):
-            raise RuntimeError(
-                "modality: a CUDA graph captures this layer, and would replay the mask of this one step; "
-                "expected attach_modality, which keeps masks where a graph reads them"
-            )
-        if modality is None:
-            self.runtime.warn_once(
-                "MACS: no modality mask around this forward pass, so every token counts as text; call "
-                "attach_modality on the model, or macs.modality around the call"
-            )
-            return Modality.of(torch.zeros(batch, length, dtype=torch.bool, device=device))
-        if modality.device != device:
-            raise ValueError(f"modality mask: found on {modality.device}, the hidden states are on {device}")
-        return modality
 
 
 def layers_of(model: nn.Module | None) -> list[LayerRuntime]:

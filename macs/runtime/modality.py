@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..tokens import Modality, ordered
+from .state import RuntimeState, capturing
 
 FIELDS = ("ids", "valid", "exempt")
 
@@ -65,12 +66,30 @@ def current_modality() -> Modality | None:
     return None if isinstance(current, Unreadable) else current
 
 
-def required_modality() -> Modality | None:
-    """The same, for a layer that plans: a ``ValueError`` if the call cannot be read."""
-    current = _current.get()
-    if isinstance(current, Unreadable):
-        raise ValueError(current.reason)
-    return current
+def layer_modality(batch: int, length: int, device: torch.device, runtime: RuntimeState) -> Modality:
+    """The modality around a layer's call; all text, [batch, length], if there is none.
+
+    Raises:
+        ValueError: the call cannot be read, or the mask is on another device.
+        RuntimeError: a CUDA graph captures the layer, and would not follow the mask.
+    """
+    modality = _current.get()
+    if isinstance(modality, Unreadable):
+        raise ValueError(modality.reason)
+    if capturing(device) and (modality is None or not modality.held):
+        raise RuntimeError(
+            "modality: a CUDA graph captures this layer, and would replay the mask of this one step; "
+            "expected attach_modality, which keeps masks where a graph reads them"
+        )
+    if modality is None:
+        runtime.warn_once(
+            "MACS: no modality mask around this forward pass, so every token counts as text; call "
+            "attach_modality on the model, or macs.modality around the call"
+        )
+        return Modality.of(torch.zeros(batch, length, dtype=torch.bool, device=device))
+    if modality.device != device:
+        raise ValueError(f"modality mask: found on {modality.device}, the hidden states are on {device}")
+    return modality
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class Runtime(RuntimeState):
         self._check_tuning(policy, config, profile, {layer.topology.num_ranks for layer in self.layers})
         self.refuse_inside("Runtime.use")
         self._targets(policy, config, profile)  # raises, before the ranks compare
-        for group in {id(layer.group): layer.group for layer in self.layers}.values():
+        for group in {id(layer.adapter.group): layer.adapter.group for layer in self.layers}.values():
             consistency = self.consistency_of(group)
             if consistency is not None:
                 consistency.compare(self.chosen(policy, config, profile))

@@ -204,3 +204,33 @@ def test_a_model_of_several_models_is_refused_with_the_one_to_pass():
     whole = torch.nn.Module()
     whole.thinker = torch.nn.Identity()
     assert "deepspeed_macs.initialize(model=model.thinker, ...)" in why_no_layers(whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@on_deepspeed(2)
+def test_half_precision_stays_bit_for_bit(dtype):
+    stock, roomy = (
+        logits_of(
+            autoep_engine("qwen3_vl_moe", block, dtype=dtype, use_grouped_mm=False),
+            token_ids(dist.get_rank()),
+        )
+        for block in (None, {"capacity_factor": 1e6})
+    )
+    assert torch.equal(stock, roomy) and stock.dtype == dtype
+
+
+@on_deepspeed(1)
+def test_deepep_is_handed_the_plan():
+    """-1 and no weight for what is dropped."""
+    engine, handed = autoep_engine("qwen3_moe", {"capacity_factor": 0.3, "reroute": "none"}), []
+    for layer in layers_of(engine):
+        layer.comm_backend, layer.ep_size = "deepep", 2
+        layer._deepep_route = lambda x, routed: handed.append((x, routed)) or torch.zeros_like(x)
+    events = events_of(engine.macs)
+    logits_of(engine, token_ids(0))
+    assert len(handed) == len(events) == 2
+    x, routed = handed[0]
+    assert torch.equal(routed.selected_experts, events[0].plan.experts) and len(x) == 36
+    dropped = routed.selected_experts < 0
+    assert dropped.any() and (routed.top_scores[dropped] == 0).all()
+    assert int(routed.num_tokens_per_expert.sum()) == 36 * 2 - int(dropped.sum())

@@ -1,7 +1,6 @@
 """The ways in: drop-ins and installation; what stays as it was and what is refused."""
 
 import json
-import logging
 import re
 import types
 from unittest import mock
@@ -17,7 +16,7 @@ import deepspeed
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.sharded_moe import TopKGate
 from support import hf_models
-from support.cases import BUSY, events_of
+from support.cases import BUSY
 from support.deepspeed_ranks import (
     DROPLESS,
     IMAGE_TOKEN,
@@ -342,55 +341,3 @@ def test_calibration_and_planning_under_zero_three():
     for index, layer in enumerate(later.macs.layers):
         rows = layer.adapter.router_weight()
         assert torch.equal(rows, drawn(index, rows.shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@on_deepspeed(2)
-def test_half_precision_stays_bit_for_bit(dtype):
-    stock, roomy = (
-        logits_of(
-            autoep_engine("qwen3_vl_moe", block, dtype=dtype, use_grouped_mm=False),
-            hf_models.token_ids(dist.get_rank()),
-        )
-        for block in (None, {"capacity_factor": 1e6})
-    )
-    assert torch.equal(stock, roomy) and stock.dtype == dtype
-
-
-@on_deepspeed(1)
-def test_pooled_capacity_in_the_moe_layer_logs_a_warning():
-    """Once; where the block names no policy, it is the one that this layer profits from."""
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("macs.runtime")
-    logger.addHandler(handler)
-    logging.disable(logging.NOTSET)
-    try:
-        engine = inference(level="rank")
-        engine.macs.use("rank-balanced")
-        engine(batch_of(0, 3, 9))
-    finally:
-        logging.disable(logging.WARNING)
-        logger.removeHandler(handler)
-    assert len([line for line in said if "do not shorten its steps; use policy = padded" in line]) == 1
-    block = {"image_token_id": IMAGE_TOKEN}
-    bare = deepspeed_macs.init_inference(Model(4, 2, 1), {**INFERENCE, "macs": block})
-    assert bare.macs.policy == "padded"
-
-
-@on_deepspeed(1)
-def test_deepep_is_handed_the_plan():
-    """-1 and no weight for what is dropped."""
-    engine, handed = autoep_engine("qwen3_moe", {"capacity_factor": 0.3, "reroute": "none"}), []
-    for layer in layers_of(engine):
-        layer.comm_backend, layer.ep_size = "deepep", 2
-        layer._deepep_route = lambda x, routed: handed.append((x, routed)) or torch.zeros_like(x)
-    events = events_of(engine.macs)
-    logits_of(engine, hf_models.token_ids(0))
-    assert len(handed) == len(events) == 2
-    x, routed = handed[0]
-    assert torch.equal(routed.selected_experts, events[0].plan.experts) and len(x) == 36
-    dropped = routed.selected_experts < 0
-    assert dropped.any() and (routed.top_scores[dropped] == 0).all()
-    assert int(routed.num_tokens_per_expert.sum()) == 36 * 2 - int(dropped.sum())

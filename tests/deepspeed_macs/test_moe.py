@@ -1,5 +1,6 @@
 """DeepSpeed's own MoE layer with MACS, over 1, 2 and 4 gloo processes."""
 
+import logging
 import types
 from contextlib import contextmanager
 
@@ -202,3 +203,25 @@ def test_a_gate_makes_the_same_collectives_on_or_off(off, drop_tokens, k):
                 engine.train(off == "training" and step == 1)
             output = engine(ids)
     assert output.isfinite().all() and len(rows) == 6
+
+
+@on_deepspeed(1)
+def test_pooled_capacity_in_the_moe_layer_logs_a_warning():
+    """Once; where the block names no policy, it is the one that this layer profits from."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("macs.runtime")
+    logger.addHandler(handler)
+    logging.disable(logging.NOTSET)
+    try:
+        engine = macs_engine(4, 2, {"level": "rank", "capacity_factor": 0.5, "policy": "macs"})
+        engine.macs.use("rank-balanced")
+        engine(batch_of(0, 3, 9))
+    finally:
+        logging.disable(logging.WARNING)
+        logger.removeHandler(handler)
+    assert len([line for line in said if "do not shorten its steps; use policy = padded" in line]) == 1
+    block = {"image_token_id": IMAGE_TOKEN}
+    bare = deepspeed_macs.init_inference(Model(4, 2, 1), {"dtype": "fp32", "macs": block})
+    assert bare.macs.policy == "padded"

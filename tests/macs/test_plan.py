@@ -1,9 +1,7 @@
 """Whole plans: against the slow reference, and every invariant of the design as a property."""
 
-import math
 from collections import Counter
 from dataclasses import replace
-from fractions import Fraction
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from support import reference
 from support.cases import build_policy, configs, policies, routings
 
-from macs import POLICIES, TEXT, MACSConfig, Planner, Tokens, Topology
+from macs import TEXT, Planner, Tokens
 from macs.steps.capacity import pool_capacity
 from macs.steps.contracts import MASS_UNIT, UNIT, Routing, to_fixed
 from macs.steps.demand import measure_demand
@@ -38,30 +36,6 @@ def weights_of(case):
     return semantic_weights(case.hidden, case.tokens, planner._weighting, counts, False).weight
 
 
-def row_limit(target, assignments, ranks):
-    """Rows of so many assignments that each rank may compute."""
-    limit = math.floor(assignments / ranks * target)
-    return max(limit, math.ceil(Fraction(assignments, ranks))) if target >= 1 else limit
-
-
-def shared_limits(target, asked, tokens, top_k, ranks):
-    """The same by source and rank, for sources that share a bound: asked [S][R] rows, tokens [S]."""
-    own = [math.floor(count * top_k / ranks * target) for count in tokens]
-    shared = [[one] * ranks for one in own]
-    for rank in range(ranks):
-        over = [max(row[rank] - one, 0) for row, one in zip(asked, own, strict=True)]
-        free = [max(one - row[rank], 0) for row, one in zip(asked, own, strict=True)]
-        spare = max(row_limit(target, sum(tokens) * top_k, ranks) - sum(own), 0) + sum(free)
-        for source in range(len(own)):
-            if over[source]:
-                part = Fraction(over[source] * spare, sum(over))
-                shared[source][rank] += min(over[source], math.floor(part))
-            elif sum(free):
-                part = Fraction(free[source] * min(sum(over), sum(free)), sum(free))
-                shared[source][rank] -= math.ceil(part)
-    return shared
-
-
 def limits(case, weight):
     """Capacities of pools and rows of ranks, by source, and who plans: from checked parts."""
     tokens, topology, config = case.tokens, case.topology, case.config
@@ -74,13 +48,15 @@ def limits(case, weight):
     rows = None
     if config.target_load is not None:
         numbers = counts.tokens.tolist()
-        rows = [[row_limit(config.target_load, count * case.top_k, ranks)] * ranks for count in numbers]
+        rows = [
+            [reference.row_limit(config.target_load, count * case.top_k, ranks)] * ranks for count in numbers
+        ]
         if config.target_load >= 1 and len(rows) > 1:
             home = torch.tensor(topology.expert_rank)
             asked = counts.rows.new_zeros(len(rows), ranks).index_add(1, home, counts.rows).tolist()
             chosen = [s for s, count in enumerate(numbers) if count >= config.least_tokens("cpu")]
             several = [[one[s] for s in chosen] for one in (asked, numbers)]
-            shared = shared_limits(config.target_load, *several, case.top_k, ranks)
+            shared = reference.shared_limits(config.target_load, *several, case.top_k, ranks)
             for s, row in zip(chosen, shared, strict=True):
                 rows[s] = row
     bound = None if rows is None else torch.tensor(rows)
@@ -319,7 +295,7 @@ def test_a_group_within_its_bound_loses_nothing(case):
         torch.zeros(ranks, dtype=torch.int64).index_add(0, home, getattr(plan.statistics, name))
         for name in ("load_before", "load_after")
     )
-    bound = row_limit(1.0, valid * case.top_k, ranks)
+    bound = reference.row_limit(1.0, valid * case.top_k, ranks)
     if int(before.max()) <= bound:
         assert torch.equal(plan.experts, case.experts)
     if case.config.max_drop is None:
@@ -357,110 +333,3 @@ def test_spared_text_is_exempt_text(case):
     told = replace(case, config=case.config.updated(spare_text=False), tokens=case.tokens.with_text_exempt())
     assert torch.equal(plan.experts, plan_of(told).experts)
     assert torch.equal(plan.statistics.record, plan_of(told).statistics.record)
-
-
-def test_text_alone_makes_the_bound_give_way_and_that_is_counted():
-    scores = (torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) - torch.arange(8)).softmax(1)
-    weights, experts = scores.topk(2)
-    for spare in (False, True):
-        config = MACSConfig(target_load=1.0, min_tokens=0, spare_text=spare)
-        plan = Planner(config, Topology(8, 4), 2).plan(torch.randn(64, 4), experts, weights, scores)
-        assert torch.equal(plan.experts, experts) == spare and int(plan.statistics.unmet) == spare
-
-
-def test_a_bound_on_drops_brings_back_no_expert_the_policy_added():
-    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).repeat(8, 1)
-    experts = torch.tensor([[2, 3]]).repeat(8, 1)
-    config = MACSConfig(min_tokens=0, capacity_factor=1.0, max_drop=0.0)
-    policy = build_policy("expanded-drop", config, Topology(4, 1), 2)
-    plan = policy.plan(torch.randn(8, 4), experts, torch.full((8, 2), 0.5), scores)
-    # Experts 2 and 3 take everyone back; 0 and 1, which score higher but nobody chose, stay within
-    # their capacity.
-    assert plan.statistics.load_after.tolist() == [4, 4, 8, 8]
-
-
-@pytest.mark.parametrize(("count", "top_k", "ranks"), [(64, 1, 128), (100, 1, 64), (76, 8, 128), (72, 2, 4)])
-@pytest.mark.parametrize("level", ["rank", "expert"])
-def test_what_is_even_already_loses_nothing(count, top_k, ranks, level):
-    experts = torch.arange(count * top_k).view(count, top_k) % ranks
-    planner = Planner(MACSConfig(level=level), Topology(ranks, ranks), top_k)
-    plan = planner.plan(
-        torch.randn(count, 4), experts, torch.ones(count, top_k), torch.rand(count, ranks).softmax(1)
-    )
-    assert torch.equal(plan.experts, experts) and int(plan.statistics.planned) == 1
-
-
-def test_the_safe_preset_keeps_its_promise():
-    """At most 1 % of combine weight dropped, however skewed: the target gives way, and it is counted."""
-    generator = torch.Generator().manual_seed(0)
-    scores = (torch.randn(512, 64, generator=generator) + 4.0 * (torch.arange(64) < 8)).softmax(1)
-    weights, experts = scores.topk(8)
-    for name, met in (("fast", False), ("safe", True)):
-        planner = Planner(MACSConfig.preset(name), Topology(64, 8), 8)
-        found = planner.plan(torch.randn(512, 4), experts, weights, scores).statistics
-        mass = float(found.kept_mass + found.rerouted_mass + found.dropped_mass)
-        assert (float(found.dropped_mass) <= 0.01 * mass) == met
-        assert int(found.unmet) == met
-
-
-def test_rerouting_prefers_score_times_similarity_on_the_same_rank():
-    similarity = torch.eye(6)
-    similarity[0] = torch.tensor([1.0, 0.9, 0.3, 1.0, 1.0, 1.0])
-    scores = torch.tensor([[0.5, 0.1, 0.25, 0.1, 0.04, 0.01]]).repeat(4, 1)
-    config = MACSConfig(min_tokens=0, capacity_factor=1.5)
-    planner = Planner(config, Topology(6, 2), 1, "paper", similarity=similarity)
-    experts = torch.zeros(4, 1, dtype=torch.int64)
-    plan = planner.plan(torch.randn(4, 4), experts, torch.ones(4, 1), scores)
-    # One stays; expert 1 (0.1 x 0.9) beats 2 (0.25 x 0.3) and takes one; 2 takes one; 3 is elsewhere.
-    assert plan.experts[:, 0].tolist() == [0, 1, 2, -1]
-    torch.testing.assert_close(plan.weights[:, 0], torch.tensor([1.0, 0.2, 0.5, 0.0]))
-
-
-@pytest.mark.parametrize("name", ["vanilla", "token-drop", "expanded-drop", "rank-balanced", "macs"])
-@pytest.mark.parametrize("count", [0, 1, 65])
-def test_policies_take_any_number_of_tokens(name, count):
-    policy = build_policy(name, MACSConfig(min_tokens=0), Topology(8, 4), 8)
-    experts = torch.arange(8).expand(count, 8).contiguous()
-    plan = policy.plan(torch.randn(count, 5), experts, torch.rand(count, 8), torch.rand(count, 8))
-    assert plan.experts.shape == plan.weights.shape == (count, policy.width)
-    assert plan.experts.dtype == torch.int64 and plan.weights.dtype == torch.float32
-
-
-@given(routings(config=configs(target_load=None, min_tokens=0), max_tokens=16))
-def test_expanded_drop(case):
-    """Best by score of each expert among top-k and the token's own rank's experts."""
-    policy = build_policy(
-        "expanded-drop",
-        case.config.updated(max_drop=None),
-        case.topology,
-        case.top_k,
-    )
-    plan = policy.plan(case.hidden, case.experts, case.weights, case.scores, case.tokens)
-    tokens, ranks = case.tokens, case.topology.expert_rank
-    for s, home in enumerate(case.topology.sources):
-        mine = [t for t in range(len(case.hidden)) if tokens.source[t] == s and tokens.valid[t]]
-        limit = math.ceil(case.config.capacity_factor * (len(mine) * case.top_k) / case.topology.num_experts)
-        for j in range(case.topology.num_experts):
-            asks = [
-                t
-                for t in mine
-                if j in case.experts[t].tolist()
-                or (ranks[j] == home and case.scores[t, j] > 0 and not tokens.exempt[t])
-            ]
-            # A token's own choices come before its added ones where scores and tokens are equal.
-            best = sorted(asks, key=lambda t: (not tokens.exempt[t], -case.scores[t, j], tokens.position[t]))
-            kept = set(best[:limit]) | {t for t in asks if tokens.exempt[t]}
-            assert kept == {t for t in mine if j in plan.experts[t].tolist()}
-
-
-def test_rank_balanced_fills_the_ranks_evenly():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(64, 8, generator=generator) + torch.tensor([2.0, 2, 0, 0, 0, 0, 0, 0])
-    scores = scores / scores.sum(1, keepdim=True)
-    weights, experts = scores.topk(2)
-    row = replace(POLICIES["rank-balanced"], reroute_rounds=4)
-    policy = Planner(MACSConfig(min_tokens=0, capacity_factor=1.0), Topology(8, 4), 2, row)
-    plan = policy.plan(torch.randn(64, 4), experts, weights, scores)
-    rows = plan.statistics.load_after.view(4, 2).sum(1)
-    assert int(plan.statistics.load_before.view(4, 2).sum(1).max()) > 100
-    assert rows.tolist() == [32, 32, 32, 32]

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from macs import MACSConfig, Runtime, attach_modality, attach_plain
+
 VOCABULARY, IMAGE_TOKEN = 64, 5
 
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "max_position_embeddings": 128}
@@ -105,6 +107,22 @@ def token_ids(rank: int, rows: int = 3, length: int = 12) -> Tensor:
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(7, VOCABULARY, (rows, length), generator=generator)
     return torch.where(torch.rand(rows, length, generator=generator) < 0.5, IMAGE_TOKEN, ids)
+
+
+IDS = token_ids(0, rows=4, length=24)
+TIGHT = {"target_load": 0.7, "min_tokens": 0}
+
+
+def moe_blocks(model):
+    return [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
+
+
+def served(name="qwen3_moe", ranks=2, config=None):
+    """A model that plans and reads its mask, and its runtime."""
+    model, runtime = build(name), Runtime(config or MACSConfig(**TIGHT), virtual_ranks=ranks)
+    attach_plain(model, runtime)
+    attach_modality(model, image_token_id=IMAGE_TOKEN)
+    return model, runtime
 
 
 def save_llava(folder: str) -> None:

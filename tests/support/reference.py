@@ -7,6 +7,7 @@ Fixed-point numbers are exact fractions of a token: weights and capacities are r
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 UNIT = 65536
 PRIORITY = 1 << 24
@@ -75,6 +76,30 @@ def capacities(gamma, rho, floor, weight, visual, top_k, bias, pool):
         room = min(share * sum(members) / len(members), len(weight) * top_k)
         result.append(max(floor, room))
     return result
+
+
+def row_limit(target, assignments, ranks):
+    """Rows of so many assignments that each rank may compute."""
+    limit = math.floor(assignments / ranks * target)
+    return max(limit, math.ceil(Fraction(assignments, ranks))) if target >= 1 else limit
+
+
+def shared_limits(target, asked, tokens, top_k, ranks):
+    """The same by source and rank, for sources that share a bound: asked [S][R] rows, tokens [S]."""
+    own = [math.floor(count * top_k / ranks * target) for count in tokens]
+    shared = [[one] * ranks for one in own]
+    for rank in range(ranks):
+        over = [max(row[rank] - one, 0) for row, one in zip(asked, own, strict=True)]
+        free = [max(one - row[rank], 0) for row, one in zip(asked, own, strict=True)]
+        spare = max(row_limit(target, sum(tokens) * top_k, ranks) - sum(own), 0) + sum(free)
+        for source in range(len(own)):
+            if over[source]:
+                part = Fraction(over[source] * spare, sum(over))
+                shared[source][rank] += min(over[source], math.floor(part))
+            elif sum(free):
+                part = Fraction(free[source] * min(sum(over), sum(free)), sum(free))
+                shared[source][rank] -= math.ceil(part)
+    return shared
 
 
 def priority(rule, score, weight):

@@ -137,17 +137,6 @@ def steps_of(runtime):
     return found["macs_steps_total", "planned"], found["macs_steps_total", "bypassed"]
 
 
-def test_a_pass_that_stops_half_way_is_counted_once_and_the_next_one_too():
-    runtime, layers = started(min_tokens=20)
-    runtime.start_counting()
-    step(layers, 64, 0)
-    step(layers[:2], 64, 1)  # an error in the last layer
-    for number in range(3):
-        step(layers, 4, number)
-    step(layers, 64, 2)
-    assert steps_of(runtime) == (3, 3)
-
-
 def test_prompts_in_chunks_are_counted_once():
     """Each layer gets every chunk, one after the other, before the next layer has any."""
     runtime, layers = started(min_tokens=20)

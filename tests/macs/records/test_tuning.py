@@ -96,7 +96,8 @@ def test_a_target_brings_its_compensation():
         runtime = Runtime(MACSConfig(min_tokens=0, **settings), profile=of, policy=policy)
         layer = runtime.add_layer(AnyAdapter(lambda: ROUTERS[1], Topology(8, 4), 2))
         planned(layer)
-        return next((one.table_of.tolist() for one in layer._tables.values()), None)
+        tables = layer.served.tables(torch.device("cpu"))
+        return None if tables is None else tables.table_of.tolist()
 
     assert tables(target_load=1.0, split="tuned") is None and tables(target_load=0.6) is None
     assert tables(target_load=0.6, split="tuned") == tables(max_kl=0.05) == [-1, 0]
@@ -107,10 +108,10 @@ def test_a_target_brings_its_compensation():
     runtime = Runtime(above, profile=both)
     layer = runtime.add_layer(AnyAdapter(lambda: ROUTERS[1], Topology(8, 4), 2))
     planned(layer)
-    assert not layer._tables
+    assert not layer.served.compensates
     runtime.use("macs", above.updated(target_load=1.0), both)
     planned(layer)
-    assert layer._tables
+    assert layer.served.compensates
     assert tables(target_load=1.0, compensation="all") == [0, 1]
     assert tables(target_load=0.6, split="tuned", compensation="none") is None
     assert tables(target_load=0.6, compensation="all", policy="paper") is None
@@ -139,7 +140,7 @@ def test_a_target_with_other_compensation_is_more_than_a_target():
     layer.captured = False
     runtime.use("macs", other, of)
     planned(layer)
-    assert layer._tables
+    assert layer.served.compensates
 
 
 def test_an_unused_tuning_logs_a_warning(tmp_path, caplog):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,14 +113,9 @@ def test_what_cannot_be_read_names_the_argument(given, message):
     assert isinstance(found, Unreadable) and message in found.reason
 
 
-class Cache:
+def Cache(length):
     """As a cache of Hugging Face's with so many tokens in it."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def get_seq_length(self):
-        return self.length
+    return SimpleNamespace(get_seq_length=lambda: length)
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])  # transformers 5.17 and 5.24
@@ -189,13 +185,12 @@ def test_a_four_dimensional_mask_over_a_cache_with_room_to_spare():
     assert real_keys(torch.ones(1, 1, 4, 4, dtype=torch.bool), (2, 4)).all()  # everybody looks at everybody
 
 
-class Packed:
+def Packed(ends, padded=None, total=None, sample=None):
     """As Megatron's ``PackedSeqParams``."""
-
-    def __init__(self, ends, padded=None, total=None, sample=None):
-        self.cu_seqlens_q = torch.tensor(ends, dtype=torch.int32)
-        self.cu_seqlens_q_padded = None if padded is None else torch.tensor(padded, dtype=torch.int32)
-        self.total_tokens, self.tokens_per_sample = total, sample
+    ends, padded = (None if one is None else torch.tensor(one).int() for one in (ends, padded))
+    return SimpleNamespace(
+        cu_seqlens_q=ends, cu_seqlens_q_padded=padded, total_tokens=total, tokens_per_sample=sample
+    )
 
 
 def test_packed_sequences_mark_their_padding():

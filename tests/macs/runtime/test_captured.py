@@ -122,7 +122,8 @@ def test_a_replayed_layer_is_counted_planned_or_bypassed():
 def test_what_a_graph_captured_is_not_changed_under_it(monkeypatch):
     layer, (inputs, modality) = layer_of({"policy": "paper"}), step(0)
     runtime = layer.runtime
-    monkeypatch.setattr("macs.runtime.layer.capturing", lambda device: True)
+    for module in ("layer", "modality"):
+        monkeypatch.setattr(f"macs.runtime.{module}.capturing", lambda device: True)
     refusal = pytest.raises(RuntimeError, match="would replay the mask of this one step")
     with refusal, macs.modality(modality):
         planned(layer, inputs, "cpu")
