@@ -307,16 +307,18 @@ def test_layers_that_join_later_are_counted():
 
 
 def test_passes_that_end_before_the_last_layer_are_counted():
-    """As of a copy of a model, whose layers are in the same runtime, and do not run."""
-    runtime, layers = started()
+    """As of a copy of a model, whose layers are in the same runtime, and do not run; or after an error."""
+    runtime, layers = started(min_tokens=20)
     counters = runtime.start_counting()
     for number in range(4):
         step(layers[:2], 64, number)
     found = counters.read()
     # The first pass is told when the second begins.
     assert [one.total("steps") for one in found.layers] == [4, 4, 0] and found.planned_steps == 4
+    for number in range(3):
+        step(layers, 4, number)
     step(layers, 64, 9)
-    assert counters.read().planned_steps == 5 and counters.read().layers[2].total("steps") == 1
+    assert steps_of(runtime) == (5, 3) and counters.read().layers[2].total("steps") == 1
 
 
 def test_a_deleted_model_is_no_longer_served():
