@@ -14,7 +14,7 @@ LIMITS = {
     "vllm_macs": 763,
     "tools": 6380,
     "examples": 4390,
-    "tests": 14724,
+    "tests": 14723,
 }
 """Lines of Python a room may have. A room that is full gives something up before it gets more."""
 

@@ -315,9 +315,8 @@ def test_passes_that_end_before_the_last_layer_are_counted():
     found = counters.read()
     # The first pass is told when the second begins.
     assert [one.total("steps") for one in found.layers] == [4, 4, 0] and found.planned_steps == 4
-    for number in range(3):
-        step(layers, 4, number)
-    step(layers, 64, 9)
+    for number, count in enumerate((4, 4, 4, 64)):
+        step(layers, count, number)
     assert steps_of(runtime) == (5, 3) and counters.read().layers[2].total("steps") == 1
 
 
