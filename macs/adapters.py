@@ -1,5 +1,4 @@
 """What engine adapters build on; they import nothing else of ``macs``."""
-# ruff: noqa: F401
 
 from .config import MACSConfig, check_name
 from .files import read_mapping
@@ -26,3 +25,52 @@ from .steps.combine import Plan, loads_of, routing_from_map
 from .steps.scoring import candidate_scores
 from .tokens import AUDIO, IMAGE, TEXT, VIDEO, Modality
 from .topology import Topology
+
+__all__ = [
+    "AUDIO",
+    "IMAGE",
+    "TEXT",
+    "VIDEO",
+    "CallReader",
+    "CommandParser",
+    "LayerAdapter",
+    "LayerReport",
+    "LayerRuntime",
+    "MACSConfig",
+    "Modality",
+    "ModalityBuffers",
+    "ModalityHook",
+    "Options",
+    "Owner",
+    "Patch",
+    "Plan",
+    "Policy",
+    "ProcessError",
+    "Runtime",
+    "TokenShard",
+    "Topology",
+    "Unreadable",
+    "add_flags",
+    "attach_modality",
+    "candidate_scores",
+    "check_name",
+    "check_tells",
+    "completed",
+    "current_modality",
+    "first_process",
+    "innermost",
+    "layers_of",
+    "leave",
+    "loads_of",
+    "missing_symbols",
+    "modality",
+    "named_tokens",
+    "options_of",
+    "policy_of",
+    "read_mapping",
+    "real_keys",
+    "routing_from_map",
+    "run_script",
+    "summarized",
+    "token_modality_of",
+]

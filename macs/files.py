@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,15 @@ def save_tensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]
 ) -> None:
     """Replace ``path`` with a safetensors file; if writing fails, the former file stays."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        aside.write_bytes(save(dict(tensors), metadata))
+        aside.touch()
+        mode = aside.stat().st_mode  # any new file's; safetensors makes files that their owner alone reads
+        save_file(dict(tensors), aside, metadata=metadata)
+        aside.chmod(mode)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -65,8 +69,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ValueError(f"config {path}: expected a .json, .yaml or .yml file")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         values = _parsed(text, path.suffix) if text.strip() else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path}: not valid {path.suffix[1:]}: {error}") from error

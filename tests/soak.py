@@ -17,6 +17,7 @@ import argparse
 import gc
 import json
 import logging
+import math
 import os
 import statistics
 import sys
@@ -172,10 +173,14 @@ def _answer(kind: Any, port: int, minutes: float, switch: float, folder: str) ->
     found["rss MB"] = [round(one[1]) for one in samples[:: max(1, len(samples) // 10)]]
     Path(folder, str(rank)).write_text(json.dumps(found))
     dist.barrier()
-    while world > 1:
-        if rank == world - 1:
-            os._exit(1)
-        service.answer(service.requests(rounds))
+    if rank == world - 1 > 0:
+        os._exit(1)
+    begun = time.monotonic()
+    try:
+        while world > 1:
+            service.answer(service.requests(rounds))
+    finally:
+        Path(folder, "gone").write_text(str(time.monotonic() - begun))
 
 
 def _grown(samples: Sequence[tuple[float, float, int, int]]) -> list[str]:
@@ -222,6 +227,8 @@ def scrape(port: int, until: Path) -> tuple[list[float], list[str]]:
             faults += [f"{key} fell" for key, value in last.items() if found.get(key, 0) < value]
             last = found
         time.sleep(1.0)
+    if not waits:
+        faults.append("its endpoint never answered")
     return sorted(waits), faults
 
 
@@ -245,6 +252,12 @@ def soaked(name: str, minutes: float, switch: float) -> dict[str, Any]:
         for file in files:
             file.touch()
         scraped = [one.result() for one in scrapes]
+        if world > 1:
+            gone = Path(folder, "gone")
+            noticed = float(gone.read_text()) if gone.exists() else math.inf
+            results[0]["seconds until a rank that is gone was noticed"] = noticed
+            if noticed >= PATIENCE:
+                faults.append(f"a rank that was gone was noticed after {noticed:.0f} s")
     found = {"engine": name, "minutes": minutes, **results[0], "faults": faults}
     for rank, (result, (waits, failed)) in enumerate(zip(results, scraped, strict=True)):
         failed += result.get("faults", ["it left no result"])

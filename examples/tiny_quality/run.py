@@ -39,7 +39,13 @@ def asked_points(run: Run) -> list[Point]:
         for batches in run.batches
         for one in grids(run.bounds)[run.grid]
     ]
-    points += tuned_points(points, profiles_of(run.tuning))
+    profiles = profiles_of(run.tuning)
+    for policy, ranks in profiles:
+        if ranks != run.ranks:
+            raise ValueError(
+                f"{run.name}: found a tuning of {policy} for {ranks} ranks, expected {run.ranks}"
+            )
+    points += tuned_points(points, profiles)
     return list(dict.fromkeys(one for one in points if not run.titles or one.title in run.titles))
 
 

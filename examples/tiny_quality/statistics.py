@@ -55,6 +55,7 @@ def measured(
         "right": round(float(right.mean()), 4),
         "vanilla_right": round(float(expected_right.mean()), 4),
         "load": round(float(after.mean()), 4),
+        "largest_load": round(float(after.max()), 4),
         "vanilla_loads": [round(float(load), 4) for load in before.mean(1)],
         "dropped": round(float(np.mean([report.share("dropped") for report in reports])), 4),
     }

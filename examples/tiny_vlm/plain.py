@@ -22,8 +22,9 @@ class Engine:
         self.model = model
 
     def inputs_of(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        """The model's arguments for a batch of prompts."""
-        return sample_inputs(samples)
+        """The model's arguments for a batch of prompts, on its device."""
+        device = next(self.model.parameters()).device
+        return {name: tensor.to(device) for name, tensor in sample_inputs(samples).items()}
 
     @torch.inference_mode()
     def generate(self, samples: Sequence[Sample], tokens: int = ANSWER_TOKENS) -> list[list[int]]:
@@ -32,8 +33,8 @@ class Engine:
         Every answer takes ``tokens`` steps, so that ranks stay in step. Positions are plain, as in
         training; ``model.generate`` would make its own.
         """
-        device = next(self.model.parameters()).device
-        inputs = {name: tensor.to(device) for name, tensor in sample_inputs(samples).items()}
+        inputs = self.inputs_of(samples)
+        device = inputs["input_ids"].device
         length, cache, answers = inputs["input_ids"].shape[1], None, []
         for step in range(tokens):
             outputs = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -134,6 +134,13 @@ class _Block:
         """Copy the rows to the host, behind the work queued on the device."""
         self.host.copy_(self.rows, non_blocking=True)
 
+    def snapshot(self) -> Tensor:
+        """A copy of the numbers on the host, not of one half before and one half after a ``publish``."""
+        copy = self.host.clone()
+        while not torch.equal(copy, again := self.host.clone()):
+            copy = again
+        return copy
+
 
 class Counters:
     """The counters of a runtime's layers.
@@ -216,12 +223,12 @@ class Counters:
     def read(self) -> Reading:
         """All counters as they were when a forward pass last ended; does not wait.
 
-        They only rise: a reading while a GPU copies them has some layers one pass ahead.
+        A reading while a GPU copies them may have some layers one pass ahead.
         """
         layers: list[LayerTotals] = []
         leading, blocks, bypassed = [], [], 0
         for block in [block for block in self._blocks if block.alive]:
-            first, *rows = block.host.clone().split([1, *(len(part.sums) for part in block.parts)])
+            first, *rows = block.snapshot().split([1, *(len(part.sums) for part in block.parts)])
             totals = [LayerTotals(row, *shape) for row, shape in zip(rows, block.shapes, strict=True)]
             steps = [layer.total("steps") for layer in totals]
             # The last of those with the most: no other has ended more passes.

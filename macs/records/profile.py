@@ -71,6 +71,11 @@ class Profile:
             raise ValueError(
                 f"profile.fingerprints: found {len(self.fingerprints)}, expected {layers}, one a layer"
             )
+        if len(set(self.fingerprints)) != layers:
+            raise ValueError(
+                "profile: found layers with equal router weights, expected different ones: a profile finds "
+                "its layers by them"
+            )
         if not 1 <= self.top_k <= experts:
             raise ValueError(f"profile.top_k: found {self.top_k}, expected 1 to {experts}")
         if self.tuning is not None and self.tuning.layer_loads.shape[1] != layers:
@@ -216,24 +221,26 @@ class Profile:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(
+                        f"profile {path}: found format {metadata.get('format')!r}, expected {FORMAT!r}"
+                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"profile {path}: not a whole safetensors file: {error}") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"profile {path}: found format {metadata.get('format')!r}, expected {FORMAT!r}")
+        parts = {name.partition("_")[0] for name in tensors}
         try:
             header = json.loads(metadata["macs"])
-            tuning = header.get("tuning")
             return cls(
                 visual=tensors["visual"],
                 text=tensors["text"],
                 fingerprints=tuple(header["fingerprints"]),
                 top_k=header["top_k"],
-                tuning=None if tuning is None else Tuning.of(tuning, tensors),
-                compensation=Compensation.of(tensors) if "compensation_mean" in tensors else None,
+                tuning=Tuning.of(header.get("tuning"), tensors) if "tuning" in {*header, *parts} else None,
+                compensation=Compensation.of(tensors) if "compensation" in parts else None,
             )
-        except KeyError as error:
-            raise ValueError(f"profile {path}: found no {error}, expected what macs tune wrote") from error
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"profile {path}: expected what macs tune writes, found {error!r}") from error
 
 
 class Calibration:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..files import rank_and_world, save_tensors
-from ..tokens import Tokens
+from ..tokens import MODALITIES, Tokens
 
 FORMAT = "macs-routing-2"
 OVERHEAD = 2048
@@ -34,6 +34,8 @@ class RoutingRecorder:
     """
 
     def __init__(self, *, max_bytes: int = 1 << 28, every: int = 1, scores: bool = False) -> None:
+        if min(max_bytes, every) < 1:
+            raise ValueError(f"record: found max_bytes {max_bytes} and every {every}, expected 1 or more")
         self.max_bytes = max_bytes
         self.every = every
         self.scores = scores
@@ -133,8 +135,18 @@ class Recording:
 
     def __post_init__(self) -> None:
         experts, last = self.tensors["experts"], self.num_experts - 1
-        if int(self.tensors["counts"].sum()) != len(experts):
+        sizes = {len(self.tensors[name]) for name in ("weights", "modality")}
+        if not len(experts) or sizes | {int(self.tensors["counts"].sum())} != {len(experts)}:
             raise ValueError(f"{self.name}: its records do not add up to its {len(experts)} tokens")
+        if self.num_experts % self.num_ranks:
+            raise ValueError(
+                f"{self.name}: found {self.num_experts} experts on {self.num_ranks} ranks, expected as many "
+                "on each"
+            )
+        if not bool(self.tensors["modality"].clamp(0, MODALITIES - 1).eq(self.tensors["modality"]).all()):
+            raise ValueError(f"{self.name}: found modality ids outside 0..{MODALITIES - 1}")
+        if not bool(self.tensors["weights"].isfinite().all()):
+            raise ValueError(f"{self.name}: found weights that are not finite")
         if int(experts.min()) < -1 or int(experts.max()) > last:
             raise ValueError(f"{self.name}: found experts outside -1..{last}")
         inside = experts.sort(1).values
@@ -184,7 +196,10 @@ class Recording:
             raise ValueError(
                 f"recording {path}: found header {str(header)[:200]}, expected format {FORMAT!r}"
             )
-        return cls(header["num_experts"], header["num_ranks"], tensors, f"recording {path}")
+        try:
+            return cls(header["num_experts"], header["num_ranks"], tensors, f"recording {path}")
+        except KeyError as error:
+            raise ValueError(f"recording {path}: found no {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write what ``load`` reads."""

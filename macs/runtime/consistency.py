@@ -1,6 +1,6 @@
 """Ranks must run with the same settings: the members of a group compare them before they plan.
 
-The members of an expert-parallel group exchange tokens in every layer. MACS adds nothing to these exchanges,
+The members of an expert-parallel group exchange tokens in every layer. No exchange compares their settings,
 so members with different settings would exchange as ever, and give answers of no setting that anybody chose.
 Each member therefore writes its settings to ``torch.distributed``'s store when they change, and reads those
 of the others: in ``Runtime.use`` before anything takes effect, and, for ``enabled``, calibration, train

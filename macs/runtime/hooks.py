@@ -116,9 +116,11 @@ class ModalityHook:
         for runtime in self._runtimes_of(module):
             stack.enter_context(runtime.forward_pass())
         stack.callback(called_model.reset, called_model.set(module))
-        # The layers in which processes wait for each other.
-        waiting = [] if module.training else layers_of(module)
-        stack.enter_context(model_call(lambda: [layer for layer in waiting if layer.on]))
+        training = module.training
+        # Looked for only when an error leaves the call: to walk a large model takes milliseconds.
+        stack.enter_context(
+            model_call(lambda: [] if training else [layer for layer in layers_of(module) if layer.on])
+        )
         given = {**dict(zip(self._order[type(module)], args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         modality = self.of_call(given)

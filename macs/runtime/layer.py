@@ -299,7 +299,8 @@ class LayerRuntime:
 
     def target_under(self, config: MACSConfig) -> float | None:
         """The layer's ``target_load`` under other settings; none where it has no planner yet."""
-        return None if self._served is None else self._served.target_under(config, self.captured)
+        served = self._served
+        return None if served is None else served.target_under(config, self.captured or self.graphed)
 
     def retarget(self, target: float | None) -> None:
         """Apply a ``target_load`` in place, and drop the records."""

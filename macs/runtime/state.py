@@ -63,7 +63,7 @@ class RuntimeState:
     profile: Profile | None
 
     def __init__(self, virtual_ranks: int) -> None:
-        self.enabled = True
+        self._enabled = True
         self.recording = True
         self.calibrating = False
         self.virtual_ranks = virtual_ranks
@@ -81,11 +81,29 @@ class RuntimeState:
         self._thread = threading.local()
         self._compared: tuple[Any, dict[str, Any]] | None = None
 
+    @property
+    def enabled(self) -> bool:
+        """Whether layers plan; to be changed on every rank alike.
+
+        Raises, when changed:
+            RuntimeError: a CUDA graph has captured MACS layers, and would replay them as before.
+        """
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if value != self._enabled and any(layer.graphed for layer in self.layers):
+            raise RuntimeError(
+                "enabled: a CUDA graph has captured MACS layers, and would replay them as before; expected "
+                "it before the engine captures"
+            )
+        self._enabled = value
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RuntimeState:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = "policy", "config", "profile", "enabled", "recording", "virtual_ranks", "_warned"
+        kept = "policy", "config", "profile", "_enabled", "recording", "virtual_ranks", "_warned"
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -201,7 +201,9 @@ REFUSED = {
         "config.macs: Linear has no MoE layer of DeepSpeed's",
     ),
     "no MoE layer in a Hugging Face model": (
-        lambda: under_autoep(hf_models.build("qwen3_moe"), expert_parallel={"enabled": False}),
+        lambda: deepspeed_macs.initialize(
+            model=hf_models.build("qwen3_moe"), config={**TRAINING, "macs": BLOCK}
+        ),
         '"expert_parallel": {"enabled": true, "autoep_size": ...}',
     ),
     "no visual tokens": (lambda: inference(image_token_id=None), "the visual tokens cannot be found"),

@@ -32,13 +32,14 @@ def test_laying_out_tokens_reads_nothing_on_the_host():
     assert modality.tokens(True).modality.shape == modality.tokens(sources=3).source.shape == (15,)
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operator within puts out."""
+class Watch(TorchDispatchMode):
+    """Operators that run within, and elements of the largest tensor that one puts out."""
 
-    size = 0
+    operators = size = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.operators += 1
         found = [one.numel() for one in tree_leaves(out) if isinstance(one, torch.Tensor)]
         self.size = max([self.size, *found])
         return out
@@ -51,6 +52,19 @@ def test_no_tensor_has_every_expert_for_every_assignment(name):
     scores = torch.rand(count, experts)
     weights, chosen = scores.topk(top_k)
     planner = build_policy(name, MACSConfig(min_tokens=0), Topology(experts, 8), top_k)
-    with Largest() as largest:
+    with Watch() as watch:
         planner.plan(torch.randn(count, 32), chosen, weights, scores)
-    assert largest.size < count * top_k * experts
+    assert watch.size < count * top_k * experts
+
+
+def test_a_default_plan_is_at_most_250_operators():
+    """Which are most of its time on a CPU."""
+    scores = torch.rand(256, 16)
+    weights, chosen = scores.topk(2)
+    tokens = Modality.of(torch.arange(256)[None] % 3 == 0).tokens()
+    planner = build_policy("macs", MACSConfig(min_tokens=0), Topology(16, 4), 2)
+    inputs = torch.randn(256, 64), chosen, weights, scores, tokens
+    planner.plan(*inputs)  # puts the constants there
+    with Watch() as watch:
+        planner.plan(*inputs)
+    assert 100 < watch.operators <= 250

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support import reference
 from support.cases import build_policy, configs, policies, routings
 
-from macs import TEXT, Planner, Tokens
+from macs import TEXT, MACSConfig, Planner, Tokens, Topology
 from macs.steps.capacity import pool_capacity
 from macs.steps.contracts import MASS_UNIT, UNIT, Routing, to_fixed
 from macs.steps.demand import measure_demand
@@ -333,3 +333,11 @@ def test_spared_text_is_exempt_text(case):
     told = replace(case, config=case.config.updated(spare_text=False), tokens=case.tokens.with_text_exempt())
     assert torch.equal(plan.experts, plan_of(told).experts)
     assert torch.equal(plan.statistics.record, plan_of(told).statistics.record)
+
+
+def test_an_expert_that_is_not_there_is_an_error():
+    planner = Planner(MACSConfig(capacity_factor=1.0, min_tokens=0), Topology(4), 2, "macs")
+    scores = torch.full((3, 4), 0.25)
+    for experts in (torch.tensor([[0, 4]] * 3), torch.tensor([[0, 2**40]] * 3)):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            planner.plan(torch.randn(3, 8), experts, torch.full((3, 2), 0.5), scores)

@@ -82,17 +82,23 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(world, dispa
         assert torch.equal(layer(hidden)[0], stock)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("prometheus_client") is None, reason="prometheus-client is not installed"
+)
 @on_megatron(2)
 def test_the_endpoint_of_each_rank_counts_what_it_planned():
     """A thousand steps, every fourth of them too small to plan, scraped meanwhile."""
-    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
+    from prometheus_client import parser
+
     runtime = Runtime(busy(capacity_factor=0.7, min_tokens=20, reroute="group"))
     layer = build_layer(runtime, layer_config())
-    expected = dict.fromkeys(((kind, act) for kind in ("text", "visual") for act in ("kept", "dropped")), 0)
+    actions = "kept", "rerouted", "dropped"
+    expected = dict.fromkeys(((kind, action) for kind in ("text", "visual") for action in actions), 0)
 
     def count(event):
         for kind, own in (("visual", event.tokens.visual), ("text", ~event.tokens.visual)):
             expected[kind, "dropped"] += int((event.plan.experts[own] < 0).sum())
+            expected[kind, "rerouted"] += int(event.plan.rerouted[own].sum())
             expected[kind, "kept"] += int((event.plan.experts[own] == event.experts[own]).sum())
 
     runtime.on_plan(count)
@@ -207,6 +213,12 @@ def test_settings_that_cannot_work_together_are_refused(changes, message):
 
 
 @on_megatron(2)
+def test_experts_that_do_not_divide_are_refused():
+    with pytest.raises((ValueError, AssertionError), match=r"multiple|divisible"):
+        build_layer(Runtime(), layer_config(experts=3))
+
+
+@on_megatron(2)
 def test_a_profile_is_measured_over_all_ranks_and_belongs_to_one_model(tmp_path):
     runtime = Runtime(busy(min_tokens=0))
     layer = build_layer(runtime, layer_config())
@@ -214,6 +226,8 @@ def test_a_profile_is_measured_over_all_ranks_and_belongs_to_one_model(tmp_path)
     with macs.modality(mask), runtime.calibration():
         layer(hidden)
     profile = runtime.measured_profile(dist.group.WORLD)
+    first, second = gathered((profile.visual.tolist(), profile.text.tolist()))
+    assert first == second
     assert int(profile.visual.sum()) == 2 * sum(gathered(int(mask.sum())))
     assert int(profile.visual.sum() + profile.text.sum()) == 2 * 2 * 8 * 2
     path = tmp_path / f"{dist.get_rank()}.safetensors"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import time
 
 import pytest
 import torch
@@ -75,8 +76,10 @@ def test_a_mask_that_does_not_fit_is_an_error_and_hangs_nobody(kind):
     layer = build_layer(Runtime(busy(min_tokens=0)), layer_config())
     hidden, mask = batch_of(dist.get_rank(), 2, 8)
     if dist.get_rank() == 1:
+        started = time.monotonic()
         with macs.modality(mask), pytest.raises(RuntimeError):
             layer(hidden)
+        assert time.monotonic() - started < 30  # before the group's timeout of a minute
         return
     change, message = BAD_MASKS[kind]
     expected = pytest.raises((ValueError, TypeError), match=re.escape(f"modality mask: {message}"))

@@ -93,6 +93,8 @@ def test_the_layer_computes_its_plan(layout, dispatcher):
     first = gathered(plan.experts)[dist.get_rank() // layout.tp * layout.tp]
     # Ranks with the same tokens agree.
     assert torch.equal(plan.experts, first) == (not layout.sp or dist.get_rank() % layout.tp == 0)
+    weights = gathered(plan.weights)[dist.get_rank() // layout.tp * layout.tp]
+    assert layout.sp or torch.equal(plan.weights, weights)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS["TP 2, EP 2"]], ids=["TP 2, EP 2"])
@@ -235,6 +237,15 @@ def test_vanilla_gives_the_same_answers_under_every_layout(name, chunks):
         answers, samples, events = answered(Runtime(policy="vanilla"), mlp_chunks_for_prefill=chunks)
     assert answers == plain.Engine(tiny.load_model()).generate(samples)
     assert [len(own) for own in events] == [chunks] * (4 // layout.pp)
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+@on_ranks(4)
+def test_chunks_of_a_prompt_are_planned(chunks):
+    with megatron_on(MODEL_LAYOUTS["PP 2 x EP 2"]):
+        *_, events = answered(Runtime(busy(capacity_factor=0.8)), mlp_chunks_for_prefill=chunks)
+    assert [len(own) for own in events] == [chunks] * 2
+    assert all(int(event.plan.statistics.planned) == 1 for own in events for event in own)
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,8 @@ def test_later_stages_of_llava_know_the_pictures_by_the_ids():
     assert len(masks) == 4 and sum(masks[0]) == data.IMAGE_TOKENS
     assert own_masks == masks[2 * stage :][:2] == masks[:2] and own_plans == plans[2 * stage :][:2]
     assert stage == 0 or torch.equal(own_logits, logits)
-    assert len(gathered(own_plans)) == 2
+    first, last = gathered(own_plans)
+    assert first + last == plans and len(first) == len(last) == 2 and masks == [masks[0]] * 4
 
 
 @by_either

@@ -43,8 +43,9 @@ def ids_of(rows=2, length=16, padded=4):
     return ids.masked_fill(~valid, PADDING), valid
 
 
-def check_tokens(events, ids, valid):
-    """Every layer knew of ids [B, S] which are pictures, and which are real."""
+def check_tokens(events, ids, valid, layers=2):
+    """Every layer planned, and knew of ids [B, S] which are pictures, and which are real."""
+    assert len(events) == layers
     for tokens in (event.tokens for event in events):
         order = tokens.position.argsort()
         assert torch.equal(tokens.modality[order].bool(), (ids == IMAGE_ID).flatten())
@@ -207,8 +208,7 @@ def test_a_model_may_pack_inside_what_came_padded(outer, inner, error):
     events = events_of(runtime)
     with nullcontext() if error is None else pytest.raises(ValueError, match=error):
         model(ids, valid.long())
-    check_tokens(events, ids[valid], valid[valid])
-    assert len(events) == (2 if error is None else 0)
+    check_tokens(events, ids[valid], valid[valid], layers=2 if error is None else 0)
 
 
 @pytest.mark.parametrize("policy", ["macs", "rank-balanced", "expanded-drop"])

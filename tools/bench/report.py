@@ -6,7 +6,9 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,11 +50,18 @@ def table_of(rows: Sequence[dict[str, Any]], caption: str) -> Table:
     return table
 
 
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.machine()
+
+
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """What it ran on, with what."""
     gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if gpu else processor(),
         "cores": os.cpu_count(),
         "threads": arguments.threads,
         "python": platform.python_version(),

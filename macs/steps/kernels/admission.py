@@ -14,7 +14,7 @@ searched. All numbers are integers, so both are equal.
     of_expert           int64 [E]       pool of each expert
     capacity, left      int64 [Q]       of each source's pools
     pools_left          int64 [S, P]    where the limit is on rows: capacity that they shut out is returned
-    here histogram           int64 [Q, BINS] memory for the search
+    histogram           int64 [Q, BINS] memory for the search
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def measure_capacities(
         active, top_k, num_experts, sources, constants.pools, constants.ranks, constants.min_tokens,
         RHO=rule.modality_strength, GAMMA=0.0 if bounded else rule.capacity_factor,
         LEAST=round(rule.floor * UNIT), BY_WEIGHT=counts.cost.numel() > 0, BOUNDED=bounded,
-        ROWS_ONLY=rule.rows_only, SHARED=group is not None, FREE=UNBOUNDED, UNIT=UNIT,
+        ROWS_ONLY=bounded and rule.rows_only, SHARED=group is not None, FREE=UNBOUNDED, UNIT=UNIT,
         POOLS=power_of_2(constants.pools), RANKS=power_of_2(constants.ranks),
     )  # fmt: skip
     return Capacities(pools, rows if separate else None, active, bounded)

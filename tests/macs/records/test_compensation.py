@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         header = file.metadata()
     del tensors["compensation_basis"]
     save_file(tensors, path, header)
-    with pytest.raises(ValueError, match="found no 'compensation_basis'"):
+    with pytest.raises(ValueError, match=r"KeyError.*compensation_basis"):
         Profile.load(path)
     one = kept.compensation
     with pytest.raises(

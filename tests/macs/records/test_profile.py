@@ -98,8 +98,30 @@ def test_hostile(tmp_path):
     Profile.load(written())
     cases = [
         (written, {"form": "other"}, "found format 'other', expected 'macs-profile-2'"),
-        (written, {"tensors": {"visual": good["visual"]}}, "found no 'text', expected what macs tune wrote"),
-        (written, {"header": {"top_k": 2}}, "found no 'fingerprints', expected what macs tune wrote"),
+        (written, {"tensors": {"visual": good["visual"]}}, "what macs tune writes, found KeyError('text')"),
+        (written, {"header": {"top_k": 2}}, "expected what macs tune writes, found KeyError('fingerprints')"),
+        (written, {"header": "{"}, "expected what macs tune writes, found JSONDecodeError"),
+        (written, {"header": []}, "expected what macs tune writes, found TypeError"),
+        (written, {"header": {**header, "top_k": "2"}}, "expected what macs tune writes, found TypeError"),
+        (written, {"header": {**header, "tuning": {}}}, "found KeyError('tuning_target_loads')"),
+        (
+            written,
+            {"tensors": {**good, "tuning_kl": good["text"] + 0}},
+            "found KeyError('tuning_target_loads')",
+        ),
+        (
+            written,
+            {"tensors": {**good, "compensation_basis": good["text"] + 0}},
+            "found KeyError('compensation_mean')",
+        ),
+        (
+            written,
+            {
+                "tensors": {name: one.repeat(2, 1) for name, one in good.items()},
+                "header": {**header, "fingerprints": ["x", "x"]},
+            },
+            "found layers with equal router weights",
+        ),
         (written, {"header": {**header, "top_k": 9}}, "profile.top_k: found 9, expected 1 to 4"),
         (written, {"header": {**header, "fingerprints": []}}, "profile.fingerprints: found 0, expected 1"),
         (written, {"tensors": {**good, "text": good["text"].float()}}, "profile.text: found torch.float32"),

@@ -110,6 +110,11 @@ def test_mistakes_are_named(tmp_path):
     save_file({"layers": torch.zeros(1)}, path, metadata={"macs": '{"format": "macs-profile-1"}'})
     with pytest.raises(ValueError, match="expected format 'macs-routing-2'"):
         Recording.load(path)
+    save_file({"experts": torch.zeros(1)}, path, metadata={"macs": '{"format": "macs-routing-2"}'})
+    with pytest.raises(ValueError, match=r"recording .*: found no 'num_experts'"):
+        Recording.load(path)
+    with pytest.raises(ValueError, match="found max_bytes 268435456 and every 0, expected 1 or more"):
+        runtime.start_routing(every=0)
     save_file({"layers": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"found header \{\}, expected format 'macs-routing-2'"):
         Recording.load(path)
@@ -119,6 +124,9 @@ def test_mistakes_are_named(tmp_path):
     ("change", "message"),
     [
         ({"counts": torch.tensor([3])}, "do not add up"),
+        ({"modality": torch.zeros(3, dtype=torch.int8)}, "do not add up"),
+        ({"modality": torch.full((20,), 9, dtype=torch.int8)}, "found modality ids outside 0..3"),
+        ({"weights": torch.full((20, TOP_K), torch.nan)}, "found weights that are not finite"),
         ({"experts": torch.full((20, TOP_K), EXPERTS, dtype=torch.int16)}, "experts outside -1..5"),
         ({"experts": torch.full((20, TOP_K), 3, dtype=torch.int16)}, "found a token with an expert twice"),
     ],

@@ -81,6 +81,7 @@ def test_a_replayed_layer_plans_as_an_eager_one(settings):
     with macs.modality(buffers.hold(modality)):
         graph = make_fx(lambda *given: planned(layer, given, "cpu"))(*inputs)
     layer.recorder.clear()
+    assert not torch.equal(eager(settings, 0)[0][0], eager(settings, 1)[0][0])  # nor is a replay its capture
     for seed in (1, 2, 1):
         inputs, modality = step(seed)
         buffers.hold(modality)
@@ -132,6 +133,9 @@ def test_what_a_graph_captured_is_not_changed_under_it(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="use: a CUDA graph has captured MACS layers"):
         runtime.use("vanilla")
+    layer.graphed = True  # as ``entering`` notes
+    with pytest.raises(RuntimeError, match="enabled: a CUDA graph has captured MACS layers"):
+        runtime.enabled = False
     with pytest.raises(RuntimeError, match="calibration: a CUDA graph"), runtime.calibration():
         pass
     assert runtime.policy == "paper" and not runtime.calibrating

@@ -4,9 +4,10 @@ import types
 
 import pytest
 import torch
+from support.cases import AnyAdapter
 from torch import nn
 
-from macs import AUDIO, IMAGE, TEXT, VIDEO, attach_modality, modality
+from macs import AUDIO, IMAGE, TEXT, VIDEO, MACSConfig, Runtime, Topology, attach_modality, modality
 from macs.adapters import current_modality
 
 
@@ -31,6 +32,21 @@ def test_the_hook_reads_the_ids_of_every_call():
     assert current_modality() is None  # also when the model fails
     hook.remove()
     assert model(ids) is None
+
+
+def test_a_call_does_not_walk_the_model(monkeypatch):
+    """``modules`` of a large model takes milliseconds: no decode step pays that once the layers are known."""
+    layer = Runtime(MACSConfig(capacity_factor=1.0)).add_layer(
+        AnyAdapter(lambda: torch.ones(4, 8), Topology(4), 2)
+    )
+    model = Model()
+    model.inside = nn.Linear(1, 1)
+    model.inside.macs = layer
+    attach_modality(model, image_token_id=5)
+    ids = torch.tensor([[5, 1]])
+    model(ids)
+    monkeypatch.setattr(nn.Module, "modules", lambda self: pytest.fail("walked"))
+    assert model(ids).ids.tolist() == [[IMAGE, TEXT]]
 
 
 def test_a_block_goes_before_the_calls_arguments():

@@ -210,7 +210,9 @@ def test_macs_needs_torch_alone():
         "try:\n"
         "    macs.serve_metrics(macs.Runtime(), 0)\n"
         "except ImportError as error:\n"
-        "    assert 'macs-moe[metrics]' in str(error), error\n"
+        "    assert \"pip install 'macs-moe[metrics]'\" in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('metrics were served without prometheus-client')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

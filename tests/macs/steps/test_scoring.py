@@ -8,6 +8,13 @@ from macs.steps.scoring import candidate_scores
 NONE = torch.zeros(3, 1, dtype=torch.int64)
 
 
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_scores_are_float32_of_any_logits(name):
+    logits = torch.randn(3, 4).bfloat16()
+    expected = logits.float().softmax(-1) if name == "softmax" else logits.float().sigmoid()
+    assert torch.equal(candidate_scores(logits, NONE, name), expected)
+
+
 def test_other_score_functions_are_named():
     with pytest.raises(ValueError, match="score function: found 'relu', expected softmax or sigmoid"):
         candidate_scores(torch.randn(3, 4), NONE, "relu")

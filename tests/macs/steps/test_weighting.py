@@ -65,6 +65,15 @@ def test_entropy_ignores_autocast_and_default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
+def test_peaked_features_weigh_more_than_flat_ones():
+    peaked, flat = torch.zeros(64), torch.full((64,), 0.1)
+    peaked[3] = 20.0
+    entropy = entropy_of(torch.stack([peaked, torch.linspace(0, 3, 64), flat]))
+    visual, group = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+    weight = entropy_weights(entropy, visual, group, 1, 1.0)
+    assert weight[0] > weight[1] > weight[2]
+
+
 @given(st.data())
 def test_normalized_entropy_and_weights(data):
     count = data.draw(st.integers(1, 20))
