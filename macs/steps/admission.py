@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .contracts import Capacities, Demand, LayerConstants, Placement
 from .demand import key_bits, tie_count
@@ -17,7 +16,8 @@ from .kernels.dispatch import kernels_enabled
 
 
 def admit(demand: Demand, capacities: Capacities, constants: LayerConstants) -> Placement:
-    """Admit the ``longest_prefix`` of each pool, then of each rank where its rows have a separate bound.
+    """Admit the longest prefix of each pool, by key, whose cost fits; then of each rank where its rows have a
+    separate bound.
 
     Exempt tokens come first and are admitted even where they do not fit.
 
@@ -78,27 +78,30 @@ def fill(
     """Which of the assignments that ask fit every limit, bool [T, m], and what is left of the limits."""
     fits, pools = asks, []
     for limit in limits:
-        pools.append(limit.pools_of(experts, fits, source))
-        first = longest_prefix(pools[-1], key, limit.cost, limit.capacity.flatten(), ties)
+        pool, capacity = limit.pools_of(experts, fits, source), limit.capacity.flatten()
+        before = cost_before(pool, key, limit.cost, len(capacity), ties)
+        # A prefix of each pool, for costs are positive.
+        first = before + limit.cost <= capacity[pool.clamp(max=len(capacity) - 1)]
         fits = fits & (first if exempt is None else first | exempt)
+        pools.append(pool)
     return fits, [limit.less(pool, fits) for limit, pool in zip(limits, pools, strict=True)]
 
 
-def longest_prefix(
-    pool: Tensor, key: Tensor, cost: Tensor, capacity: Tensor, ties: int, one_more: bool = False
-) -> Tensor:
-    """The longest prefix of every pool, by ascending key, whose cost fits its capacity.
+def cost_before(pool: Tensor, key: Tensor, cost: Tensor, pools: int, ties: int) -> Tensor:
+    """Cost of what comes before each assignment in its pool, by ascending key.
 
-    pool int64 [T, m] in 0..Q (Q: not included), key int64 [T, m] with so many ``ties``, cost int64 [T, m] or
-    [T, 1] > 0, capacity int64 [Q] -> bool [T, m], anything for what is not included. one_more: with the first
-    that does not fit. One sort and one segmented sum.
+    Args:
+        pool: int64 [T, m] in 0..Q; Q: not included.
+        key: int64 [T, m], with so many ``ties``.
+        cost: int64 [T, m] or [T, 1].
+        pools: Q.
+        ties: as ``tie_count`` has them.
+
+    Returns:
+        int64 [T, m], anything for what is not included. One sort and one segmented sum.
     """
-    bits = key_bits(ties, len(capacity))
-    order = torch.add(key, pool, alpha=1 << bits).flatten().argsort()
+    order = torch.add(key, pool, alpha=1 << key_bits(ties, pools)).flatten().argsort()
     cost, sorted_pool = cost.expand(pool.shape).flatten()[order], pool.flatten()[order]
-    load = pool.new_zeros(len(capacity) + 1).scatter_add_(0, sorted_pool, cost)
-    # Costs are positive, so the running sum of a pool rises, and what fits is a prefix.
-    end = load.cumsum(0) - load + functional.pad(capacity, (0, 1))
-    running = cost.cumsum(0)
-    fits = (running - cost if one_more else running) <= end[sorted_pool]
-    return torch.empty_like(fits).scatter_(0, order, fits).view(pool.shape)
+    load = pool.new_zeros(pools + 1).scatter_add_(0, sorted_pool, cost)
+    before = cost.cumsum(0) - cost - (load.cumsum(0) - load)[sorted_pool]
+    return torch.empty_like(before).scatter_(0, order, before).view(pool.shape)

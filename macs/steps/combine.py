@@ -186,20 +186,30 @@ def _record(
     """Add ``Field`` and ``LOADS`` of this plan to the record."""
     routing, tokens, record = demand.routing, demand.tokens, counts.record
     top_k, num_experts, visual = routing.top_k, routing.scores.shape[1], tokens.visual
-    planned, lost, active = demand.planned[:, :top_k], plan.experts < 0, capacities.active
+    planned, kept, active = demand.planned[:, :top_k], plan.experts >= 0, capacities.active
     remaining = placement.remaining if placement.remaining_rows is None else placement.remaining_rows
     unmet = active & (remaining < 0).any(1) if capacities.bounded else torch.zeros_like(active)
     by_source = torch.cat([counts.by_source, torch.stack([torch.ones_like(active), active, unmet])])
     record[: Field.VISUAL].add_(by_source.sum(1))
-    record[Field.VISUAL : Field.KEPT].add_(torch.stack([visual, tokens.valid > finite]).sum(1))
-    state = torch.where(lost, 2, plan.rerouted)[:, :top_k]  # kept, rerouted, dropped
-    planned_visual, expert = planned & visual[:, None], routing.experts[:, :top_k].clamp(min=0)
-    mass = planned * to_fixed(routing.weights[:, :top_k], MASS_UNIT)
-    index = [state + Field.KEPT, state + Field.KEPT_MASS, state + Field.VISUAL_KEPT]
-    index += [expert + len(Field), expert + (len(Field) + num_experts)]
-    index += [plan.experts.clamp(min=0) + (len(Field) + 2 * num_experts)]
-    amount = [planned, mass, planned_visual, planned_visual, planned, tokens.valid[:, None] > lost]
-    record.scatter_add_(0, torch.cat(index, 1).flatten(), torch.cat(amount, 1).flatten())
+    record[Field.VISUAL : Field.KEPT].add_(torch.stack([visual, tokens.valid & ~finite]).sum(1))
+
+    action = torch.where(kept, plan.rerouted, 2)[:, :top_k]  # kept, rerouted, dropped
+    mass, visual_planned = (
+        planned * to_fixed(routing.weights[:, :top_k], MASS_UNIT),
+        planned & visual[:, None],
+    )
+    chosen, placed = routing.experts[:, :top_k].clamp(min=0), plan.experts.clamp(min=0)
+    load_visual, load_before, load_after = (len(Field) + row * num_experts for row in range(len(LOADS)))
+    amounts = [
+        (Field.KEPT + action, planned),
+        (Field.KEPT_MASS + action, mass),
+        (Field.VISUAL_KEPT + action, visual_planned),
+        (load_visual + chosen, visual_planned),
+        (load_before + chosen, planned),
+        (load_after + placed, tokens.valid[:, None] & kept),
+    ]
+    index, amount = (torch.cat(columns, 1).flatten() for columns in zip(*amounts, strict=True))
+    record.scatter_add_(0, index, amount)
 
 
 def routing_from_map(chosen: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .admission import limits_of, longest_prefix
+from .admission import cost_before, limits_of
 from .contracts import MASS_UNIT, Demand, LayerConstants, Placement, to_fixed
 from .demand import tie_count
 from .kernels.dispatch import kernels_enabled
@@ -48,7 +48,7 @@ def limit_drops(
     excess = by_source(dropped) - (by_source(demand.planned).double() * max_drop).floor().long()
     # Re-admitted: every assignment before which the mass re-admitted is still short of the excess.
     pool, ties = torch.where(dropped, source[:, None], sources), tie_count(demand.routing)
-    back = dropped & longest_prefix(pool, demand.admission_key, mass, excess - 1, ties, one_more=True)
+    back = dropped & (cost_before(pool, demand.admission_key, mass, sources, ties) < excess[source, None])
     left = [
         limit.less(limit.pools_of(experts, back, source), back)
         for limit in limits_of(demand.cost, placement.remaining, placement.remaining_rows, constants)
