@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,19 +32,23 @@ def first_process() -> bool:
 def leave(name: str, error: str | BaseException, code: int = MISTAKE) -> NoReturn:
     """Exit with one line on stderr: from the first process alone, or of a ``ProcessError`` with the rank."""
     own = isinstance(error, ProcessError)
+    rank = f", rank {rank_and_world()[0]}" if own else ""
+    line = f"{name}{rank}: {' '.join(str(error).split())}"
     if own or first_process():
-        rank = f", rank {rank_and_world()[0]}" if own else ""
-        line = f"{name}{rank}: {' '.join(str(error).split())}"
         sys.stderr.write(f"{line}\n")
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's own summary, which comes last, shows it too
-            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+    if (
+        "TORCHELASTIC_ERROR_FILE" in os.environ
+    ):  # torchrun shows that of who leaves first
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-            handler = get_error_handler()
-            handler.initialize()
-            try:
-                raise RuntimeError(line)
-            except RuntimeError as recorded:
-                handler.record_exception(recorded)
+        handler = get_error_handler()
+        handler.initialize()
+        try:
+            raise RuntimeError(line)
+        except RuntimeError as recorded:
+            handler.record_exception(recorded)
+    if not (own or first_process()):
+        time.sleep(1.0)  # a launcher ends the others when one leaves: the first process is to print before
     raise SystemExit(code)
 
 

@@ -249,7 +249,10 @@ def test_an_error_of_one_process_is_printed_by_it(monkeypatch, capsys):
         assert capsys.readouterr().err == printed
 
 
-def test_torchruns_summary_shows_the_error(monkeypatch, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchruns_summary_shows_the_error(monkeypatch, tmp_path, rank):
+    """That of the process which leaves first: torchrun may end the others before they print."""
+    monkeypatch.setattr("macs.runtime.launch.rank_and_world", lambda: (rank, 2))
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit):
         leave("x", "found 3, expected 4")
