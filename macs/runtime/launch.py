@@ -36,9 +36,7 @@ def leave(name: str, error: str | BaseException, code: int = MISTAKE) -> NoRetur
     line = f"{name}{rank}: {' '.join(str(error).split())}"
     if own or first_process():
         sys.stderr.write(f"{line}\n")
-    if (
-        "TORCHELASTIC_ERROR_FILE" in os.environ
-    ):  # torchrun shows that of who leaves first
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows that of who leaves first
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         handler = get_error_handler()
