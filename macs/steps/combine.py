@@ -194,10 +194,8 @@ def _record(
     record[Field.VISUAL : Field.KEPT].add_(torch.stack([visual, tokens.valid & ~finite]).sum(1))
 
     action = torch.where(kept, plan.rerouted, 2)[:, :top_k]  # kept, rerouted, dropped
-    mass, visual_planned = (
-        planned * to_fixed(routing.weights[:, :top_k], MASS_UNIT),
-        planned & visual[:, None],
-    )
+    mass = planned * to_fixed(routing.weights[:, :top_k], MASS_UNIT)
+    visual_planned = planned & visual[:, None]
     chosen, placed = routing.experts[:, :top_k].clamp(min=0), plan.experts.clamp(min=0)
     load_visual, load_before, load_after = (len(Field) + row * num_experts for row in range(len(LOADS)))
     amounts = [

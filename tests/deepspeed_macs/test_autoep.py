@@ -9,7 +9,14 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from support.cases import busy, events_of
-from support.deepspeed_ranks import autoep_engine, counted_traffic, deepspeed_on, logits_of, on_deepspeed
+from support.deepspeed_ranks import (
+    NOTHING_OVER,
+    autoep_engine,
+    counted_traffic,
+    deepspeed_on,
+    logits_of,
+    on_deepspeed,
+)
 from support.hf_models import CONFIGS, build, token_ids
 from support.ranks import gathered, on_ranks
 from torch.nn import functional
@@ -39,13 +46,7 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(world, name,
     expected = build(name)(input_ids=ids, use_cache=False).logits
     if not options:  # AutoEP itself computes what Hugging Face does
         torch.testing.assert_close(stock, expected, rtol=0, atol=1e-5)
-    for block in (
-        {"capacity_factor": 1e6},
-        {"capacity_factor": 1e6, "level": "rank"},
-        {"capacity_factor": 1e6, "policy": "token-drop"},
-        {"policy": "vanilla"},
-        {"capacity_factor": 0.1, "min_tokens": 1000},
-    ):
+    for block in NOTHING_OVER:
         assert torch.equal(logits_of(autoep_engine(name, block, **options), ids), stock), block
     engine = autoep_engine(name, {"capacity_factor": 0.3, "reroute": "none"}, **options)
     assert not torch.equal(logits_of(engine, ids), stock)

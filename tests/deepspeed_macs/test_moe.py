@@ -17,6 +17,7 @@ from support.deepspeed_ranks import (
     DROPLESS,
     HIDDEN,
     IMAGE_TOKEN,
+    NOTHING_OVER,
     Expert,
     Model,
     batch_of,
@@ -37,13 +38,7 @@ import deepspeed_macs
 def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(world, k):
     ids = batch_of(dist.get_rank(), 3, 9)
     stock = stock_engine(8, k)(ids)
-    for block in (
-        {"capacity_factor": 1e6},
-        {"capacity_factor": 1e6, "level": "rank"},
-        {"capacity_factor": 1e6, "policy": "token-drop"},
-        {"policy": "vanilla"},
-        {"capacity_factor": 0.1, "min_tokens": 1000},
-    ):
+    for block in NOTHING_OVER:
         # The gate's own settings are DeepSpeed's defaults: dropping, random selection, noise.
         assert torch.equal(macs_engine(8, k, block)(ids), stock), block
     engine = macs_engine(8, k, {"capacity_factor": 0.1}, **DROPLESS)

@@ -26,6 +26,7 @@ from support.megatron_ranks import (
     layer_config,
     megatron_on,
     on_megatron,
+    only_019,
     output_of,
 )
 from support.ranks import gathered, on_ranks
@@ -34,9 +35,6 @@ import macs
 from macs import POLICIES, MACSConfig, Profile, Runtime
 from megatron_macs import cpu_engine, with_macs
 
-only_019 = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.core.inference.config") is None, reason="not in this Megatron"
-)
 GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
 SIGMOID = {"moe_router_score_function": "sigmoid"}
 

@@ -1,6 +1,5 @@
 """What enters a MoE layer with MACS on Megatron-Core: odd batches, masks, steps."""
 
-import importlib.util
 import re
 import time
 
@@ -11,19 +10,10 @@ import torch.distributed as dist
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 from support.cases import busy
-from support.megatron_ranks import (
-    batch_of,
-    build_layer,
-    layer_config,
-    on_megatron,
-)
+from support.megatron_ranks import batch_of, build_layer, layer_config, on_megatron, only_019
 
 import macs
 from macs import Runtime
-
-only_019 = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.core.inference.config") is None, reason="not in this Megatron"
-)
 
 
 @pytest.mark.parametrize("lengths", [[9, 0], [0, 9], [1, 30]])

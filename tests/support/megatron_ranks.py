@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -30,6 +32,10 @@ from .ranks import on_ranks
 
 HIDDEN, FFN = 16, 24
 VOCABULARY, LONGEST = 32, 64
+
+only_019 = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.core.inference.config") is None, reason="not in this Megatron"
+)
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
