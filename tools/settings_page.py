@@ -25,14 +25,14 @@ def table() -> str:
     lines = ["| setting | default | may be | " + " | ".join(f"`{name}`" for name in names) + " | meaning |"]
     lines.append("| --- " * (4 + len(names)) + "|")
     for field in settings():
-        told = field.metadata
+        metadata = field.metadata
         if isinstance(field.default, bool):
             allowed = "true, false"
-        elif told["choices"]:
-            allowed = ", ".join(f"`{one}`" for one in told["choices"])
+        elif metadata["choices"]:
+            allowed = ", ".join(f"`{one}`" for one in metadata["choices"])
         else:
-            kind = "whole number" if told["whole"] else "number"
-            allowed = f"{kind}, {told['low']:g} to {told['high']:g}" + (
+            kind = "whole number" if metadata["whole"] else "number"
+            allowed = f"{kind}, {metadata['low']:g} to {metadata['high']:g}" + (
                 ", or none" if field.default is None else ""
             )
         changed = [PRESETS[name].get(field.name, "") for name in names]
@@ -41,7 +41,7 @@ def table() -> str:
             _shown(getattr(MACSConfig(), field.name)),
             allowed,
             *map(_shown, changed),
-            told["help"],
+            metadata["help"],
         ]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
