@@ -8,6 +8,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -253,18 +254,15 @@ def test_installations_end_in_any_order():
 
 @on_megatron(1)
 def test_layers_may_be_copied():
-    """A deep copy plans by its own router, and is stock's where nothing overflows."""
+    """A deep copy has a runtime layer of its own, and answers as the layer does."""
     runtime = Runtime(busy(**SETTINGS))
     layer = build_layer(runtime, layer_config())
     hidden, mask = batch_of(0, 3, 9)
     with macs.modality(mask):
         before = layer(hidden)[0]
-        try:
+        # Megatron's modules hold process groups, which a copy has to share.
+        with mock.patch.object(dist.ProcessGroup, "__deepcopy__", lambda self, memo: self, create=True):
             copied = copy.deepcopy(layer)
-        except TypeError as error:  # process groups of Megatron's own modules
-            if "ProcessGroup" not in str(error) and "pickle" not in str(error):
-                raise
-            return
         assert torch.equal(copied(hidden)[0], before)
     assert copied.macs is not layer.macs and copied.router.macs is copied.macs
 
