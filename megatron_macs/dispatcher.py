@@ -99,7 +99,7 @@ def replan(
     chunk: number of chunks that the tokens are divided into, and first token of every sequence in this one.
     In ``train()`` mode, with MACS off, or while it calibrates, map and probs are returned unchanged.
     """
-    logits = layer.take_logits()
+    logits, layer.logits = layer.logits, None
     if logits is None:
         return routing_map, probs, False
     experts, weights = routing_from_map(routing_map, probs, layer.top_k)

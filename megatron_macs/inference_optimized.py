@@ -42,7 +42,7 @@ class _PlansChoice(MoETokenDispatcher):
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [S, B, D], routing_map int64 [T, k] experts, probs [T, k]: as the base class."""
-        logits = self.macs.take_logits()
+        logits, self.macs.logits = self.macs.logits, None
         if logits is not None:
             plan = plan_of(self.macs, hidden_states, routing_map, probs, logits, self.config)
             if plan is not None:

@@ -37,4 +37,4 @@ class MACSTopKRouter(TopKRouter):
         count = logits.shape[:-1].numel()
         plans = not self.training and self.macs.acts_on(count, logits.device)
         # None also clears what an interrupted forward pass may have left.
-        self.macs.offer_logits(logits.flatten(0, -2) if plans else None)
+        self.macs.logits = logits.flatten(0, -2) if plans else None

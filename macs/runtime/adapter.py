@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import MACSConfig
+from ..planner import SumOverGroup
 from ..policies import Policy
 from ..topology import Topology
 
@@ -86,6 +87,14 @@ class LayerAdapter:
     @property
     def group(self) -> dist.ProcessGroup | None:
         return self._group.group
+
+    @property
+    def sum_over_group(self) -> SumOverGroup | None:
+        """The all-reduce of the group's members; none for a process by itself."""
+        group = self.group
+        if not isinstance(group, dist.ProcessGroup) or group.size() == 1 or not self.exchanges:
+            return None
+        return lambda rows: dist.all_reduce(rows, group=group)
 
     def plans_now(self) -> bool:
         """Whether the engine can apply a plan in the current pass; alike on every member of the group."""

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import MACSConfig
-from ..planner import Planner, SumOverGroup
+from ..planner import Planner
 from ..policies import policy_of
+from ..records.counters import Counters
 from ..records.load import LayerRecorder
-from ..steps.combine import Plan
+from ..steps.combine import Plan, PlanStatistics
 from ..steps.compensation import Dropped, compensate
 from ..tokens import Tokens
 from ..topology import Topology
@@ -46,7 +46,7 @@ class LayerRuntime:
         self._callbacks: list[Callback] = []
         self._output_callbacks: list[OutputCallback] = []
         self._planned = threading.local()  # a step, from ``plan`` to ``compensate``
-        self._logits: Tensor | None = None
+        self.logits: Tensor | None = None  # [T, E], from a router for the dispatcher, which removes them
         self._continues = False
         self._lock = threading.RLock()
         self.reset()
@@ -64,14 +64,6 @@ class LayerRuntime:
     def consistency(self) -> RankConsistency | None:
         """The comparison of settings with the group's members; none for a process by itself."""
         return self.runtime.consistency_of(self.adapter.group)
-
-    @property
-    def _sum_over_group(self) -> SumOverGroup | None:
-        """The all-reduce of the group's members; none for a process by itself."""
-        group = self.adapter.group
-        if not isinstance(group, dist.ProcessGroup) or group.size() == 1 or not self.adapter.exchanges:
-            return None
-        return lambda rows: dist.all_reduce(rows, group=group)
 
     def reset(self) -> None:
         """Drop the planner and the records."""
@@ -156,15 +148,6 @@ class LayerRuntime:
             return False
         return runtime.calibrating or (runtime.enabled and not self.planner.bypasses(count, device))
 
-    def offer_logits(self, logits: Tensor | None) -> None:
-        """From the router: logits [T, E] of the tokens that are about to be dispatched."""
-        self._logits = logits
-
-    def take_logits(self) -> Tensor | None:
-        """For the dispatcher: the logits offered since the last call, if any."""
-        logits, self._logits = self._logits, None
-        return logits
-
     def plan(
         self, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens
     ) -> Plan | None:
@@ -183,9 +166,10 @@ class LayerRuntime:
                 scores,
                 tokens,
                 statistics=recorded,
-                sum_over_group=self._sum_over_group,
+                sum_over_group=self.adapter.sum_over_group,
             )
-            self._record(plan, hidden.device)
+            if plan.statistics is not None:
+                self._record(plan.statistics, hidden.device)
         step = hidden, experts, weights, scores, tokens, plan
         if self._callbacks or runtime.callbacks:
             event = PlanEvent(self, *step)
@@ -221,54 +205,33 @@ class LayerRuntime:
 
     # Records.
 
-    def _record(self, plan: Plan, device: torch.device) -> None:
-        """Add the plan's statistics to the recorder and, in the same launch, to the counters."""
-        if plan.statistics is None:
-            return
-        counters = self.runtime.counters
-        if counters is None:
-            self.recorder.record(plan.statistics)
-        else:
-            self._prepare_counters(device)
-            self.recorder.record(plan.statistics, counters.row(self))
-            counters.publish(self, plan.statistics.record if self._continues else None)
+    def _record(self, statistics: PlanStatistics, device: torch.device) -> None:
+        """Add a plan's statistics to the recorder and, in the same launch, to the counters."""
+        counters = _counters_of(self, device)
+        self.recorder.record(statistics, None if counters is None else counters.row(self))
+        if counters is not None:
+            counters.publish(self, statistics.record if self._continues else None)
 
     def _bypass(self, count: int, device: torch.device, training: bool) -> None:
         """What a step that is too small to plan does, in a captured graph, too: it is counted, and takes part
         where other members of the group may plan."""
-        runtime, counters = self.runtime, self.runtime.counters
+        runtime = self.runtime
         if training or runtime.calibrating or not (runtime.enabled and self.adapter.plans_now()):
             return
         if not self.planner.bypasses(count, device):
             return
+        counters, add_up = _counters_of(self, device), self.adapter.sum_over_group
         if counters is not None and not self._continues:
-            self._prepare_counters(device)
             counters.bypassed(self)
-        if self.planner.shares_bound and self._sum_over_group is not None:
-            self._sum_over_group(self.planner.no_rows(device))
-
-    def _prepare_counters(self, device: torch.device) -> None:
-        counters = self.runtime.counters
-        if counters is None:
-            return
-        counters.check_process()
-        if self not in counters:
-            # A runtime may have several models, whose passes are counted apart.
-            together = layers_of(called_model.get()) or self.runtime.layers
-            layers = {
-                layer: (layer.topology, layer.top_k)
-                for layer in (together if self in together else [self])
-                # A model may lie on several GPUs: each has memory of its own.
-                if layer is self or device.type == "cpu" or layer.adapter.router_weight().device == device
-            }
-            counters.prepare(layers, device)
+        if self.planner.shares_bound and add_up is not None:
+            add_up(self.planner.no_rows(device))
 
     def prepare(self, device: torch.device) -> None:
         """Allocate what the first forward pass would, before a CUDA graph captures the layer."""
         self.planner.constants(device)
         self.served.tables(device)
         self.recorder.prepare(device)
-        self._prepare_counters(device)
+        _counters_of(self, device)
 
     # The planner.
 
@@ -326,12 +289,9 @@ class LayerRuntime:
         a mask every token is text.
         """
         shard = self.adapter.token_shard()
-        if shard != self._shard:  # the engine divides the tokens in another way: there is another planner
+        if shard != self._shard:  # the engine divides the tokens in another way, which no policy has to fit
             self.check(self.runtime.policy, self.runtime.config)
             self._shard = shard
-            if self._served is not None and self.captured:
-                raise RuntimeError("sequence parallelism changed after a CUDA graph captured this layer")
-            self._served = None
         modality = layer_modality(batch, length * shard.parts, device, self.runtime)
         part = select(modality, batch, length, (shard.index, shard.parts), (first, chunks))
         return part.tokens(sequence_major, len(self.topology.sources))
@@ -342,6 +302,25 @@ class LayerRuntime:
         if modality.ids.numel() != count:
             raise ValueError(misfit(modality, None, count))
         return modality.tokens(sequence_major, len(self.topology.sources))
+
+
+def _counters_of(layer: LayerRuntime, device: torch.device) -> Counters | None:
+    """The runtime's counters, with a row for the layer; none where nothing is counted."""
+    counters = layer.runtime.counters
+    if counters is None:
+        return None
+    counters.check_process()
+    if layer not in counters:
+        # A runtime may have several models, whose passes are counted apart.
+        together = layers_of(called_model.get()) or layer.runtime.layers
+        layers = {
+            one: (one.topology, one.top_k)
+            for one in (together if layer in together else [layer])
+            # A model may lie on several GPUs: each has memory of its own.
+            if one is layer or device.type == "cpu" or one.adapter.router_weight().device == device
+        }
+        counters.prepare(layers, device)
+    return counters
 
 
 def layers_of(model: nn.Module | None) -> list[LayerRuntime]:
