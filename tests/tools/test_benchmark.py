@@ -47,7 +47,7 @@ def test_the_planner_alone(program, tmp_path):
 
 def test_wrong_output_is_not_timed(program):
     """A policy whose layer does not compute its plan has no time, and the run fails."""
-    flags = "layer --shape tiny --ranks 1 --workloads W4 --steps 1 --repeats 1".split()
+    flags = "layer --shape tiny --ranks 1 --workloads uniform --steps 1 --repeats 1".split()
     flags += ["--policies", "macs", "token drop"]
     code = (
         "from macs_tools.bench import layer, run\n"

@@ -79,10 +79,10 @@ def test_replicas_are_placed_by_another_step():
     chosen = {"vanilla": contenders(1.05)["vanilla"]}
 
     def same(step, rank):
-        return draw("W6", SHAPE, 0, rank, 4)
+        return draw("rotating", SHAPE, 0, rank, 4)
 
     def rotated(step, rank):
-        return draw("W6", SHAPE, 3 * step, rank, 4)
+        return draw("rotating", SHAPE, 3 * step, rank, 4)
 
     loads = []
     for batch_of in (same, rotated):

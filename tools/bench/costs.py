@@ -71,7 +71,7 @@ class Costs:
         rank = dist.get_rank() if dist.is_initialized() else 0
         works: list[Callable[[], Any]] = []
         for tokens in (self.shape.tokens // 2, self.shape.tokens):
-            batch = draw("W4", replace(self.shape, tokens=tokens), 0, rank, self.ranks, 1 + self.seed)
+            batch = draw("uniform", replace(self.shape, tokens=tokens), 0, rank, self.ranks, 1 + self.seed)
             hidden, _, logits = layout_of(batch, features(batch, self.shape.hidden, 0, rank))
 
             def work(hidden: Tensor = hidden, logits: Tensor = logits) -> Any:

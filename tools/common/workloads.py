@@ -1,8 +1,6 @@
 """What benchmarks and reports run: routings, shapes, policies.
 
-W0 to W7 follow the rules of NVIDIA/Megatron-LM#7488, so that figures compare; but every source rank draws
-its own tokens, and runs take many steps, so that W6 does rotate and W7 does burst. They know nothing of
-modality; the others do, and so does a recording of one's own traffic (``macs.Recording``).
+Every source rank draws its own tokens. A recording of one's own traffic (``macs.Recording``) is replayed.
 
 Shapes: T tokens of one source rank, D features, E experts, k experts a token, R ranks.
 """
@@ -38,7 +36,6 @@ SHAPES = {
     "tiny": Shape(hidden=64, ffn=32, experts=16, top_k=2, tokens=256),
     "tiny-vlm": Shape(hidden=128, ffn=96, experts=16, top_k=2, tokens=2400),
     "qwen3-vl-30b-a3b": Shape(hidden=2048, ffn=768, experts=128, top_k=8, tokens=8192),
-    "wide": Shape(hidden=2048, ffn=512, experts=512, top_k=8, tokens=4096),
 }
 
 
@@ -72,7 +69,7 @@ def stream(workload: str, seed: int, step: int, rank: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(digest[:8], 16))
 
 
-# W0 to W7: picks from pools of experts.
+# Text: picks of experts, with scores made up around them.
 
 
 def _picked(shape: Shape, experts: Tensor, generator: torch.Generator) -> Batch:
@@ -86,32 +83,19 @@ def _picked(shape: Shape, experts: Tensor, generator: torch.Generator) -> Batch:
     return Batch(experts, gates / gates.sum(1, keepdim=True), scores, kinds)
 
 
-def _from_pools(shape: Shape, hot: Tensor, pool: Tensor, generator: torch.Generator) -> Tensor:
-    """k experts for each token, all different: of ``pool`` where ``hot`` bool [T], else of all."""
-    draws = torch.rand(len(hot), shape.experts, generator=generator)
+def uniform(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
+    """Every expert alike, by chance."""
+    return _picked(shape, _noise(shape, generator).topk(shape.top_k, 1).indices, generator)
+
+
+def rotating(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
+    """Three tokens of four choose among a quarter of the experts, which is another one every three steps."""
+    count = max(shape.top_k, shape.experts // 4)
+    pool = (step // 3 * count + torch.arange(count)) % shape.experts
+    hot = torch.arange(shape.tokens) % 4 != 0
     outside = torch.ones(shape.experts, dtype=torch.bool).index_fill(0, pool, False)
-    return (draws + (hot[:, None] & outside)).topk(shape.top_k, 1, largest=False).indices
-
-
-def _w(number: int) -> Draw:
-    def draw(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
-        experts, k, token = shape.experts, shape.top_k, torch.arange(shape.tokens)
-        if number == 0:
-            return _picked(shape, (token[:, None] * k + torch.arange(k)) % experts, generator)
-        most = max(k, experts // 4)
-        three_in_four, everyone, nobody = token % 4 != 0, token >= 0, token < 0
-        hot, pool = {
-            1: (three_in_four, torch.arange(most)),
-            2: (three_in_four, torch.arange(most)),
-            3: (three_in_four, (2 * torch.arange(max(k, experts // 2)) % experts).unique()),
-            4: (nobody, torch.arange(most)),
-            5: (everyone, torch.arange(experts // 2, experts)),
-            6: (three_in_four, (step // 3 * most + torch.arange(most)) % experts),
-            7: (token % 2 == 0 if step % 4 == 3 else nobody, torch.arange(most)),
-        }[number]
-        return _picked(shape, _from_pools(shape, hot, pool, generator), generator)
-
-    return draw
+    draws = torch.rand(shape.tokens, shape.experts, generator=generator) + (hot[:, None] & outside)
+    return _picked(shape, draws.topk(shape.top_k, 1, largest=False).indices, generator)
 
 
 # Multimodal: scores are the softmax of noise and of what each modality's experts are worth to it.
@@ -165,36 +149,28 @@ VISUAL_TOKENS, IMAGE_TOKENS = 870, 405
 """Of a mean prompt, and of the median image there."""
 
 
-def served(spread: float, shared: float = 0.0) -> Draw:
-    """Prompts of three clients in turn, of the sizes above; of 128 experts over 16 ranks the load is 2.8 at
-    ``served`` and 5.0 at ``served-skewed``, as was measured in training (DeepSpeed#8213: 2.6 to 5.1). The
-    popularity of an expert is normal, of standard deviation ``spread`` by modality and ``shared`` for each
-    sixteenth of the experts; the same on all ranks and in all steps."""
-
-    def draw(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
-        kinds = torch.full((shape.tokens,), TEXT)
-        start = int(torch.randint(3, (), generator=generator)) * TEXT_TOKENS // 3
-        number = 0
-        while start < shape.tokens:
-            share = VISUAL_SHARES[number % 3]
-            visual = round(TEXT_TOKENS * share / (1 - share))
-            kinds[start : start + visual] = IMAGE
-            start, number = start + visual + TEXT_TOKENS, number + 1
-        fixed = stream("liked", 0, 0, 0)
-        popularity = torch.randn(2, shape.experts, generator=fixed) * spread
-        groups = torch.arange(shape.experts) * 16 // shape.experts
-        popularity = popularity + torch.randn(16, generator=fixed)[groups] * shared
-        return _scored(shape, kinds, popularity[(kinds == IMAGE).long()], _noise(shape, generator))
-
-    return draw
+def served(shape: Shape, step: int, rank: int, ranks: int, generator: torch.Generator) -> Batch:
+    """Prompts of three clients in turn, of the sizes above. The popularity of an expert is normal by
+    modality, the same on all ranks and in all steps; of 128 experts over 16 ranks the load is 2.8, as was
+    measured in training (DeepSpeed#8213: 2.6 to 5.1)."""
+    kinds = torch.full((shape.tokens,), TEXT)
+    start = int(torch.randint(3, (), generator=generator)) * TEXT_TOKENS // 3
+    number = 0
+    while start < shape.tokens:
+        share = VISUAL_SHARES[number % 3]
+        visual = round(TEXT_TOKENS * share / (1 - share))
+        kinds[start : start + visual] = IMAGE
+        start, number = start + visual + TEXT_TOKENS, number + 1
+    popularity = torch.randn(2, shape.experts, generator=stream("liked", 0, 0, 0)) * 1.2
+    return _scored(shape, kinds, popularity[(kinds == IMAGE).long()], _noise(shape, generator))
 
 
 WORKLOADS: dict[str, Draw] = {
-    **{f"W{number}": _w(number) for number in range(8)},
+    "uniform": uniform,
+    "rotating": rotating,
     "image-flood": with_visual_share(0.9),
     "hot-rank": _hot_rank,
-    "served": served(1.2),
-    "served-skewed": served(0.8, 1.5),
+    "served": served,
 }
 
 
