@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support.workers import Pool
+from support.workers import Pool, free_port
 
 # Speed lives in benchmarks: no test fails because a machine is slow. The number of examples is the
 # profile's alone; the continuous integration asks for the full one.
@@ -77,16 +77,26 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs Python with these words in a folder, as a user would, and asserts its exit status (none: any)."""
+    """Runs Python, or another program, with these words in a folder, as a user would, and asserts its exit
+    status (none: any)."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    rooms = os.pathsep.join(map(str, (HERE.parent, HERE, HERE.parent / "examples")))
+    given = {"PYTHONPATH": rooms, "PATH": path, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
 
-    def run(*words: Any, folder: Path = tmp_path, status: int | None = 0, **environment: str) -> Any:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        given = {"PYTHONPATH": str(HERE.parent), "PATH": path, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    def run(*words: Any, folder: Path = tmp_path, status: int | None = 0, executable: Any = sys.executable,
+            **environment: str) -> Any:  # fmt: skip
         done = subprocess.run(
-            [sys.executable, *map(str, words)], cwd=folder, env={**os.environ, **given, **environment},
+            [executable, *map(str, words)], cwd=folder, env={**os.environ, **given, **environment},
             capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         assert status is None or done.returncode == status, done.stdout[-4000:] + done.stderr[-4000:]
         return done
 
     return run
+
+
+@pytest.fixture
+def torchrun(program: Callable[..., Any]) -> Callable[..., Any]:
+    """``program`` on two processes."""
+    launcher = "-m torch.distributed.run --nproc-per-node 2 --master-port".split()
+    return lambda *words, **options: program(*launcher, free_port(), *words, **options)

@@ -1,10 +1,7 @@
 """Scripts that do not change, run with MACS; what is missing is named at import."""
 
 import json
-import os
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,17 +13,8 @@ from support.workers import free_port
 
 from macs import Recording
 
-ROOT = Path(__file__).parents[2]
 
-
-def run_python(code, folder):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_an_older_deepspeed_is_refused_with_the_needed_version(tmp_path):
+def test_an_older_deepspeed_is_refused_with_the_needed_version(program, tmp_path):
     package = tmp_path / "deepspeed" / "moe"
     package.mkdir(parents=True)
     (tmp_path / "deepspeed" / "__init__.py").write_text("__version__ = '0.16.0'\n")
@@ -34,14 +22,12 @@ def test_an_older_deepspeed_is_refused_with_the_needed_version(tmp_path):
     (package / "sharded_moe.py").write_text(
         "def top1gating(): ...\nclass TopKGate:\n    def forward(self, input, used_token=None): ...\n"
     )
-    done = run_python("import deepspeed_macs", tmp_path)
-    assert done.returncode != 0
+    done = program("-c", "import deepspeed_macs", status=1)
     assert "deepspeed_macs needs deepspeed>=0.19.8,<0.20; found 0.16.0, which lacks" in done.stderr
 
 
-def test_without_deepspeed_the_extra_is_named(tmp_path):
-    code = "import sys; sys.modules['deepspeed'] = None; import deepspeed_macs"
-    done = run_python(code, tmp_path)
+def test_without_deepspeed_the_extra_is_named(program):
+    done = program("-c", "import sys; sys.modules['deepspeed'] = None; import deepspeed_macs", status=1)
     assert "deepspeed_macs needs deepspeed: pip install 'macs-moe[deepspeed]'" in done.stderr
 
 
@@ -66,68 +52,36 @@ sys.stdout.write(line + "\\n")
 """
 
 
-def launched(folder, launcher, *arguments):
-    script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    tools = str(Path(sys.executable).parent)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "PATH": tools + os.pathsep + os.environ["PATH"],
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = {
-        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m"],
-        "deepspeed": [
-            "deepspeed",
-            "--num_gpus",
-            "2",
-            "--master_port",
-            str(free_port()),
-            "--module",
-        ],
-        "python": [sys.executable, "-m"],
-    }[launcher]
-    done = subprocess.run(
-        [*command, "deepspeed_macs.launch", *(str(one) for one in arguments)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line[line.index("rank ") :] for line in done.stdout.splitlines() if ", dropped" in line]
-    return done, sorted(lines)
+LAUNCHERS = {
+    "torchrun": "-m torch.distributed.run --nproc-per-node 2 --master-port".split(),
+    "deepspeed": [Path(sys.executable).parent / "deepspeed", *"--num_gpus 2 --master_port".split()],
+}
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_script_that_does_not_change_runs_with_macs(tmp_path, launcher):
-    block = tmp_path / "macs.json"
-    block.write_text(json.dumps({"capacity_factor": 0.5, "min_tokens": 0, "image_token_id": 5}))
-    done, lines = launched(tmp_path, launcher, "--macs", block, tmp_path / "script.py")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_script_that_does_not_change_runs_with_macs(program, tmp_path, launcher):
+    """With the block in a file, or in the script's own config."""
+    block = {"capacity_factor": 0.5, "min_tokens": 0, "image_token_id": 5}
+    words = "--macs", "macs.json", "script.py"
+    if launcher == "deepspeed":
+        block["record"] = str(tmp_path / "routing.safetensors")
+        words = "script.py", "--config", "macs.json"
+    config = block if launcher == "torchrun" else {"dtype": "fp32", "moe": {"ep_size": 2}, "macs": block}
+    (tmp_path / "macs.json").write_text(json.dumps(config))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    module = "--module" if launcher == "deepspeed" else "-m"
+    launch = *LAUNCHERS[launcher], free_port(), module, "deepspeed_macs.launch"
+    done = program(*launch, *words, DS_ACCELERATOR="cpu")
+    lines = sorted(line[line.index("rank ") :] for line in done.stdout.splitlines() if ", dropped" in line)
     assert len(lines) == 2
     for rank, line in enumerate(lines):
         local = rank if launcher == "deepspeed" else None
-        assert line.startswith(f"rank {rank} of 2, {local}, dropped ")
-        assert float(line.split()[-1]) > 0
+        assert line.startswith(f"rank {rank} of 2, {local}, dropped ") and float(line.split()[-1]) > 0
+        if launcher == "deepspeed":
+            recording = Recording.load(tmp_path / f"routing.rank{rank}.safetensors")
+            assert recording.num_ranks == 2 and len(recording.records[0].modality) > 0
 
 
-def test_a_scripts_own_config_holds_the_block(tmp_path):
-    config = {"dtype": "fp32", "moe": {"ep_size": 2}}
-    config["macs"] = {"capacity_factor": 0.5, "min_tokens": 0, "image_token_id": 5}
-    config["macs"]["record"] = str(tmp_path / "routing.safetensors")
-    (tmp_path / "ds_config.json").write_text(json.dumps(config))
-    done, lines = launched(
-        tmp_path, "torchrun", tmp_path / "script.py", "--config", tmp_path / "ds_config.json"
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(float(line.split()[-1]) > 0 for line in lines) and len(lines) == 2
-    recordings = [Recording.load(tmp_path / f"routing.rank{rank}.safetensors") for rank in (0, 1)]
-    assert all(one.num_ranks == 2 and len(one.records[0].modality) > 0 for one in recordings)
-
-
-def test_a_script_that_is_not_there_is_named(tmp_path):
-    done, _ = launched(tmp_path, "python", tmp_path / "nothing.py")
-    assert done.returncode == 2 and "found no script" in done.stderr
+def test_a_script_that_is_not_there_is_named(program, tmp_path):
+    done = program("-m", "deepspeed_macs.launch", "nothing.py", status=2)
+    assert "found no script" in done.stderr

@@ -8,20 +8,16 @@ import pytest
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
-from support.workers import free_port
 from tiny_vlm import data
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_table(program, tmp_path):
+def test_the_table(torchrun, tmp_path):
     out = tmp_path / "out.json"
-    launcher = *"-m torch.distributed.run --nproc-per-node 2 --master-port".split(), free_port()
-    words = "--policy macs --samples 28 --repeats 1 --json".split()
-    profile = tmp_path / "p.safetensors"
-    program(
-        *launcher, ROOT / "examples" / "megatron_llava.py", *words, out, "--profile", profile, folder=ROOT
-    )
+    words = "--policy macs --samples 28 --batch 14 --repeats 1 --json".split()
+    script, profile = ROOT / "examples" / "megatron_llava.py", tmp_path / "p.safetensors"
+    torchrun(script, *words, out, "--profile", profile, folder=ROOT)
     results = json.loads(out.read_text())["results"]
     assert list(results) == ["vanilla", "macs paper", "macs default"]
     vanilla, bounded = results["vanilla"], results["macs default"]

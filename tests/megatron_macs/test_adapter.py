@@ -1,8 +1,6 @@
 """The parts of the Megatron adapter that need no second process."""
 
 import functools
-import subprocess
-import sys
 import types
 
 import pytest
@@ -122,7 +120,7 @@ def test_the_shim_refuses_to_hide_a_gpu(monkeypatch):
         pass
 
 
-def test_importing_the_adapter_changes_nothing_in_megatron():
+def test_importing_the_adapter_changes_nothing_in_megatron(program):
     code = (
         "import warnings; warnings.filterwarnings('ignore')\n"
         "from megatron.core.transformer.moe import moe_layer, moe_utils, router, token_dispatcher\n"
@@ -136,4 +134,4 @@ def test_importing_the_adapter_changes_nothing_in_megatron():
         "changed = [(str(o), k) for o, b, a in zip(owners, before, after) for k in b if a.get(k) != b[k]]\n"
         "assert not changed, changed\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
+    program("-c", code)

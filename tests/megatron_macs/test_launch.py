@@ -1,25 +1,20 @@
 """Flags and the launcher: a script that knows nothing of MACS."""
 
 import argparse
-import os
 import re
-import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
+import torch
 from support.workers import free_port
 
 from macs import MACSConfig, Profile, Recording
 from macs.config import settings
-from megatron_macs import add_macs_args, runtime_from_args, tokens_from_args
+from megatron_macs import add_macs_args, launch, runtime_from_args, tokens_from_args
 from megatron_macs.options import macs_options
-
-ROOT = Path(__file__).parents[2]
 
 
 def parsed(*arguments):
@@ -63,43 +58,23 @@ def test_policies_and_tokens():
 
 
 SCRIPT = """
-import argparse, logging, os, sys, urllib.request, warnings
-warnings.filterwarnings("ignore"); logging.disable(logging.WARNING)
+import argparse, os, sys, urllib.request
 import torch, torch.distributed as dist
-from contextlib import nullcontext
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_macs import cpu_engine  # for want of a GPU, not for MACS
+from support.megatron_ranks import language_model
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--hidden-size", type=int, required=True)
 parser.add_argument("--out", required=True)
 arguments = parser.parse_args()
-from megatron_macs import cpu_engine  # for want of a GPU, not for MACS
-
 with cpu_engine(), torch.inference_mode():
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
-    config = TransformerConfig(
-        num_layers=2, hidden_size=arguments.hidden_size, num_attention_heads=2, num_moe_experts=4,
-        moe_router_topk=2, moe_router_load_balancing_type="none", moe_ffn_hidden_size=8,
-        moe_router_dtype="fp32", moe_token_dispatcher_type="alltoall", normalization="RMSNorm",
-        expert_model_parallel_size=dist.get_world_size(), add_bias_linear=False,
-        use_cpu_initialization=True, attention_backend=AttnBackend.local, hidden_dropout=0.0,
-        attention_dropout=0.0, bias_activation_fusion=False, bias_dropout_fusion=False,
-        masked_softmax_fusion=False, apply_rope_fusion=False,
-    )
-    spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False, normalization="RMSNorm")
-    model = GPTModel(
-        config, spec, vocab_size=32, max_sequence_length=64, position_embedding_type="rope",
-        parallel_output=False,
-    ).eval()
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+    model = language_model(None, hidden_size=arguments.hidden_size)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
     ids = torch.randint(0, 8, (2, 40), generator=torch.Generator().manual_seed(dist.get_rank()))
     mask = torch.ones(1, 1, 40, 40).triu(1).bool()
     logits = model(ids, torch.arange(40).expand_as(ids), mask)
@@ -120,80 +95,48 @@ with cpu_engine(), torch.inference_mode():
 """
 
 
-def launched(folder, name, *flags, module=True, by_name=False, **environment):
-    import torch
+@pytest.fixture
+def launched(torchrun, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
 
-    script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    out = folder / name
-    command = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port())] + (["-m", "megatron_macs.launch"] if module else [])
-    command += ["-m", "script"] if by_name else [str(script)]
-    command += ["--hidden-size", "16", *flags, "--out", str(out)]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    results = [torch.load(f"{out}.{rank}") for rank in (0, 1)] if done.returncode == 0 else []
-    return done, results
+    def run(*flags, module=("-m", "megatron_macs.launch"), script=("script.py",), **environment):
+        done = torchrun(*module, *script, "--hidden-size", 16, *flags, "--out", "out", **environment)
+        return done, [torch.load(tmp_path / f"out.{rank}") for rank in (0, 1)]
+
+    return run
 
 
-def test_a_script_that_does_not_change_runs_with_macs(tmp_path):
-    import torch
-
-    _, stock = launched(tmp_path, "stock", module=False)
-    _, without = launched(tmp_path, "without")
-    roomy = ("--moe-macs", "--moe-macs-image-token-id", "3", "--moe-macs-capacity-factor", "1000")
-    _, unbounded = launched(tmp_path, "unbounded", *roomy)
-    tight = (*roomy[:3], "--moe-macs-capacity-factor", "0.3", "--moe-macs-reroute", "none")
-    recorded = tmp_path / "routing.safetensors"
-    port = str(free_port(2))
-    served = ("--moe-macs-metrics-port", port)
-    done, bounded = launched(
-        tmp_path, "bounded", *tight, "--moe-macs-record", str(recorded), *served, METRICS_PORT=port
-    )
-    assert done.returncode == 0, done.stderr
-    for rank in (0, 1):
-        dropped = re.findall(
-            r'macs_assignments_total{action="dropped",layer="0",modality="\w+"} (\S+)',
-            bounded[rank]["metrics"],
-        )
-        assert len(dropped) == 2 and sum(map(float, dropped)) == bounded[rank]["dropped"]
-    for rank in (0, 1):
-        recording = Recording.load(tmp_path / f"routing.rank{rank}.safetensors")
-        assert [(one.layer, one.step, len(one.modality)) for one in recording.records] == [
-            (0, 0, 80),
-            (1, 0, 80),
-        ]
-        assert (recording.num_experts, recording.num_ranks, recording.top_k) == (4, 2, 2)
-        assert int((recording.records[0].modality > 0).sum()) == bounded[rank]["images"]
-    for rank in (0, 1):
-        assert without[rank]["layer"] == "MoELayer" and unbounded[rank]["layer"] == "MACSMoELayer"
-        assert torch.equal(without[rank]["logits"], stock[rank]["logits"])
-        assert torch.equal(unbounded[rank]["logits"], stock[rank]["logits"])
-        assert bounded[rank]["dropped"] > 0 and unbounded[rank]["dropped"] == 0
-        assert not torch.equal(bounded[rank]["logits"], stock[rank]["logits"])
-        assert bounded[rank]["visual"] == bounded[rank]["images"] > 0
-    assert "MACS planned 2 times in 2 layers: kept " in done.stderr
+TIGHT = "--moe-macs --moe-macs-image-token-id 3 --moe-macs-capacity-factor 0.3 --moe-macs-reroute none"
 
 
-def test_a_module_by_its_name_and_a_run_too_small_to_plan(tmp_path):
-    flags = ("--moe-macs", "--moe-macs-min-tokens", "1000")
-    done, found = launched(tmp_path, "small", *flags, by_name=True)
-    assert done.returncode == 0 and found[0]["layer"] == "MACSMoELayer"
+def test_a_script_that_does_not_change_runs_with_macs(launched, tmp_path):
+    _, stock = launched(module=())
+    _, without = launched()
+    done, small = launched("--moe-macs", "--moe-macs-min-tokens", 1000, script=("-m", "script"))
     nothing = "MACS planned nothing: no forward pass in eval() mode had min_tokens = 1000"
     assert done.stderr.count(nothing) == 1
+    port = free_port(2)
+    recorded = "--moe-macs-record", "routing.safetensors", "--moe-macs-metrics-port", port
+    done, bounded = launched(*TIGHT.split(), *recorded, METRICS_PORT=str(port))
+    assert "MACS planned 2 times in 2 layers: kept " in done.stderr
+    for rank, found in enumerate(bounded):
+        dropped = r'macs_assignments_total{action="dropped",layer="0",modality="\w+"} (\S+)'
+        dropped = re.findall(dropped, found["metrics"])
+        assert len(dropped) == 2 and sum(map(float, dropped)) == found["dropped"] > 0
+        recording = Recording.load(tmp_path / f"routing.rank{rank}.safetensors")
+        records = [(one.layer, one.step, len(one.modality)) for one in recording.records]
+        assert records == [(0, 0, 80), (1, 0, 80)]
+        assert (recording.num_experts, recording.num_ranks, recording.top_k) == (4, 2, 2)
+        assert int((recording.records[0].modality > 0).sum()) == found["images"] == found["visual"] > 0
+        assert without[rank]["layer"] == "MoELayer" and small[rank]["layer"] == "MACSMoELayer"
+        for same in (without, small):
+            assert torch.equal(same[rank]["logits"], stock[rank]["logits"])
+        assert not torch.equal(found["logits"], stock[rank]["logits"])
 
 
-def test_a_script_that_does_not_change_calibrates(tmp_path):
-    out = tmp_path / "model.safetensors"
-    flags = ("--moe-macs", "--moe-macs-image-token-id", "3", "--moe-macs-calibrate", str(out))
-    done, found = launched(tmp_path, "calibrated", *flags)
-    assert done.returncode == 0, done.stderr
+def test_a_script_that_does_not_change_calibrates(launched, tmp_path):
+    flags = ("--moe-macs", "--moe-macs-image-token-id", "3", "--moe-macs-calibrate", "model.safetensors")
+    _, found = launched(*flags)
     # The script closes its process group, so that each rank has a file of its own.
     parts = [Profile.load(tmp_path / f"model.rank{rank}.safetensors") for rank in (0, 1)]
     profile = Profile.merged(parts)
@@ -219,26 +162,16 @@ def test_a_script_that_does_not_change_calibrates(tmp_path):
         ([__file__, "--moe-macs-level", "rank"], "found --moe-macs-level without --moe-macs"),
     ],
 )
-def test_mistakes_are_refused_before_the_script_runs(arguments, message):
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_macs.launch", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2 and message in done.stderr
+def test_mistakes_are_refused_before_the_script_runs(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        launch.main(arguments)
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", ["", "0", "3"])
-def test_a_script_without_moe_layers_gets_a_warning(tmp_path, code):
-    script = tmp_path / "dense.py"
-    script.write_text(f"import sys; sys.exit({code})\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_macs.launch", str(script), "--moe-macs"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode != 0 and "the script built no MoE layer" in done.stderr
+def test_a_script_without_moe_layers_gets_a_warning(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "dense.py").write_text(f"import sys; sys.exit({code})\n")
+    with pytest.raises((SystemExit, ValueError), match="the script built no MoE layer"):
+        launch.main([str(tmp_path / "dense.py"), "--moe-macs"])

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,17 +23,8 @@ HERE = importlib.util.find_spec("transformer_engine") is not None
     importlib.util.find_spec("megatron.core.inference.config") is None,
     reason="this Megatron's specs need an older transformer-engine",
 )
-def test_layers_are_built_with_its_grouped_experts():
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parent / "examples")])
-    done = subprocess.run(
-        [sys.executable, "-O", str(TESTS / "support" / "te_layers.py"), *([FOLDER] if FOLDER else [])],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_layers_are_built_with_its_grouped_experts(program):
+    done = program("-O", TESTS / "support" / "te_layers.py", *([FOLDER] if FOLDER else []))
     lines = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("LAYER ")]
     assert len(lines) == 5
     for line in lines:

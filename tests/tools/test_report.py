@@ -13,6 +13,7 @@ from support.estimates import profile_of
 
 from macs import MACSConfig, Recording, Tuning
 from macs.records.tuning import settings_of
+from macs_tools import cli
 from macs_tools.common.workloads import SHAPES
 from macs_tools.hardware.machine import machine
 from macs_tools.report.advice import advise
@@ -239,7 +240,10 @@ def test_a_profile_of_another_model_is_refused(tmp_path):
         (("x.jsonl", "--to", "b.safetensors"), "found no file"),
     ],
 )
-def test_mistakes_are_one_line(program, tmp_path, flags, message):
+def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, flags, message):
     recording(0).save(tmp_path / "r.safetensors")
-    done = program("-m", "macs_tools", "report", *flags, "--out", "page.html", status=2)
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["report", *flags, "--out", "page.html"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and len(error.splitlines()) == 1

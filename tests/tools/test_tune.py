@@ -11,6 +11,7 @@ pytest.importorskip("skimage", reason="scikit-image is not installed")
 
 from macs import MACSConfig, Profile, Runtime
 from macs.records.tuning import target_of
+from macs_tools import cli
 from macs_tools.tune import run, search
 
 NATURAL = np.array([1.2, 1.4, 1.3])
@@ -159,10 +160,18 @@ def test_an_interrupted_tuning_prints_what_is_kept(monkeypatch, capsys, tmp_path
         (("--engine", "megatron", "--batches", "read"), "--engine megatron: found --model or --batches"),
         (("--engine", "deepspeed", "--ranks", "4"), "--ranks: found 4 with 1 processes of deepspeed"),
         (("--model", ".", "--data", ".", "--batches", "read"), "--batches: found with --model"),
-        (("--groups", "3"), "groups: found 3, expected a divisor of the model's 4 layers"),
         (("--polcy", "macs"), "did you mean --policy?"),
     ],
 )
-def test_mistakes_are_one_line(tune, tmp_path, flags, message):
-    done = tune(tmp_path, *flags, status=2)
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["tune", "--out", "tuned.safetensors", *flags])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and len(error.splitlines()) == 1
+
+
+def test_a_mistake_found_with_the_model_is_one_line(tune, tmp_path):
+    done = tune(tmp_path, "--groups", "3", status=2)
+    assert "groups: found 3, expected a divisor of the model's 4 layers" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -2,8 +2,6 @@
 
 import logging
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -162,7 +160,7 @@ def test_ranks_that_torch_alone_knows_write_files_of_their_own(monkeypatch):
     assert len(runtime.layers) == 2 and rank_path(Path("a/b.x")) == Path("a/b.rank1.x")
 
 
-def test_sigterm_keeps_a_recording(tmp_path):
+def test_sigterm_keeps_a_recording(program, tmp_path):
     """What SLURM and Kubernetes send; a handler of the application's own stays."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -189,7 +187,5 @@ finally:
     options.finish(runtime)
 """
     )
-    command = [sys.executable, str(script), str(tmp_path / "routing.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    program(script, tmp_path / "routing.safetensors", status=128 + signal.SIGTERM)
     assert len(Recording.load(tmp_path / "routing.safetensors").records) == 1

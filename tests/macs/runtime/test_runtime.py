@@ -1,8 +1,6 @@
 """The runtime, its records, and the planner's own doors."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -192,7 +190,7 @@ def test_too_large_a_plan_is_refused():
 
 
 @pytest.mark.e2e
-def test_macs_needs_torch_alone():
+def test_macs_needs_torch_alone(program):
     code = (
         "import sys\n"
         "class Only:\n"
@@ -214,7 +212,7 @@ def test_macs_needs_torch_alone():
         "else:\n"
         "    raise SystemExit('metrics were served without prometheus-client')\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    program("-c", code)
 
 
 def test_drift_compares_what_ran_with_the_profile(caplog):

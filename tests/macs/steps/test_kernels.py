@@ -142,9 +142,8 @@ def test_rerouting(count, sources, share, by_weight, rows, seed):
     # More room than was left, so that there is somewhere to go.
     more = replace(placed, remaining=placed.remaining + 5 * UNIT)
     more = more if placed.remaining_rows is None else replace(more, remaining_rows=placed.remaining_rows + 4)
-    for rounds in (1, 3):
-        found, expected, *_ = both(rerouting.reroute, asked, more, constants, rounds)
-        assert same(found, expected)
+    found, expected, *_ = both(rerouting.reroute, asked, more, constants, 1 + 2 * (seed % 2))
+    assert same(found, expected)
 
 
 @kernel_test
