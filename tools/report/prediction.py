@@ -135,5 +135,6 @@ def predict(
         if traffic.typical > BALANCED and size > 1
     }
     estimates = None if profile is None else profile.compensation
-    explained = {} if estimates is None else estimates.explained_by_modality()
+    shares = [] if estimates is None else estimates.explained.T.tolist()
+    explained = dict(zip(("text", "visual"), shares, strict=False))
     return Prediction(rows, list(sizes), layers, pays, verified, model, shape, explained)

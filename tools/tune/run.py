@@ -145,8 +145,7 @@ def shares_of(compensation: Compensation) -> Table:
     table = Table(caption=caption, caption_justify="left")
     for name in ("layer", "text", "visual"):
         table.add_column(name, justify="right")
-    shares = compensation.explained_by_modality()
-    for layer, (text, visual) in enumerate(zip(shares["text"], shares["visual"], strict=True)):
+    for layer, (text, visual) in enumerate(compensation.explained.tolist()):
         table.add_row(str(layer), f"{text:.3f}", f"{visual:.3f}")
     return table
 
