@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from tiny_vlm.arguments import checked, example_parser
-
-from macs_tools.common.command import one_line, quiet
+from tiny_vlm.arguments import example
 
 CONFIG = Path(__file__).parent / "ds_config.json"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = example_parser("deepspeed_moe_inference", __doc__)
-    parser.add_argument("--deepspeed_config", type=Path, default=CONFIG)
-    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
-    return checked(parser)
+FLAGS: dict[str, dict[str, Any]] = {
+    "--deepspeed_config": {"type": Path, "default": CONFIG},
+    "--local_rank": {"type": int, "help": "set by the deepspeed launcher"},
+}
 
 
 def build(arguments: argparse.Namespace, console: Any) -> Any:
@@ -64,21 +60,5 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     return experiment
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Run what the arguments, which are in order, ask for."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from tiny_vlm.deepspeed import start
-    from tiny_vlm.experiment import run
-
-    run(arguments, start, build, f"DeepSpeed {deepspeed.__version__}, deepspeed.moe.layer.MoE")
-
-
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    quiet()
-    with one_line("deepspeed_moe_inference"):
-        main(arguments)
+    example("deepspeed_moe_inference", __doc__, build, "deepspeed", "deepspeed.moe.layer.MoE", FLAGS)

@@ -14,31 +14,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from tiny_vlm.arguments import PROFILE, checked, example_parser
-
-from macs_tools.common.command import one_line, quiet
+from tiny_vlm.arguments import example
 
 CONFIG = Path(__file__).parent / "ds_autoep_config.json"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = example_parser("deepspeed_qwen3_vl_moe", __doc__)
-    parser.add_argument("--model", type=Path, help="a checkpoint directory in Hugging Face format")
-    parser.add_argument("--dtype", default="auto", help="of --model: auto, float32, bfloat16, ...")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer of --model")
-    parser.add_argument("--deepspeed_config", type=Path, default=CONFIG)
-    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
-    arguments = checked(parser, own_model=True)
-    if arguments.model is not None:
-        if not (arguments.model / "config.json").is_file():
-            parser.error(f"--model: found no config.json in {arguments.model}")
-        if arguments.profile is None:
-            arguments.profile = PROFILE.with_name(f"{arguments.model.resolve().name}.profile.safetensors")
-    return arguments
+FLAGS: dict[str, dict[str, Any]] = {
+    "--model": {"type": Path, "help": "a checkpoint directory in Hugging Face format"},
+    "--dtype": {"default": "auto", "help": "of --model: auto, float32, bfloat16, ..."},
+    "--tokens": {"type": int, "default": 16, "help": "tokens of an answer of --model"},
+    "--deepspeed_config": {"type": Path, "default": CONFIG},
+    "--local_rank": {"type": int, "help": "set by the deepspeed launcher"},
+}
 
 
 def build(arguments: argparse.Namespace, console: Any) -> Any:
@@ -82,21 +72,5 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     )
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Run what the arguments, which are in order, ask for."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from tiny_vlm.deepspeed import start
-    from tiny_vlm.experiment import run
-
-    run(arguments, start, build, f"DeepSpeed {deepspeed.__version__}, AutoEP")
-
-
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    quiet()
-    with one_line("deepspeed_qwen3_vl_moe"):
-        main(arguments)
+    example("deepspeed_qwen3_vl_moe", __doc__, build, "deepspeed", "AutoEP", FLAGS)

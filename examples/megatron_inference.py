@@ -11,18 +11,9 @@ CUDA calls; with GPUs it uses NCCL and no shim.
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from typing import Any
 
-from tiny_vlm.arguments import checked, example_parser
-
-from macs_tools.common.command import one_line, quiet
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = example_parser("megatron_inference", __doc__)
-    parser.add_argument("--dispatcher", choices=("alltoall", "allgather"), default="alltoall")
-    return checked(parser)
+from tiny_vlm.arguments import example
 
 
 def build(arguments: argparse.Namespace, console: Any) -> Any:
@@ -43,12 +34,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
 
     source = tiny.load_model(arguments.checkpoint)
     runtime = Runtime()
-    model = build_megatron_model(
-        source,
-        runtime,
-        expert_model_parallel_size=dist.get_world_size(),
-        moe_token_dispatcher_type=arguments.dispatcher,
-    )
+    model = build_megatron_model(source, runtime, expert_model_parallel_size=dist.get_world_size())
     attach_modality(model, image_token_id=source.config.image_token_id)
     pictures = PictureEncoder(source)
     if torch.cuda.is_available():
@@ -66,22 +52,5 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     )
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Run what the arguments, which are in order, ask for."""
-    import megatron.core
-    import torch
-    from tiny_vlm.experiment import run
-    from tiny_vlm.megatron import start_expert_parallel
-
-    from megatron_macs import cpu_engine
-
-    title = f"Megatron-Core {megatron.core.__version__}, {arguments.dispatcher}"
-    with nullcontext() if torch.cuda.is_available() else cpu_engine():
-        run(arguments, start_expert_parallel, build, title)
-
-
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    quiet()
-    with one_line("megatron_inference"):
-        main(arguments)
+    example("megatron_inference", __doc__, build, "megatron", "alltoall")

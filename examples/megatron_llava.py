@@ -11,18 +11,9 @@ processes. On a CPU it uses gloo and a shim for Megatron's CUDA calls.
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from typing import Any
 
-from tiny_vlm.arguments import checked, example_parser
-
-from macs_tools.common.command import one_line, quiet
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = example_parser("megatron_llava", __doc__)
-    parser.set_defaults(samples=280, batch=14, repeats=3)
-    return checked(parser)
+from tiny_vlm.arguments import example
 
 
 def build(arguments: argparse.Namespace, console: Any) -> Any:
@@ -56,22 +47,14 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
     )
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Run what the arguments, which are in order, ask for."""
-    import megatron.core
-    import torch
-    from tiny_vlm.experiment import run
-    from tiny_vlm.megatron import start_expert_parallel
-
-    from megatron_macs import cpu_engine
-
-    title = f"Megatron-Core {megatron.core.__version__}, LLaVA, a request at a time"
-    with nullcontext() if torch.cuda.is_available() else cpu_engine():
-        run(arguments, start_expert_parallel, build, title)
-
-
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    quiet()
-    with one_line("megatron_llava"):
-        main(arguments)
+    example(
+        "megatron_llava",
+        __doc__,
+        build,
+        "megatron",
+        "LLaVA, a request at a time",
+        samples=280,
+        batch=14,
+        repeats=3,
+    )

@@ -24,9 +24,9 @@ from rich.console import Console
 from tiny_vlm import CHECKPOINT
 
 from macs_tools.common.command import Parser
-from macs_tools.common.picture import picture
 
 from .pages import FIGURES, MODELS, ROOT, write_pages
+from .picture import picture
 
 PICTURES = ROOT / "docs" / "pictures"
 KINDS = "small", "pair", "read"

@@ -31,12 +31,12 @@ from macs import MACSConfig
 from macs_tools.common.answers import divergence
 from macs_tools.common.command import Parser, output_file
 from macs_tools.common.intervals import bootstrap
-from macs_tools.common.picture import picture
 from macs_tools.hardware.machine import ENGINES, GPUS
 from macs_tools.hardware.prefill import MODELS, Machine, Prefill, served_prompts
 from macs_tools.report.placement import replicated
 
 from .model import Bench, measuring
+from .picture import picture
 from .pruning import AFTER, BEFORE, AfterLayer, Pruned
 from .statistics import Answers
 

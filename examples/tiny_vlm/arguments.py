@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from macs import POLICIES, MACSConfig
-from macs_tools.common.command import Parser, output_file
+from macs_tools.common.command import Parser, one_line, output_file, quiet
 
 from . import CHECKPOINT, data
 from .vocabulary import FILLER, VOCABULARY, encode
@@ -34,7 +36,6 @@ def example_parser(script: str, description: str | None) -> Parser:
     parser.add_argument(
         "--target-load", type=float, help="most rows of a rank over the mean, for every policy"
     )
-    parser.add_argument("--capacity-factor", type=float, help="gamma, in its place")
     parser.add_argument("--samples", type=int, default=896, help="questions to ask")
     parser.add_argument("--batch", type=int, default=64, help="questions asked at once, over all ranks")
     parser.add_argument("--repeats", type=int, default=9, help="prompts timed for each policy")
@@ -48,18 +49,41 @@ def example_parser(script: str, description: str | None) -> Parser:
     return parser
 
 
-def checked(parser: Parser, own_model: bool = False) -> argparse.Namespace:
-    """The arguments, or one line about what is wrong with them, from the first process. own_model: there may
-    be a ``--model``, to which the tiny model's vocabulary and experts do not apply."""
+def example(
+    name: str,
+    description: str | None,
+    build: Callable[[argparse.Namespace, Any], Any],
+    engine: str,
+    what: str,
+    flags: Mapping[str, dict[str, Any]] | None = None,
+    **defaults: Any,
+) -> None:
+    """Run an example: ``build`` makes an ``Experiment`` in an engine, "megatron" or "deepspeed".
+
+    what: said of the engine under the table. flags: further ones; with ``--model`` a model of one's own may
+    take the tiny one's place.
+    """
+    parser = example_parser(name, description)
+    for flag, options in (flags or {}).items():
+        parser.add_argument(flag, **options)
+    parser.set_defaults(**defaults)
+    arguments = checked(parser)
+    quiet()
+    with one_line(name):
+        from .experiment import run  # which imports torch
+
+        run(arguments, build, engine, what)
+
+
+def checked(parser: Parser) -> argparse.Namespace:
+    """The arguments, or one line about what is wrong with them, from the first process."""
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error(f"run me under torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
-    own_model = own_model and arguments.model is not None
+    own_model = getattr(arguments, "model", None) is not None  # the tiny one's vocabulary does not apply
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if not own_model and EXPERTS % processes:
         parser.error(f"found {processes} processes, expected a divisor of the model's {EXPERTS} experts")
-    if arguments.target_load is not None and arguments.capacity_factor is not None:
-        parser.error("--target-load and --capacity-factor: found both, expected one of them")
     if (arguments.picture is None) != (arguments.question is None):
         parser.error("--picture and --question go together: found one of them")
     for name in ("samples", "batch", "repeats"):
@@ -69,12 +93,14 @@ def checked(parser: Parser, own_model: bool = False) -> argparse.Namespace:
         parser.error(
             f"--samples: found {arguments.samples}, fewer than one batch (--batch {arguments.batch})"
         )
-    if not own_model and not (arguments.checkpoint / "config.json").is_file():
-        parser.error(f"--checkpoint: found no config.json in {arguments.checkpoint}")
+    name = "model" if own_model else "checkpoint"
+    if not (getattr(arguments, name) / "config.json").is_file():
+        parser.error(f"--{name}: found no config.json in {getattr(arguments, name)}")
+    if own_model and arguments.profile is None:
+        arguments.profile = PROFILE.with_name(f"{arguments.model.resolve().name}.profile.safetensors")
     try:
-        flags = {name: getattr(arguments, name) for name in ("target_load", "capacity_factor")}
         base = MACSConfig() if arguments.config is None else MACSConfig.from_file(arguments.config)
-        base.updated(**{name: value for name, value in flags.items() if value is not None})
+        base.updated(target_load=arguments.target_load)
         if arguments.picture is not None:
             with Image.open(arguments.picture) as image:
                 image.verify()

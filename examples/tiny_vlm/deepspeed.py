@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read on import
 
 import deepspeed
-import torch
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
@@ -15,9 +22,11 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 from .experiment import VANILLA, Experiment
 
 
-def start() -> None:
-    """Join the process group."""
+@contextmanager
+def joined() -> Iterator[None]:
+    """In the process group."""
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    yield
 
 
 class SwiGLU(nn.Module):

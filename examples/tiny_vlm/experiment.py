@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from macs import POLICIES, MACSConfig, Profile, Runtime
+from macs.adapters import summarized
 from macs.config import TARGET_LOAD
 from macs.runtime.launch import first_process
 from macs_tools.common.answers import divergence
@@ -26,7 +30,7 @@ from . import CHECKPOINT, data
 from . import model as tiny
 from .arguments import PROFILE, question_tokens
 from .clock import LayerClock
-from .results import Results, results_table, summarize
+from .results import Results, results_table
 from .vocabulary import words_of
 
 VANILLA = "vanilla"
@@ -47,7 +51,7 @@ def columns_of(arguments: argparse.Namespace) -> Shown:
     ranks, whose file is the profile then."""
     tuning = Path(__file__).parent / f"tuning-{dist.get_world_size()}-ranks.safetensors"
     own = arguments.profile is not None or arguments.checkpoint != CHECKPOINT
-    if own or arguments.capacity_factor is not None or not tuning.exists():
+    if own or not tuning.exists():
         return COLUMNS
     arguments.profile = tuning
     return {**COLUMNS, "tuned": ("macs", MACSConfig(split="tuned", max_kl=MAX_KL))}
@@ -61,10 +65,8 @@ def share_of(arguments: argparse.Namespace) -> int:
 def settings_by_name(arguments: argparse.Namespace, columns: Shown) -> Shown:
     """Column title -> policy and settings, vanilla first; ``columns`` where no file gives settings. The last
     of them without a split says how much the baselines may take."""
-    flags = {name: getattr(arguments, name) for name in ("target_load", "capacity_factor")}
-    changes: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    if changes:
-        changes["max_kl"] = None
+    target = arguments.target_load
+    changes: dict[str, Any] = {} if target is None else {"target_load": target, "max_kl": None}
     policy, last = [one for one in columns.values() if one[1].split == "uniform"][-1]
     if arguments.config is None:
         base = POLICIES[policy].configured(last)
@@ -207,16 +209,21 @@ class Experiment:
                 given = stock if title == VANILLA else self.scored(batches, expected)
                 kl[title] = self.gathered([divergence(*pair) for pair in zip(stock, given, strict=True)])
             times = self.layer_times(batches[0], chosen, profile, progress)
+        tasks = [one for one in data.TASKS if any(sample.task == one for sample in asked)]
+
+        def right(title: str, task: str) -> float:
+            pairs = zip(answers[title], asked, strict=True)
+            return statistics.mean(found == one.answer for found, one in pairs if one.task == task)
+
         return {
-            title: summarize(
-                asked,
-                answers[title],
-                answers[VANILLA],
-                kl[title],
-                reports[title],
-                times[title],
-                times[VANILLA],
-            )
+            title: {
+                **summarized(reports[title]),
+                "accuracy": {task: right(title, task) for task in tasks},
+                "agreement": statistics.mean(map(operator.eq, answers[title], answers[VANILLA])),
+                "kl": statistics.mean(kl[title]) if kl[title] else None,
+                "layer_ms": times[title],
+                "time_ratio": times[title] / times[VANILLA],
+            }
             for title in chosen
         }
 
@@ -266,14 +273,20 @@ class Experiment:
         return {}
 
 
-def describe_run(arguments: argparse.Namespace, engine: str, share: int) -> str:
+ENGINES = {"megatron": ("Megatron-Core", "megatron-core"), "deepspeed": ("DeepSpeed", "deepspeed")}
+"""Names, as they are written and installed."""
+
+
+def describe_run(arguments: argparse.Namespace, engine: str, what: str, share: int) -> str:
     """The caption of a table: what was run, and what its rows mean."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    name, package = ENGINES[engine]
     ranks = dist.get_world_size()
     batch = share * ranks
     asked = arguments.samples // batch * batch
     return (
-        f"{engine}, {ranks} expert-parallel ranks, {device}; {asked} questions in batches of {batch}. "
+        f"{name} {version(package)}, {what}, {ranks} expert-parallel ranks, {device}; {asked} questions in "
+        f"batches of {batch}. "
         "Load: the largest rank's rows over the mean of the router's choice. KL: of the answers, in nats, "
         "from vanilla. Same: answers that equal vanilla's; pictures, texts: right answers. ms: of a MoE "
         "layer in prefill, median on the slowest rank; time: over vanilla's, the engine's own layer."
@@ -287,7 +300,7 @@ NEXT = """Next:
   every figure       --json FILE"""
 
 
-def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> None:
+def show(arguments: argparse.Namespace, experiment: Experiment, engine: str, what: str) -> None:
     """Run what the arguments ask for and print it."""
     console = experiment.console
     if arguments.picture is not None:
@@ -296,7 +309,7 @@ def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> 
         console.print(experiment.caution)
         return
     results = experiment.run()
-    caption = describe_run(arguments, engine, experiment.share)
+    caption = describe_run(arguments, engine, what, experiment.share)
     if "macs tuned" in results:
         caption += experiment.about_tuned()
     console.print(results_table(results, experiment.further_columns(list(results))))
@@ -308,17 +321,17 @@ def show(arguments: argparse.Namespace, experiment: Experiment, engine: str) -> 
 
 def run(
     arguments: argparse.Namespace,
-    start: Callable[[], None],
     build: Callable[[argparse.Namespace, Console], Experiment],
     engine: str,
+    what: str,
 ) -> None:
-    """An example's whole run on this rank: ``start`` joins the process group, ``build`` loads the model."""
+    """An example's whole run on this rank: ``build`` loads the model into the engine."""
     console = Console(quiet=not first_process())
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    start()
-    with console.status("loading the model"):
-        experiment = build(arguments, console)
-    show(arguments, experiment, engine)
-    dist.barrier()
-    dist.destroy_process_group()
+    with import_module(f".{engine}", __package__).joined():
+        with console.status("loading the model"):
+            experiment = build(arguments, console)
+        show(arguments, experiment, engine, what)
+        dist.barrier()
+        dist.destroy_process_group()

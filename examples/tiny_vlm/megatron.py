@@ -7,7 +7,7 @@ embeddings. Experts are spread over the expert-parallel ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from macs import Runtime
-from megatron_macs import with_macs
+from megatron_macs import cpu_engine, with_macs
 
 from .data import Sample
 from .model import picture_inputs
@@ -59,10 +59,13 @@ class TinyVLM(GPTModel):
         return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
 
 
-def start_expert_parallel() -> None:
-    """Join the process group and Megatron's parallel groups: every rank holds a part of the experts."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
+@contextmanager
+def joined() -> Iterator[None]:
+    """In the process group and in Megatron's parallel groups, every rank with a part of the experts."""
+    with nullcontext() if torch.cuda.is_available() else cpu_engine():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
+        yield
 
 
 def transformer_config(source: Any, **changes: Any) -> TransformerConfig:

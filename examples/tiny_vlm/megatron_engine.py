@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from macs_tools.common.static_engine import answer, static_engine
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.inference_request import InferenceRequest
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+    GPTInferenceWrapper,
+)
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+    TextGenerationController,
+)
 
 from .data import ANSWER_TOKENS, PROMPT_TOKENS, Sample
 from .megatron import PictureEncoder, TinyVLM
+from .static_engine import engine_of, greedy, wrapper_arguments
 from .vocabulary import END, VOCABULARY, up_to_end, words_of
 
 
@@ -31,16 +39,12 @@ class Engine:
     Every expert-parallel rank must call it equally often, with batches of its own.
     """
 
-    def __init__(
-        self,
-        model: TinyVLM,
-        pictures: PictureEncoder,
-        largest_batch: int,
-        prompt_tokens: int = PROMPT_TOKENS,
-    ) -> None:
+    def __init__(self, model: TinyVLM, pictures: PictureEncoder, largest_batch: int) -> None:
         self.model = model
         self.pictures = pictures
-        self.engine = static_engine(model, WordTokenizer(), largest_batch, prompt_tokens + ANSWER_TOKENS)
+        context = StaticInferenceContext(largest_batch, PROMPT_TOKENS + ANSWER_TOKENS)
+        wrapper = GPTInferenceWrapper(model, *wrapper_arguments(model, context))
+        self.engine = engine_of(TextGenerationController(wrapper, WordTokenizer()), largest_batch)
 
     def generate(self, samples: Sequence[Sample], tokens: int = ANSWER_TOKENS) -> list[list[int]]:
         """The answer to every sample: token ids up to and with the end token.
@@ -48,6 +52,15 @@ class Engine:
         All prompts have as many tokens (``PROMPT_TOKENS``), so that they prefill in one step; and every
         answer takes ``tokens`` steps, so that ranks stay in step.
         """
+        requests = [
+            InferenceRequest(
+                request_id=self.engine.get_new_request_id(),
+                prompt="",
+                prompt_tokens=list(sample.prompt),
+                sampling_params=greedy(tokens),
+            )
+            for sample in samples
+        ]
         with self.model.pictures(self.pictures(samples)):
-            answers = answer(self.engine, [list(sample.prompt) for sample in samples], tokens)
-        return [up_to_end(ids) for ids in answers]
+            results = self.engine.generate(inference_requests=requests)
+        return [up_to_end(result.generated_tokens.tolist()) for result in results]

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from macs import Runtime
-from macs_tools.common.static_engine import engine_of, greedy, wrapper_arguments
 from megatron_macs import with_macs
 
 from .data import ANSWER_TOKENS, PROMPT_TOKENS, Sample
@@ -35,6 +34,7 @@ from .megatron import copy_weights, transformer_config
 from .megatron_engine import WordTokenizer
 from .model import picture_inputs
 from .pictures import IMAGE_TOKENS, PICTURE_SIZE
+from .static_engine import engine_of, greedy, wrapper_arguments
 from .vocabulary import up_to_end
 
 PATCH = PICTURE_SIZE // round(IMAGE_TOKENS**0.5)  # pixels a side of what one token stands for

@@ -8,39 +8,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from macs.adapters import summarized
-
 from . import data
 
 Results = dict[str, Any]
 """What one policy did: ``macs.METRICS``, accuracy by task, agreement with vanilla, KL from vanilla in nats
 (none where an engine gives no log-probabilities), layer_ms on the slowest rank and time_ratio to vanilla."""
-
-
-def summarize(
-    asked: list[data.Sample],
-    answers: list[list[int]],
-    vanilla: list[list[int]],
-    kl: list[float],
-    reports: list,
-    milliseconds: float,
-    vanilla_milliseconds: float,
-) -> Results:
-    """The figures of one policy: means over samples, or over layers and batches of prompts."""
-    accuracy = {}
-    for task in data.TASKS:
-        hits = [answer == s.answer for s, answer in zip(asked, answers, strict=True) if s.task == task]
-        if hits:
-            accuracy[task] = statistics.mean(hits)
-
-    return {
-        **summarized(reports),
-        "accuracy": accuracy,
-        "agreement": statistics.mean(own == other for own, other in zip(answers, vanilla, strict=True)),
-        "kl": statistics.mean(kl) if kl else None,
-        "layer_ms": milliseconds,
-        "time_ratio": milliseconds / vanilla_milliseconds,
-    }
 
 
 def results_table(results: dict[str, Results], further: dict[str, list[str]] | None = None) -> Table:

@@ -1,7 +1,7 @@
 """How many kernels a plan launches on a GPU, step by step, counted without one.
 
     macs bench launches                     # the defaults, the presets and the baselines
-    macs bench launches --shape 8192 2048 128 8 8 --operators
+    macs bench launches --shape 8192 2048 128 8 8
 
 Mask, adapter, planner and recorder run on fake CUDA tensors: every operator that would launch is counted by
 what it launches, every Triton kernel is one, and what would read a value on the host is an error.
@@ -165,40 +165,28 @@ def count(
 
 MASK, ADAPTER, RECORD = "mask and layout, once a pass", "Megatron's adapter", "record"
 
-PLANS = {
-    "defaults": 8,
-    "with rerouting": 12,
-    "paper": 11,
-    "paper at 1.05": 14,
-    "safe": 16,
-    "padded": 16,
-    "token-drop": 7,
-    "rank-balanced": 10,
-    "expanded-drop": 8,
+PLANS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "defaults": (8, "macs", {}),
+    "with rerouting": (12, "macs", {"reroute": "group"}),
+    "paper": (11, "paper", {}),
+    "paper at 1.05": (14, "paper", {"target_load": 1.05}),
+    "macs safe": (16, "macs", {"preset": "safe"}),
+    "padded": (16, "padded", {}),
+    "token drop": (7, "token-drop", {}),
+    "rank-balanced": (10, "rank-balanced", {}),
+    "expanded drop": (8, "expanded-drop", {}),
 }
-"""What a plan of each case launches: a test holds every case to its number, and the cost model uses
+"""What a plan launches, its policy and settings: a test holds every plan to its number; the cost model uses
 it."""
 
 AROUND = 6
 """What Megatron's adapter and the recorder launch beside it."""
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "defaults": ("macs", {}),
-    "with rerouting": ("macs", {"reroute": "group"}),
-    "paper": ("paper", {}),
-    "paper at 1.05": ("paper", {"target_load": 1.05}),
-    "safe": ("macs", {"preset": "safe"}),
-    "padded": ("padded", {}),
-    "token-drop": ("token-drop", {}),
-    "rank-balanced": ("rank-balanced", {}),
-    "expanded-drop": ("expanded-drop", {}),
-}
 
-
-def table(shape: Sequence[int]) -> tuple[Table, dict[str, Launches]]:
-    """Launches of every case by step."""
+def table(shape: Sequence[int]) -> Table:
+    """Launches of every plan by step."""
     found: dict[str, Launches] = {}
-    for title, (policy, settings) in CASES.items():
+    for title, (_, policy, settings) in PLANS.items():
         found[title] = count(policy, settings, shape)
     shown = Table(title="kernels launched by a plan")
     shown.add_column("")
@@ -211,7 +199,7 @@ def table(shape: Sequence[int]) -> tuple[Table, dict[str, Launches]]:
     shown.add_row("a plan", *(str(sum(one.by_step[step] for step in steps)) for one in found.values()))
     for step in (ADAPTER, RECORD, MASK):
         shown.add_row(step, *(str(one.by_step[step] or "") for one in found.values()))
-    return shown, found
+    return shown
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -219,11 +207,4 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shape", nargs=5, type=int, metavar=("T", "D", "E", "K", "R"), default=(8192, 2048, 128, 8, 8)
     )
-    parser.add_argument("--operators", action="store_true", help="what the defaults launch, one by one")
-    arguments = parser.parse_args(given)
-    shown, found = table(arguments.shape)
-    console = Console()
-    console.print(shown)
-    if arguments.operators:
-        for (step, name), launches in sorted(found["defaults"].by_operator.items()):
-            console.print(f"{step:20} {launches:4} {name}")
+    Console().print(table(parser.parse_args(given).shape))

@@ -20,16 +20,6 @@ DTYPE_BYTES = {"bf16": 2, "fp8": 1}
 MEMORY_GBS = {"h100": 3350.0, "h200": 4800.0, "b200": 8000.0}
 """10^9 bytes/s as NVIDIA states them; only what a plan reads and writes is timed by them."""
 
-CASE_OF = {
-    "token drop": "token-drop",
-    "expanded drop": "expanded-drop",
-    "rank-balanced": "rank-balanced",
-    "paper": "paper at 1.05",
-    "macs safe": "safe",
-    "*": "defaults",
-}
-"""The counted plan of every contender."""
-
 EAGER_MS = 4e-3
 """Guessed of a launch that PyTorch or Triton makes."""
 
@@ -82,7 +72,8 @@ def machine(gpu: str, engine: str, shape: Shape, dtype: str = "bf16") -> CostMod
         top_k=shape.top_k,
         tokens=shape.tokens,
         planner_ms={"*": shape.tokens * (6 * shape.hidden + 400) / MEMORY_GBS[gpu] / 1e6},
-        launches={title: PLANS[case] + AROUND for title, case in CASE_OF.items()},
+        launches={title: PLANS[title][0] + AROUND for title in PLANS}
+        | {"*": PLANS["defaults"][0] + AROUND, "paper": PLANS["paper at 1.05"][0] + AROUND},
         launch_ms=EAGER_MS,
         origin=f"{gpu.upper()}, {ENGINES[engine]} {source['engines'][engine]}, {dtype}: experts fitted to "
         f"{fit}, exchange to DeepEP's{' (beyond a node: of H100s)' if gpu == 'b200' else ''}, both published "

@@ -1,16 +1,14 @@
-"""Megatron's static inference engine around a model, in both supported versions."""
+"""Megatron's static inference engine, in both supported versions."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.engines.static_engine import StaticInferenceEngine
-from megatron.core.inference.inference_request import InferenceRequest
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
     GPTInferenceWrapper,
 )
@@ -21,15 +19,6 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.models.gpt import GPTModel
 
 
-def static_engine(
-    model: GPTModel, tokenizer: Any, largest_batch: int, largest_length: int
-) -> StaticInferenceEngine:
-    """Megatron's static engine around a model, for so many sequences of so many tokens, answers and all."""
-    context = StaticInferenceContext(largest_batch, largest_length)
-    wrapper = GPTInferenceWrapper(model, *wrapper_arguments(model, context))
-    return engine_of(TextGenerationController(wrapper, tokenizer), largest_batch)
-
-
 def engine_of(controller: TextGenerationController, largest_batch: int) -> StaticInferenceEngine:
     """Megatron's static engine of a controller."""
     # Newer versions make theirs part of the constructor's work, older ones of the caller's.
@@ -38,22 +27,6 @@ def engine_of(controller: TextGenerationController, largest_batch: int) -> Stati
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return StaticInferenceEngine(controller, max_batch_size=largest_batch, legacy=True)
-
-
-def answer(engine: StaticInferenceEngine, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
-    """So many tokens after every prompt, the likeliest each time."""
-    parameters = greedy(tokens)
-    requests = [
-        InferenceRequest(
-            request_id=engine.get_new_request_id(),
-            prompt="",
-            prompt_tokens=prompt,
-            sampling_params=parameters,
-        )
-        for prompt in prompts
-    ]
-    results = engine.generate(inference_requests=requests)
-    return [result.generated_tokens.tolist() for result in results]
 
 
 def greedy(tokens: int) -> SamplingParams:
