@@ -25,23 +25,18 @@ class MACSBlock(Options):
     sequence_major      hidden states are [S, B, D] in ``deepspeed.moe.layer.MoE``, not [B, S, D]
     second_expert_sampling  with k = 2, keep the noise with which the gate is configured to choose its second
                         expert; otherwise the choice is deterministic
-    virtual_ranks       plan, in one process, as so many expert-parallel ranks would
     """
 
     enabled: bool = True
     modality: str = "auto"
     sequence_major: bool = False
     second_expert_sampling: bool = False
-    virtual_ranks: int = 1
 
     def __post_init__(self) -> None:
         for name in ("enabled", "sequence_major", "second_expert_sampling"):
             if not isinstance(getattr(self, name), bool):
                 self.refuse(name, "true or false")
         check_name("macs modality", self.modality, MODALITIES)
-        count = self.virtual_ranks
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            self.refuse("virtual_ranks", "a number of ranks, 1 or more")
         super().__post_init__()
 
     @property

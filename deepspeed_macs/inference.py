@@ -9,7 +9,6 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,45 +75,35 @@ def install(macs: Block | str | Path | None = None) -> Callable[[], None]:
     which the last one acts. A script that did ``from deepspeed import initialize`` before this is not
     reached.
     """
-    return _installed.add(_Default(None if macs is None else _read_block(macs)))
+    if isinstance(macs, (str, Path)):
+        values = read_mapping(macs)
+        block: MACSBlock | None = block_of(values.get("macs", values))
+    else:
+        block = None if macs is None else block_of(macs)
+    return _installed.add((block,))
 
 
-@dataclass(frozen=True)
-class _Default:
-    """The block of an installation, for configs that have none."""
-
-    block: MACSBlock | None
-
-
-def _put() -> Callable[[], None]:
-    """Replace DeepSpeed's functions by ours."""
+def _replacements() -> list[tuple[Any, str, Any]]:
+    """DeepSpeed's functions, ours around them."""
     before = deepspeed.init_inference, deepspeed.initialize
 
     @functools.wraps(before[0])
     def init_inference(*args: Any, **kwargs: Any) -> Any:
         if _installed.current is None:  # kept by a caller after uninstalling
             return before[0](*args, **kwargs)
-        return _init_inference_with(before[0], _installed.current.block, *args, **kwargs)
+        return _init_inference_with(before[0], *_installed.current, *args, **kwargs)
 
     @functools.wraps(before[1])
     def initialize(*args: Any, **kwargs: Any) -> Any:
         if _installed.current is None:
             return before[1](*args, **kwargs)
-        return _initialize_with(before[1], _installed.current.block, *args, **kwargs)
+        return _initialize_with(before[1], *_installed.current, *args, **kwargs)
 
-    deepspeed.init_inference, deepspeed.initialize = init_inference, initialize
-
-    def restore() -> None:
-        # A later patch of someone else stays, and ours beneath it only passes calls on.
-        if deepspeed.init_inference is init_inference:
-            deepspeed.init_inference = before[0]
-        if deepspeed.initialize is initialize:
-            deepspeed.initialize = before[1]
-
-    return restore
+    return [(deepspeed, "init_inference", init_inference), (deepspeed, "initialize", initialize)]
 
 
-_installed: Patch[_Default] = Patch(_put)
+_installed: Patch[tuple[MACSBlock | None]] = Patch(_replacements)
+"""With the block for configs that have none."""
 
 
 def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) -> Runtime:
@@ -142,7 +131,7 @@ def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) ->
         record_router_logits(model)
     _join_groups(model)
     # DeepSpeed's own MoE layer pads every expert to the fullest one: each expert needs a bound.
-    runtime = block.runtime("padded" if gates else "macs", block.virtual_ranks)
+    runtime = block.runtime("padded" if gates else "macs")
     _put_in(model, block, runtime, gates, autoep, tensor_parallel_size)
     if block.record is not None or block.calibrate is not None:
         # The layers are kept until then: what they recorded is known with them.
@@ -291,14 +280,6 @@ def _config_of(call: Mapping[str, Any]) -> tuple[str, Any]:
         if call.get(name) is not None:
             return name, call[name]
     return "args", getattr(call.get("args"), "deepspeed_config", None)
-
-
-def _read_block(macs: Block | str | Path) -> MACSBlock:
-    """A block from itself or from a file, which may hold it bare or as ``"macs"``."""
-    if not isinstance(macs, (str, Path)):
-        return block_of(macs)
-    values = read_mapping(macs)
-    return block_of(values.get("macs", values))
 
 
 def _why_blind(model: nn.Module) -> str | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -28,30 +28,34 @@ def install(
     a modality's token, the mask is left to ``macs.modality``. ``built`` gets every layer that is built, where
     layers must outlive the code that builds them, as for a report at its end.
     """
-    return _installed.add((runtime, token_ids or {}, built))
+    return _installed.add(_Installation(runtime, token_ids or {}, built))
 
 
-def _put() -> Callable[[], None]:
-    """Wrap the engine's constructors of layers and models."""
-    undo = [_wrap(TransformerLayer, _build_layer)]
+def _replacements() -> Iterator[tuple[type, str, Any]]:
+    """The engine's constructors of layers and models, wrapped."""
+    yield TransformerLayer, "__init__", _wrapped(TransformerLayer, _build_layer)
     wrapped: list[type] = []
     for model in models():
         if not issubclass(model, tuple(wrapped)):
-            undo.append(_wrap(model, _build_model))
             wrapped.append(model)
-
-    def restore() -> None:
-        for one in reversed(undo):
-            one()
-
-    return restore
+            yield model, "__init__", _wrapped(model, _build_model)
 
 
-_installed: Patch[tuple[Runtime, dict[str, int], list[Any] | None]] = Patch(_put)
+class _Installation(NamedTuple):
+    runtime: Runtime
+    token_ids: dict[str, int]
+    built: list[Any] | None
 
 
-def _wrap(owner: type, around: Callable[..., None]) -> Callable[[], None]:
-    """Wrap a class's constructor in ``around(original, call)``; returns how to undo it."""
+_installed: Patch[_Installation] = Patch(_replacements)
+
+Construct = Callable[[], None]
+
+
+def _wrapped(
+    owner: type, around: Callable[[Construct, inspect.BoundArguments, _Installation], None]
+) -> Callable[..., None]:
+    """A class's constructor within ``around(construct, call, installation)``."""
     original: Callable[..., None] = vars(owner)["__init__"]
     signature = inspect.signature(original)
 
@@ -59,43 +63,26 @@ def _wrap(owner: type, around: Callable[..., None]) -> Callable[[], None]:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         if _installed.current is None:  # kept by a caller after uninstalling
             return original(self, *args, **kwargs)
-        return around(original, signature.bind(self, *args, **kwargs), *_installed.current)
+        call = signature.bind(self, *args, **kwargs)
+        return around(lambda: original(*call.args, **call.kwargs), call, _installed.current)
 
-    owner.__init__ = init  # type: ignore[misc]
-
-    def undo() -> None:
-        owner.__init__ = original  # type: ignore[misc]
-
-    return undo
+    return init
 
 
-def _build_layer(
-    original: Callable[..., None],
-    call: inspect.BoundArguments,
-    runtime: Runtime,
-    token_ids: dict[str, int],
-    built: list[Any] | None,
-) -> None:
+def _build_layer(construct: Construct, call: inspect.BoundArguments, installed: _Installation) -> None:
     submodules = call.arguments["submodules"]
-    mlp = macs_mlp(submodules.mlp, runtime, call.arguments.get("pg_collection"))
+    mlp = macs_mlp(submodules.mlp, installed.runtime, call.arguments.get("pg_collection"))
     if mlp is not None:
         call.arguments["submodules"] = copy(submodules)
         call.arguments["submodules"].mlp = mlp
-        if built is not None:
-            built.append(call.args[0])
-    original(*call.args, **call.kwargs)
+        if installed.built is not None:
+            installed.built.append(call.args[0])
+    construct()
 
 
-def _build_model(
-    original: Callable[..., None],
-    call: inspect.BoundArguments,
-    runtime: Runtime,
-    token_ids: dict[str, int],
-    built: list[Any] | None,
-) -> None:
-    original(*call.args, **call.kwargs)
-    model = call.args[0]
-    ids = dict(token_ids)
+def _build_model(construct: Construct, call: inspect.BoundArguments, installed: _Installation) -> None:
+    construct()
+    model, ids = call.args[0], dict(installed.token_ids)
     padding = ids.pop("padding_token_id", None)
     named = named_tokens(*(ids.get(f"{kind}_token_id") for kind in ("image", "video", "audio")))
     watch(model, known_tokens(model, named), padding)

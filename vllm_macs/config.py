@@ -13,27 +13,18 @@ from macs.adapters import Options
 logger = logging.getLogger("vllm.macs")
 
 MACS = "macs"
-READ_BY_VLLM = "image_token_id", "video_token_id", "audio_token_id", "padding_token_id"
 
 
 @dataclass(frozen=True)
 class MACSEntry(Options):
-    """Every option and setting of ``macs``, and this field:
-
-    virtual_ranks       plan, in one process, as so many expert-parallel ranks would
+    """Every option and setting of ``macs`` that vLLM leaves to it.
 
     vLLM itself says which tokens are visual or padding, and its workers do not run to the end of a script.
     """
 
-    virtual_ranks: int = 1
-
     def __post_init__(self) -> None:
-        count = self.virtual_ranks
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            self.refuse("virtual_ranks", "a number of ranks, 1 or more")
-        for name in READ_BY_VLLM:
-            if getattr(self, name) is not None:
-                self.refuse(name, "none: vLLM says which tokens are visual")
+        for name in self.token_ids:
+            self.refuse(name, "none: vLLM says which tokens are visual")
         for name in ("record", "calibrate"):
             if getattr(self, name) is not None:
                 self.refuse(name, "none in vLLM: use macs tune, or record under another engine")

@@ -18,7 +18,7 @@ rows: deque[int] = deque(maxlen=1 << 16)
 """Rows that the experts of this process computed, by call, the latest."""
 
 
-def _put() -> Any:
+def _replacements() -> list[tuple[Any, str, Any]]:
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts as Experts
 
     stock = Experts.apply
@@ -59,15 +59,10 @@ def _put() -> Any:
         )
         output.index_add_(0, token, found)
 
-    Experts.apply = apply
-
-    def restore() -> None:
-        Experts.apply = stock
-
-    return restore
+    return [(Experts, "apply", apply)]
 
 
-_patch: Patch[str] = Patch(_put)
+_patch: Patch[str] = Patch(_replacements)
 
 
 def install() -> None:

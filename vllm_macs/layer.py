@@ -26,7 +26,7 @@ from macs.adapters import (
     current_modality,
 )
 
-from .router import plan_with
+from .router import reserve
 from .step import is_planned
 
 
@@ -68,7 +68,8 @@ class PlannedLayer:
         self.name, self._compared = runner.layer_name, False
         self._router = runner.router
         runner.macs = self.macs
-        plan_with(runner.router, self)
+        reserve(runner.router)
+        runner.router.macs_layer = self
         self._forward = runner._forward_impl
         runner._forward_impl = self._compensated
 

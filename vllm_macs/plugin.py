@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,7 @@ def install() -> None:
         _patch.add("installed")
 
 
-def _put() -> Any:
+def _replacements() -> Iterator[tuple[Any, str, Any]]:
     from vllm.engine.arg_utils import EngineArgs
 
     stock_config = EngineArgs.create_engine_config
@@ -54,24 +55,14 @@ def _put() -> Any:
                 relay(entry.metrics_port, entry.metrics_address)
         return config
 
-    EngineArgs.create_engine_config = create_engine_config
-    restore_model = _patch_model()
-
-    def restore() -> None:
-        EngineArgs.create_engine_config = stock_config
-        restore_model()
-
-    return restore
-
-
-def _patch_model() -> Any:
+    yield EngineArgs, "create_engine_config", create_engine_config
     try:
         from vllm.model_executor.layers.fused_moe import layer as factory
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
         stock_load, stock_router = BaseModelLoader.load_model, factory.create_fused_moe_router
     except (ImportError, AttributeError):
-        return lambda: None  # another version: ``check_vllm`` says so if MACS is asked for
+        return  # another version: ``check_vllm`` says so if MACS is asked for
 
     def load_model(self: Any, vllm_config: Any, model_config: Any, *given: Any, **named: Any) -> nn.Module:
         model: nn.Module = stock_load(self, vllm_config, model_config, *given, **named)
@@ -90,17 +81,11 @@ def _patch_model() -> Any:
             reserve(router)
         return router
 
-    BaseModelLoader.load_model = load_model
-    factory.create_fused_moe_router = create_fused_moe_router
-
-    def restore() -> None:
-        BaseModelLoader.load_model = stock_load
-        factory.create_fused_moe_router = stock_router
-
-    return restore
+    yield BaseModelLoader, "load_model", load_model
+    yield factory, "create_fused_moe_router", create_fused_moe_router
 
 
-_patch: Patch[str] = Patch(_put)
+_patch: Patch[str] = Patch(_replacements)
 
 
 def attach(model: nn.Module, vllm_config: Any, entry: MACSEntry) -> Runtime:
@@ -134,7 +119,7 @@ def attach(model: nn.Module, vllm_config: Any, entry: MACSEntry) -> Runtime:
     first = get_tensor_model_parallel_rank() == 0
     if not first:  # all ranks count the same tokens
         entry = replace(entry, metrics_port=None, metrics_address=None)
-    runtime = entry.runtime(virtual_ranks=entry.virtual_ranks)
+    runtime = entry.runtime()
     runtimes.append(runtime)
     for runner in runners:
         layer = PlannedLayer(runner, runtime, adds_estimates=first).macs

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-
-class Hook(Protocol):
-    """What plans a router's choice."""
-
-    def route(
-        self, hidden: Tensor, logits: Tensor, weights: Tensor, ids: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-def plan_with(router: Any, hook: Hook) -> None:
-    """Let ``hook`` change what a router chooses."""
-    reserve(router)
-    router.macs_hook = hook
+if TYPE_CHECKING:
+    from .layer import PlannedLayer
 
 
 def reserve(router: Any) -> None:
     """Make a router one that may be planned: from vLLM 0.33 on this keeps kernels that route by themselves
     away, which are chosen while the model is built."""
-    if not hasattr(type(router), "macs_hook"):
+    if not hasattr(type(router), "macs_layer"):
         stock: Any = type(router)
         router.__class__ = _planned(stock)
 
@@ -33,7 +22,7 @@ def reserve(router: Any) -> None:
 @cache
 def _planned(stock: Any) -> Any:
     class Planned(stock):  # type: ignore[misc]
-        macs_hook: Hook | None = None
+        macs_layer: PlannedLayer | None = None
 
         @property
         def supports_monolithic_kernels(self) -> bool:
@@ -43,12 +32,12 @@ def _planned(stock: Any) -> Any:
             self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any, **given: Any
         ) -> tuple[Tensor, Tensor]:
             weights, ids = super()._compute_routing(hidden_states, router_logits, indices_type, **given)
-            if self.macs_hook is None:
+            if self.macs_layer is None:
                 raise RuntimeError(
                     "MACS: a MoE layer runs that was not found when the model was loaded; leave macs out of "
                     "--additional-config"
                 )
-            return self.macs_hook.route(hidden_states, router_logits, weights, ids)
+            return self.macs_layer.route(hidden_states, router_logits, weights, ids)
 
     Planned.__name__ = Planned.__qualname__ = f"Planned{stock.__name__}"
     return Planned

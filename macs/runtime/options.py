@@ -33,7 +33,8 @@ def _option(help: str, kind: type = str) -> Any:
 class Options:
     """What flags and config blocks have in common; an invalid value is a ``ValueError`` that names it.
 
-    given: settings and ``preset``, by name, as they were given.
+    virtual_ranks: plan, in one process, as so many expert-parallel ranks would; no flag. given: settings and
+    ``preset``, by name, as they were given.
     """
 
     policy: str | None = _option("one of " + ", ".join(POLICIES))
@@ -51,6 +52,7 @@ class Options:
     video_token_id: int | None = _option("input id of video tokens", int)
     audio_token_id: int | None = _option("input id of audio tokens", int)
     padding_token_id: int | None = _option("input id of padding", int)
+    virtual_ranks: int = 1
     given: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -94,6 +96,9 @@ class Options:
             for name in ("policy", "profile", "record"):
                 if getattr(self, name) is not None:
                     self.refuse(name, "none beside calibrate, which plans nothing")
+        count = self.virtual_ranks
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            self.refuse("virtual_ranks", "a number of ranks, 1 or more")
         self.settings()
 
     def refuse(self, name: str, expected: str) -> None:
@@ -113,7 +118,7 @@ class Options:
         given = {name: value for name, value in self.given.items() if name != "preset"}
         return MACSConfig.from_dict(values).updated(**given)
 
-    def runtime(self, default_policy: str = "macs", virtual_ranks: int = 1) -> Runtime:
+    def runtime(self, default_policy: str = "macs") -> Runtime:
         """The runtime, with its profile loaded, its metrics served, and recording or calibration started."""
         profile = None
         if self.profile is not None:
@@ -124,7 +129,7 @@ class Options:
             self.settings(),
             policy=self.policy or default_policy,
             profile=profile,
-            virtual_ranks=virtual_ranks,
+            virtual_ranks=self.virtual_ranks,
         )
         split, tuning = runtime.config.split, None if profile is None else profile.tuning
         if split != "tuned" and tuning is not None and tuning.policy == runtime.policy:
@@ -183,7 +188,7 @@ def add_flags(parser: argparse.ArgumentParser, prefix: str) -> None:
     group = parser.add_argument_group("macs", "modality-aware capacity scaling of MoE layers at inference")
     group.add_argument(prefix, action="store_true", help="plan every MoE layer with MACS")
     for option in fields(Options):
-        if option.name != "given":
+        if option.metadata:
             metadata, flag = option.metadata, f"{prefix}-{option.name.replace('_', '-')}"
             choices = tuple(POLICIES) if option.name == "policy" else None
             group.add_argument(flag, type=metadata["kind"], choices=choices, help=metadata["help"])

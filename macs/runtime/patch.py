@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -12,13 +12,14 @@ Value = TypeVar("Value")
 class Patch(Generic[Value]):
     """Installations over an engine, of which the last one acts.
 
-    put: patches the engine and returns a function that restores it. It is called for the first installation;
-    when the last one is removed, in whatever order, the engine is as before.
+    replacements: gives (owner, attribute, value) of what is put there, at the first installation; when the
+    last one is removed, in whatever order, the engine is as before, but for what somebody else has patched
+    since.
     """
 
-    def __init__(self, put: Callable[[], Callable[[], None]]) -> None:
-        self._put = put
-        self._restore: Callable[[], None] | None = None
+    def __init__(self, replacements: Callable[[], Iterable[tuple[Any, str, Any]]]) -> None:
+        self._replacements = replacements
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
         self._values: list[tuple[object, Value]] = []
 
     @property
@@ -28,16 +29,19 @@ class Patch(Generic[Value]):
 
     def add(self, value: Value) -> Callable[[], None]:
         """Install; returns a function that uninstalls it."""
-        if self._restore is None:
-            self._restore = self._put()
+        if not self._replaced:
+            for owner, name, ours in self._replacements():
+                self._replaced.append((owner, name, ours, getattr(owner, name)))
+                setattr(owner, name, ours)
         entry = object(), value
         self._values.append(entry)
 
         def uninstall() -> None:
             self._values[:] = [one for one in self._values if one is not entry]
-            if not self._values and self._restore is not None:
-                self._restore()
-                self._restore = None
+            while not self._values and self._replaced:
+                owner, name, ours, stock = self._replaced.pop()
+                if getattr(owner, name) is ours:
+                    setattr(owner, name, stock)
 
         return uninstall
 

@@ -68,7 +68,7 @@ def test_a_users_checkpoint(run, program, tmp_path):
     assert results["vanilla"]["visual_ratio"] > 0.3
     assert results["macs default"]["load_after"] < results["vanilla"]["load_after"]
     script = ROOT / "examples" / "deepspeed_qwen3_vl_moe.py"
-    missing = program(script, "--model", tmp_path / "nothing", status=2)
+    missing = program(script, "--model", tmp_path / "nothing", status=2, RANK="0")
     assert "found no config.json" in missing.stderr
 
 

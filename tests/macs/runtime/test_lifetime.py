@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,23 +179,20 @@ def test_profiles_have_a_digest_of_all_that_is_in_them():
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
 def test_installations_end_in_any_order(order):
-    engine = ["stock"]
-
-    def put():
-        engine.append("ours")
-        return engine.pop
-
-    installed = Patch(put)
+    engine = SimpleNamespace(run="stock", other="stock")
+    installed = Patch(lambda: [(engine, "run", "ours"), (engine, "other", "ours")])
     undo = [installed.add(number) for number in range(3)]
     left = [0, 1, 2]
     for one in order:
-        assert engine == ["stock", "ours"] and installed.current == left[-1]
+        assert engine.run == "ours" and installed.current == left[-1]
         left.remove(one)
         undo[one]()
         undo[one]()
-    assert engine == ["stock"] and installed.current is None
-    installed.add(7)()
-    assert engine == ["stock"]
+    assert engine.run == engine.other == "stock" and installed.current is None
+    end = installed.add(7)
+    engine.other = "theirs"  # patched by somebody else since
+    end()
+    assert engine.run == "stock" and engine.other == "theirs"
 
 
 class Owning(torch.nn.Module):
