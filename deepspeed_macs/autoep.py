@@ -29,12 +29,6 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
 
     macs: LayerRuntime | None = None
 
-    @classmethod
-    def adopt(cls, layer: AutoEPMoELayer, macs: LayerRuntime) -> None:
-        """Turn an engine's layer into one of these, in place: weights, hooks and groups stay."""
-        layer.__class__ = cls
-        layer.macs = macs
-
     def train(self, mode: bool = True) -> MACSAutoEPMoELayer:
         """As the base class; where serving begins, the router's rows are those of now."""
         super().train(mode)
@@ -195,12 +189,11 @@ def folded_size(layer: AutoEPMoELayer) -> int:
 
 def check_options(layer: AutoEPMoELayer) -> None:
     """Raise a ``ValueError`` that names the option of AutoEP that MACS cannot work with, and why."""
-    if layer.combine_impl == "fused_weighted_sum":
-        raise ValueError(
-            "expert_parallel.combine_impl = 'fused_weighted_sum' cannot be used with MACS: its kernel "
-            "assumes T k rows; leave it unset"
-        )
-    if layer.row_weighting_impl == "fused":
-        raise ValueError(
-            "expert_parallel.row_weighting_impl = 'fused' cannot be used with MACS: untried; leave it unset"
-        )
+    for name, value, why in (
+        ("combine_impl", "fused_weighted_sum", "its kernel assumes T k rows"),
+        ("row_weighting_impl", "fused", "untried"),
+    ):
+        if getattr(layer, name) == value:
+            raise ValueError(
+                f"expert_parallel.{name} = {value!r} cannot be used with MACS: {why}; leave it unset"
+            )

@@ -36,7 +36,7 @@ from .autoep import MACSAutoEPMoELayer, check_options
 from .compat import record_router_logits, support_transformers
 from .config import EXPERT_PARALLEL, MACSBlock, block_of, take_block
 from .gate import MACSTopKGate
-from .layers import LayerDone, add_autoep, add_gate
+from .layers import AutoEPAdapter, GateAdapter, LayerDone
 from .models import expert_parallel_settings, why_no_layers
 
 Block = MACSBlock | Mapping[str, Any]
@@ -150,8 +150,8 @@ def _put_in(
     """Add the layers to the runtime, and change them, all or none."""
     blind = _why_blind(model) if block.modality == "auto" and not block.names_modality else None
     same_tokens = max(tensor_parallel_size, bwc_tensor_model_parallel_world_size(groups.mpu))
-    own = [add_gate(runtime, layer, same_tokens, blind) for layer in gates]
-    own += [add_autoep(runtime, layer, same_tokens, blind) for layer in autoep]
+    own = [runtime.add_layer(GateAdapter(layer, same_tokens, blind)) for layer in gates]
+    own += [runtime.add_layer(AutoEPAdapter(layer, same_tokens, blind)) for layer in autoep]
     if block.modality == "auto" and blind is None:
         attach_modality(model, **block.token_ids)
     else:  # padding is read from the calls all the same
@@ -160,14 +160,10 @@ def _put_in(
     for layer, mine in zip([*gates, *autoep], own, strict=True):
         if isinstance(layer, MOELayer):
             layer.register_forward_hook(LayerDone(mine))
-            MACSTopKGate.adopt(
-                layer.gate,
-                mine,
-                sequence_major=block.sequence_major,
-                sampling=block.second_expert_sampling,
-            )
+            options = {"sequence_major": block.sequence_major, "sampling": block.second_expert_sampling}
+            MACSTopKGate.adopt(layer.gate, mine, **options)
         else:
-            MACSAutoEPMoELayer.adopt(layer, mine)
+            layer.__class__, layer.macs = MACSAutoEPMoELayer, mine
 
 
 def _init_inference_with(

@@ -20,7 +20,6 @@ from macs.adapters import (
     MACSConfig,
     Owner,
     Policy,
-    Runtime,
     Topology,
     policy_of,
 )
@@ -31,16 +30,18 @@ from .autoep import folded_size
 class DeepSpeedAdapter(LayerAdapter):
     """``LayerAdapter`` of a layer of DeepSpeed.
 
-    weight: the router's. same_tokens: ranks of the expert-parallel group that hold the same tokens, and must
-    make the same plan. blind: why visual tokens cannot be found, if so.
+    weight: the router's, [E, D]. same_tokens: ranks of the expert-parallel group that hold the same tokens,
+    and must make the same plan. blind: why visual tokens cannot be found, if so.
     """
 
     def __init__(
-        self, layer: Any, weight: nn.Parameter, same_tokens: int, blind: str | None, topology: Topology
+        self, layer: Any, weight: nn.Parameter, top_k: int, experts: int, same_tokens: int, blind: str | None
     ) -> None:
-        super().__init__(topology, self.k_of(layer), layer.ep_group if layer.ep_size > 1 else None)
+        ranks, group = layer.ep_size, layer.ep_group if layer.ep_size > 1 else None
+        own = 0 if group is None else dist.get_rank(group=group)
+        super().__init__(Topology(experts, ranks, sources=(own,)), top_k, group)
         self.owner = Owner(layer)
-        self.same_tokens = same_tokens
+        self.same_tokens = same_tokens if ranks > 1 else 1
         self.blind = blind
         self._weight = weight
         # ZeRO-3 keeps a part of the rows on each rank, and putting them together within a forward pass would
@@ -48,11 +49,6 @@ class DeepSpeedAdapter(LayerAdapter):
         self._rows = _gathered(weight) if is_zero_param(weight) else None
         # Its own fetching of the router would come before our exchange on one rank and after it on another.
         self.exchanges = self._rows is None
-
-    @staticmethod
-    def k_of(layer: Any) -> int:
-        """How many experts a token of the layer has."""
-        raise NotImplementedError
 
     def router_weight(self) -> Tensor:
         return self._weight if self._rows is None else self._rows
@@ -82,9 +78,11 @@ class DeepSpeedAdapter(LayerAdapter):
 class GateAdapter(DeepSpeedAdapter):
     """Of ``deepspeed.moe.layer.MoE``."""
 
-    @staticmethod
-    def k_of(layer: Any) -> int:
-        return layer.gate.k
+    def __init__(self, layer: MOELayer, same_tokens: int, blind: str | None) -> None:
+        if groups._get_expert_model_parallel_world_size() > 1:
+            same_tokens = 1  # then the group has one rank of every tensor-parallel group
+        experts = layer.ep_size * layer.num_local_experts
+        super().__init__(layer, layer.gate.wg.weight, layer.gate.k, experts, same_tokens, blind)
 
     def advice(self, policy: str, config: MACSConfig) -> list[str]:
         """The layer computes as many rows for every expert as the fullest one has."""
@@ -107,9 +105,10 @@ class GateAdapter(DeepSpeedAdapter):
 class AutoEPAdapter(DeepSpeedAdapter):
     """Of AutoEP."""
 
-    @staticmethod
-    def k_of(layer: Any) -> int:
-        return layer.top_k
+    def __init__(self, layer: AutoEPMoELayer, same_tokens: int, blind: str | None) -> None:
+        same_tokens = max(same_tokens, folded_size(layer))
+        weight = layer.router.gate.weight
+        super().__init__(layer, weight, layer.top_k, layer.num_experts, same_tokens, blind)
 
     def refusal(self, policy: Policy) -> str | None:
         """DeepEP's buffers hold k assignments a token."""
@@ -139,23 +138,3 @@ class LayerDone:
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         self.macs.done()
         return self.macs.compensate(output)
-
-
-def topology_of(num_experts: int, ranks: int, group: Any) -> Topology:
-    own = dist.get_rank(group=group) if ranks > 1 else 0
-    return Topology(num_experts, ranks, sources=(own,))
-
-
-def add_gate(runtime: Runtime, layer: MOELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
-    if groups._get_expert_model_parallel_world_size() > 1:
-        same_tokens = 1  # then the group has one rank of every tensor-parallel group
-    ranks = layer.ep_size
-    topology = topology_of(ranks * layer.num_local_experts, ranks, layer.ep_group)
-    adapter = GateAdapter(layer, layer.gate.wg.weight, same_tokens if ranks > 1 else 1, blind, topology)
-    return runtime.add_layer(adapter)
-
-
-def add_autoep(runtime: Runtime, layer: AutoEPMoELayer, same_tokens: int, blind: str | None) -> LayerRuntime:
-    same_tokens = max(same_tokens, folded_size(layer)) if layer.ep_size > 1 else 1
-    topology = topology_of(layer.num_experts, layer.ep_size, layer.ep_group)
-    return runtime.add_layer(AutoEPAdapter(layer, layer.router.gate.weight, same_tokens, blind, topology))

@@ -89,24 +89,6 @@ def models() -> list[type]:
     return classes
 
 
-def field_of(config: Any, name: str) -> Any:
-    """A field of a config that not every version has; none if it has none."""
-    return getattr(config, name, None)
-
-
-def graph_field(config: Any) -> str:
-    """The field with the captured parts: cuda_graph_scope in 0.16, cuda_graph_modules later."""
-    return "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
-
-
-def graph_scopes(config: Any) -> list[str]:
-    """The parts that are captured; an empty list: all."""
-    scopes = field_of(config, graph_field(config))
-    if scopes is None:
-        return []
-    return [str(one) for one in (scopes if isinstance(scopes, (list, tuple, set)) else [scopes])]
-
-
 def slot_of(mlp: Any) -> tuple[Any, Any]:
     """Module and submodules of a layer's ``mlp`` slot: a ``ModuleSpec`` up to Megatron 0.16, a
     ``functools.partial`` from 0.17 on; (none, none) if it is neither."""

@@ -18,13 +18,12 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEFlexTokenDispatcher,
     MoETokenDispatcher,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from macs.adapters import LayerRuntime, Plan, candidate_scores, routing_from_map
 
 
-class _PlansFirst(MoETokenDispatcher):
+class PlansFirst(MoETokenDispatcher):
     """Mixin: applies the plan, then calls ``super()``."""
 
     macs: LayerRuntime
@@ -35,22 +34,45 @@ class _PlansFirst(MoETokenDispatcher):
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [S, B, D], routing_map bool [T, E], probs [T, E]: as the base class."""
-        chunks, first = self.config.mlp_chunks_for_prefill, 0 if self.chunk is None else self.chunk.first
-        routing_map, probs, self.planned = replan(
-            self.macs, hidden_states, routing_map, probs, self.config, (chunks, first)
-        )
+        self.planned = False
+        if self.macs.logits is not None:
+            choice = routing_from_map(routing_map, probs, self.macs.top_k)
+            plan = self.plan(hidden_states, *choice, self.config.mlp_chunks_for_prefill)
+            if plan is not None:
+                self.planned, planned = True, plan.as_map(routing_map.shape[1])
+                fused = self.config.moe_permute_fusion
+                routing_map, probs = keep_a_row(*planned, routing_map) if fused else planned
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
     def combine_postprocess(self, *args: Any) -> Tensor:
         """As the base class -> [S, B, D], with the estimates of what was dropped."""
         return self.macs.compensate(super().combine_postprocess(*args))
 
+    def plan(self, hidden: Tensor, experts: Tensor, weights: Tensor, chunks: int = 1) -> Plan | None:
+        """The layer's plan: hidden [S, B, D], experts and weights [T, k]; none without logits from the router
+        (in ``train()`` mode, with MACS off), and while it calibrates.
 
-class MACSAllGatherTokenDispatcher(_PlansFirst, MoEAllGatherTokenDispatcher):
+        chunks: into how many the engine divides the tokens.
+        """
+        layer, config = self.macs, self.config
+        logits, layer.logits = layer.logits, None
+        if logits is None:
+            return None
+        adapter: Any = layer.adapter
+        bias = adapter.owner().router.expert_bias
+        groups = config.moe_router_num_groups, config.moe_router_group_topk
+        scores = candidate_scores(logits, experts, config.moe_router_score_function, bias, *groups)
+        length, batch = hidden.shape[:2]
+        first = 0 if self.chunk is None else self.chunk.first
+        tokens = layer.tokens(batch, length, True, hidden.device, first, chunks)
+        return layer.plan(hidden.flatten(0, 1), experts, weights, scores, tokens)
+
+
+class MACSAllGatherTokenDispatcher(PlansFirst, MoEAllGatherTokenDispatcher):
     """The all-gather dispatcher: every rank gets all tokens, and computes its planned ones."""
 
 
-class MACSAlltoAllTokenDispatcher(_PlansFirst, MoEAlltoAllTokenDispatcher):
+class MACSAlltoAllTokenDispatcher(PlansFirst, MoEAlltoAllTokenDispatcher):
     """The all-to-all dispatcher: what is dropped is neither sent nor computed."""
 
     cuda_dtoh_point: str
@@ -74,7 +96,7 @@ class MACSAlltoAllTokenDispatcher(_PlansFirst, MoEAlltoAllTokenDispatcher):
         return tokens_per_expert
 
 
-class MACSFlexTokenDispatcher(_PlansFirst, MoEFlexTokenDispatcher):
+class MACSFlexTokenDispatcher(PlansFirst, MoEFlexTokenDispatcher):
     """The dispatcher over DeepEP or HybridEP: what is dropped is neither sent nor computed."""
 
     def _initialize_metadata(self, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,32 +108,6 @@ class MACSFlexTokenDispatcher(_PlansFirst, MoEFlexTokenDispatcher):
         return super()._initialize_metadata(routing_map, probs)
 
 
-def replan(
-    layer: LayerRuntime,
-    hidden: Tensor,
-    routing_map: Tensor,
-    probs: Tensor,
-    config: TransformerConfig,
-    chunk: tuple[int, int] = (1, 0),
-) -> tuple[Tensor, Tensor, bool]:
-    """The planned routing map bool [T, E] and probs [T, E], and whether there is a plan at all.
-
-    chunk: number of chunks that the tokens are divided into, and first token of every sequence in this one.
-    In ``train()`` mode, with MACS off, or while it calibrates, map and probs are returned unchanged.
-    """
-    logits, layer.logits = layer.logits, None
-    if logits is None:
-        return routing_map, probs, False
-    experts, weights = routing_from_map(routing_map, probs, layer.top_k)
-    plan = plan_of(layer, hidden, experts, weights, logits, config, chunk)
-    if plan is None:
-        return routing_map, probs, False
-    planned = plan.as_map(routing_map.shape[1])
-    if config.moe_permute_fusion:
-        planned = keep_a_row(*planned, routing_map)
-    return (*planned, True)
-
-
 def keep_a_row(planned: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
     """The plan's map bool [T, E] and probs [T, E]. If it drops every row, the first token keeps its first
     expert with weight 0: fused permutation kernels assert that there is a row."""
@@ -121,26 +117,6 @@ def keep_a_row(planned: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Ten
     kept = planned.clone()
     kept[0] |= first & ~planned.any()
     return kept, probs
-
-
-def plan_of(
-    layer: LayerRuntime,
-    hidden: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    logits: Tensor,
-    config: TransformerConfig,
-    chunk: tuple[int, int] = (1, 0),
-) -> Plan | None:
-    """The layer's plan, if it makes one: hidden [S, B, D], experts and weights [T, k], logits [T, E]."""
-    adapter: Any = layer.adapter
-    bias = adapter.owner().router.expert_bias
-    groups = config.moe_router_num_groups, config.moe_router_group_topk
-    scores = candidate_scores(logits, experts, config.moe_router_score_function, bias, *groups)
-    length, batch = hidden.shape[:2]
-    chunks, first = chunk
-    tokens = layer.tokens(batch, length, True, hidden.device, first, chunks)
-    return layer.plan(hidden.flatten(0, 1), experts, weights, scores, tokens)
 
 
 @dataclass(frozen=True)

@@ -226,9 +226,5 @@ def modality_of_name(name: str) -> int:
 
 
 def is_llava(model: nn.Module) -> bool:
-    """Whether a model is Megatron's ``LLaVAModel``."""
-    try:
-        from megatron.core.models.multimodal.llava_model import LLaVAModel
-    except ImportError:
-        return False
-    return isinstance(model, LLaVAModel)
+    """Whether a model is Megatron's ``LLaVAModel``, which may need packages that are not here."""
+    return any(one.__module__.endswith(".llava_model") for one in type(model).__mro__)

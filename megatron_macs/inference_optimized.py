@@ -10,16 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.transformer.moe.router import InferenceTopKRouter
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.moe.token_dispatcher_inference import (
     NCCLAllGatherDispatcher,
     NVLSAllGatherVDispatcher,
 )
 from torch import Tensor
 
-from macs.adapters import LayerRuntime
-
-from .dispatcher import plan_of
+from .dispatcher import PlansFirst
 from .router import MACSTopKRouter
 
 
@@ -33,30 +30,22 @@ class MACSInferenceTopKRouter(MACSTopKRouter, InferenceTopKRouter):
         return routed
 
 
-class _PlansChoice(MoETokenDispatcher):
-    """Mixin: applies the plan, then calls ``super()``."""
-
-    macs: LayerRuntime
+class PlansChoice(PlansFirst):
+    """``PlansFirst`` where the router's choice comes as k experts a token."""
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """hidden_states [S, B, D], routing_map int64 [T, k] experts, probs [T, k]: as the base class."""
-        logits, self.macs.logits = self.macs.logits, None
-        if logits is not None:
-            plan = plan_of(self.macs, hidden_states, routing_map, probs, logits, self.config)
-            if plan is not None:
-                routing_map, probs = plan.experts, plan.weights
-        return super().dispatch_preprocess(hidden_states, routing_map, probs)
-
-    def combine_postprocess(self, *args: Any) -> Tensor:
-        """As the base class -> [S, B, D], with the estimates of what was dropped."""
-        return self.macs.compensate(super().combine_postprocess(*args))
+        plan = self.plan(hidden_states, routing_map, probs)
+        if plan is not None:
+            routing_map, probs = plan.experts, plan.weights
+        return super(PlansFirst, self).dispatch_preprocess(hidden_states, routing_map, probs)
 
 
-class MACSNCCLAllGatherDispatcher(_PlansChoice, NCCLAllGatherDispatcher):
+class MACSNCCLAllGatherDispatcher(PlansChoice, NCCLAllGatherDispatcher):
     """The all-gather of ``inference_moe_token_dispatcher_type = "nccl"``."""
 
 
-class MACSNVLSAllGatherVDispatcher(_PlansChoice, NVLSAllGatherVDispatcher):
+class MACSNVLSAllGatherVDispatcher(PlansChoice, NVLSAllGatherVDispatcher):
     """The uneven all-gather of ``inference_moe_token_dispatcher_type = "nvls"``."""

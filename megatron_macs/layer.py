@@ -28,9 +28,6 @@ from macs.adapters import (
 
 from .compat import (
     INFERENCE_OPTIMIZED_SINCE,
-    field_of,
-    graph_field,
-    graph_scopes,
     inference_optimized,
 )
 from .dispatcher import (
@@ -209,7 +206,7 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
                 "moe_flex_dispatcher_backend",
                 f"expected one of {', '.join(FLEX_BACKENDS)}; others cannot express what is dropped",
             )
-        if field_of(config, "moe_expert_rank_capacity_factor") is not None:
+        if getattr(config, "moe_expert_rank_capacity_factor", None) is not None:
             refuse("moe_expert_rank_capacity_factor", "it drops what the plan keeps; use target_load")
     if config.moe_expert_capacity_factor is not None:
         refuse(
@@ -226,9 +223,9 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
         )
     if config.moe_latent_size:
         refuse("moe_latent_size", "the dispatcher would see projected features, not the layer's input")
-    if field_of(config, "moe_enable_routing_replay"):
+    if getattr(config, "moe_enable_routing_replay", False):
         refuse("moe_enable_routing_replay", "a replayed routing is not to be planned anew")
-    if field_of(config, "batch_invariant_mode"):
+    if getattr(config, "batch_invariant_mode", False):
         refuse("batch_invariant_mode", "a plan depends on the whole batch")
     if config.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing"):
         refuse("moe_router_load_balancing_type", "its choice does not follow from the scores alone")
@@ -236,14 +233,13 @@ def check_config(config: TransformerConfig, pg_collection: Any) -> None:
         refuse("transformer_impl", f"MACS supports it from Megatron {INFERENCE_OPTIMIZED_SINCE} on")
     if config.context_parallel_size > 1:
         refuse("context_parallel_size", "it splits sequences, and with them the modality mask")
-    graphs = graph_scopes(config)
-    captured = config.cuda_graph_impl != "none" and (
-        not graphs or any("moe_preprocess" in one for one in graphs)
-    )
-    padded = field_of(config, "moe_pad_experts_for_cuda_graph_inference")
+    graphs = "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"
+    parts = getattr(config, graphs, None)  # none: all
+    captured = config.cuda_graph_impl != "none" and (not parts or "moe_preprocess" in str(parts))
+    padded = getattr(config, "moe_pad_experts_for_cuda_graph_inference", False)
     inference = config.transformer_impl == "inference_optimized"
     if captured and config.moe_token_dispatcher_type == "alltoall" and not (padded or inference):
         refuse(
-            graph_field(config),
+            graphs,
             "the number of rows sent is known only after the plan, inside what the graph captures",
         )

@@ -60,17 +60,13 @@ def macs_mlp(mlp: Any, runtime: Runtime, pg_collection: Any) -> Any:
     module, submodules = slot_of(mlp)
     if not (isinstance(module, type) and issubclass(module, MoELayer)):
         return None
-    _check_base(module)
-    changes = {"runtime": runtime, "pg_collection": pg_collection}
-    return with_module(mlp, MACSMoELayer, _macs_submodules(submodules), changes)
-
-
-def _check_base(module: type) -> None:
     if module is not MoELayer:
         raise ValueError(
             f"with_macs: found {module.__name__} in the spec, expected MoELayer; a subclass of it "
             "cannot be replaced without losing what it adds"
         )
+    changes = {"runtime": runtime, "pg_collection": pg_collection}
+    return with_module(mlp, MACSMoELayer, _macs_submodules(submodules), changes)
 
 
 def _macs_submodules(submodules: Any) -> Any:

@@ -143,17 +143,6 @@ def added(changed, policy="macs"):
         assert not hooks_on(engine.module)
 
 
-def expanded_and_folded():
-    def fold(layer):
-        layer.folding_group_handles = types.SimpleNamespace(spec=types.SimpleNamespace(tp_size=2))
-        layer.ep_size = 2
-
-    # Its topology is asked of groups that one process has not.
-    topology = macs.Topology(8, 2)
-    with mock.patch.object(deepspeed_macs.layers, "topology_of", return_value=topology):
-        added(fold, "expanded-drop")
-
-
 def own_gate():
     model = Model(4, 2, 1)
     model.moe.deepspeed_moe.gate.__class__ = type("OwnGate", (TopKGate,), {})
@@ -222,10 +211,6 @@ REFUSED = {
     "somebody's own layer": (
         lambda: added(lambda layer: setattr(layer, "__class__", type("Own", (AutoEPMoELayer,), {}))),
         "config.macs: found Own in the model, expected AutoEPMoELayer",
-    ),
-    "expanded drop, folded": (
-        expanded_and_folded,
-        "policy expanded-drop: the expert-parallel group holds",
     ),
     "MACS twice": (
         lambda: deepspeed_macs.add_macs(inference().module, BLOCK),
