@@ -41,10 +41,8 @@ class MACSAutoEPMoELayer(AutoEPMoELayer):
         if self.macs is None:
             return super()._forward(hidden_states)
         count = hidden_states.shape[:-1].numel()
-        with self.macs.forward_pass(count, hidden_states.device, self.training):
-            if self.training or not self.macs.acts_on(count, hidden_states.device):
-                return super()._forward(hidden_states)
-            return self._planned_forward(hidden_states)
+        with self.macs.forward_pass(count, hidden_states.device, self.training) as acts:
+            return self._planned_forward(hidden_states) if acts else super()._forward(hidden_states)
 
     def _planned_forward(self, hidden_states: Tensor) -> Any:
         assert self.macs is not None

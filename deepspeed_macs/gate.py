@@ -63,10 +63,10 @@ class MACSTopKGate(TopKGate):
         """
         if self.macs is None:
             return super().forward(input, used_token, sparse_routes, use_tutel)
-        with self.macs.entering(len(input), input.device, self.training):
+        with self.macs.entering(len(input), input.device, self.training) as acts:
             if self.training or not self.macs.on:
                 return self._stock(input, used_token, sparse_routes, use_tutel)
-            return self._planned(input, used_token, sparse_routes)
+            return self._planned(input, used_token, sparse_routes, acts)
 
     def _stock(
         self, input: Tensor, used_token: Tensor | None, sparse_routes: bool, use_tutel: bool
@@ -88,7 +88,9 @@ class MACSTopKGate(TopKGate):
         more = int(self._agreed(capacity)) - weights.shape[2]
         return auxiliary, functional.pad(weights, (0, more)), functional.pad(mask, (0, more)), counts
 
-    def _planned(self, input: Tensor, used_token: Tensor | None, sparse_routes: bool) -> tuple[Any, ...]:
+    def _planned(
+        self, input: Tensor, used_token: Tensor | None, sparse_routes: bool, acts: bool
+    ) -> tuple[Any, ...]:
         """The routes that the plan leaves, dropless where the step is too small to plan."""
         assert self.macs is not None
         logits = functional.linear(input.float(), self.wg.weight.float())
@@ -96,7 +98,7 @@ class MACSTopKGate(TopKGate):
             used_token = used_token.flatten().long()
         auxiliary, experts, weights, counts = self._routes(logits, used_token)
         num_experts = logits.shape[1]
-        if self.macs.acts_on(len(input), input.device):
+        if acts:
             tokens = self.macs.counted_tokens(len(input), self.sequence_major, input.device)
             if used_token is not None:
                 tokens = tokens.only(used_token != 0)

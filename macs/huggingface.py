@@ -225,8 +225,8 @@ class _Block:
         shape = self.shapes.pop(threading.get_ident())
         logits, weights, experts = output
         count, device = shape[0] * shape[1], logits.device
-        with self.layer.forward_pass(count, device, gate.training):
-            if gate.training or not self.layer.acts_on(count, device):
+        with self.layer.forward_pass(count, device, gate.training) as acts:
+            if not acts:
                 return None
             bias = None if self.gate.bias is None else getattr(gate, self.gate.bias)
             groups = () if self.gate.groups is None else (getattr(gate, name) for name in self.gate.groups)

@@ -78,18 +78,17 @@ class MACSMoELayer(MoELayer):
             # The layer uses one with an inference engine and the other without.
             adopt(self._inference_token_dispatcher, self.macs)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [S, B, D] and the base class's other arguments -> what it returns."""
-        if self.macs is None:
+        if self.macs is None or hidden_states is None:  # none: a later part, where graphs capture some alone
             return super().forward(hidden_states, *args, **kwargs)
         count, continues = hidden_states.shape[:-1].numel(), False
         if self.config.mlp_chunks_for_prefill > 1:
             # The engine divides the hidden states of a prompt and calls the layer for each chunk.
             chunk = Chunk.of(hidden_states, self.token_dispatcher.chunk)
             self.token_dispatcher.chunk, continues = chunk, chunk.first > 0
-        with self.macs.forward_pass(count, hidden_states.device, self.training, continues):
-            padding = kwargs.get("padding_mask")
-            if padding is not None and not self.training and self.macs.acts_on(count, hidden_states.device):
+        with self.macs.forward_pass(count, hidden_states.device, self.training, continues) as acts:
+            if acts and kwargs.get("padding_mask") is not None:
                 refuse_unread_padding()
             return super().forward(hidden_states, *args, **kwargs)
 

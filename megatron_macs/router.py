@@ -32,9 +32,6 @@ class MACSTopKRouter(TopKRouter):
 
     def offer_logits(self, logits: Tensor) -> None:
         """Offer logits [S, B, E] or [T, E] to the dispatcher, where it is to plan them."""
-        if self.macs is None:
-            return
-        count = logits.shape[:-1].numel()
-        plans = not self.training and self.macs.acts_on(count, logits.device)
-        # None also clears what an interrupted forward pass may have left.
-        self.macs.logits = logits.flatten(0, -2) if plans else None
+        if self.macs is not None:
+            # None also clears what an interrupted forward pass may have left.
+            self.macs.logits = logits.flatten(0, -2) if self.macs.acts else None

@@ -76,8 +76,8 @@ class PlannedLayer:
     def route(self, hidden: Tensor, logits: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What is kept of a router's choice: weights float [T, k] and logical experts [T, k], -1 for none."""
         count, device, router = len(hidden), hidden.device, self._router
-        with self.macs.forward_pass(count, device, False):
-            if not self.macs.acts_on(count, device):
+        with self.macs.forward_pass(count, device, False) as acts:
+            if not acts:
                 return weights, ids
             experts = ids.long()
             grouped = getattr(router, "num_expert_group", None) and getattr(router, "use_grouped_topk", True)

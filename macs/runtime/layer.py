@@ -43,6 +43,7 @@ class LayerRuntime:
 
     def _start(self) -> None:
         self.captured = self.graphed = False  # a CUDA graph has captured its plans; anything of it
+        self.acts = False  # in the pass that runs; see ``entering``
         self._callbacks: list[Callback] = []
         self._output_callbacks: list[OutputCallback] = []
         self._planned = threading.local()  # a step, from ``plan`` to ``compensate``
@@ -96,8 +97,10 @@ class LayerRuntime:
     @contextmanager
     def entering(
         self, count: int, device: torch.device, training: bool, continues: bool = False
-    ) -> Iterator[None]:
+    ) -> Iterator[bool]:
         """Around what a layer does with ``count`` tokens before its collectives; ``done`` comes after them.
+        Yields ``acts``: whether MACS plans or calibrates in this pass. If not, the layer runs as the engine's
+        own.
 
         Settings that changed are compared among the group's members first. An error within leaves the others
         alone in the pass, and every later pass of this process is refused. continues: this is a further part
@@ -113,14 +116,16 @@ class LayerRuntime:
                 if consistency is not None:
                     consistency.refuse_broken()
                     consistency.check(self.runtime.settings(training))
-                self._bypass(count, device, training)
-                yield
+                self.acts = self._begins(count, device, training)
+                yield self.acts
             except RankMismatch:
                 raise  # as in ``model_call``
             except BaseException as error:
                 if consistency is not None:
                     consistency.break_off(error)
                 raise
+            finally:
+                self.acts = False
 
     def done(self) -> None:
         """The layer has made its last collective."""
@@ -129,24 +134,16 @@ class LayerRuntime:
     @contextmanager
     def forward_pass(
         self, count: int, device: torch.device, training: bool, continues: bool = False
-    ) -> Iterator[None]:
+    ) -> Iterator[bool]:
         """``entering`` and ``done``, around all that a layer does."""
-        with self.entering(count, device, training, continues):
-            yield
+        with self.entering(count, device, training, continues) as acts:
+            yield acts
         self.done()
 
     @property
     def on(self) -> bool:
         """Whether MACS plans or calibrates now."""
         return self.runtime.enabled or self.runtime.calibrating
-
-    def acts_on(self, count: int, device: torch.device) -> bool:
-        """Whether MACS does anything with a pass over so many tokens on a device. If not, the layer runs as
-        the engine's own."""
-        runtime = self.runtime
-        if not self.adapter.plans_now():
-            return False
-        return runtime.calibrating or (runtime.enabled and not self.planner.bypasses(count, device))
 
     def plan(
         self, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens
@@ -170,13 +167,11 @@ class LayerRuntime:
             )
             if plan.statistics is not None:
                 self._record(plan.statistics, hidden.device)
-        step = hidden, experts, weights, scores, tokens, plan
-        if self._callbacks or runtime.callbacks:
-            event = PlanEvent(self, *step)
-            for callback in (*self._callbacks, *runtime.callbacks):
-                callback(event)
+        event = PlanEvent(self, hidden, experts, weights, scores, tokens, plan)
+        for callback in (*self._callbacks, *runtime.callbacks):
+            callback(event)
         if self._output_callbacks or (plan is not None and self.served.compensates):
-            self._planned.step = step
+            self._planned.step = event
         return plan
 
     def compensate(self, output: Tensor) -> Tensor:
@@ -194,13 +189,13 @@ class LayerRuntime:
         if step is None:
             return output
         self._planned.step = None
-        rows, (hidden, experts, weights, _, tokens, plan) = output.reshape(-1, output.shape[-1]), step
+        rows, plan = output.reshape(-1, output.shape[-1]), step.plan
         for callback in self._output_callbacks:
-            callback(PlanEvent(self, *step), rows)
+            callback(step, rows)
         tables = None if plan is None else self.served.tables(rows.device)
         if plan is None or tables is None:
             return output
-        dropped = Dropped(hidden, experts, weights, plan.experts, tokens)
+        dropped = Dropped(step.hidden, step.experts, step.weights, plan.experts, step.tokens)
         return compensate(rows, dropped, tables).view(output.shape)
 
     # Records.
@@ -212,19 +207,19 @@ class LayerRuntime:
         if counters is not None:
             counters.publish(self, statistics.record if self._continues else None)
 
-    def _bypass(self, count: int, device: torch.device, training: bool) -> None:
-        """What a step that is too small to plan does, in a captured graph, too: it is counted, and takes part
-        where other members of the group may plan."""
-        runtime = self.runtime
-        if training or runtime.calibrating or not (runtime.enabled and self.adapter.plans_now()):
-            return
-        if not self.planner.bypasses(count, device):
-            return
+    def _begins(self, count: int, device: torch.device, training: bool) -> bool:
+        """``acts``, of a pass that begins. A step that is too small to plan is counted, in a captured graph,
+        too, and takes part where other members of the group may plan."""
+        if training or not (self.on and self.adapter.plans_now()):
+            return False
+        if self.runtime.calibrating or not self.planner.bypasses(count, device):
+            return True
         counters, add_up = _counters_of(self, device), self.adapter.sum_over_group
         if counters is not None and not self._continues:
             counters.bypassed(self)
         if self.planner.shares_bound and add_up is not None:
             add_up(self.planner.no_rows(device))
+        return False
 
     def prepare(self, device: torch.device) -> None:
         """Allocate what the first forward pass would, before a CUDA graph captures the layer."""

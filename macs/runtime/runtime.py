@@ -96,7 +96,8 @@ class Runtime(RuntimeState):
         if config.max_kl is not None:
             target_of(config, None if profile is None else profile.tuning)  # raises
         self._check_tuning(policy, config, profile, {layer.topology.num_ranks for layer in self.layers})
-        self.refuse_inside("Runtime.use")
+        if self._inside:
+            raise RuntimeError("Runtime.use: found inside a forward pass, expected between two")
         self._targets(policy, config, profile)  # raises, before the ranks compare
         for group in {id(layer.adapter.group): layer.adapter.group for layer in self.layers}.values():
             consistency = self.consistency_of(group)

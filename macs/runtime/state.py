@@ -8,8 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,8 +32,7 @@ called_model: ContextVar[Any] = ContextVar("macs_called_model", default=None)
 """The model whose forward pass is running, where ``ModalityHook`` is on it."""
 
 
-@dataclass(frozen=True)
-class PlanEvent:
+class PlanEvent(NamedTuple):
     """A step of a layer, as callbacks of ``on_plan`` get it: the planner's inputs and the plan; none while
     MACS calibrates."""
 
@@ -133,11 +131,6 @@ class RuntimeState:
     def _inside(self) -> bool:
         """Whether this thread is in a forward pass."""
         return getattr(self._thread, "inside", False)
-
-    def refuse_inside(self, what: str) -> None:
-        """Raise a ``RuntimeError`` within a forward pass of this thread."""
-        if self._inside:
-            raise RuntimeError(f"{what}: found inside a forward pass, expected between two")
 
     @contextmanager
     def between_passes(self) -> Iterator[None]:

@@ -73,8 +73,8 @@ def step(layers, count, seed, continues=False):
             scores[:, 0] += 1
             scores = scores / scores.sum(1, keepdim=True)
             weights, experts = scores.topk(TOP_K)
-            with layer.forward_pass(count, hidden.device, False, continues):
-                if layer.acts_on(count, hidden.device):
+            with layer.forward_pass(count, hidden.device, False, continues) as acts:
+                if acts:
                     tokens = layer.tokens(1, count, False, hidden.device)
                     plans.append((experts, tokens, layer.plan(hidden, experts, weights, scores, tokens)))
     return plans
@@ -96,7 +96,7 @@ def scrape(server):
 
 def test_counts_equal_an_independent_count():
     runtime, layers = started(reroute="group")
-    runtime.start_counting()
+    server = serve_metrics(runtime, 0)
     expected = {}
 
     def count(name, amount):
@@ -121,6 +121,9 @@ def test_counts_equal_an_independent_count():
                     count(kind, int(mine.sum()))
         planned = bool(plans) and not (small and number >= 20)
         count("planned" if planned else "bypassed", 1)
+        if number % 20 == 5:  # while it runs
+            assert scrape(server)
+    server.close()
     families = values(Collector(runtime))
     assert expected[0, "visual", "rerouted"] > 0 and expected[0, "visual", "dropped"] > 0
     for name, amount in expected.items():

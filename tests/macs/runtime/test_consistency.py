@@ -41,10 +41,10 @@ class Layer(torch.nn.Module):
         self.fails = False
 
     def forward(self, hidden):
-        with self.macs.forward_pass(len(hidden), hidden.device, self.training):
+        with self.macs.forward_pass(len(hidden), hidden.device, self.training) as acts:
             scores = (hidden @ ROUTER.T).softmax(1)
             weights, experts = scores.topk(TOP_K)
-            if not self.training and self.macs.acts_on(len(hidden), hidden.device):
+            if acts:
                 tokens = self.macs.tokens(1, len(hidden), False, hidden.device)
                 self.macs.plan(hidden, experts, weights, scores, tokens)
             if self.fails:
