@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from macs import POLICIES, MACSConfig, Profile
 from macs.files import read_mapping
 
 from .common.command import Parser, output_file, quiet
 from .common.intervals import bootstrap
+from .common.table import console, table
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,10 +38,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=56, help="requests asked at once")
     parser.add_argument("--out", type=output_file, help="the figures, as JSON")
     arguments = parser.parse_args(given)
-    for name in ("model", "data", "config", "profile"):
-        path = getattr(arguments, name)
-        if path is not None and not path.exists():
-            parser.error(f"--{name}: found nothing at {path}")
+    parser.there(arguments, "model", "data", "config", "profile")
     return arguments
 
 
@@ -71,24 +66,12 @@ def row_of(policy: str, config: MACSConfig, measured: Any) -> dict[str, Any]:
     }
 
 
-def table_of(rows: Sequence[dict[str, Any]], requests: int) -> Table:
-    """One line for each configuration."""
-    table = Table(caption=f"{requests} requests; same: the answer of the model without a bound")
-    for name in ("policy", "target_load", "split", "load", "KL x 1000", "95 %", "same answer"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        mean, low, high = (1e3 * value for value in row["kl"])
-        settings = row["settings"]
-        table.add_row(
-            row["policy"],
-            f"{settings['target_load']:g}",
-            settings["split"],
-            f"{row['load']:.3f}",
-            f"{mean:.3g}",
-            f"{low:.3g} to {high:.3g}",
-            f"{row['same']:.1%}",
-        )
-    return table
+def cells(row: dict[str, Any]) -> list[str]:
+    """One configuration's line of the table."""
+    mean, low, high = (1e3 * value for value in row["kl"])
+    settings = row["settings"]
+    figures = f"{row['load']:.3f}", f"{mean:.3g}", f"{low:.3g} to {high:.3g}", f"{row['same']:.1%}"
+    return [row["policy"], f"{settings['target_load']:g}", settings["split"], *figures]
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -99,11 +82,13 @@ def main(given: Sequence[str] | None = None) -> None:
 
     profile = None if arguments.profile is None else Profile.load(arguments.profile)
     arguments.engine, arguments.groups, arguments.policy, arguments.settings = "plain", None, "macs", {}
-    console = Console()
     with opened(arguments) as model:
         rows = []
         for policy, config in configurations(arguments, profile):
             rows.append(row_of(policy, config, model.under(policy, config, profile)))
-    console.print(table_of(rows, model.requests("tune") + model.requests("verify")))
+    requests = model.requests("tune") + model.requests("verify")
+    caption = f"{requests} requests; same: the answer of the model without a bound"
+    heads = ("policy", "target_load", "split", "load", "KL x 1000", "95 %", "same answer")
+    console().print(table(heads, map(cells, rows), caption=caption))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps({"ranks": arguments.ranks, "rows": rows}) + "\n")

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from .common.command import Parser
+from .common.table import console, table
 from .hardware.machine import DTYPE_BYTES, ENGINES, GPUS, figures
 from .hardware.prefill import MODELS, Machine, Prefill, served_prompts
 
@@ -134,11 +131,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     for name, known in (("models", MODELS), ("hardware", GPUS), ("engines", ENGINES)):
         if "all" in getattr(arguments, name):
             setattr(arguments, name, list(known))
-    for name in ("sizes", "loads", "tokens", "target", "keep"):
-        value = getattr(arguments, name)
-        for one in value if isinstance(value, list) else [value]:
-            if not 0 < one < float("inf"):
-                parser.error(f"--{name}: found {one}, expected more than 0")
+    parser.positive(arguments, "sizes", "loads", "tokens", "target", "keep")
     if arguments.keep > 1:
         parser.error(f"--keep: found {arguments.keep}, expected at most 1")
     if arguments.compensation_rank < 0:
@@ -157,12 +150,9 @@ def main(given: Sequence[str] | None = None) -> None:
     same = [key for key in ("model", "gpu", "engine") if len({one[key] for one in found}) == 1]
     shown = {key: head for key, head in heads.items() if key not in same}
     title = ", ".join(found[0][key] if key != "gpu" else found[0][key].upper() for key in same)
-    table = Table(title=title, title_justify="left", caption=legend(arguments), caption_justify="left")
-    for key, head in shown.items():
-        table.add_column(head, justify="left" if key in ("model", "gpu", "engine", "first") else "right")
-    for one in found:
-        table.add_row(*(cell(key, one[key]) for key in shown))
-    Console(width=None if sys.stdout.isatty() else 165).print(table)
+    cells = ([cell(key, one[key]) for key in shown] for one in found)
+    names = sum(key in ("model", "gpu", "engine") for key in shown)
+    console().print(table(list(shown.values()), cells, names, title=title, caption=legend(arguments)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from macs import MACSConfig
 from macs_tools.common.answers import divergence
 from macs_tools.common.command import Parser, output_file
 from macs_tools.common.intervals import bootstrap
+from macs_tools.common.table import console, table
 from macs_tools.hardware.machine import ENGINES, GPUS
 from macs_tools.hardware.prefill import MODELS, Machine, Prefill, served_prompts
 from macs_tools.report.placement import replicated
@@ -219,18 +219,15 @@ def timed(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[di
 
 def table_of(rows: list[dict[str, Any]], caption: str) -> Table:
     """Every rival, by the time of its prefill."""
-    table = Table(title="KL x 1000 against the time of a prefill", caption=caption)
     parts = ("vision", "attention", "moe", "exchange", "planning")
-    for name in ("", "time", "with EPLB", "KL x 1000", "95 %", "same", "tokens", "rows", *parts):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    cells = []
     for one in sorted(rows, key=lambda one: one["ms"]):
         kl, low, high = (1e3 * value for value in one["kl"])
         shares = (f"{one['same']:.3f}", f"{one['tokens']:.2f}", f"{one['rows']:.2f}")
-        times = (f"{one[part]:.0f}" for part in parts)
-        interval = f"{low:.2g}-{high:.2g}"
-        ratios = f"{one['ratio']:.2f}", f"{one['with_eplb']:.2f}"
-        table.add_row(one["title"], *ratios, f"{kl:.3g}", interval, *shares, *times)
-    return table
+        ratios = f"{one['ratio']:.2f}", f"{one['with_eplb']:.2f}", f"{kl:.3g}", f"{low:.2g}-{high:.2g}"
+        cells.append([one["title"], *ratios, *shares, *(f"{one[part]:.0f}" for part in parts)])
+    heads = ("", "time", "with EPLB", "KL x 1000", "95 %", "same", "tokens", "rows", *parts)
+    return table(heads, cells, title="KL x 1000 against the time of a prefill", caption=caption)
 
 
 def families_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -255,12 +252,10 @@ def best_times(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
 
 
 def fastest(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="time over today's at most so much KL x 1000")
-    for name in ("", *(f"{1e3 * budget:g}" for budget in BUDGETS)):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for family, times in best_times(rows).items():
-        table.add_row(family, *("" if one is None else f"{one:.2f}" for one in times))
-    return table
+    times = best_times(rows).items()
+    cells = [[family, *("" if one is None else f"{one:.2f}" for one in each)] for family, each in times]
+    heads = ["", *(f"{1e3 * budget:g}" for budget in BUDGETS)]
+    return table(heads, cells, title="time over today's at most so much KL x 1000")
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -328,18 +323,18 @@ def compared(arguments: argparse.Namespace, console: Console) -> list[dict[str, 
 
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, and show what was measured."""
-    arguments, console = parse_arguments(given), Console(width=None if sys.stdout.isatty() else 165)
+    arguments, shown = parse_arguments(given), console()
     if arguments.times:
         from .rival_times import show_times
 
         with measuring():
-            show_times(Comparison(arguments), console)
+            show_times(Comparison(arguments), shown)
         return
-    rows = compared(arguments, console)
+    rows = compared(arguments, shown)
     where = f"{arguments.hardware.upper()}, {ENGINES[arguments.engine]}, EP {arguments.size}"
     model = f"{arguments.checkpoint.name}, {arguments.batches[0]}, {arguments.split} split"
     caption = f"answers of {model}; time of {arguments.shape} on {where}, by published costs"
-    console.print(table_of(rows, caption))
-    console.print(fastest(rows))
+    shown.print(table_of(rows, caption))
+    shown.print(fastest(rows))
     if arguments.plot is not None:
         plot(rows, arguments.plot, caption)

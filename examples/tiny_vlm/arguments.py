@@ -86,9 +86,7 @@ def checked(parser: Parser) -> argparse.Namespace:
         parser.error(f"found {processes} processes, expected a divisor of the model's {EXPERTS} experts")
     if (arguments.picture is None) != (arguments.question is None):
         parser.error("--picture and --question go together: found one of them")
-    for name in ("samples", "batch", "repeats"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name}: found {getattr(arguments, name)}, expected 1 or more")
+    parser.positive(arguments, "samples", "batch", "repeats")
     if arguments.samples < max(1, arguments.batch // processes) * processes:
         parser.error(
             f"--samples: found {arguments.samples}, fewer than one batch (--batch {arguments.batch})"

@@ -8,6 +8,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from macs_tools.common.table import table
+
 from . import data
 
 Results = dict[str, Any]
@@ -30,10 +32,7 @@ def results_table(results: dict[str, Results], further: dict[str, list[str]] | N
     columns |= further or {}
     columns["ms"] = [f"{one['layer_ms']:.1f}" for one in values]
     columns["time"] = [f"{one['time_ratio']:.2f}" for one in values]
-    table = Table(box=SIMPLE_HEAD, padding=0)
-    table.add_column("policy", no_wrap=True)
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for title, cells in zip(results, zip(*columns.values(), strict=True), strict=True):
-        table.add_row(title.replace("-", " "), *cells)
-    return table
+    titles = [title.replace("-", " ") for title in results]
+    return table(
+        ["policy", *columns], zip(titles, *columns.values(), strict=True), box=SIMPLE_HEAD, padding=0
+    )

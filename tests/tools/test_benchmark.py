@@ -71,7 +71,7 @@ def test_wrong_output_is_not_timed(program):
         (["layer", "--shape", "huge"], "invalid choice: 'huge'"),
         (["nothing"], "invalid choice: 'nothing'"),
         (["layer", "--ranks", "3"], "--ranks: found 3, expected a divisor of the 64 experts"),
-        (["layer", "--repeats", "0"], "--repeats: found 0, expected 1 or more"),
+        (["layer", "--repeats", "0"], "--repeats: found 0, expected more than 0"),
         (["planner", "--recordings", "x"], "--recordings: found mode planner, expected layer"),
     ],
 )

@@ -156,7 +156,7 @@ def test_an_interrupted_tuning_prints_what_is_kept(monkeypatch, capsys, tmp_path
     [
         (("--requests", "10"), "--requests: found 10, expected two batches (112) or more"),
         (("--model", "x"), "--model: expected --data with it"),
-        (("--targets", "0"), "expected loads above 0"),
+        (("--targets", "0"), "--targets: found 0.0, expected more than 0"),
         (("--engine", "megatron", "--batches", "read"), "--engine megatron: found --model or --batches"),
         (("--engine", "deepspeed", "--ranks", "4"), "--ranks: found 4 with 1 processes of deepspeed"),
         (("--model", ".", "--data", ".", "--batches", "read"), "--batches: found with --model"),

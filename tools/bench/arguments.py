@@ -80,10 +80,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
             top_k=recordings[0].top_k,
             tokens=len(arguments.played[0][0].ids),
         )
-    for name in ("ranks", "steps", "repeats", "threads", "tokens"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name}: found {value}, expected 1 or more")
+    parser.positive(arguments, "ranks", "steps", "repeats", "threads", "tokens")
     if arguments.mode != "planner" and arguments.shape.experts % arguments.ranks:
         parser.error(
             f"--ranks: found {arguments.ranks}, expected a divisor of the {arguments.shape.experts} experts"

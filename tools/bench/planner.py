@@ -13,13 +13,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 
 from macs import Modality, Plan, Planner, Topology
 from macs.planner import STEPS
 
 from ..common.clock import clocked, milliseconds
 from ..common.layers import Asked, build_layer, device, engine, force, join, layout_of
+from ..common.table import table
 from ..common.workloads import Contender, Shape, contenders, draw, features
 
 
@@ -86,16 +86,14 @@ def run_planner(arguments: argparse.Namespace, console: Console) -> dict[str, An
 
 def show_planner(console: Console, found: dict[str, Any], shape: Shape) -> None:
     policies = found["policies"]
-    table = Table(
-        caption=f"T {shape.tokens}, D {shape.hidden}, FFN {shape.ffn}, E {shape.experts}, k {shape.top_k}, "
-        f"image-flood, {found['virtual_ranks']} ranks; vanilla layer {found['layer_ms']:.0f} ms",
-        caption_justify="left",
+    rows: list[list[str] | None] = [
+        ["planner, ms", *(f"{one['ms']:.1f}" for one in policies.values())],
+        ["share of a vanilla layer", *(f"{one['share']:.1%}" for one in policies.values())],
+        None,
+    ]
+    rows += [[f"{part}, ms", *(f"{one['parts'][part]:.2f}" for one in policies.values())] for part in STEPS]
+    caption = (
+        f"T {shape.tokens}, D {shape.hidden}, FFN {shape.ffn}, E {shape.experts}, k {shape.top_k}, "
+        f"image-flood, {found['virtual_ranks']} ranks; vanilla layer {found['layer_ms']:.0f} ms"
     )
-    for title in ("", *policies):
-        table.add_column(title, justify="left" if not title else "right")
-    table.add_row("planner, ms", *(f"{one['ms']:.1f}" for one in policies.values()))
-    table.add_row("share of a vanilla layer", *(f"{one['share']:.1%}" for one in policies.values()))
-    table.add_section()
-    for part in STEPS:
-        table.add_row(f"{part}, ms", *(f"{one['parts'][part]:.2f}" for one in policies.values()))
-    console.print(table)
+    console.print(table(["", *policies], rows, caption=caption))

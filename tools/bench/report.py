@@ -16,6 +16,8 @@ from rich.table import Table
 
 from macs.steps.kernels.dispatch import has_triton
 
+from ..common.table import table
+
 HEADINGS = [
     *("workload", "policy", "ms", "time / vanilla", "ideal", "share of ideal", "load"),
     *("dropped", "rerouted", "kept mass"),
@@ -23,31 +25,26 @@ HEADINGS = [
 
 
 def table_of(rows: Sequence[dict[str, Any]], caption: str) -> Table:
-    table = Table(caption=caption, caption_justify="left")
-    for title in HEADINGS:
-        table.add_column(title, justify="left" if title in ("workload", "policy") else "right")
+    shown: list[list[str] | None] = []
     last = None
     for row in rows:
         if last not in (None, row["workload"]):
-            table.add_section()
-        first = "" if row["workload"] == last else row["workload"]
+            shown.append(None)
+        head = ["" if row["workload"] == last else row["workload"], row["policy"]]
         last = row["workload"]
         if "failed" in row:
-            table.add_row(first, row["policy"], f"not timed: {row['failed']}")
+            shown.append([*head, f"not timed: {row['failed']}"])
             continue
-        table.add_row(
-            first,
-            row["policy"],
+        spread = f" ± {row['ratio_spread'] / 2:.3f}" if row["turns"] > 1 else ""
+        times = (
             f"{row['ms']:.1f}",
-            f"{row['ratio']:.3f}" + (f" ± {row['ratio_spread'] / 2:.3f}" if row["turns"] > 1 else ""),
+            f"{row['ratio']:.3f}{spread}",
             f"{row['ideal']:.3f}",
             f"{row['share']:.0%}",
-            f"{row['load_after']:.3f}",
-            f"{row['dropped']:.1%}",
-            f"{row['rerouted']:.1%}",
-            f"{row['kept_mass']:.3f}",
         )
-    return table
+        counts = f"{row['load_after']:.3f}", f"{row['dropped']:.1%}", f"{row['rerouted']:.1%}"
+        shown.append([*head, *times, *counts, f"{row['kept_mass']:.3f}"])
+    return table(HEADINGS, shown, 2, caption=caption)
 
 
 def processor() -> str:

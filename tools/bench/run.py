@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from ..common.command import quiet
+from ..common.table import console
 from .arguments import parse_arguments
 from .report import machine
 
@@ -20,29 +18,15 @@ from .report import machine
 def main(given: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(given)
     quiet(arguments.threads)
-    console = Console(width=None if sys.stdout.isatty() else 165)
-    started = time.time()
     if arguments.mode == "planner":  # each imports an engine
         from .planner import run_planner as run
     else:
         from .layer import run_layer as run
-    found = run(arguments, console)
-    told = {
-        name: str(value) if isinstance(value, (Path, list)) and name != "ladder" else value
-        for name, value in vars(arguments).items()
-        if name not in ("shape", "played")
-    }
-    result = {
-        "mode": arguments.mode,
-        "arguments": told,
-        "shape": asdict(arguments.shape),
-        "machine": machine(arguments),
-        "seconds": round(time.time() - started),
-        **found,
-    }
+    found = run(arguments, console())
+    about = {"mode": arguments.mode, "shape": asdict(arguments.shape), "machine": machine(arguments)}
     if arguments.json:
         with arguments.json.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+            file.write(json.dumps(about | found) + "\n")
     same = found.get("under_capacity")
     if any("failed" in row for row in found.get("rows", ())):
         sys.exit("macs bench: some output was wrong; see the table")

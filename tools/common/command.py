@@ -39,6 +39,21 @@ class Parser(CommandParser):
     def __init__(self, name: str, description: str | None, **options: Any) -> None:
         super().__init__(name, description, formatter_class=_formatter(), **options)
 
+    def positive(self, arguments: argparse.Namespace, *names: str) -> None:
+        """End unless these arguments, or all numbers of one that is a list, are above 0, where given."""
+        for name in names:
+            value = getattr(arguments, name)
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None and not 0 < one < float("inf"):
+                    self.error(f"--{name.replace('_', '-')}: found {one}, expected more than 0")
+
+    def there(self, arguments: argparse.Namespace, *names: str) -> None:
+        """End unless these paths exist, where given."""
+        for name in names:
+            path = getattr(arguments, name)
+            if path is not None and not path.exists():
+                self.error(f"--{name.replace('_', '-')}: found nothing at {path}")
+
 
 @contextlib.contextmanager
 def one_line(name: str) -> Iterator[None]:

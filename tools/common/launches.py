@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +29,7 @@ from macs.steps.kernels.dispatch import kernels
 from macs.steps.record import TOTALS, Totals
 
 from .command import Parser
+from .table import console, table
 
 LAUNCHES = {
     "aten.index_add.default": 2,
@@ -183,23 +183,18 @@ AROUND = 6
 """What Megatron's adapter and the recorder launch beside it."""
 
 
-def table(shape: Sequence[int]) -> Table:
+def launches_by_step(shape: Sequence[int]) -> Table:
     """Launches of every plan by step."""
-    found: dict[str, Launches] = {}
-    for title, (_, policy, settings) in PLANS.items():
-        found[title] = count(policy, settings, shape)
-    shown = Table(title="kernels launched by a plan")
-    shown.add_column("")
-    for title in found:
-        shown.add_column(title, justify="right")
+    found = [count(policy, settings, shape).by_step for _, policy, settings in PLANS.values()]
     steps = [*STEPS, OTHER]
-    for step in steps:
-        shown.add_row(step, *(str(one.by_step[step] or "") for one in found.values()))
-    shown.add_section()
-    shown.add_row("a plan", *(str(sum(one.by_step[step] for step in steps)) for one in found.values()))
-    for step in (ADAPTER, RECORD, MASK):
-        shown.add_row(step, *(str(one.by_step[step] or "") for one in found.values()))
-    return shown
+
+    def row(step: str) -> list[str]:
+        return [step, *(str(one[step] or "") for one in found)]
+
+    whole = ["a plan", *(str(sum(one[step] for step in steps)) for one in found)]
+    around = map(row, (ADAPTER, RECORD, MASK))
+    rows = [*map(row, steps), None, whole, *around]
+    return table(["", *PLANS], rows, title="kernels launched by a plan")
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -207,4 +202,4 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shape", nargs=5, type=int, metavar=("T", "D", "E", "K", "R"), default=(8192, 2048, 128, 8, 8)
     )
-    Console().print(table(parser.parse_args(given).shape))
+    console().print(launches_by_step(parser.parse_args(given).shape))

@@ -20,6 +20,13 @@ DTYPE_BYTES = {"bf16": 2, "fp8": 1}
 MEMORY_GBS = {"h100": 3350.0, "h200": 4800.0, "b200": 8000.0}
 """10^9 bytes/s as NVIDIA states them; only what a plan reads and writes is timed by them."""
 
+_PLANS = {**PLANS, "paper": PLANS["paper at 1.05"], "*": PLANS["defaults"]}
+LAUNCHES = {
+    title: _PLANS[title][0] + AROUND
+    for title in ("token drop", "expanded drop", "rank-balanced", "paper", "macs safe", "*")
+}
+"""Of every contender's plan, and around it."""
+
 EAGER_MS = 4e-3
 """Guessed of a launch that PyTorch or Triton makes."""
 
@@ -72,8 +79,7 @@ def machine(gpu: str, engine: str, shape: Shape, dtype: str = "bf16") -> CostMod
         top_k=shape.top_k,
         tokens=shape.tokens,
         planner_ms={"*": shape.tokens * (6 * shape.hidden + 400) / MEMORY_GBS[gpu] / 1e6},
-        launches={title: PLANS[title][0] + AROUND for title in PLANS}
-        | {"*": PLANS["defaults"][0] + AROUND, "paper": PLANS["paper at 1.05"][0] + AROUND},
+        launches=LAUNCHES,
         launch_ms=EAGER_MS,
         origin=f"{gpu.upper()}, {ENGINES[engine]} {source['engines'][engine]}, {dtype}: experts fitted to "
         f"{fit}, exchange to DeepEP's{' (beyond a node: of H100s)' if gpu == 'b200' else ''}, both published "

@@ -15,19 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from macs import TEXT, Profile, Recording
 from macs.version import __version__
 
 from ..common.command import Parser, output_file, quiet
 from ..common.cost_model import CostModel
+from ..common.table import console
 from ..common.traces import is_trace, load_recordings, write_trace
 from ..common.workloads import SHAPES, Shape
 from ..hardware.machine import DTYPE_BYTES, ENGINES, GPUS, machine
@@ -138,13 +137,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     for path in (*arguments.recordings, *filter(None, (arguments.profile, arguments.cost_model))):
         if not path.is_file():
             parser.error(f"found no file {str(path)!r}")
-    for name in ("ranks", "tokens", "experts"):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name}: found {value}, expected more than 0")
-    for value in arguments.targets:
-        if not 0 < value < float("inf"):
-            parser.error(f"--targets: found {value}, expected more than 0")
+    parser.positive(arguments, "ranks", "tokens", "experts", "targets")
     if arguments.experts is not None and not any(map(is_trace, arguments.recordings)):
         parser.error("--experts: found without a trace (.jsonl), which it is of")
     return arguments
@@ -178,7 +171,7 @@ def main(given: Sequence[str] | None = None) -> None:
         model=model,
         targets=arguments.targets,
     )
-    show(prediction, advice, Console(width=None if sys.stdout.isatty() else 165))
+    show(prediction, advice, console())
     if arguments.json:
         result = {"rows": prediction.rows, "layers": prediction.layers, "verdict": advice.verdict}
         arguments.json.write_text(json.dumps(result | {"costs": prediction.model.origin}) + "\n")

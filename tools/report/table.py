@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from ..common.table import table
 from .advice import Advice
 from .prediction import Prediction
 
@@ -33,15 +33,10 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def show(prediction: Prediction, advice: Advice, console: Console) -> None:
+    heads = ["policy", *(heading for heading, _ in COLUMNS.values())]
     for size in prediction.sizes:
-        table = Table(title=f"{size} ranks", title_justify="left")
-        table.add_column("policy")
-        for heading, _ in COLUMNS.values():
-            table.add_column(heading, justify="right")
-        for row in prediction.rows:
-            if row["ranks"] == size:
-                table.add_row(row["policy"], *cells(row))
-        console.print(table)
+        rows = ([row["policy"], *cells(row)] for row in prediction.rows if row["ranks"] == size)
+        console.print(table(heads, rows, title=f"{size} ranks"))
     console.print(f"{LEGEND} Costs: {prediction.model.origin}.")
     for one in (*advice.reasons, *advice.against):
         console.print(f"- {one}", markup=False)

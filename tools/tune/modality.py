@@ -17,6 +17,7 @@ from macs import POLICIES, Profile, Runtime
 from macs.runtime.launch import first_process
 
 from ..common.requests import question_of, read_requests
+from ..common.table import table
 from .engines import rank_of, running
 
 THRESHOLD = POLICIES["paper"].bias_threshold
@@ -132,23 +133,17 @@ def enough(found: Sequence[Stability]) -> int | None:
 
 def bias_table(profile: Profile, threshold: float, halves: Stability) -> Table:
     """Every layer's experts by modality bias."""
-    table = Table(
-        title="experts by modality bias",
-        caption="q: 1 serves visual tokens alone, 0 text alone; alike, apart: experts that two halves of "
-        "the requests class alike, and their mean difference of q",
-    )
-    for name in ("layer", "visual", "both", "text", "most visual", "least visual", "alike", "apart"):
-        table.add_column(name, justify="right", no_wrap=True)
     bias, preference = profile.bias(threshold), profile.visual_preference()
+    rows = []
     for layer in range(profile.num_layers):
         counts = [int((bias[layer] == sign).sum()) for sign in (1.0, 0.0, -1.0)]
-        most, least = int(preference[layer].argmax()), int(preference[layer].argmin())
-        table.add_row(
-            str(layer),
-            *(str(count) for count in counts),
-            f"{most}: {preference[layer, most]:.2f}",
-            f"{least}: {preference[layer, least]:.2f}",
-            f"{halves.alike[layer]:.0%}",
-            f"{halves.difference[layer]:.3f}",
-        )
-    return table
+        ends = [int(preference[layer].argmax()), int(preference[layer].argmin())]
+        own = [f"{one}: {preference[layer, one]:.2f}" for one in ends]
+        apart = f"{halves.alike[layer]:.0%}", f"{halves.difference[layer]:.3f}"
+        rows.append([str(layer), *map(str, counts), *own, *apart])
+    caption = (
+        "q: 1 serves visual tokens alone, 0 text alone; alike, apart: experts that two halves of the "
+        "requests class alike, and their mean difference of q"
+    )
+    heads = ("layer", "visual", "both", "text", "most visual", "least visual", "alike", "apart")
+    return table(heads, rows, 0, title="experts by modality bias", caption=caption)

@@ -22,12 +22,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from macs import POLICIES, MACSConfig, Tuning
@@ -36,6 +34,7 @@ from macs.records.compensation import Compensation
 from macs.runtime.launch import INTERRUPTED, first_process, leave
 
 from ..common.command import Parser, output_file, quiet
+from ..common.table import console, table
 from .tuning import TARGETS
 
 LONG = {"pair", "read", "easy-vqa"}
@@ -77,10 +76,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--data: expected --model with it")
     if arguments.check is not None and arguments.only is None:
         parser.error("--check: expected --only modality with it")
-    for name in ("model", "data", "checkpoint", "config", "check"):
-        path = getattr(arguments, name)
-        if path is not None and not path.exists():
-            parser.error(f"--{name}: found nothing at {path}")
+    parser.there(arguments, "model", "data", "checkpoint", "config", "check")
     if arguments.model is not None and arguments.batches != ["mixed"]:
         parser.error("--batches: found with --model, expected the tiny model")
     least = 2 * arguments.batch * (len(arguments.batches) if arguments.model is None else 1)
@@ -93,8 +89,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--requests: found {arguments.requests}, expected two batches ({least}) or more")
     if arguments.compensation_rank is not None and arguments.compensation_rank < 0:
         parser.error(f"--compensation-rank: found {arguments.compensation_rank}, expected 0 or more")
-    if min(arguments.targets) <= 0:
-        parser.error(f"--targets: found {min(arguments.targets)}, expected loads above 0")
+    parser.positive(arguments, "targets")
     if arguments.engine != "plain":
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if arguments.ranks not in (None, processes):
@@ -119,35 +114,25 @@ def table_of(found: Sequence[dict[str, Any]], tuning: Tuning) -> Table:
         "one limit for all layers without compensation, and tuned; 95 % interval of their ratio, which is 1 "
         "where nothing was better"
     )
-    table = Table(caption=caption, caption_justify="left")
-    kl = "one limit", "tuned", "compensation", "ratio, 95 %"
-    for name in ("target", "load", *kl, "same answer", "limits by layer"):
-        table.add_column(name, justify="right")
+    rows = []
     for one in found:
         plain, used = one["plain"], one["used"]
         bounds = [f"{bound:.2f}" for bound in one["bounds"]]
-        table.add_row(
-            f"{one['target']:g}",
-            f"{used.loads.mean():.3f}",
-            f"{1e3 * plain.kl.mean():.3g}",
-            f"{1e3 * used.kl.mean():.3g}",
-            one["compensation"],
-            f"{one['ratio'][1]:.2f}-{one['ratio'][2]:.2f}",
-            f"{used.same.mean():.4f}",
-            " ".join(bounds) if len(bounds) <= 4 else f"{min(bounds)} to {max(bounds)}",
-        )
-    return table
+        kl = f"{1e3 * plain.kl.mean():.3g}", f"{1e3 * used.kl.mean():.3g}", one["compensation"]
+        ratio = f"{one['ratio'][1]:.2f}-{one['ratio'][2]:.2f}", f"{used.same.mean():.4f}"
+        limits = " ".join(bounds) if len(bounds) <= 4 else f"{min(bounds)} to {max(bounds)}"
+        rows.append((f"{one['target']:g}", f"{used.loads.mean():.3f}", *kl, *ratio, limits))
+    kl_heads = "one limit", "tuned", "compensation", "ratio, 95 %"
+    heads = ("target", "load", *kl_heads, "same answer", "limits by layer")
+    return table(heads, rows, 0, caption=caption)
 
 
 def shares_of(compensation: Compensation) -> Table:
     """By layer, how much of the routed output the estimates explain on the half that verifies."""
     caption = f"share of the squared routed output that estimates of rank {compensation.rank} explain"
-    table = Table(caption=caption, caption_justify="left")
-    for name in ("layer", "text", "visual"):
-        table.add_column(name, justify="right")
-    for layer, (text, visual) in enumerate(compensation.explained.tolist()):
-        table.add_row(str(layer), f"{text:.3f}", f"{visual:.3f}")
-    return table
+    shares = enumerate(compensation.explained.tolist())
+    rows = [(str(layer), f"{text:.3f}", f"{visual:.3f}") for layer, (text, visual) in shares]
+    return table(("layer", "text", "visual"), rows, 0, caption=caption)
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -157,11 +142,11 @@ def main(given: Sequence[str] | None = None) -> None:
     from .sources import opened
     from .tuning import tune
 
-    console = Console(quiet=not first_process(), width=None if sys.stdout.isatty() else 165)
+    shown = console(quiet=not first_process())
     if arguments.only == "modality":
         from .modality import measure
 
-        measure(arguments, console)
+        measure(arguments, shown)
         return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in sorted(vars(arguments).items())}
@@ -175,7 +160,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 tries=arguments.tries,
                 rank=arguments.compensation_rank,
                 about=about,
-                console=console,
+                console=shown,
             )
     except KeyboardInterrupt:
         kept = arguments.out.with_suffix(".measured.jsonl")
@@ -184,7 +169,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if not first_process():
         return
     profile.save(arguments.out)
-    console.print(table_of(found, profile.tuning))
+    shown.print(table_of(found, profile.tuning))
     if profile.compensation is not None:
-        console.print(shares_of(profile.compensation))
-    console.print(f"profile with the tuning in {arguments.out}; {model.passes} forward passes")
+        shown.print(shares_of(profile.compensation))
+    shown.print(f"profile with the tuning in {arguments.out}; {model.passes} forward passes")
