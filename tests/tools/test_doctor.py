@@ -19,7 +19,7 @@ def test_what_is_named_must_work(capsys, monkeypatch):
 def test_an_unknown_name_is_an_error(capsys):
     with pytest.raises(SystemExit):
         doctor.main(["sglang"])
-    assert "found 'sglang', expected one of gpu, triton" in capsys.readouterr().err
+    assert "found 'sglang', expected one of gpu, kernels" in capsys.readouterr().err
 
 
 def test_an_adapter_that_cannot_build_on_its_engine_gives_the_reason():

@@ -74,14 +74,6 @@ def test_steps_that_are_all_small_are_kept():
     assert traffic.steps == 3 and traffic.small == 0
 
 
-def test_counting_goes_by_blocks(monkeypatch):
-    whole = measured([recording(0)], RANKS)
-    monkeypatch.setattr("macs_tools.report.traffic.BLOCK", 40)  # less than a record, two records' experts
-    parts = measured([recording(0)], RANKS)
-    assert (whole.loads == parts.loads).all() and (whole.by_rank == parts.by_rank).all()
-    assert np.array_equal(whole.load, parts.load)
-
-
 def test_ranks_are_the_runs_or_as_many_as_divide():
     assert default_ranks([recording(0)]) == RANKS and default_ranks([recording(0, ranks=1)]) == 8
     with pytest.raises(ValueError, match="--ranks: found 3, expected a divisor of the 8 experts"):

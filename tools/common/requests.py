@@ -31,7 +31,11 @@ def read_requests(path: Path) -> list[Request]:
         pictures = sorted(one for one in path.rglob("*") if one.suffix.lower() in PICTURES)
         questions = {one.with_suffix("") for one in pictures}
         texts = [one for one in sorted(path.rglob("*.txt")) if one.with_suffix("") not in questions]
-        found = [Request(_question_beside(one), one) for one in pictures]
+        beside = {one: one.with_suffix(".txt") for one in pictures}
+        found = [
+            Request(text.read_text() if text.is_file() else DEFAULT_QUESTION, one)
+            for one, text in beside.items()
+        ]
         found += [Request(one.read_text()) for one in texts]
     else:
         found = [
@@ -42,11 +46,6 @@ def read_requests(path: Path) -> list[Request]:
     if not found:
         raise ValueError(f"--data: found no pictures and no texts in {path}")
     return found
-
-
-def _question_beside(picture: Path) -> str:
-    beside = picture.with_suffix(".txt")
-    return beside.read_text() if beside.is_file() else DEFAULT_QUESTION
 
 
 def _request(line: str, place: str, folder: Path) -> Request:
@@ -118,20 +117,20 @@ class ProcessorEngine:
 
     def inputs_of(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         """The model's arguments for a batch of prompts."""
+        texts, padding = [one.text for one in questions], {"padding": True}
+        if self.processor is self.tokenizer and any(one.picture is not None for one in questions):
+            raise ValueError("--data: found a picture, expected texts alone: the model has no vision")
         if self.tokenizer.chat_template is None and getattr(self.processor, "chat_template", None) is None:
-            return self._moved(self._plain(questions))
-        conversations = []
-        for question in questions:
-            content: Any = [{"type": "text", "text": question.text}]
-            if question.picture is not None:
-                content.insert(0, {"type": "image", "image": question.picture})
-            if self.processor is self.tokenizer:
-                self._refuse_picture(question)
-                content = question.text
-            conversations.append([{"role": "user", "content": content}])
-        padding = {"padding": True}
+            return self._moved(self.tokenizer(texts, **padding, return_tensors="pt"))
+        contents: list[Any] = texts
+        if self.processor is not self.tokenizer:
+            pictures = [[] if one.picture is None else [one.picture] for one in questions]
+            contents = [
+                [*({"type": "image", "image": one} for one in shown), {"type": "text", "text": text}]
+                for shown, text in zip(pictures, texts, strict=True)
+            ]
         inputs = self.processor.apply_chat_template(
-            conversations,
+            [[{"role": "user", "content": content}] for content in contents],
             tokenize=True,
             add_generation_prompt=True,
             return_dict=True,
@@ -139,17 +138,6 @@ class ProcessorEngine:
             **(padding if self.processor is self.tokenizer else {"processor_kwargs": padding}),
         )
         return self._moved(inputs)
-
-    def _plain(self, questions: Sequence[Question]) -> Any:
-        """The texts as they are, for a model without a chat template."""
-        for question in questions:
-            self._refuse_picture(question)
-        return self.tokenizer([question.text for question in questions], padding=True, return_tensors="pt")
-
-    @staticmethod
-    def _refuse_picture(question: Question) -> None:
-        if question.picture is not None:
-            raise ValueError("--data: found a picture, expected texts alone: the model has no vision")
 
     def _moved(self, inputs: Any) -> dict[str, torch.Tensor]:
         device, dtype = self.model.device, self.model.dtype

@@ -16,8 +16,6 @@ from macs import TEXT, Recording
 from .simulation import LEAST_TOKENS
 
 PERCENTILES = 50, 95, 99
-BLOCK = 1 << 22
-"""Assignments that are counted together."""
 
 
 @dataclass(frozen=True)
@@ -97,26 +95,13 @@ def measured(recordings: Sequence[Recording], ranks: int) -> Traffic:
         chosen, kinds = one.tensors["experts"].numpy(), one.tensors["modality"].numpy()
         place = np.searchsorted(steps, one.tensors["steps"].numpy()) * layers + layer
         tokens += np.bincount(place, counts, len(tokens)).astype(np.int64)
-        ends = np.cumsum(counts)
-        begin = 0
-        while begin < len(counts):  # whole records, about BLOCK assignments of them
-            first = ends[begin] - counts[begin]
-            after = int(np.searchsorted(ends, first + BLOCK // top_k, "right"))
-            after = min(max(begin + 1, after), begin + BLOCK // (2 * experts))
-            part = slice(first, ends[after - 1])
-            of = np.repeat(np.arange(after - begin) * 2 * experts, counts[begin:after])
-            of[kinds[part] != TEXT] += experts
-            expert = chosen[part]
-            cell = of[:, None] + expert
-            if (expert < 0).any():
-                cell = cell[expert >= 0]
-            # Of every record, by modality and expert: all else is sums of it.
-            found = np.bincount(cell.ravel(), minlength=2 * experts * (after - begin))
-            found = found.reshape(after - begin, 2, experts)
-            np.add.at(loads, layer[begin:after], found)
-            by_rank = found.sum(1).reshape(after - begin, ranks, -1).sum(2)
-            np.add.at(rows, place[begin:after], by_rank)
-            begin = after
+        ends = np.cumsum(counts)[:-1]
+        parts = zip(layer, place, np.split(chosen, ends), np.split(kinds, ends), strict=True)
+        for at, spot, expert, kind in parts:  # of a record, by modality and expert: all else is sums of it
+            cell = expert + experts * (kind != TEXT)[:, None]
+            found = np.bincount(cell[expert >= 0], minlength=2 * experts).reshape(2, experts)
+            loads[at] += found
+            rows[spot] += found.sum(0).reshape(ranks, -1).sum(1)
     of_step = tokens.reshape(len(steps), layers).max(1) / len(recordings)
     large = of_step >= LEAST_TOKENS
     if not large.any():
