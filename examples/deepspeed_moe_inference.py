@@ -37,7 +37,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
 
     import deepspeed_macs
     from macs import MACSConfig
-    from macs_tools.tune.sources import from_cache
+    from macs_tools.tune.sources import FromCache
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = with_moe_layers(tiny.load_model(arguments.checkpoint), rank, ranks)
@@ -54,7 +54,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
         LayerClock(engine.module, MoE, length_axis=1),
         dist.group.WORLD,
         {"paper": ("paper", MACSConfig()), "padded": (engine.macs.policy, engine.macs.config)},
-        from_cache(engine.macs, answers, answers.inputs_of),
+        FromCache(engine.macs, answers),
     )
     experiment.watch(engine.module)
     return experiment

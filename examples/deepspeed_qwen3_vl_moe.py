@@ -43,7 +43,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
 
     import deepspeed_macs
     from macs_tools.common.requests import ProcessorEngine, load_model
-    from macs_tools.tune.sources import from_cache
+    from macs_tools.tune.sources import FromCache
 
     model: Any
     config = json.loads(arguments.deepspeed_config.read_text())
@@ -68,7 +68,7 @@ def build(arguments: argparse.Namespace, console: Any) -> Any:
         dist.group.WORLD,
         {"paper": PAPER, config["macs"].get("preset", "default"): (engine.macs.policy, engine.macs.config)},
         # Of a large vocabulary they would not fit; macs evaluate measures the KL of --model.
-        from_cache(engine.macs, answers, answers.inputs_of) if arguments.model is None else None,
+        FromCache(engine.macs, answers) if arguments.model is None else None,
     )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
-from tiny_vlm import model as tiny
 
 from macs_tools.common.answers import read
 
@@ -24,16 +23,16 @@ CHOSEN = (
 
 def seconds(comparison: Comparison, chosen: Sequence[Rival], turns: int = 15) -> dict[str, list[float]]:
     """Of the first batch, one rival after the other in every turn."""
-    kind = comparison.arguments.batches[0]
-    inputs = tiny.sample_inputs(comparison.batches(kind)[0])
+    inputs = comparison.inputs_of(comparison.scorer.halves["tune"][0].prompts)
+    runtime = comparison.scorer.runtime
     found: dict[str, list[float]] = {rival.title: [] for rival in chosen}
     for _ in range(turns):
         for rival in chosen:
-            comparison.use(rival)
+            runtime.use(*comparison.use(rival))
             for counted in (False, True):  # the first makes the planners
                 started = time.perf_counter()
                 with comparison.reading(rival, 0, inputs) as pruned:
-                    read(comparison.model, comparison.runtime, pruned)
+                    read(comparison.model, runtime, pruned)
                 if counted:
                     found[rival.title].append(time.perf_counter() - started)
     return found

@@ -26,19 +26,20 @@ from tiny_vlm import CHECKPOINT
 from tiny_vlm.kinds import MIXES
 from torch import Tensor
 
-from macs import MACSConfig
-from macs_tools.common.answers import divergence
+from macs import MACSConfig, Profile
+from macs_tools.common.answers import read
 from macs_tools.common.command import Parser, output_file
 from macs_tools.common.intervals import bootstrap
 from macs_tools.common.table import console, table
 from macs_tools.hardware.machine import ENGINES, GPUS
 from macs_tools.hardware.prefill import MODELS, Machine, Prefill, served_prompts
 from macs_tools.report.placement import replicated
+from macs_tools.tune import Scorer
 
-from .model import Bench, measuring
+from .model import scoring
 from .picture import picture
+from .points import profiles_of
 from .pruning import AFTER, BEFORE, AfterLayer, Pruned
-from .statistics import Answers
 
 KEEPS = 0.95, 0.9, 0.75, 0.6, 0.5, 0.35, 0.25
 BUDGETS = 3e-4, 1e-3, 3e-3, 1e-2, 1e-1
@@ -90,16 +91,19 @@ class Loads:
         return found.double().numpy()
 
 
-class Comparison(Bench):
+class Comparison:
     """The tiny model under rivals, one batch after the other."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        super().__init__(arguments)
+    def __init__(self, scorer: Scorer, profile: Profile, ranks: int) -> None:
+        self.scorer, self.profile, self.ranks = scorer, profile, ranks
+        said: Any = scorer.said
+        self.model, self.inputs_of = said.model, said.inputs_of
         text: Any = self.model.config.text_config
         self.loads = Loads(text.num_hidden_layers, text.num_experts)
-        self.runtime.on_plan(self.loads)
-        self.vanilla: Answers | None = None
-        self.mean, self.tokens = np.zeros(0), 1  # of vanilla: rows of a rank, and tokens
+        scorer.runtime.on_plan(self.loads)
+        scorer.said = self.said
+        self.rival, self.counted = Rival(), [0]
+        self.mean, self.tokens = np.zeros(0), 0  # of vanilla: rows of a rank, and tokens
 
     @contextmanager
     def reading(self, rival: Rival, number: int, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -125,42 +129,45 @@ class Comparison(Bench):
             after.remove()
             self.loads.hidden, self.loads.after = None, self.loads.layers
 
-    def use(self, rival: Rival) -> None:
-        """Serve with the rival's target, or without one."""
+    def said(self, samples: Any, answers: list[list[int]]) -> list[Tensor]:
+        """``Scorer.said``, of prompts as the rival leaves them."""
+        with self.reading(self.rival, len(self.counted), self.inputs_of(samples)) as given:
+            self.counted.append(int(given.get("attention_mask", torch.ones_like(given["input_ids"])).sum()))
+            return read(self.model, self.scorer.runtime, given).said_of(answers)
+
+    def use(self, rival: Rival) -> tuple[str, MACSConfig, Profile]:
+        """The arguments of ``Runtime.use`` for the rival's target, or for none."""
         config = MACSConfig() if rival.target is None else MACSConfig(target_load=rival.target, split="tuned")
-        policy = "vanilla" if rival.target is None else "macs"
-        self.runtime.use(policy, config, self.profiles["macs", self.arguments.ranks])
+        return "vanilla" if rival.target is None else "macs", config, self.profile
 
     def measure(self, rival: Rival) -> dict[str, Any]:
-        """Answers and loads of a rival, held against the model as it is."""
-        self.use(rival)
-        tokens: list[int] = []
-
-        @contextmanager
-        def reading(number: int, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-            with self.reading(rival, number, inputs) as given:
-                tokens.append(int(given.get("attention_mask", torch.ones_like(given["input_ids"])).sum()))
-                yield given
-
-        found = self.answers(self.arguments.batches[0], self.vanilla, reading)
+        """Answers and loads of a rival, held against the model as it is, which comes first."""
+        self.rival, self.counted = rival, []
+        found = self.scorer.under(*self.use(rival))
         by_expert = self.loads.taken()
-        before, after = by_expert.reshape(*by_expert.shape[:3], self.arguments.ranks, -1).sum(-1)
-        if self.vanilla is None:
-            self.vanilla, self.mean, self.tokens = found, after.mean(-1), sum(tokens)
-        kl = np.array([divergence(*pair) for pair in zip(self.vanilla.said, found.said, strict=True)])
-        same = np.array([one == other for one, other in zip(found.ids, self.vanilla.ids, strict=True)])
+        before, after = by_expert.reshape(*by_expert.shape[:3], self.ranks, -1).sum(-1)
+        if not self.tokens:
+            self.mean, self.tokens = after.mean(-1), sum(self.counted)
         return {
             **asdict(rival),
             "title": rival.title,
-            "kl": bootstrap(kl),
-            "same": float(same.mean()),
-            "tokens": sum(tokens) / self.tokens,
+            "kl": bootstrap(found.kl),
+            "same": float(found.same.mean()),
+            "tokens": sum(self.counted) / self.tokens,
             # Over the mean of the router's choice: by itself, planned; and over that of the model as it is.
             "natural": float((before.max(-1) / before.mean(-1)).mean()),
             "load": float((after.max(-1) / before.mean(-1)).mean()),
             "rows": float((after.max(-1) / self.mean).mean()),
-            "eplb": with_replicas(by_expert[0], self.arguments.ranks),
+            "eplb": with_replicas(by_expert[0], self.ranks),
         }
+
+
+@contextmanager
+def comparing(arguments: argparse.Namespace) -> Iterator[Comparison]:
+    """The comparison that a command line asks for."""
+    profile = profiles_of(arguments.tuning)["macs", arguments.ranks]
+    with scoring(arguments, arguments.batches[0]) as scorer:
+        yield Comparison(scorer, profile, arguments.ranks)
 
 
 def with_replicas(rows: np.ndarray, ranks: int) -> float:
@@ -313,8 +320,7 @@ def compared(arguments: argparse.Namespace, console: Console) -> list[dict[str, 
     if arguments.json is not None and arguments.json.exists():
         found = json.loads(arguments.json.read_text())
     else:
-        with measuring():
-            comparison = Comparison(arguments)
+        with comparing(arguments) as comparison:
             found = [comparison.measure(one) for one in track(rivals(arguments.targets), console=console)]
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -327,8 +333,8 @@ def main(given: Sequence[str] | None = None) -> None:
     if arguments.times:
         from .rival_times import show_times
 
-        with measuring():
-            show_times(Comparison(arguments), shown)
+        with comparing(arguments) as comparison:
+            show_times(comparison, shown)
         return
     rows = compared(arguments, shown)
     where = f"{arguments.hardware.upper()}, {ENGINES[arguments.engine]}, EP {arguments.size}"

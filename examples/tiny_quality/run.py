@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from macs import MACSConfig
+from rich.progress import Progress
 
 from .points import Point, grids, profiles_of, tuned_points
 
@@ -55,32 +53,22 @@ def measure(run: Run, path: Path, console: Console) -> list[dict[str, Any]]:
     done = read_points(path)
     missing = [point for point in points if point.key(run) not in done]
     console.print(f"{len(points)} points, {len(points) - len(missing)} of them in {path} already")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    from .model import Bench, measuring
-    from .statistics import Answers, measured
+    from .model import scoring
+    from .statistics import measured, vanilla_of
 
-    vanilla: dict[str, tuple[Answers, list[Any]]] = {}
-    with measuring(), Progress(*columns, console=console) as progress, path.open("a") as out:
-        bench = Bench(run) if missing else None
+    profiles, kinds = profiles_of(run.tuning), dict.fromkeys(point.batches for point in missing)
+    with Progress(console=console) as progress, path.open("a") as out:
         bar = progress.add_task("measuring", total=len(missing))
-        for point in missing:
-            assert bench is not None
-            progress.update(bar, description=f"{point.title}, {point.batches}, {point.ranks} ranks")
-            kind = point.batches
-            if kind not in vanilla:
-                stock = Point("vanilla", "vanilla", MACSConfig(), kind, point.ranks)
-                vanilla[kind] = bench.ask(stock, None)
-            asked = [sample for batch in bench.batches(point.batches) for sample in batch]
-            found = measured(point, asked, bench.ask(point, vanilla[kind][0]), vanilla[kind])
-            done[point.key(run)] = found
-            out.write(json.dumps({"key": point.key(run), "found": found}) + "\n")
-            out.flush()
-            progress.advance(bar)
+        for kind in kinds:
+            with scoring(run, kind) as scorer:
+                vanilla = vanilla_of(scorer)
+                for point in missing:
+                    if point.batches != kind:
+                        continue
+                    progress.update(bar, description=f"{point.title}, {kind}, {point.ranks} ranks")
+                    found = done[point.key(run)] = measured(point, scorer, profiles, vanilla)
+                    out.write(json.dumps({"key": point.key(run), "found": found}) + "\n")
+                    out.flush()
+                    progress.advance(bar)
     return [done[point.key(run)] for point in points]

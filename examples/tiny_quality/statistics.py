@@ -2,61 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from tiny_vlm import data
-from torch import Tensor
 
-from macs import POLICIES
-from macs_tools.common.answers import divergence
+from macs import POLICIES, MACSConfig, Profile
 from macs_tools.common.intervals import bootstrap
+from macs_tools.tune import Scorer
 
 from .points import Point
 
 
-@dataclass
-class Answers:
-    """What a policy made of the questions, in their order."""
-
-    ids: list[list[int]] = field(default_factory=list)
-    said: list[Tensor] = field(default_factory=list)
-    """Log-probabilities [A, V] that predict the tokens of the answers vanilla gives."""
+def vanilla_of(scorer: Scorer) -> dict[str, Any]:
+    """The figures of the model without a limit: loads by layer, and right answers."""
+    scorer.under("vanilla", MACSConfig())
+    batches = [*scorer.halves["tune"], *scorer.halves["verify"]]
+    right = [
+        ids == sample.answer
+        for batch in batches
+        for ids, sample in zip(batch.answers, batch.prompts, strict=True)
+    ]
+    # Before planning a layer has, under a limit, what the plans of those before it made of its input.
+    loads = [float(report.prefill.load("before").mean()) for report in scorer.runtime.reports()]
+    return {
+        "vanilla_right": round(float(np.mean(right)), 4),
+        "vanilla_loads": [round(load, 4) for load in loads],
+    }
 
 
 def measured(
-    point: Point,
-    asked: Sequence[data.Sample],
-    under: tuple[Answers, list[Any]],
-    stock: tuple[Answers, list[Any]],
+    point: Point, scorer: Scorer, profiles: Mapping[tuple[str, int], Profile], vanilla: dict[str, Any]
 ) -> dict[str, Any]:
-    """The figures of a point, from its answers and reports and vanilla's; KL as (mean, low, high) in nats.
-    Intervals are over questions, which the plan of a batch ties to each other a little."""
-    (found, reports), (vanilla, untouched) = under, stock
-    right = np.array([ids == sample.answer for ids, sample in zip(found.ids, asked, strict=True)])
-    expected_right = np.array([ids == one.answer for ids, one in zip(vanilla.ids, asked, strict=True)])
-    same = np.array([ids == other for ids, other in zip(found.ids, vanilla.ids, strict=True)])
-    kl = np.array([divergence(*pair) for pair in zip(vanilla.said, found.said, strict=True)])
+    """The figures of a point; KL as (mean, low, high) in nats. Intervals are over questions, which the plan
+    of a batch ties to each other a little."""
+    profile, config = scorer.modality, point.config
+    assert profile is not None
+    if config.split == "tuned":
+        profile = profiles[point.policy, point.ranks]
+    elif config.compensation != "tuned":
+        profile = replace(profile, compensation=profiles["macs", point.ranks].compensation)
+    found = scorer.under(point.policy, config, profile)
+    reports = [report.prefill for report in scorer.runtime.reports()]
     after = torch.stack([report.load("after") for report in reports])  # [L, N]
-    # Vanilla's own: before planning a layer has what the plans of those before it made of its input.
-    before = torch.stack([report.load("before") for report in untouched])
-    own = point.config.split == "uniform" and point.config.compensation == "tuned"
+    own = config.split == "uniform" and config.compensation == "tuned"
     return {
         "title": point.title,
         "baseline": POLICIES[point.policy].is_baseline and own,
         "batches": point.batches,
         "ranks": point.ranks,
-        "target": point.config.target_load,
-        "kl": [float(f"{value:.4g}") for value in bootstrap(kl)],
-        "same": round(float(same.mean()), 4),
-        "right": round(float(right.mean()), 4),
-        "vanilla_right": round(float(expected_right.mean()), 4),
+        "target": config.target_load,
+        "kl": [float(f"{value:.4g}") for value in bootstrap(found.kl)],
+        "same": round(float(found.same.mean()), 4),
         "load": round(float(after.mean()), 4),
         "largest_load": round(float(after.max()), 4),
-        "vanilla_loads": [round(float(load), 4) for load in before.mean(1)],
+        **vanilla,
         "dropped": round(float(np.mean([report.share("dropped") for report in reports])), 4),
     }
 

@@ -123,10 +123,10 @@ def test_the_comparison_is_measured_timed_and_drawn(program, tmp_path):
 @torch.inference_mode()
 def test_prefills_are_timed_in_turn():
     from tiny_quality.rival_times import CHOSEN, seconds
-    from tiny_quality.rivals import Comparison, parse_arguments
+    from tiny_quality.rivals import comparing, parse_arguments
 
     tuning = str(ROOT / "examples" / "tiny_vlm" / "tuning-4-ranks.safetensors")
-    comparison = Comparison(parse_arguments(["--tuning", tuning, "--questions", "14", "--batch", "14"]))
-    found = seconds(comparison, (CHOSEN[0], CHOSEN[2], CHOSEN[5]), turns=2)
+    with comparing(parse_arguments(["--tuning", tuning, "--questions", "28", "--batch", "14"])) as one:
+        found = seconds(one, (CHOSEN[0], CHOSEN[2], CHOSEN[5]), turns=2)
     assert list(found) == ["as it is", "tower attention, 0.5", "MACS 0.6"]
     assert all(len(each) == 2 and min(each) > 0 for each in found.values())

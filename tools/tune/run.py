@@ -97,7 +97,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         if arguments.batch % processes:
             parser.error(f"--batch: found {arguments.batch}, expected a multiple of {processes} processes")
         arguments.ranks = processes
-    arguments.ranks = arguments.ranks or 4
+    arguments.ranks, arguments.split = arguments.ranks or 4, "validation"
     arguments.targets = sorted(set(arguments.targets), reverse=True)
     try:
         arguments.settings = {} if arguments.config is None else read_mapping(arguments.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from .model import Said, Scorer
 
 
 def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Any], list[list[int]]]]:
-    """Questions of the validation split with the tiny model's answers, batches of the kinds in turn; of every
-    batch this rank's share."""
+    """Questions of a split with the tiny model's answers, batches of the kinds in turn; of every batch this
+    rank's share."""
     from tiny_vlm.kinds import answer_tokens, draw_batches
 
     rank, ranks = rank_of()
@@ -30,7 +30,7 @@ def tiny_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[An
     count = arguments.requests // arguments.batch // len(arguments.batches)
     by_kind = []
     for kind in arguments.batches:
-        drawn = draw_batches(kind, "validation", arguments.seed, count, arguments.batch)
+        drawn = draw_batches(kind, arguments.split, arguments.seed, count, arguments.batch)
         mine = [batch[rank * size :][:size] for batch in drawn]
         tokens = answer_tokens(kind)
         by_kind.append([(one, engine.generate(one, tokens=tokens)) for one in mine])
@@ -54,9 +54,14 @@ def own_asked(arguments: argparse.Namespace, engine: Any) -> list[tuple[list[Any
     return found
 
 
-def from_cache(runtime: Runtime, engine: Any, inputs_of: Callable[[Any], dict[str, Tensor]]) -> Said:
+class FromCache:
     """How a Hugging Face model scores answers: prompts are read under MACS, answers follow from the cache."""
-    return lambda prompts, answers: read(engine.model, runtime, inputs_of(prompts)).said_of(answers)
+
+    def __init__(self, runtime: Runtime, engine: Any) -> None:
+        self.runtime, self.model, self.inputs_of = runtime, engine.model, engine.inputs_of
+
+    def __call__(self, prompts: Any, answers: list[list[int]]) -> list[Tensor]:
+        return read(self.model, self.runtime, self.inputs_of(prompts)).said_of(answers)
 
 
 def in_one_pass(engine: Any) -> Said:
@@ -91,11 +96,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[Scorer]:
     with running(arguments) as (runtime, engine):
         runtime.enabled = False
         asked = (tiny_asked if arguments.model is None else own_asked)(arguments, engine)
-        said = (
-            in_one_pass(engine)
-            if arguments.engine == "megatron"
-            else from_cache(runtime, engine, engine.inputs_of)
-        )
+        said: Said = in_one_pass(engine) if arguments.engine == "megatron" else FromCache(runtime, engine)
         yield Scorer(
             runtime,
             said,
