@@ -1,8 +1,7 @@
 """Train the tiny Qwen3-VL-MoE of the examples: ``python examples/train_tiny_vlm.py``.
 
-About an hour on one CPU core. Interrupt it at will: it goes on from its last saved state. The result is
-a Hugging Face checkpoint folder (safetensors, config, tokenizer, image processor) with the log of
-the run in ``training_log.jsonl`` beside it.
+About an hour on one CPU core. The result is a Hugging Face checkpoint folder (safetensors, config, tokenizer,
+image processor) with the log of the run in ``training_log.jsonl`` beside it.
 """
 
 from __future__ import annotations
@@ -16,14 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from tiny_vlm import data, easy_vqa
 from tiny_vlm import model as tiny
 from tiny_vlm.evaluate import accuracy_by_task, rank_imbalance
@@ -39,13 +31,16 @@ RECIPES: dict[str, dict[str, int]] = {
 }
 """Rows of a batch, by kind."""
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARM_UP, EVALUATE_EVERY = 200, 500
+"""Steps."""
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--recipe", choices=RECIPES, default="digits", help="what a batch is made of")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the cosine")
-    parser.add_argument("--warm-up", type=int, default=200, help="steps")
     parser.add_argument("--balance", type=float, default=0.002, help="weight of the balancing loss")
     parser.add_argument(
         "--flood",
@@ -55,18 +50,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--start", type=Path, help="a checkpoint to start from, of no more words")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--evaluate-every", type=int, default=500, help="steps")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=tiny.CHECKPOINT)
     return parser.parse_args()
 
 
 def learning_rate(step: int, arguments: argparse.Namespace) -> float:
     """Linear warm-up, then a cosine down to zero."""
-    if step < arguments.warm_up:
-        return arguments.learning_rate * (step + 1) / arguments.warm_up
-    share = (step - arguments.warm_up) / max(1, arguments.steps - arguments.warm_up)
+    if step < WARM_UP:
+        return arguments.learning_rate * (step + 1) / WARM_UP
+    share = (step - WARM_UP) / max(1, arguments.steps - WARM_UP)
     return arguments.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
@@ -78,7 +70,7 @@ def unevenness(logits: Tensor, chosen: Tensor, config: Any) -> Tensor:
     return loss / config.num_experts_per_tok
 
 
-def training_loss(model: torch.nn.Module, batch: TrainingBatch, device: str, flood: float) -> Tensor:
+def training_loss(model: torch.nn.Module, batch: TrainingBatch, flood: float) -> Tensor:
     """Cross entropy of the answers and of what image tokens show, plus the balancing loss.
 
     An image token should say what it shows twice: where it enters the language model, in the words'
@@ -87,10 +79,10 @@ def training_loss(model: torch.nn.Module, batch: TrainingBatch, device: str, flo
     they do in models whose router was balanced on text.
     """
     ids, labels, positions, attends, patches = (
-        torch.from_numpy(array).to(device)
+        torch.from_numpy(array).to(DEVICE)
         for array in (batch.ids, batch.labels, batch.positions, batch.attends, batch.patches)
     )
-    pictures = {name: tensor.to(device) for name, tensor in tiny.picture_inputs(batch.pixels).items()}
+    pictures = {name: tensor.to(DEVICE) for name, tensor in tiny.picture_inputs(batch.pixels).items()}
     words = model.model.language_model.embed_tokens
     features = model.model.visual(pictures["pixel_values"], grid_thw=pictures["image_grid_thw"]).pooler_output
     image = ids == model.config.image_token_id
@@ -153,64 +145,34 @@ def start_from(model: torch.nn.Module, folder: Path) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    state_file = arguments.out / "training_state.pt"
     log_file = arguments.out / "training_log.jsonl"
 
-    model = tiny.build_model(arguments.seed, arguments.balance).to(arguments.device)
+    def log(record: dict[str, object], mode: str = "a") -> None:
+        with log_file.open(mode) as file:
+            file.write(json.dumps(record) + "\n")
+
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "start")}
+    settings |= {"rows": RECIPES[arguments.recipe], "start": str(arguments.start)}
+    log({"settings": settings, "torch": torch.__version__}, "w")
+    model = tiny.build_model(arguments.seed, arguments.balance).to(DEVICE)
+    if arguments.start is not None:
+        start_from(model, arguments.start)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
-    first_step = 0
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "start")}
-    settings["rows"] = RECIPES[arguments.recipe]
-    settings["start"] = str(arguments.start)
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-        print(f"going on from step {first_step}")
-        with log_file.open("a") as log:
-            log.write(json.dumps({"from step": first_step, "settings": settings}) + "\n")
-    else:
-        if arguments.start is not None:
-            start_from(model, arguments.start)
-        log_file.write_text(json.dumps({"settings": settings, "torch": torch.__version__}) + "\n")
     validation = samples_of(arguments, "validation", 70)
-
-    def evaluate_and_save(step: int, loss: float) -> None:
-        torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
-            state_file,
-        )
-        model.eval()
-        measured = measure(model, validation)
-        model.train()
-        record = {"step": step, "loss": round(loss, 4), **measured}
-        record["hours"] = round((time.time() - started) / 3600, 3)
-        with log_file.open("a") as log:
-            log.write(json.dumps(record) + "\n")
-        progress.console.print(json.dumps(record))
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     started, smooth = time.time(), float("nan")
     model.train()
-    with Progress(*columns) as progress:
-        bar = progress.add_task("training", total=arguments.steps, completed=first_step)
-        for step in range(first_step, arguments.steps):
+    with Progress() as progress:
+        bar = progress.add_task("training", total=arguments.steps)
+        for step in range(arguments.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, arguments)
             rng = np.random.default_rng([arguments.seed, 3, step])
             batch = draw_training_batch(rng, RECIPES[arguments.recipe])
-            loss = training_loss(model, batch, arguments.device, arguments.flood)
+            loss = training_loss(model, batch, arguments.flood)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -218,8 +180,13 @@ def main() -> None:
             value = loss.item()
             smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
             progress.update(bar, completed=step + 1, description=f"training, loss {smooth:.3f}")
-            if (step + 1) % arguments.evaluate_every == 0:
-                evaluate_and_save(step + 1, smooth)
+            if (step + 1) % EVALUATE_EVERY == 0:
+                model.eval()
+                hours = round((time.time() - started) / 3600, 3)
+                log(
+                    {"step": step + 1, "loss": round(smooth, 4), **measure(model, validation), "hours": hours}
+                )
+                model.train()
 
     model.eval()
     # Half the file: the weights are rounded, and what is measured is what is kept.
@@ -227,8 +194,7 @@ def main() -> None:
     build_tokenizer().save_pretrained(arguments.out)
     tiny.build_image_processor().save_pretrained(arguments.out)
     result = {"test": measure(tiny.load_model(arguments.out), samples_of(arguments, "test", 300))}
-    with log_file.open("a") as log:
-        log.write(json.dumps(result) + "\n")
+    log(result)
     print(json.dumps(result))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,26 @@ def at(points: Points, title: str, target: float) -> dict[str, Any] | None:
     return next((one for one in points if (one["title"], one["target"]) == (title, target)), None)
 
 
+def grid(
+    corner: str,
+    heads: Sequence[str],
+    rows: Mapping[str, Sequence[dict[str, Any] | None]],
+    cell: Callable[[dict[str, Any]], str] = kl_of,
+) -> str:
+    """Points by row and column, empty where none was measured."""
+    shown = [[title, *("" if one is None else cell(one) for one in row)] for title, row in rows.items()]
+    return table([corner, *heads], shown)
+
+
+def targets_of(points: Points) -> list[float]:
+    return sorted({one["target"] for one in points}, reverse=True)
+
+
 def by_target(points: Points, interval: bool) -> str:
     """KL of every policy by target."""
-    targets = sorted({one["target"] for one in points}, reverse=True)
-    rows = []
-    for title in dict.fromkeys(one["title"] for one in points):
-        cells = (at(points, title, target) for target in targets)
-        rows.append([title, *("" if one is None else kl_of(one, interval) for one in cells)])
-    return table(["KL x 1000", *map("{:g}".format, targets)], rows)
+    targets, titles = targets_of(points), dict.fromkeys(one["title"] for one in points)
+    rows = {title: [at(points, title, target) for target in targets] for title in titles}
+    return grid("KL x 1000", [*map("{:g}".format, targets)], rows, lambda one: kl_of(one, interval))
 
 
 def models(runs: dict[str, Points]) -> str:
@@ -86,33 +98,23 @@ def equal_kl(runs: dict[str, Points]) -> str:
 
 def same(runs: dict[str, Points]) -> str:
     """Share of answers that are vanilla's, word for word."""
-    rows = []
+    rows, targets = {}, targets_of(runs["frontier/main"])
     for model in MODELS:
         points = runs[f"frontier/{model}"]
-        targets = sorted({one["target"] for one in points}, reverse=True)
         for title in ("token-drop", "macs", "macs, tuned"):
-            found = (at(points, title, target) for target in targets)
-            rows.append([f"{model}: {title}", *(f"{one['same']:.3f}" if one else "" for one in found)])
-    return table(["same answer", *map("{:g}".format, targets)], rows)
+            rows[f"{model}: {title}"] = [at(points, title, target) for target in targets]
+    return grid("same answer", [*map("{:g}".format, targets)], rows, lambda one: f"{one['same']:.3f}")
 
 
 def kinds(runs: dict[str, Points]) -> str:
     """Of every kind of question: the best baseline at 1.05 beside MACS tuned on all kinds."""
-    rows = []
+    rows, asked = {}, [(title, target) for title in ("macs", "macs, tuned") for target in (1.05, 0.6, 0.4)]
     for model in ("main", "balanced", "unbalanced"):
-        points = runs[f"kinds/{model}"]
         for kind in ("mixed", "small", "pair", "read"):
-            mine = [one for one in points if one["batches"] == kind]
-            known = best_baseline(mine, 1.05)
-            assert known is not None
-            found = [
-                at(mine, title, target) for title in ("macs", "macs, tuned") for target in (1.05, 0.6, 0.4)
-            ]
-            rows.append(
-                [f"{model}: {kind}", kl_of(known), *("" if one is None else kl_of(one) for one in found)]
-            )
-    targets = [f"{title} {target}" for title in ("macs", "tuned") for target in (1.05, 0.6, 0.4)]
-    return table(["KL x 1000", "best baseline at 1.05", *targets], rows)
+            mine = [one for one in runs[f"kinds/{model}"] if one["batches"] == kind]
+            rows[f"{model}: {kind}"] = [best_baseline(mine, 1.05), *(at(mine, *one) for one in asked)]
+    heads = [f"{title.removeprefix('macs, ')} {target}" for title, target in asked]
+    return grid("KL x 1000", ["best baseline at 1.05", *heads], rows)
 
 
 def settings(runs: dict[str, Points]) -> str:
@@ -134,13 +136,14 @@ def settings(runs: dict[str, Points]) -> str:
 
 def texts(runs: dict[str, Points]) -> str:
     """Batches of text alone."""
-    rows = []
-    for model in ("main", "balanced"):
-        for title in ("macs", "spare_text: true"):
-            found = [at(runs[f"texts/{model}"], title, target) for target in (1.05, 0.6, 0.4)]
-            cells = [f"{kl_of(one)}, load {one['load']:.2f}" for one in found if one is not None]
-            rows.append([f"{model}: {title}", *cells])
-    return table(["KL x 1000", "1.05", "0.6", "0.4"], rows)
+    rows = {
+        f"{model}: {title}": [at(runs[f"texts/{model}"], title, target) for target in (1.05, 0.6, 0.4)]
+        for model in ("main", "balanced")
+        for title in ("macs", "spare_text: true")
+    }
+    return grid(
+        "KL x 1000", ["1.05", "0.6", "0.4"], rows, lambda one: f"{kl_of(one)}, load {one['load']:.2f}"
+    )
 
 
 def rivals(runs: dict[str, Points]) -> str:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,12 @@ def measured_bench(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         asked = [sys.executable, "-m", "macs_tools", "bench", *command, "--json", str(out)]
         subprocess.run(asked, check=True)
     found = json.loads(out.read_text().splitlines()[-1])
-    kept = ("workload", "policy", "ratio", "ratio_spread", "ideal", "load_after", "dropped", "kept_mass")
     if layer:
-        points = [{key: rounded(one[key]) for key in kept} for one in found["rows"]]
+        keys = "workload policy ratio ratio_spread ideal load_after dropped kept_mass".split()
+        points = kept(found["rows"], keys)
     else:
-        points = [
-            {"policy": title, "ms": rounded(one["ms"]), "layer_ms": rounded(found["layer_ms"])}
-            for title, one in found["policies"].items()
-        ]
+        rows = [{**one, "policy": title} for title, one in found["policies"].items()]
+        points = kept([{**one, "layer_ms": found["layer_ms"]} for one in rows], ["policy", "ms", "layer_ms"])
     return {"command": f"macs bench {' '.join(command)}", "points": points}
 
 
@@ -127,9 +126,13 @@ def measured_rivals(model: str, arguments: argparse.Namespace, console: Console)
     console.print(f"rivals/{model}")
     rows = rivals.compared(asked, console)
     rivals.plot(rows, PICTURES / f"rivals-{model}.png", f"{model}; answers of the tiny model, time predicted")
-    kept = ("title", "method", "target", "keep", "kl", "same", "rows", "ratio", "with_eplb")
-    points = [{key: rounded(one[key]) for key in kept} for one in rows]
+    points = kept(rows, "title method target keep kl same rows ratio with_eplb".split())
     return {"command": "compare_pruning.py " + " ".join(command), "points": points}
+
+
+def kept(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Some figures of every row, rounded."""
+    return [{key: rounded(one[key]) for key in keys} for one in rows]
 
 
 def rounded(value: Any) -> Any:
@@ -174,13 +177,9 @@ def origin() -> dict[str, str]:
     import torch
     import transformers
 
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", *command], cwd=ROOT, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
     return {
-        "commit": git("rev-parse", "--short", "HEAD"),
+        "commit": commit.strip(),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
@@ -198,12 +197,9 @@ def main(given: Sequence[str] | None = None) -> None:
     if not arguments.pages:
         figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"runs": {}}
         arguments.points.mkdir(parents=True, exist_ok=True)
-        named = {one.name: lambda one=one: measured_run(one, arguments, console) for one in runs()}
-        named |= {
-            f"rivals/{model}": lambda model=model: measured_rivals(model, arguments, console)
-            for model in MODELS
-        }
-        named |= {name: lambda name=name: measured_bench(name, arguments) for name in BENCHES}
+        named = {one.name: partial(measured_run, one, arguments, console) for one in runs()}
+        named |= {f"rivals/{one}": partial(measured_rivals, one, arguments, console) for one in MODELS}
+        named |= {name: partial(measured_bench, name, arguments) for name in BENCHES}
         for name, measured in named.items():
             if not arguments.only or name.startswith(tuple(arguments.only)):
                 figures["runs"][name] = {**origin(), **measured()}

@@ -45,6 +45,9 @@ KEEPS = 0.95, 0.9, 0.75, 0.6, 0.5, 0.35, 0.25
 BUDGETS = 3e-4, 1e-3, 3e-3, 1e-2, 1e-1
 """KL in nats within which the fastest point of every family is shown."""
 
+SHAPE, TOKENS, RANKS, RANK = "qwen3-vl-30b-a3b", 16384, 8, 16
+"""Of the prefill that is timed: model, tokens of a rank, expert-parallel ranks, rank of MACS's estimates."""
+
 STACKED = 0.6, 0.4
 """Loads of MACS that are tried on top of pruning."""
 
@@ -181,15 +184,16 @@ def with_replicas(rows: np.ndarray, ranks: int) -> float:
     return float(np.mean(loads))
 
 
-def time_of(found: dict[str, Any], machine: Machine, tokens: int, ranks: int, rank: int) -> Prefill:
+def time_of(found: dict[str, Any], machine: Machine) -> Prefill:
     """Of a prefill at the loads that were found; layers before those that pruning reaches run in full."""
-    prompts = served_prompts(tokens)
+    prompts = served_prompts(TOKENS)
     pruned = prompts.pruned(found["keep"])
     limit = None if found["target"] is None else found["load"]
-    time = machine.prefill(pruned, ranks, found["natural"], limit, rank if limit else 0, encoded=prompts)
+    rank = RANK if limit else 0
+    time = machine.prefill(pruned, RANKS, found["natural"], limit, rank, encoded=prompts)
     if found["method"] in AFTER:
         share = (1 + AFTER.index(found["method"])) / 4  # of the tiny model's layers
-        whole = asdict(machine.prefill(prompts, ranks, found["natural"]))
+        whole = asdict(machine.prefill(prompts, RANKS, found["natural"]))
         return Prefill(**{part: share * whole[part] + (1 - share) * ms for part, ms in asdict(time).items()})
     return time
 
@@ -204,11 +208,11 @@ def rivals(targets: Sequence[float]) -> list[Rival]:
 
 def timed(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table: what was found, with milliseconds; and what changes no answer."""
-    machine = Machine(arguments.hardware, arguments.engine, MODELS[arguments.shape])
+    machine = Machine(arguments.hardware, arguments.engine, MODELS[SHAPE])
 
     def row(one: dict[str, Any], load: float | None = None) -> dict[str, Any]:
         one = one if load is None else {**one, "natural": load}
-        time = time_of(one, machine, arguments.tokens, arguments.size, arguments.compensation_rank)
+        time = time_of(one, machine)
         parts = {part: float(value) for part, value in asdict(time).items()}
         return {**one, **parts, "ms": float(time.total)}
 
@@ -300,18 +304,14 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--questions", type=int, default=896)
     parser.add_argument("--batch", type=int, default=56)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=4, help="that the tiny model is planned for")
     parser.add_argument("--targets", nargs="+", type=float, default=[1.05, 0.8, 0.6, 0.5, 0.4, 0.3])
-    parser.add_argument("--shape", choices=MODELS, default="qwen3-vl-30b-a3b", help="whose prefill is timed")
     parser.add_argument("--hardware", choices=GPUS, default="h100")
     parser.add_argument("--engine", choices=ENGINES, default="vllm")
-    parser.add_argument("--tokens", type=int, default=16384, help="of a rank in a prefill")
-    parser.add_argument("--size", type=int, default=8, help="ranks that share the experts in that prefill")
-    parser.add_argument("--compensation-rank", type=int, default=16, help="of MACS's estimates; 0: none")
     parser.add_argument("--json", type=output_file, help="what was found; read again if it is there")
     parser.add_argument("--times", action="store_true", help="only time prefills here, on this machine")
     parser.add_argument("--plot", type=output_file)
+    parser.set_defaults(seed=0)
     return parser.parse_args(given)
 
 
@@ -337,9 +337,9 @@ def main(given: Sequence[str] | None = None) -> None:
             show_times(comparison, shown)
         return
     rows = compared(arguments, shown)
-    where = f"{arguments.hardware.upper()}, {ENGINES[arguments.engine]}, EP {arguments.size}"
+    where = f"{arguments.hardware.upper()}, {ENGINES[arguments.engine]}, EP {RANKS}"
     model = f"{arguments.checkpoint.name}, {arguments.batches[0]}, {arguments.split} split"
-    caption = f"answers of {model}; time of {arguments.shape} on {where}, by published costs"
+    caption = f"answers of {model}; time of {SHAPE} on {where}, by published costs"
     shown.print(table_of(rows, caption))
     shown.print(fastest(rows))
     if arguments.plot is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,24 +105,15 @@ def _easy_vqa_row(rng: np.random.Generator) -> _Row:
 
 def draw_training_batch(rng: np.random.Generator, mix: dict[str, int]) -> TrainingBatch:
     """A batch with so many rows of each kind: "pictures", "small", "read", "pairs", "texts", "easy-vqa"."""
-    rows: list[_Row] = []
-    for kind, count in mix.items():
-        for index in range(count):
-            if kind == "pictures":
-                rows.append(_picture_row(rng, draw_picture(rng, "train"), TURNS))
-            elif kind == "small":
-                rows.append(_picture_row(rng, draw_picture(rng, "train", SMALL), TURNS))
-            elif kind == "read":
-                rows.append(_picture_row(rng, draw_dense_picture(rng, "train"), ("read",)))
-            elif kind == "pairs":
-                rows.append(_pair_row(rng))
-            elif kind == "texts":
-                task = ("recall", "arithmetic", "recall")[index % 3]
-                rows.append(_text_row(rng, task, SEQUENCE_TOKENS))
-            elif kind == "easy-vqa":
-                rows.append(_easy_vqa_row(rng))
-            else:
-                raise ValueError(f"mix: no rows of the kind {kind!r}")
+    kinds: dict[str, Callable[[int], _Row]] = {
+        "pictures": lambda index: _picture_row(rng, draw_picture(rng, "train"), TURNS),
+        "small": lambda index: _picture_row(rng, draw_picture(rng, "train", SMALL), TURNS),
+        "read": lambda index: _picture_row(rng, draw_dense_picture(rng, "train"), ("read",)),
+        "pairs": lambda index: _pair_row(rng),
+        "texts": lambda index: _text_row(rng, ("recall", "arithmetic", "recall")[index % 3], SEQUENCE_TOKENS),
+        "easy-vqa": lambda index: _easy_vqa_row(rng),
+    }
+    rows = [kinds[kind](index) for kind, count in mix.items() for index in range(count)]
     tokens = max(len(row.prefix) + sum(len(ids) for ids, _ in row.turns) for row in rows)
     parts = [np.stack(part) for part in zip(*(row.arrays(tokens) for row in rows), strict=True)]
     pixels = [picture for row in rows for picture in row.pixels]

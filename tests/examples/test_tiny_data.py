@@ -90,7 +90,7 @@ def test_a_seed_fixes_the_data():
     assert all(np.array_equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
     assert not np.array_equal(first.ids, other.ids)
     assert first.ids.shape == (7, SEQUENCE_TOKENS) and len(first.pixels) == 6
-    with pytest.raises(ValueError, match="'films'"):
+    with pytest.raises(KeyError, match="films"):
         draw_training_batch(np.random.default_rng(0), {"films": 1})
 
 
