@@ -10,6 +10,7 @@ its own; ``fast`` is what is left.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import subprocess
@@ -47,6 +48,23 @@ TIERS = {
     "engine": ("megatron_macs/", "deepspeed_macs/", "test_both_engines.py"),
 }
 HERE = Path(__file__).parent
+ROOMS = {"megatron_macs": "megatron.core", "deepspeed_macs": "deepspeed"}
+"""Folders whose tests need an engine."""
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+collect_ignore = [room for room, package in ROOMS.items() if not _installed(package)]
+
+
+def pytest_report_header() -> list[str]:
+    """Why a folder is left out."""
+    return [f"tests/{room}: left out, {ROOMS[room]} is not installed" for room in collect_ignore]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

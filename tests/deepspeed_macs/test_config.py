@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-
 from deepspeed_macs import MACSBlock
 from deepspeed_macs.config import block_of, take_block
 from macs import MACSConfig, Profile

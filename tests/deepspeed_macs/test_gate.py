@@ -4,9 +4,6 @@ import types
 
 import pytest
 import torch
-
-pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-
 from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate, top1gating, top2gating, topkgating
 from hypothesis import given

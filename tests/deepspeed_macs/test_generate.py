@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
 from support.cases import BUSY

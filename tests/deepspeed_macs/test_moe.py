@@ -4,13 +4,10 @@ import logging
 import types
 from contextlib import contextmanager
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-
-pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-
-import deepspeed
 from deepspeed.utils import groups
 from support.cases import BUSY, events_of
 from support.deepspeed_ranks import (

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from contextlib import nullcontext

@@ -5,9 +5,6 @@ import types
 
 import pytest
 import torch
-
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec

@@ -2,7 +2,6 @@
 
 import pytest
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("megatron.core.inference.config", reason="this Megatron's engine is built otherwise")
 
 from megatron.core.inference.contexts import StaticInferenceContext

@@ -4,11 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
 from support.cases import AnyAdapter
+from torch import nn
 
 import macs
 from macs import MACSConfig, Runtime, Topology

@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
 from megatron_macs.compat import inference_optimized
 
 if inference_optimized() is None:

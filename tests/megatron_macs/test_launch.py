@@ -5,9 +5,6 @@ import re
 import sys
 
 import pytest
-
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
 import torch
 from support.workers import free_port
 

@@ -8,9 +8,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -26,6 +23,7 @@ from support.megatron_ranks import (
     on_megatron,
     only_019,
     output_of,
+    planned,
 )
 from support.ranks import gathered, on_ranks
 
@@ -136,21 +134,18 @@ def test_one_process_plans_what_two_plan(level, reroute):
     settings = busy(capacity_factor=0.6, level=level, reroute=reroute, min_tokens=0)
     batches = [batch_of(rank, 3, 9) for rank in (0, 1)]
 
-    def planned(runtime, groups, hidden, mask, **changes):
-        layer = build_layer(runtime, layer_config(experts=8, top_k=3, **changes), groups)
-        events = events_of(runtime)
-        with macs.modality(mask):
-            layer(hidden)
-        plan = events[0].plan
-        return [one.view(9, len(mask), 3).transpose(0, 1) for one in (plan.experts, plan.weights)]
+    def found(runtime, groups, batch, **changes):
+        _, event = planned(runtime, layer_config(experts=8, top_k=3, **changes), batch, groups)
+        parts = event.plan.experts, event.plan.weights
+        return [one.view(9, len(batch[1]), 3).transpose(0, 1) for one in parts]
 
-    mine = planned(Runtime(settings), None, *batches[dist.get_rank()])
+    mine = found(Runtime(settings), None, batches[dist.get_rank()])
     alone = [dist.new_group([rank]) for rank in (0, 1)][dist.get_rank()]
-    hidden, mask = torch.cat([one for one, _ in batches], 1), torch.cat([one for _, one in batches])
+    both = torch.cat([one for one, _ in batches], 1), torch.cat([one for _, one in batches])
     runtime = Runtime(settings, virtual_ranks=2)
-    whole = planned(runtime, groups_of(alone, alone), hidden, mask, expert_model_parallel_size=1)
-    for own, both in zip(mine, whole, strict=True):
-        assert torch.equal(own, both[3 * dist.get_rank() :][:3])
+    whole = found(runtime, groups_of(alone, alone), both, expert_model_parallel_size=1)
+    for own, every in zip(mine, whole, strict=True):
+        assert torch.equal(own, every[3 * dist.get_rank() :][:3])
     report = runtime.reports()[0]
     assert report.dropped.sum() + report.rerouted.sum() > 0
 
@@ -158,12 +153,12 @@ def test_one_process_plans_what_two_plan(level, reroute):
 @pytest.mark.parametrize("world", [2, 4])
 @on_megatron()
 def test_every_rank_may_have_an_expert_of_its_own(world):
-    runtime = Runtime(busy(level="rank", reroute="group", min_tokens=0))
-    layer = build_layer(runtime, layer_config(experts=world, top_k=1))
-    events, (hidden, mask) = events_of(runtime), batch_of(dist.get_rank(), 2, 9)
-    with macs.modality(mask):
-        output, _ = layer(hidden)
-    torch.testing.assert_close(output, output_of(events[0].plan, hidden, world), rtol=0, atol=1e-5)
+    runtime, batch = (
+        Runtime(busy(level="rank", reroute="group", min_tokens=0)),
+        batch_of(dist.get_rank(), 2, 9),
+    )
+    output, event = planned(runtime, layer_config(experts=world, top_k=1), batch)
+    torch.testing.assert_close(output, output_of(event.plan, batch[0], world), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -222,16 +217,13 @@ def test_weights_and_state_dict_are_stock():
 @on_ranks(2)
 def test_groups_may_be_passed_in(dispatcher):
     """While Megatron's parallel state is not set up at all."""
-    hidden, mask = batch_of(dist.get_rank(), 3, 12)
 
     def run(groups):
         runtime = Runtime(busy(min_tokens=0, capacity_factor=0.5, reroute="none"))
-        layer = build_layer(runtime, layer_config(dispatcher, 8), groups)
-        events = events_of(runtime)
-        with macs.modality(mask):
-            output, _ = layer(hidden)
-        assert events[0].plan.statistics.dropped > 0
-        return output, events[0].plan.experts
+        batch = batch_of(dist.get_rank(), 3, 12)
+        output, event = planned(runtime, layer_config(dispatcher, 8), batch, groups)
+        assert event.plan.statistics.dropped > 0
+        return output, event.plan.experts
 
     assert not parallel_state.is_initialized()
     with cpu_engine(), torch.inference_mode():

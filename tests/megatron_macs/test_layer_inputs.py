@@ -6,11 +6,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
 from support.cases import busy
-from support.megatron_ranks import batch_of, build_layer, layer_config, on_megatron, only_019
+from support.megatron_ranks import batch_of, build_layer, layer_config, on_megatron, only_019, planned
 
 import macs
 from macs import Runtime
@@ -19,19 +16,15 @@ from macs import Runtime
 @pytest.mark.parametrize("lengths", [[9, 0], [0, 9], [1, 30]])
 @on_megatron(2)
 def test_ranks_may_have_uneven_tokens_or_none(lengths):
-    layer = build_layer(Runtime(busy(min_tokens=0, capacity_factor=0.5)), layer_config())
-    hidden, mask = batch_of(dist.get_rank(), 1, lengths[dist.get_rank()])
-    with macs.modality(mask):
-        output, _ = layer(hidden)
-    assert output.shape == hidden.shape and output.isfinite().all()
+    batch = batch_of(dist.get_rank(), 1, lengths[dist.get_rank()])
+    output, _ = planned(Runtime(busy(min_tokens=0, capacity_factor=0.5)), layer_config(), batch)
+    assert output.shape == batch[0].shape and output.isfinite().all()
 
 
 @pytest.mark.parametrize("settings", [{}, {"level": "rank", "reroute": "group"}, {"spare_text": True}])
 @pytest.mark.parametrize("kind", ["one token", "no visual tokens", "all visual", "k is E", "not finite"])
 @on_megatron(1)
 def test_odd_batches(kind, settings):
-    runtime = Runtime(busy(**{"min_tokens": 0, **settings}))
-    layer = build_layer(runtime, layer_config(top_k=4 if kind == "k is E" else 2))
     hidden, mask = batch_of(0, 2, 8)
     if kind == "one token":
         hidden, mask = hidden[:1, :1].contiguous(), mask[:1, :1]
@@ -39,8 +32,11 @@ def test_odd_batches(kind, settings):
         mask = torch.full_like(mask, kind != "no visual tokens")
     if kind == "not finite":
         hidden[0, 0, 3], hidden[1, 1, 2] = float("nan"), float("inf")
-    with macs.modality(mask):
-        output, _ = layer(hidden)
+    runtime, config = (
+        Runtime(busy(**{"min_tokens": 0, **settings})),
+        layer_config(top_k=4 if kind == "k is E" else 2),
+    )
+    output, _ = planned(runtime, config, (hidden, mask))
     report = runtime.reports()[0]
     bad = 2 if kind == "not finite" else 0
     assert int(report.nonfinite) == bad

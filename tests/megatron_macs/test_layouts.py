@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
 from megatron.core import parallel_state
@@ -20,6 +19,7 @@ from support.megatron_ranks import (
     megatron_on,
     on_megatron,
     output_of,
+    planned,
 )
 from support.ranks import gathered, on_ranks
 from tiny_vlm import data, plain
@@ -81,12 +81,9 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(layout, disp
 @every_layout
 @on_megatron()
 def test_the_layer_computes_its_plan(layout, dispatcher):
-    runtime = Runtime(busy(min_tokens=0, capacity_factor=0.6))
-    layer = build_layer(runtime, config_of(layout, dispatcher))
-    events, (hidden, mask) = events_of(runtime), tokens_of(layout)
-    with macs.modality(mask):
-        output, _ = layer(hidden)
-    plan, tokens = events[0].plan, events[0].tokens
+    runtime, (hidden, mask) = Runtime(busy(min_tokens=0, capacity_factor=0.6)), tokens_of(layout)
+    output, event = planned(runtime, config_of(layout, dispatcher), (hidden, mask))
+    plan, tokens = event.plan, event.tokens
     torch.testing.assert_close(output, output_of(plan, hidden, 8), rtol=0, atol=1e-5)
     assert torch.equal(tokens.modality.bool(), part_of(mask.t(), layout).flatten())
     assert plan.statistics.rerouted + plan.statistics.dropped > 0
@@ -116,7 +113,7 @@ def test_an_engine_may_take_sequence_parallelism_back(layout):
     whole = layout._replace(sp=False)
     hidden, mask = tokens_of(whole)
 
-    def planned(policy, built, used):
+    def plan_of(policy, built, used):
         runtime = Runtime(busy(min_tokens=0, capacity_factor=0.6), policy=policy)
         config = config_of(built)
         layer = build_layer(runtime, config)
@@ -126,10 +123,10 @@ def test_an_engine_may_take_sequence_parallelism_back(layout):
             layer(hidden)
         return events[0].plan
 
-    found, expected = planned("macs", layout, whole), planned("macs", whole, whole)
+    found, expected = plan_of("macs", layout, whole), plan_of("macs", whole, whole)
     assert torch.equal(found.experts, expected.experts) and torch.equal(found.weights, expected.weights)
     with pytest.raises(ValueError, match="every rank would add experts of its own"):
-        planned("expanded-drop", layout, whole)
+        plan_of("expanded-drop", layout, whole)
 
 
 @pytest.mark.parametrize("layout", [SEQUENCE_PARALLEL], ids=["TP 2, EP 2"])

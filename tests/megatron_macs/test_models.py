@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
 from megatron.core import parallel_state

@@ -2,7 +2,6 @@
 
 import pytest
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import copy

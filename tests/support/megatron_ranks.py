@@ -25,9 +25,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from macs import Plan, Runtime
+import macs
+from macs import Plan, PlanEvent, Runtime
 from megatron_macs import cpu_engine, with_macs
 
+from .cases import events_of
 from .ranks import on_ranks
 
 HIDDEN, FFN = 16, 24
@@ -152,6 +154,16 @@ def build_layer(
             module.linear_fc1.weight.copy_(torch.cat([gate.chunk(shards)[shard], up.chunk(shards)[shard]]))
             module.linear_fc2.weight.copy_(down.chunk(shards, 1)[shard])
     return layer.eval()
+
+
+def planned(
+    runtime: Runtime, config: TransformerConfig, batch: tuple[Tensor, Tensor], groups: Any = None
+) -> tuple[Tensor, PlanEvent]:
+    """The output of a new layer for hidden states and mask, and its step."""
+    layer, events, (hidden, mask) = build_layer(runtime, config, groups), events_of(runtime), batch
+    with macs.modality(mask):
+        output, _ = layer(hidden)
+    return output, events[0]
 
 
 def expert_weights(expert: int) -> tuple[Tensor, Tensor, Tensor]:
