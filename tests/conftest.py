@@ -59,12 +59,17 @@ def _installed(package: str) -> bool:
         return False
 
 
-collect_ignore = [room for room, package in ROOMS.items() if not _installed(package)]
+LEFT_OUT = {room for room, package in ROOMS.items() if not _installed(package)}
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the folders of engines that are not here."""
+    return True if LEFT_OUT & set(collection_path.parts) else None
 
 
 def pytest_report_header() -> list[str]:
-    """Why a folder is left out."""
-    return [f"tests/{room}: left out, {ROOMS[room]} is not installed" for room in collect_ignore]
+    """Which they are."""
+    return [f"tests/{room}: left out, {ROOMS[room]} is not installed" for room in sorted(LEFT_OUT)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

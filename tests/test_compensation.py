@@ -9,8 +9,7 @@ from support.ranks import on_ranks
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from support.deepspeed_ranks import autoep_engine, macs_engine, on_deepspeed
+from support.deepspeed_ranks import autoep_engine, autoep_layers, macs_engine, on_deepspeed
 from support.megatron_ranks import Layout, batch_of, build_layer, layer_config, megatron_on, on_megatron
 
 import macs
@@ -63,7 +62,7 @@ def test_tensor_and_expert_tensor_parallelism(sequence_parallel):
 @on_deepspeed(2)
 def test_autoep():
     engine = autoep_engine("qwen3_moe", {"target_load": 0.6, "capacity_factor": None})
-    layer = next(one for one in engine.modules() if isinstance(one, AutoEPMoELayer))
+    layer = autoep_layers(engine)[0]
     routers = [one.adapter.router_weight() for one in engine.macs.layers]
     hidden = torch.randn(2, 40, routers[0].shape[1], generator=torch.Generator().manual_seed(dist.get_rank()))
 

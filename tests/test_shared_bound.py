@@ -7,8 +7,7 @@ import torch.distributed as dist
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from support.deepspeed_ranks import autoep_engine, macs_engine, on_deepspeed
+from support.deepspeed_ranks import autoep_engine, autoep_layers, macs_engine, on_deepspeed
 from support.megatron_ranks import build_layer, layer_config, on_megatron
 
 import macs
@@ -75,7 +74,7 @@ def test_a_step_that_is_too_small_to_plan_takes_part(small):
 @on_deepspeed(2)
 def test_opposite_skews_lose_nothing_in_autoep():
     engine = autoep_engine("qwen3_moe", BOUND)
-    layer = next(one for one in engine.modules() if isinstance(one, AutoEPMoELayer))
+    layer = autoep_layers(engine)[0]
     hidden = leaning(layer.router.gate.weight, dist.get_rank(), 128)[None]
     with macs.modality(torch.zeros(1, 128, dtype=torch.bool)):
         output = layer(hidden)

@@ -6,11 +6,11 @@ import torch.distributed as dist
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from support.cases import busy, events_of
 from support.deepspeed_ranks import (
     NOTHING_OVER,
     autoep_engine,
+    autoep_layers,
     counted_traffic,
     deepspeed_on,
     logits_of,
@@ -21,10 +21,6 @@ from support.ranks import gathered, on_ranks
 from torch.nn import functional
 
 from deepspeed_macs.models import why_no_layers
-
-
-def layers_of(engine):
-    return [module for module in engine.modules() if isinstance(module, AutoEPMoELayer)]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +50,7 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(world, name,
     engine.macs.enabled = False
     assert torch.equal(logits_of(engine, ids), stock)
     engine.macs.enabled = True
-    for layer in layers_of(engine):  # the layers alone, so that nothing else of the model changes
+    for layer in autoep_layers(engine):  # the layers alone, so that nothing else of the model changes
         layer.train()
     assert torch.equal(logits_of(engine, ids), stock)
 
@@ -103,7 +99,7 @@ GROUP = {"reroute": "group"}
 @on_deepspeed(2)
 def test_the_layer_computes_its_plan_and_sends_nothing_else(name, policy, settings, options):
     engine = autoep_engine(name, {"policy": policy, "capacity_factor": 0.6, **settings}, **options)
-    layer, events = layers_of(engine)[0], events_of(engine.macs)
+    layer, events = autoep_layers(engine)[0], events_of(engine.macs)
     computed, seen = [], []
     layer.experts.register_forward_pre_hook(lambda _, args: computed.append(int(args[1].sum())))
     layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
@@ -128,7 +124,7 @@ def test_the_layer_computes_its_plan_and_sends_nothing_else(name, policy, settin
 @on_deepspeed(1)
 def test_rerouting_stays_within_a_tokens_groups(name):
     engine = autoep_engine(name, {"capacity_factor": 0.4, "reroute": "group"})
-    router, events, seen = layers_of(engine)[0].router, events_of(engine.macs), []
+    router, events, seen = autoep_layers(engine)[0].router, events_of(engine.macs), []
     router.register_forward_hook(lambda _, args, output: seen.append(output[1]))
     logits_of(engine, token_ids(0, rows=6))
     plan, size = events[0].plan, router.num_experts // router.num_expert_groups
@@ -223,7 +219,7 @@ def test_half_precision_stays_bit_for_bit(dtype):
 def test_deepep_is_handed_the_plan():
     """-1 and no weight for what is dropped."""
     engine, handed = autoep_engine("qwen3_moe", {"capacity_factor": 0.3, "reroute": "none"}), []
-    for layer in layers_of(engine):
+    for layer in autoep_layers(engine):
         layer.comm_backend, layer.ep_size = "deepep", 2
         layer._deepep_route = lambda x, routed: handed.append((x, routed)) or torch.zeros_like(x)
     events = events_of(engine.macs)

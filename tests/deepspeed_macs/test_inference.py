@@ -21,6 +21,7 @@ from support.deepspeed_ranks import (
     IMAGE_TOKEN,
     Model,
     autoep_engine,
+    autoep_layers,
     batch_of,
     drawn,
     logits_of,
@@ -45,10 +46,6 @@ def hooks_on(model):
         for hook in model._forward_pre_hooks.values()
         if isinstance(getattr(hook, "__self__", None), ModalityHook)
     ]
-
-
-def layers_of(engine):
-    return [module for module in engine.modules() if isinstance(module, AutoEPMoELayer)]
 
 
 @on_deepspeed(1)
@@ -118,7 +115,7 @@ def test_without_macs_deepspeed_is_as_it_was(block):
     assert type(engine.module.moe.deepspeed_moe.gate) is TopKGate
     config = {**TRAINING, **AUTOEP, **more}
     trainer = deepspeed_macs.initialize(model=hf_models.build("qwen3_moe"), config=config)[0]
-    assert {type(layer) for layer in layers_of(trainer)} == {AutoEPMoELayer}
+    assert {type(layer) for layer in autoep_layers(trainer)} == {AutoEPMoELayer}
     for one in (engine, trainer):
         assert not hasattr(one, "macs") and not hooks_on(one.module)
 
@@ -135,7 +132,7 @@ def under_autoep(model, **more):
 def added(changed, policy="macs"):
     """``add_macs`` on a stock AutoEP model of which one layer is changed; no hook is left on it."""
     engine = autoep_engine("qwen3_moe", None)
-    changed(layers_of(engine)[0])
+    changed(autoep_layers(engine)[0])
     try:
         deepspeed_macs.add_macs(engine.module, {"modality": "manual", "policy": policy})
     finally:
@@ -157,7 +154,7 @@ def blind_then_macs():
 
 def expanded_over_deepep():
     engine = autoep_engine("qwen3_moe", {})
-    for layer in layers_of(engine):
+    for layer in autoep_layers(engine):
         layer.comm_backend, layer.ep_size = "deepep", 2
     engine.macs.use("expanded-drop")
 

@@ -2,7 +2,7 @@
 
 import logging
 import types
-from contextlib import contextmanager
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -112,17 +112,14 @@ def test_noise_only_where_it_is_asked_for(noise):
     assert torch.equal(*outputs) != noise
 
 
-@contextmanager
 def flat_gathers():
     """gloo, unlike NCCL, wants both sides of an all-gather in one shape; DeepSpeed's are not."""
     real = deepspeed.comm.all_gather_into_tensor
-    deepspeed.comm.all_gather_into_tensor = lambda output, source, group=None: real(
-        output, source.flatten(), group=group
-    )
-    try:
-        yield
-    finally:
-        deepspeed.comm.all_gather_into_tensor = real
+
+    def gather(output, source, group=None):
+        return real(output, source.flatten(), group=group)
+
+    return mock.patch.object(deepspeed.comm, "all_gather_into_tensor", gather)
 
 
 def tensor_parallel_model(k, block):

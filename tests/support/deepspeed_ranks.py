@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -160,11 +162,12 @@ def counted_traffic():
             rows.append(source.numel() // source.shape[-1])
         return real(*arguments, **named)
 
-    dist.all_to_all_single = counting
-    try:
+    with mock.patch.object(dist, "all_to_all_single", counting):
         yield rows
-    finally:
-        dist.all_to_all_single = real
+
+
+def autoep_layers(engine: Any) -> list[AutoEPMoELayer]:
+    return [one for one in engine.modules() if isinstance(one, AutoEPMoELayer)]
 
 
 def autoep_engine(

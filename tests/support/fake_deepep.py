@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
+from .ranks import gathered
+
 
 class _CpuTorch:
     """``torch`` for a module that asks for CUDA tensors when it is constructed."""
@@ -26,12 +28,6 @@ class _CpuTorch:
     @staticmethod
     def zeros(*shape: Any, device: Any = None, **options: Any) -> Tensor:
         return torch.zeros(*shape, **options)
-
-
-def _everyones(value: Any, group: Any) -> list[Any]:
-    found = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group=group)
-    return found
 
 
 class Fake:
@@ -47,7 +43,7 @@ class Fake:
         self.handed.append((token_indices.clone(), token_probs.clone()))
         rank, local = dist.get_rank(group), num_experts // dist.get_world_size(group)
         parts, owners = [], []
-        for source, (rows, indices, probs) in enumerate(_everyones((x, token_indices, token_probs), group)):
+        for source, (rows, indices, probs) in enumerate(gathered((x, token_indices, token_probs), group)):
             mine = (indices >= 0) & (indices // local == rank)
             numbers = torch.nonzero(mine.any(1))[:, 0]
             own = torch.where(mine, indices - rank * local, -1)[numbers]
@@ -66,7 +62,7 @@ class Fake:
     ) -> tuple[Any, ...]:
         self.handed.append((routing_map.clone(), probs.clone()))
         rank, first = dist.get_rank(group), dist.get_rank(group) * num_local_experts
-        everyone = _everyones((x, routing_map, probs), group)
+        everyone = gathered((x, routing_map, probs), group)
         rows, weights, counts, owners = [], [], [], []
         for expert in range(first, first + num_local_experts):
             counts.append(0)
@@ -91,7 +87,7 @@ class Fake:
             (source, numbers, rows) for (source, numbers), rows in zip(owners, x.split(sizes), strict=True)
         ]
         combined = x.new_zeros(count, x.shape[1])
-        for sent in _everyones(back, group):
+        for sent in gathered(back, group):
             for source, numbers, rows in sent:
                 if source == dist.get_rank(group):
                     combined.index_add_(0, numbers, rows)

@@ -16,11 +16,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe import token_dispatcher_inference as engine
 from torch import Tensor
 
-
-def _everyones(value: Any, group: Any) -> list[Any]:
-    found = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group=group)
-    return found
+from .ranks import gathered
 
 
 class _Buffer:
@@ -47,7 +43,7 @@ class _Manager:
 
 
 def _metadata(local_tokens: int, local_buf: Tensor, symm_mem_hdl: Any, step_metadata: Tensor) -> None:
-    counts = _everyones(local_tokens, symm_mem_hdl)
+    counts = gathered(local_tokens, symm_mem_hdl)
     before = sum(counts[: dist.get_rank(symm_mem_hdl)])
     step_metadata.copy_(torch.tensor([sum(counts), before, max(counts)]))
 
@@ -55,7 +51,7 @@ def _metadata(local_tokens: int, local_buf: Tensor, symm_mem_hdl: Any, step_meta
 def _gather(*tensors: Any, rank_token_offset: Tensor, **_: Any) -> None:
     outputs, inputs, handles = tensors[:3], tensors[3:6], tensors[6:]
     for output, rows, group in zip(outputs, inputs, handles, strict=True):
-        everyone = torch.cat(_everyones(rows.clone(), group))
+        everyone = torch.cat(gathered(rows.clone(), group))
         output.view(-1, rows.shape[1])[: len(everyone)] = everyone
 
 

@@ -32,8 +32,8 @@ def on_ranks(
     return decorate
 
 
-def gathered(value: Any) -> list[Any]:
+def gathered(value: Any, group: Any = None) -> list[Any]:
     """The value of every rank, in their order."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
     return found
