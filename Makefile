@@ -26,7 +26,7 @@ bench:       ## what planning costs here
 launches:    ## what a plan launches on a GPU, counted without one
 	macs bench launches
 
-soak:        ## half an hour of two engines under traffic; needs Megatron-Core 0.19
+soak:        ## half an hour of two engines under traffic; needs Megatron-Core 0.18 or later
 	python tests/soak.py --minutes 30
 
 ci:          ## both supported Megatron versions, in fresh environments

@@ -1,4 +1,4 @@
-"""A MoE model from Megatron's own command line, with MACS's flags among its flags (Megatron 0.19).
+"""A MoE model from Megatron's own command line, with MACS's flags among its flags (0.18 and later).
 
     bash examples/launch/flags_on_a_laptop.sh
 

@@ -1,6 +1,6 @@
 """Hours of service in minutes: two engines under mixed traffic, watched from outside.
 
-    python tests/soak.py --minutes 30             # both engines at once; needs Megatron-Core 0.19 for one
+    python tests/soak.py --minutes 30             # both engines at once; needs Megatron-Core 0.18 for one
     python tests/soak.py --minutes 2 --engines deepspeed
 
 Megatron's dynamic engine (one process, planned as two ranks) and DeepSpeed's AutoEP (two processes) answer

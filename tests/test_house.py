@@ -8,13 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {
-    "macs": 8657,
-    "megatron_macs": 1476,
-    "deepspeed_macs": 1235,
-    "vllm_macs": 763,
-    "tools": 6389,
-    "examples": 4398,
-    "tests": 14861,
+    "macs": 8476,
+    "megatron_macs": 1385,
+    "deepspeed_macs": 1179,
+    "vllm_macs": 724,
+    "tools": 6245,
+    "examples": 4303,
+    "tests": 14586,
 }
 """Lines of Python a room may have. A room that is full gives something up before it gets more."""
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# examples/megatron_flags.py on two processes of a CPU: a small MoE from Megatron's own flags (0.19).
+# examples/megatron_flags.py on two processes of a CPU: a small MoE from Megatron's own flags (0.18 and later).
 # Further arguments go to the script, such as --moe-macs-level rank.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("megatron.training") is None)' || {
-  echo "flags_on_a_laptop.sh: found no megatron.training; needs megatron-core 0.19, or a checkout of" \
+  echo "flags_on_a_laptop.sh: found no megatron.training; needs megatron-core 0.18 or later, or a checkout of" \
     "Megatron-LM on PYTHONPATH (Python 3.12: pip install 'megatron-core==0.19.2')" >&2
   exit 2
 }

@@ -1,4 +1,4 @@
-"""Megatron's dynamic inference engine (0.19) on a CPU.
+"""Megatron's dynamic inference engine (0.18 and later) on a CPU.
 
 The engine, its context, its paged cache and its scheduling are real. What only a GPU has is stood in
 for: flash attention over the paged cache, in plain torch, and the CUDA calls of the bookkeeping.
