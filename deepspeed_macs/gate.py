@@ -26,9 +26,9 @@ from macs.adapters import LayerRuntime, candidate_scores, loads_of
 class MACSTopKGate(TopKGate):
     """Routes as its base class does, dropless, then keeps, reroutes and drops by the plan.
 
-    In ``train()`` mode or with MACS off it is the base class. Otherwise no token
-    is dropped but by the plan, whatever ``drop_tokens`` says; and there is no random token selection,
-    nor, unless ``sampling`` asks for it, Gumbel noise in the choice of the second expert of k = 2.
+    In ``train()`` mode or with MACS off it is the base class. Otherwise no token is dropped but by the plan,
+    whatever ``drop_tokens`` says; and there is no random token selection, nor, unless ``sampling`` asks for
+    it, Gumbel noise in the choice of the second expert of k = 2.
     """
 
     macs: LayerRuntime | None = None

@@ -171,7 +171,7 @@ class LayerRuntime:
         for callback in (*self._callbacks, *runtime.callbacks):
             callback(event)
         if self._output_callbacks or (plan is not None and self.served.compensates):
-            self._planned.step = event
+            self._planned.step = event._replace(layer=None)  # a cycle would outlive a model that failed
         return plan
 
     def compensate(self, output: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class LayerRuntime:
         self._planned.step = None
         rows, plan = output.reshape(-1, output.shape[-1]), step.plan
         for callback in self._output_callbacks:
-            callback(step, rows)
+            callback(step._replace(layer=self), rows)
         tables = None if plan is None else self.served.tables(rows.device)
         if plan is None or tables is None:
             return output
@@ -284,7 +284,7 @@ class LayerRuntime:
         a mask every token is text.
         """
         shard = self.adapter.token_shard()
-        if shard != self._shard:  # the engine divides the tokens in another way, which no policy has to fit
+        if shard != self._shard:  # divided in another way since: the policy may be impossible now
             self.check(self.runtime.policy, self.runtime.config)
             self._shard = shard
         modality = layer_modality(batch, length * shard.parts, device, self.runtime)
