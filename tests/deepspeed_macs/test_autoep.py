@@ -6,9 +6,8 @@ import torch.distributed as dist
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from support.cases import busy, events_of
+from support.cases import NOTHING_OVER, busy, events_of
 from support.deepspeed_ranks import (
-    NOTHING_OVER,
     autoep_engine,
     autoep_layers,
     counted_traffic,
@@ -41,7 +40,8 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(world, name,
     expected = build(name)(input_ids=ids, use_cache=False).logits
     if not options:  # AutoEP itself computes what Hugging Face does
         torch.testing.assert_close(stock, expected, rtol=0, atol=1e-5)
-    for block in NOTHING_OVER:
+    for policy, settings in NOTHING_OVER:
+        block = {"policy": policy, **settings}
         assert torch.equal(logits_of(autoep_engine(name, block, **options), ids), stock), block
     engine = autoep_engine(name, {"capacity_factor": 0.3, "reroute": "none"}, **options)
     assert not torch.equal(logits_of(engine, ids), stock)

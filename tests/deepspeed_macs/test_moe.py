@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
-from support.cases import BUSY, events_of
+from support.cases import BUSY, NOTHING_OVER, events_of
 from support.deepspeed_ranks import (
     DROPLESS,
     HIDDEN,
     IMAGE_TOKEN,
-    NOTHING_OVER,
     Expert,
     Model,
     batch_of,
@@ -35,7 +34,8 @@ import deepspeed_macs
 def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(world, k):
     ids = batch_of(dist.get_rank(), 3, 9)
     stock = stock_engine(8, k)(ids)
-    for block in NOTHING_OVER:
+    for policy, settings in NOTHING_OVER:
+        block = {"policy": policy, **settings}
         # The gate's own settings are DeepSpeed's defaults: dropping, random selection, noise.
         assert torch.equal(macs_engine(8, k, block)(ids), stock), block
     engine = macs_engine(8, k, {"capacity_factor": 0.1}, **DROPLESS)

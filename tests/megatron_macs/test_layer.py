@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from support.cases import busy, events_of
+from support.cases import NOTHING_OVER, busy, events_of
 from support.megatron_ranks import (
     Layout,
     batch_of,
@@ -35,15 +35,6 @@ from megatron_macs import cpu_engine, with_macs
 GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
 SIGMOID = {"moe_router_score_function": "sigmoid"}
 
-UNBOUNDED = [
-    ("macs", {"capacity_factor": 1e6}),
-    ("macs", {"capacity_factor": 1e6, "level": "rank"}),
-    ("token-drop", {"capacity_factor": 1e6}),
-    ("rank-balanced", {"capacity_factor": 1e6}),
-    ("vanilla", {}),
-    ("macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
-]
-
 
 @pytest.mark.parametrize(
     ("world", "dispatcher", "experts", "changes"),
@@ -59,7 +50,7 @@ def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(world, dispa
     config = layer_config(dispatcher, experts, **changes)
     hidden, mask = batch_of(dist.get_rank(), 3, 9)
     stock, _ = build_layer(None, config)(hidden)
-    for policy, settings in UNBOUNDED:
+    for policy, settings in NOTHING_OVER:
         layer = build_layer(Runtime(busy(**{"min_tokens": 0, **settings}), policy=policy), config)
         with macs.modality(mask):
             assert torch.equal(layer(hidden)[0], stock), (policy, settings)

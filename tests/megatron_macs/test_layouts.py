@@ -9,7 +9,7 @@ import torch.distributed as dist
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
 from megatron.core import parallel_state
-from support.cases import busy, events_of
+from support.cases import NOTHING_OVER, busy, events_of
 from support.fake_deepep import fake_deepep
 from support.megatron_ranks import (
     Layout,
@@ -66,12 +66,7 @@ def part_of(sequences, layout):
 def test_with_nothing_over_capacity_the_output_is_stock_bit_for_bit(layout, dispatcher):
     config, (hidden, mask) = config_of(layout, dispatcher), tokens_of(layout)
     stock, _ = build_layer(None, config)(hidden)
-    for policy, settings in (
-        ("macs", {"capacity_factor": 1e6}),
-        ("macs", {"capacity_factor": 1e6, "level": "rank", "reroute": "group"}),
-        ("vanilla", {}),
-        ("macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
-    ):
+    for policy, settings in NOTHING_OVER:
         layer = build_layer(Runtime(busy(**{"min_tokens": 0, **settings}), policy=policy), config)
         with macs.modality(mask):
             assert torch.equal(layer(hidden)[0], stock), (policy, settings)

@@ -27,6 +27,17 @@ def busy(**settings: Any) -> MACSConfig:
     return MACSConfig().updated(**BUSY).updated(**settings)
 
 
+NOTHING_OVER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("macs", {"capacity_factor": 1e6}),
+    ("macs", {"capacity_factor": 1e6, "level": "rank", "reroute": "group"}),
+    ("token-drop", {"capacity_factor": 1e6}),
+    ("rank-balanced", {"capacity_factor": 1e6}),
+    ("vanilla", {}),
+    ("macs", {"capacity_factor": 0.1, "min_tokens": 1000}),
+)
+"""Policies and settings under which nothing is over its capacity, or nothing is planned."""
+
+
 def events_of(runtime: Runtime) -> list[PlanEvent]:
     """The steps that the layers of a runtime plan from now on, as a list that grows."""
     events: list[PlanEvent] = []

@@ -32,14 +32,6 @@ from .ranks import on_ranks
 HIDDEN, FFN = 16, 24
 IMAGE_TOKEN = 5
 DROPLESS = {"drop_tokens": False, "use_rts": False, "top2_2nd_expert_sampling": False}
-NOTHING_OVER: tuple[dict[str, Any], ...] = (
-    {"capacity_factor": 1e6},
-    {"capacity_factor": 1e6, "level": "rank"},
-    {"capacity_factor": 1e6, "policy": "token-drop"},
-    {"policy": "vanilla"},
-    {"capacity_factor": 0.1, "min_tokens": 1000},
-)
-"""Blocks under which nothing is over its capacity, or nothing is planned."""
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)

@@ -96,41 +96,27 @@ def test_hostile(tmp_path):
         return path
 
     Profile.load(written())
-    cases = [
-        (written, {"form": "other"}, "found format 'other', expected 'macs-profile-2'"),
-        (written, {"tensors": {"visual": good["visual"]}}, "what macs tune writes, found KeyError('text')"),
-        (written, {"header": {"top_k": 2}}, "expected what macs tune writes, found KeyError('fingerprints')"),
-        (written, {"header": "{"}, "expected what macs tune writes, found JSONDecodeError"),
-        (written, {"header": []}, "expected what macs tune writes, found TypeError"),
-        (written, {"header": {**header, "top_k": "2"}}, "expected what macs tune writes, found TypeError"),
-        (written, {"header": {**header, "tuning": {}}}, "found KeyError('tuning_target_loads')"),
-        (
-            written,
-            {"tensors": {**good, "tuning_kl": good["text"] + 0}},
-            "found KeyError('tuning_target_loads')",
-        ),
-        (
-            written,
-            {"tensors": {**good, "compensation_basis": good["text"] + 0}},
-            "found KeyError('compensation_mean')",
-        ),
-        (
-            written,
-            {
-                "tensors": {name: one.repeat(2, 1) for name, one in good.items()},
-                "header": {**header, "fingerprints": ["x", "x"]},
-            },
-            "found layers with equal router weights",
-        ),
-        (written, {"header": {**header, "top_k": 9}}, "profile.top_k: found 9, expected 1 to 4"),
-        (written, {"header": {**header, "fingerprints": []}}, "profile.fingerprints: found 0, expected 1"),
-        (written, {"tensors": {**good, "text": good["text"].float()}}, "profile.text: found torch.float32"),
-        (written, {"tensors": {**good, "text": -good["text"]}}, "profile.text: found a negative count"),
-        (written, {"tensors": {**good, "text": torch.ones(2, 4).long()}}, "profile.text: found shape (2, 4)"),
+    twice = {name: one.repeat(2, 1) for name, one in good.items()}
+    cases: list[tuple[dict, str]] = [
+        ({"form": "other"}, "found format 'other', expected 'macs-profile-2'"),
+        ({"tensors": {"visual": good["visual"]}}, "what macs tune writes, found KeyError('text')"),
+        ({"header": {"top_k": 2}}, "expected what macs tune writes, found KeyError('fingerprints')"),
+        ({"header": "{"}, "expected what macs tune writes, found JSONDecodeError"),
+        ({"header": []}, "expected what macs tune writes, found TypeError"),
+        ({"header": {**header, "top_k": "2"}}, "expected what macs tune writes, found TypeError"),
+        ({"header": {**header, "tuning": {}}}, "found KeyError('tuning_target_loads')"),
+        ({"tensors": {**good, "tuning_kl": good["text"] + 0}}, "found KeyError('tuning_target_loads')"),
+        ({"tensors": {**good, "compensation_basis": good["text"] + 0}}, "KeyError('compensation_mean')"),
+        ({"tensors": twice, "header": {**header, "fingerprints": ["x", "x"]}}, "layers with equal router"),
+        ({"header": {**header, "top_k": 9}}, "profile.top_k: found 9, expected 1 to 4"),
+        ({"header": {**header, "fingerprints": []}}, "profile.fingerprints: found 0, expected 1"),
+        ({"tensors": {**good, "text": good["text"].float()}}, "profile.text: found torch.float32"),
+        ({"tensors": {**good, "text": -good["text"]}}, "profile.text: found a negative count"),
+        ({"tensors": {**good, "text": torch.ones(2, 4).long()}}, "profile.text: found shape (2, 4)"),
     ]
-    for write, changes, message in cases:
+    for changes, message in cases:
         with pytest.raises((ValueError, TypeError)) as caught:
-            Profile.load(write(**changes))
+            Profile.load(written(**changes))
         assert message in str(caught.value), changes
 
 
