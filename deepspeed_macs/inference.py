@@ -103,7 +103,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
 
 _installed: Patch[tuple[MACSBlock | None]] = Patch(_replacements)
-"""With the block for configs that have none."""
+"""The value: the block for configs without a ``macs`` entry."""
 
 
 def add_macs(model: nn.Module, macs: Block, *, tensor_parallel_size: int = 1) -> Runtime:

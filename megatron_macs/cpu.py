@@ -25,11 +25,20 @@ class _Inert:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None
+    def record(self, stream: Any = None) -> None:
+        pass
 
     def record_event(self, event: Any = None) -> Any:
         return self if event is None else event
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
     def elapsed_time(self, event: Any) -> float:
         return 0.0

@@ -49,8 +49,8 @@ class PlansFirst(MoETokenDispatcher):
         return self.macs.compensate(super().combine_postprocess(*args))
 
     def plan(self, hidden: Tensor, experts: Tensor, weights: Tensor, chunks: int = 1) -> Plan | None:
-        """The layer's plan: hidden [S, B, D], experts and weights [T, k]; none without logits from the router
-        (in ``train()`` mode, with MACS off), and while it calibrates.
+        """The layer's plan: hidden [S, B, D], experts and weights [T, k]. None without logits from the router
+        (in ``train()`` mode, with MACS off) and while MACS calibrates.
 
         chunks: into how many the engine divides the tokens.
         """

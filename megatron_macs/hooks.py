@@ -226,5 +226,7 @@ def modality_of_name(name: str) -> int:
 
 
 def is_llava(model: nn.Module) -> bool:
-    """Whether a model is Megatron's ``LLaVAModel``, which may need packages that are not here."""
-    return any(one.__module__.endswith(".llava_model") for one in type(model).__mro__)
+    """Whether a model is Megatron's ``LLaVAModel``: by name, for its import may need packages that are not
+    installed."""
+    name = "megatron.core.models.multimodal.llava_model"
+    return any(one.__module__ == name for one in type(model).__mro__)

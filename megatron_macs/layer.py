@@ -80,14 +80,20 @@ class MACSMoELayer(MoELayer):
 
     def forward(self, hidden_states: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [S, B, D] and the base class's other arguments -> what it returns."""
-        if self.macs is None or hidden_states is None:  # none: a later part, where graphs capture some alone
+        if self.macs is None:
             return super().forward(hidden_states, *args, **kwargs)
+        if hidden_states is None:  # the later calls of a layer that partial CUDA graphs call in three parts
+            output = super().forward(None, *args, **kwargs)
+            self.macs.done()
+            return output
         count, continues = hidden_states.shape[:-1].numel(), False
         if self.config.mlp_chunks_for_prefill > 1:
             # The engine divides the hidden states of a prompt and calls the layer for each chunk.
             chunk = Chunk.of(hidden_states, self.token_dispatcher.chunk)
             self.token_dispatcher.chunk, continues = chunk, chunk.first > 0
-        with self.macs.forward_pass(count, hidden_states.device, self.training, continues) as acts:
+        whole = "expert_compute" in self.fwd_execution_map
+        within = self.macs.forward_pass if whole else self.macs.entering
+        with within(count, hidden_states.device, self.training, continues) as acts:
             if acts and kwargs.get("padding_mask") is not None:
                 refuse_unread_padding()
             return super().forward(hidden_states, *args, **kwargs)

@@ -64,7 +64,8 @@ LEFT_OUT = {room for room, package in ROOMS.items() if not _installed(package)}
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave out the folders of engines that are not here."""
-    return True if LEFT_OUT & set(collection_path.parts) else None
+    inside = HERE in collection_path.parents
+    return True if inside and LEFT_OUT & set(collection_path.relative_to(HERE).parts) else None
 
 
 def pytest_report_header() -> list[str]:

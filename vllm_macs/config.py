@@ -17,7 +17,7 @@ MACS = "macs"
 
 @dataclass(frozen=True)
 class MACSEntry(Options):
-    """Every option and setting of ``macs`` that vLLM leaves to it.
+    """Every option and setting of ``macs`` but token ids, ``record`` and ``calibrate``.
 
     vLLM itself says which tokens are visual or padding, and its workers do not run to the end of a script.
     """

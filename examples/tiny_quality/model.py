@@ -19,8 +19,8 @@ SHARED = "checkpoint", "ranks", "batch", "seed", "split"
 
 @contextlib.contextmanager
 def scoring(run: Any, kind: str) -> Iterator[Scorer]:
-    """A scorer of the questions of a kind, with the modality of the training split's, which nothing is
-    measured on. run: a ``Run``, or the command line of a comparison, which has the same fields."""
+    """A scorer of the questions of a kind, with a profile of training questions of the run's first kind,
+    which nothing is measured on. run: a ``Run``, or a comparison's command line with the same fields."""
     quiet()
     asked = {"batches": [kind], "requests": run.questions} | {name: getattr(run, name) for name in SHARED}
     fixed: dict[str, Any] = {
@@ -32,7 +32,7 @@ def scoring(run: Any, kind: str) -> Iterator[Scorer]:
     }
     with torch.inference_mode(), opened(Namespace(**asked, **fixed)) as scorer:
         with scorer.runtime.calibration():
-            for batch in draw_batches(kind, "train", 1, 4, run.batch):
+            for batch in draw_batches(run.batches[0], "train", 1, 4, run.batch):
                 scorer.said(batch, [[0]] * len(batch))
         scorer.modality = scorer.runtime.measured_profile()
         yield scorer

@@ -9,7 +9,6 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -273,19 +272,20 @@ class Experiment:
         return {}
 
 
-ENGINES = {"megatron": ("Megatron-Core", "megatron-core"), "deepspeed": ("DeepSpeed", "deepspeed")}
-"""Names, as they are written and installed."""
+ENGINES = {"megatron": ("Megatron-Core", "megatron.core"), "deepspeed": ("DeepSpeed", "deepspeed")}
+"""Names, as they are written and imported."""
 
 
 def describe_run(arguments: argparse.Namespace, engine: str, what: str, share: int) -> str:
     """The caption of a table: what was run, and what its rows mean."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    name, package = ENGINES[engine]
+    name, module = ENGINES[engine]
+    version = import_module(module).__version__
     ranks = dist.get_world_size()
     batch = share * ranks
     asked = arguments.samples // batch * batch
     return (
-        f"{name} {version(package)}, {what}, {ranks} expert-parallel ranks, {device}; {asked} questions in "
+        f"{name} {version}, {what}, {ranks} expert-parallel ranks, {device}; {asked} questions in "
         f"batches of {batch}. "
         "Load: the largest rank's rows over the mean of the router's choice. KL: of the answers, in nats, "
         "from vanilla. Same: answers that equal vanilla's; pictures, texts: right answers. ms: of a MoE "

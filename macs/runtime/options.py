@@ -33,8 +33,8 @@ def _option(help: str, kind: type = str) -> Any:
 class Options:
     """What flags and config blocks have in common; an invalid value is a ``ValueError`` that names it.
 
-    virtual_ranks: plan, in one process, as so many expert-parallel ranks would; no flag. given: settings and
-    ``preset``, by name, as they were given.
+    virtual_ranks: plan, in one process, as so many expert-parallel ranks would; not a command-line flag.
+    given: settings and ``preset``, by name, as they were given.
     """
 
     policy: str | None = _option("one of " + ", ".join(POLICIES))

@@ -13,13 +13,13 @@ class Patch(Generic[Value]):
     """Installations over an engine, of which the last one acts.
 
     replacements: gives (owner, attribute, value) of what is put there, at the first installation; when the
-    last one is removed, in whatever order, the engine is as before, but for what somebody else has patched
-    since.
+    last one is removed, in whatever order, the engine is as before. What somebody else has wrapped since
+    stays, with ours inside, which passes calls on until there is an installation again.
     """
 
     def __init__(self, replacements: Callable[[], Iterable[tuple[Any, str, Any]]]) -> None:
         self._replacements = replacements
-        self._replaced: list[tuple[Any, str, Any, Any]] = []
+        self._replaced: dict[tuple[int, str], tuple[Any, str, Any, Any]] = {}
         self._values: list[tuple[object, Value]] = []
 
     @property
@@ -29,19 +29,19 @@ class Patch(Generic[Value]):
 
     def add(self, value: Value) -> Callable[[], None]:
         """Install; returns a function that uninstalls it."""
-        if not self._replaced:
-            for owner, name, ours in self._replacements():
-                self._replaced.append((owner, name, ours, getattr(owner, name)))
+        for owner, name, ours in [] if self._values else list(self._replacements()):
+            if (id(owner), name) not in self._replaced:
+                self._replaced[id(owner), name] = owner, name, ours, getattr(owner, name)
                 setattr(owner, name, ours)
         entry = object(), value
         self._values.append(entry)
 
         def uninstall() -> None:
             self._values[:] = [one for one in self._values if one is not entry]
-            while not self._values and self._replaced:
-                owner, name, ours, stock = self._replaced.pop()
+            for key, (owner, name, ours, stock) in [] if self._values else list(self._replaced.items()):
                 if getattr(owner, name) is ours:
                     setattr(owner, name, stock)
+                    del self._replaced[key]
 
         return uninstall
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.workers import free_port
 
-from macs import MACSConfig, Profile, Recording
+from macs import MACSConfig, Profile, Recording, Runtime
 from macs.config import settings
 from megatron_macs import add_macs_args, launch, runtime_from_args, tokens_from_args
 from megatron_macs.options import macs_options
@@ -109,9 +109,9 @@ TIGHT = "--moe-macs --moe-macs-image-token-id 3 --moe-macs-capacity-factor 0.3 -
 def test_a_script_that_does_not_change_runs_with_macs(launched, tmp_path):
     _, stock = launched(module=())
     _, without = launched()
-    done, small = launched("--moe-macs", "--moe-macs-min-tokens", 1000, script=("-m", "script"))
-    nothing = "MACS planned nothing: no forward pass in eval() mode had min_tokens = 1000"
-    assert done.stderr.count(nothing) == 1
+    roomy = "--moe-macs --moe-macs-image-token-id 3 --moe-macs-capacity-factor 1000".split()
+    done, unbounded = launched(*roomy, script=("-m", "script"))
+    assert done.stderr.count("MACS planned 2 times in 2 layers: kept 100.0%") == 1, done.stderr
     port = free_port(2)
     recorded = "--moe-macs-record", "routing.safetensors", "--moe-macs-metrics-port", port
     done, bounded = launched(*TIGHT.split(), *recorded, METRICS_PORT=str(port))
@@ -125,10 +125,15 @@ def test_a_script_that_does_not_change_runs_with_macs(launched, tmp_path):
         assert records == [(0, 0, 80), (1, 0, 80)]
         assert (recording.num_experts, recording.num_ranks, recording.top_k) == (4, 2, 2)
         assert int((recording.records[0].modality > 0).sum()) == found["images"] == found["visual"] > 0
-        assert without[rank]["layer"] == "MoELayer" and small[rank]["layer"] == "MACSMoELayer"
-        for same in (without, small):
+        assert without[rank]["layer"] == "MoELayer" and unbounded[rank]["layer"] == "MACSMoELayer"
+        for same in (without, unbounded):
             assert torch.equal(same[rank]["logits"], stock[rank]["logits"])
         assert not torch.equal(found["logits"], stock[rank]["logits"])
+
+
+def test_a_run_too_small_to_plan_is_said_to_be():
+    said = launch.summary(Runtime(MACSConfig(min_tokens=1000)), [])
+    assert "MACS planned nothing: no forward pass in eval() mode had min_tokens = 1000" in said
 
 
 def test_a_script_that_does_not_change_calibrates(launched, tmp_path):

@@ -21,8 +21,8 @@ from support.megatron_ranks import (
     groups_of,
     layer_config,
     megatron_on,
+    newer_megatron,
     on_megatron,
-    only_019,
     output_of,
     planned,
 )
@@ -228,7 +228,7 @@ def test_groups_may_be_passed_in(dispatcher):
             assert torch.equal(one, other)
 
 
-@only_019
+@newer_megatron
 @on_megatron(1)
 def test_multi_token_prediction_layers_are_bypassed():
     runtime = Runtime(busy(min_tokens=0, capacity_factor=0.3))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.cases import busy
-from support.megatron_ranks import batch_of, build_layer, layer_config, on_megatron, only_019, planned
+from support.megatron_ranks import batch_of, build_layer, layer_config, newer_megatron, on_megatron, planned
 
 import macs
 from macs import Runtime
@@ -71,7 +71,7 @@ def test_a_mask_that_does_not_fit_is_an_error_and_hangs_nobody(kind):
         layer(hidden)
 
 
-@only_019
+@newer_megatron
 @pytest.mark.parametrize("first", ["prompt", "small"])
 @on_megatron(2)
 def test_a_prompt_is_planned_where_decoding_is_captured(first):

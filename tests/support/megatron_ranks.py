@@ -35,8 +35,8 @@ from .ranks import on_ranks
 HIDDEN, FFN = 16, 24
 VOCABULARY, LONGEST = 32, 64
 
-only_019 = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.core.inference.config") is None, reason="not in this Megatron"
+newer_megatron = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.core.inference.config") is None, reason="not in Megatron 0.16"
 )
 
 warnings.filterwarnings("ignore")

@@ -1,5 +1,7 @@
 """Answers of a prompt that was read once: as without a cache, and as the model's own ``generate``."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tiny_vlm import model as tiny
 import macs
 from macs import MACSConfig, Runtime
 from macs_tools.common.answers import divergence, read
+from macs_tools.common.requests import ProcessorEngine, Question
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +106,11 @@ def test_prompts_are_planned_and_answers_are_not(attached):
     assert runtime.enabled
     assert [len(report.load("after")) for report in runtime.reports()] == [1] * len(loads)
     assert np.isfinite(prompt.logits.numpy()).all()
+
+
+def test_a_picture_that_the_model_cannot_be_shown_is_refused():
+    tokenizer = SimpleNamespace(chat_template=None, pad_token="x")
+    for processor, lacks in ((SimpleNamespace(tokenizer=tokenizer), "chat template"), (tokenizer, "vision")):
+        engine = ProcessorEngine(None, processor, 1)
+        with pytest.raises(ValueError, match=f"found a picture, .*the model has no {lacks}"):
+            engine.inputs_of([Question("what is it ?", picture=object())])

@@ -20,7 +20,9 @@ def line(**changes):
 
 def test_layers_are_numbered_in_order_and_those_that_guess_ahead_left_out(tmp_path):
     path = tmp_path / "router_trace_rank0.jsonl"
-    path.write_text(line() + line(layer=1, top_indices=[[1, 2], [2, 3]]) + line(block="mtp", mtp_idx=0))
+    path.write_text(
+        line() + "\n" + line(layer=1, top_indices=[[1, 2], [2, 3]]) + line(block="mtp", mtp_idx=0)
+    )
     found = read_trace(path, experts=8)
     assert [(one.layer, one.step) for one in found.records] == [(1, 0), (0, 0)]
     assert found.records[0].experts.tolist() == [[0, 5], [4, 1]] and found.num_experts == 8
@@ -35,15 +37,25 @@ def test_layers_are_numbered_in_order_and_those_that_guess_ahead_left_out(tmp_pa
         ("{", ", line 1: .*JSONDecodeError"),
         ("[" * 100000, ", line 1: .*RecursionError"),
         ("[]", ", line 1: found no record"),
-        (line(num_tokens=3), "line 1: .*reshape"),
+        (line(num_tokens=3), r"line 1: .*top_indices: found shape \(2, 2\), expected \(3, 2\)"),
+        (line(top_indices=[0, 1, 2, 3]), "line 1: .*top_indices: found shape"),
         (line(top_indices=[[0, 1], [2]]), "line 1: .*inhomogeneous"),
-        (line(top_indices=[[0, 1], [2, "x"]]), "line 1: .*invalid literal"),
-        (line(top_indices=[[0, 1], [2, 0.7]]), "line 1: .*numbers that are no experts"),
-        (line(top_indices=[[0, 1], [2, 40000]]), "line 1: .*numbers that are no experts"),
+        (line(top_indices=[[0, 1], [2, "x"]]), "line 1: .*could not convert"),
+        (line(top_indices=[[0, 1], [2, 0.7]]), "line 1: .*top_indices: found a number that cannot be"),
+        (line(top_indices=[[0, 1], [2, 65537]]), "line 1: .*top_indices: found a number that cannot be"),
+        (line(step=None), "line 1: .*step: found 'None', expected a whole number"),
+        (line(step=0.5), "line 1: .*step: found '0.5', expected a whole number"),
+        (line(layer="3"), "line 1: .*layer: found '3', expected a whole number"),
+        (line(macs_experts="6"), "line 1: .*macs_experts: found '6', expected a whole number"),
+        (line(logit_offset=-2, logit_bytes=24), "line 1: .*logit_offset: found '-2', expected"),
+        (line(macs_modality=[0, 256]), "line 1: .*macs_modality: found a number that cannot be"),
+        (line(macs_modality=[0, 0.7]), "line 1: .*macs_modality: found a number that cannot be"),
+        (line(macs_modality=[0, 1, 1]), r"line 1: .*macs_modality: found shape \(3,\), expected \(2,\)"),
+        (line(macs_weights=[[1.0, -0.5]] * 2), "line 1: .*macs_weights: found a number that cannot be"),
+        (line(macs_weights=[1.0, 0.5]), "line 1: .*macs_weights: found shape"),
+        (line(macs_weights=[[1.0, math.nan]] * 2), "line 1: .*macs_weights: found a number that cannot be"),
         (line() + '{"step": 1}\n', "line 2: .*KeyError"),
         (line() + line(topk=3, top_indices=[[0, 1, 2]] * 2), "its records do not fit together"),
-        (line(macs_weights=[[1.0, 0.0]]), "its records do not add up"),
-        (line(macs_weights=[[1.0, math.nan]] * 2), "found weights that are not finite"),
         (line(macs_modality=[0, 9]), "found modality ids outside 0..3"),
         (line() + line(macs_modality=[0, 1]), "do not fit together: 'macs_modality'"),
         (line(top_indices=[[0, 1], [2, 2]]), "found a token with an expert twice"),
@@ -63,7 +75,8 @@ def test_what_is_no_trace_is_named(tmp_path, text, message):
     ("places", "logits", "message"),
     [
         ([(0, 24), (24, 24)], torch.zeros(24), None),
-        ([(0, 24), (40, 24)], torch.zeros(24), "its records do not fit together"),
+        ([(0, 24), (40, 24)], torch.zeros(24), "ends before the logits of step 0"),
+        ([(0, 64)], torch.zeros(24), "ends before the logits of step 0"),
         ([(0, 24), (24, 22)], torch.zeros(24), "its records do not fit together"),
         ([(0, 24), (24, 24)], torch.full((24,), math.nan), "found weights that are not finite"),
     ],

@@ -24,9 +24,10 @@ def main(given: Sequence[str] | None = None) -> None:
         from .layer import run_layer as run
     found = run(arguments, console())
     about = {"mode": arguments.mode, "shape": asdict(arguments.shape), "machine": machine(arguments)}
+    asked = {name: str(value) for name, value in vars(arguments).items() if name not in ("shape", "played")}
     if arguments.json:
         with arguments.json.open("a") as file:
-            file.write(json.dumps(about | found) + "\n")
+            file.write(json.dumps({**about, "arguments": asked, **found}) + "\n")
     same = found.get("under_capacity")
     if any("failed" in row for row in found.get("rows", ())):
         sys.exit("macs bench: some output was wrong; see the table")

@@ -118,9 +118,12 @@ class ProcessorEngine:
     def inputs_of(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         """The model's arguments for a batch of prompts."""
         texts, padding = [one.text for one in questions], {"padding": True}
-        if self.processor is self.tokenizer and any(one.picture is not None for one in questions):
-            raise ValueError("--data: found a picture, expected texts alone: the model has no vision")
-        if self.tokenizer.chat_template is None and getattr(self.processor, "chat_template", None) is None:
+        templates = self.tokenizer.chat_template, getattr(self.processor, "chat_template", None)
+        plain = templates == (None, None)
+        if (plain or self.processor is self.tokenizer) and any(one.picture for one in questions):
+            lacks = "chat template" if self.processor is not self.tokenizer else "vision"
+            raise ValueError(f"--data: found a picture, expected texts alone: the model has no {lacks}")
+        if plain:
             return self._moved(self.tokenizer(texts, **padding, return_tensors="pt"))
         contents: list[Any] = texts
         if self.processor is not self.tokenizer:

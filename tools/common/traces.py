@@ -26,6 +26,9 @@ DECODER = "decoder"
 MODALITY, WEIGHTS, EXPERTS, RANKS = "macs_modality", "macs_weights", "macs_experts", "macs_ranks"
 """What a trace that ``write_trace`` wrote has besides."""
 
+LATER = EXPERTS, RANKS, "logit_offset", "logit_bytes"
+"""Whole numbers that a record may have."""
+
 Records = list[dict[str, Any]]
 
 
@@ -34,7 +37,7 @@ def is_trace(path: Path) -> bool:
     return path.suffix in (".jsonl", ".json")
 
 
-def read_trace(path: Path, experts: int | None = None, ranks: int | None = None, calls: int = 1) -> Recording:
+def read_trace(path: Path, experts: int | None = None, ranks: int | None = None) -> Recording:
     """A rank's trace as a recording.
 
     Tokens are text where the trace does not say; weights are even where it has no logits, else the logits'
@@ -46,16 +49,64 @@ def read_trace(path: Path, experts: int | None = None, ranks: int | None = None,
             ``write_trace`` wrote.
         ranks: expert-parallel ranks of the run; none: as the trace says, or 1. It is 1 where they do not
             divide the experts.
-        calls: most calls of a layer in a step, over all traces of the run, so that they number steps alike.
 
     Raises:
         ValueError: a line is no record of a trace, which is named, or the records do not fit together.
     """
-    found, own = _records(path)
+    found = _records(path)
+    return _recording(path, found, calls_of(found), experts, ranks)
+
+
+def _records(path: Path) -> Records:
+    """Those of the layers that MACS plans, their lists as arrays."""
+    found: Records = []
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            try:
+                one = json.loads(line) if line.strip() else None
+                if one is not None and one.get("block", DECODER) == DECODER:
+                    found.append(_record(one))
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+                raise ValueError(f"trace {path}, line {number}: found no record: {error!r}") from error
+    if not any(one["num_tokens"] for one in found):
+        raise ValueError(f"trace {path}: found no record of block {DECODER!r} with tokens")
+    return found
+
+
+def _record(one: dict[str, Any]) -> dict[str, Any]:
+    """A record: top_indices int16 [T, k], and where it has them modality int8 [T], weights float16 [T, k]."""
+    for name in ("step", "layer", "num_tokens", "topk", *(name for name in LATER if name in one)):
+        if type(one[name]) is not int or one[name] < 0:
+            raise ValueError(f"{name}: found {str(one[name])[:50]!r}, expected a whole number")
+    count, top_k = one["num_tokens"], one["topk"]
+    shapes = {"top_indices": (count, top_k), MODALITY: (count,), WEIGHTS: (count, top_k)}
+    kinds = {"top_indices": np.int16, MODALITY: np.int8, WEIGHTS: np.float16}
+    for name in shapes.keys() & {"top_indices", *one}:
+        given = np.array(one[name], np.float64) if count else np.empty(shapes[name])
+        if given.shape != shapes[name]:
+            raise ValueError(f"{name}: found shape {given.shape}, expected {shapes[name]}")
+        with np.errstate(invalid="ignore"):
+            one[name] = given.astype(kinds[name])
+        if not (np.array_equal(one[name], given) if name != WEIGHTS else bool((given >= 0).all())):
+            raise ValueError(f"{name}: found a number that cannot be one of them")
+    return one
+
+
+def calls_of(records: Records) -> int:
+    """Most calls of a layer in a step."""
+    return max(Counter((one["step"], one["layer"]) for one in records).values())
+
+
+def _recording(path: Path, found: Records, calls: int, experts: int | None, ranks: int | None) -> Recording:
+    """The recording of a trace; calls: ``calls_of`` over all traces of the run, to number steps alike."""
+    often: Counter[tuple[int, int]] = Counter()
+    for one in found:  # a layer's second call in a step, as of another microbatch, is a step of its own
+        one["again"] = often[one["step"], one["layer"]]
+        often[one["step"], one["layer"]] += 1
     layers = sorted({one["layer"] for one in found})
     found = [one for one in found if one["num_tokens"]]
     try:
-        tensors = _tensors(path, found, layers, max(calls, own))
+        tensors = _tensors(path, found, layers, calls)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"trace {path}: its records do not fit together: {error}") from error
     if "scores" in tensors:
@@ -70,30 +121,6 @@ def read_trace(path: Path, experts: int | None = None, ranks: int | None = None,
     return Recording(experts, 1 if experts % ranks else ranks, tensors, f"trace {path}")
 
 
-def _records(path: Path) -> tuple[Records, int]:
-    """Those of the layers that MACS plans, and the most calls of a layer in a step: the second, as of another
-    microbatch, is a step of its own."""
-    found: Records = []
-    often: Counter[tuple[int, int]] = Counter()
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            one = json.loads(line)
-            if one.get("block", DECODER) != DECODER:
-                continue
-            given = np.array(one["top_indices"]).reshape(one["num_tokens"], one["topk"])
-            one["top_indices"] = given.astype(np.int16)
-            if not np.array_equal(one["top_indices"], given):
-                raise ValueError("top_indices: found numbers that are no experts")
-            place = one["step"], one["layer"]
-            one["again"], often[place] = often[place], often[place] + 1
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"trace {path}, line {number}: found no record: {error!r}") from error
-        found.append(one)
-    if not any(one["num_tokens"] for one in found):
-        raise ValueError(f"trace {path}: found no record of block {DECODER!r} with tokens")
-    return found, max(often.values())
-
-
 def _tensors(path: Path, found: Records, layers: list[int], calls: int) -> dict[str, Tensor]:
     """As ``Recording`` has them."""
 
@@ -101,7 +128,7 @@ def _tensors(path: Path, found: Records, layers: list[int], calls: int) -> dict[
         """A field of all tokens, which every record has, or none."""
         if not any(name in one for one in found):
             return None
-        return torch.from_numpy(np.concatenate([np.array(one[name]) for one in found]))
+        return torch.from_numpy(np.concatenate([one[name] for one in found]))
 
     chosen, modality, weights = joined("top_indices"), joined(MODALITY), joined(WEIGHTS)
     assert chosen is not None
@@ -111,16 +138,14 @@ def _tensors(path: Path, found: Records, layers: list[int], calls: int) -> dict[
         "counts": torch.tensor([one["num_tokens"] for one in found]),
         "experts": chosen,
         "weights": torch.full(chosen.shape, 1 / chosen.shape[1], dtype=torch.float16),
-        "modality": torch.full((len(chosen),), TEXT, dtype=torch.int8),
+        "modality": torch.full((len(chosen),), TEXT, dtype=torch.int8) if modality is None else modality,
     }
     if any("logit_offset" in one for one in found):
         scores = _logits(path, found).float().softmax(1)
         gates = scores.gather(1, chosen.long().clamp(min=0))
         tensors |= {"scores": scores.half(), "weights": (gates / gates.sum(1, keepdim=True)).half()}
-    if modality is not None:
-        tensors["modality"] = modality.to(torch.int8)
     if weights is not None:
-        tensors["weights"] = weights.half()
+        tensors["weights"] = weights
     return tensors
 
 
@@ -129,10 +154,12 @@ def _logits(path: Path, found: Records) -> Tensor:
     beside = path.with_name(f"logits_rank{found[0]['rank']}.bin")
     if not beside.is_file():
         raise ValueError(f"found logits in them, but no file {beside}")
-    data = np.memmap(beside, dtype=np.uint8, mode="r")
-    parts = [
-        data[one["logit_offset"] :][: one["logit_bytes"]].reshape(one["num_tokens"], -1) for one in found
-    ]
+    data, parts = np.memmap(beside, dtype=np.uint8, mode="r"), []
+    for one in found:
+        first, size = one["logit_offset"], one["logit_bytes"]
+        if first + size > len(data):
+            raise ValueError(f"{beside} ends before the logits of step {one['step']}")
+        parts.append(data[first : first + size].reshape(one["num_tokens"], -1))
     return torch.from_numpy(np.concatenate(parts)).view(torch.bfloat16)
 
 
@@ -167,9 +194,11 @@ def load_recordings(
     experts, ranks: of a layer, and of the run, where traces do not say; by default as many ranks as files.
     """
     ranks = ranks or (len(paths) if len(paths) > 1 else None)
-    calls = max((_records(path)[1] for path in paths if is_trace(path)), default=1) if len(paths) > 1 else 1
+    traces = {path: _records(path) for path in paths if is_trace(path)}
+    calls = max(map(calls_of, traces.values()), default=1)
     found = [
-        read_trace(path, experts, ranks, calls) if is_trace(path) else Recording.load(path) for path in paths
+        _recording(path, traces[path], calls, experts, ranks) if path in traces else Recording.load(path)
+        for path in paths
     ]
     kinds = {(one.num_experts, one.top_k) for one in found}
     if len(kinds) != 1:

@@ -299,7 +299,8 @@ def test_without_macs_no_argument_is_checked():
     runtime = Runtime(macs.MACSConfig(min_tokens=0))
     layer = runtime.add_layer(AnyAdapter(lambda: torch.randn(4, 8), Topology(4), 2))
     model(inputs_embeds=torch.randn(2, 4, 8))
-    assert model.seen is None
+    with layer.forward_pass(8, torch.device("cpu"), False) as acts:
+        assert acts and model.seen is None
     model.layer.register_forward_hook(lambda *_: layer.tokens(2, 4, False, torch.device("cpu")))
     with pytest.raises(ValueError, match="inputs_embeds: found them without input_ids"):
         model(inputs_embeds=torch.randn(2, 4, 8))

@@ -190,9 +190,24 @@ def test_installations_end_in_any_order(order):
         undo[one]()
     assert engine.run == engine.other == "stock" and installed.current is None
     end = installed.add(7)
-    engine.other = "theirs"  # patched by somebody else since
+    engine.other = "theirs, around ours"  # wrapped by somebody else since
     end()
-    assert engine.run == "stock" and engine.other == "theirs"
+    assert engine.run == "stock" and engine.other == "theirs, around ours"
+    installed.add(8)  # ours is still there: once is enough
+    assert engine.run == "ours" and engine.other == "theirs, around ours"
+
+
+def test_an_installation_that_fails_changes_nothing():
+    engine = SimpleNamespace(run="stock")
+
+    def replacements():
+        yield engine, "run", "ours"
+        raise ValueError("no such class")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such class"):
+            Patch(replacements).add(1)
+    assert engine.run == "stock"
 
 
 class Owning(torch.nn.Module):
