@@ -64,7 +64,7 @@ class MACSTopKGate(TopKGate):
         if self.macs is None:
             return super().forward(input, used_token, sparse_routes, use_tutel)
         with self.macs.entering(len(input), input.device, self.training) as acts:
-            if self.training or not self.macs.on:
+            if self.training or not self.macs.runtime.on:
                 return self._stock(input, used_token, sparse_routes, use_tutel)
             return self._planned(input, used_token, sparse_routes, acts)
 

@@ -119,7 +119,7 @@ class ModalityHook:
         training = module.training
         # Looked for only when an error leaves the call: to walk a large model takes milliseconds.
         stack.enter_context(
-            model_call(lambda: [] if training else [layer for layer in layers_of(module) if layer.on])
+            model_call(lambda: [] if training else [layer for layer in layers_of(module) if layer.runtime.on])
         )
         given = {**dict(zip(self._order[type(module)], args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}

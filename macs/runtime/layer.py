@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..config import MACSConfig
 from ..planner import Planner
-from ..policies import policy_of
 from ..records.counters import Counters
 from ..records.load import LayerRecorder
 from ..steps.combine import Plan, PlanStatistics
@@ -140,30 +139,19 @@ class LayerRuntime:
             yield acts
         self.done()
 
-    @property
-    def on(self) -> bool:
-        """Whether MACS plans or calibrates now."""
-        return self.runtime.enabled or self.runtime.calibrating
-
     def plan(
         self, hidden: Tensor, experts: Tensor, weights: Tensor, scores: Tensor, tokens: Tokens
     ) -> Plan | None:
         """``Planner.plan``; none while MACS is off or calibrates."""
         runtime = self.runtime
-        if not self.on:
+        if not runtime.on:
             return None
         plan = None
         if not runtime.calibrating:
             self.captured |= capturing(hidden.device)
-            recorded = runtime.recording or runtime.counters is not None
+            recorded, add_up = runtime.recording or runtime.counters is not None, self.adapter.sum_over_group
             plan = self.planner.plan(
-                hidden,
-                experts,
-                weights,
-                scores,
-                tokens,
-                statistics=recorded,
-                sum_over_group=self.adapter.sum_over_group,
+                hidden, experts, weights, scores, tokens, statistics=recorded, sum_over_group=add_up
             )
             if plan.statistics is not None:
                 self._record(plan.statistics, hidden.device)
@@ -198,8 +186,6 @@ class LayerRuntime:
         dropped = Dropped(step.hidden, step.experts, step.weights, plan.experts, step.tokens)
         return compensate(rows, dropped, tables).view(output.shape)
 
-    # Records.
-
     def _record(self, statistics: PlanStatistics, device: torch.device) -> None:
         """Add a plan's statistics to the recorder and, in the same launch, to the counters."""
         counters = _counters_of(self, device)
@@ -210,7 +196,7 @@ class LayerRuntime:
     def _begins(self, count: int, device: torch.device, training: bool) -> bool:
         """``acts``, of a pass that begins. A step that is too small to plan is counted, in a captured graph,
         too, and takes part where other members of the group may plan."""
-        if training or not (self.on and self.adapter.plans_now()):
+        if training or not (self.runtime.on and self.adapter.plans_now()):
             return False
         if self.runtime.calibrating or not self.planner.bypasses(count, device):
             return True
@@ -229,14 +215,6 @@ class LayerRuntime:
         _counters_of(self, device)
 
     # The planner.
-
-    def check(self, policy: str, config: MACSConfig) -> None:
-        """Raise a ``ValueError`` if the engine cannot honour this policy here; log the adapter's advice."""
-        reason = self.adapter.refusal(policy_of(policy))
-        if reason is not None:
-            raise ValueError(f"policy {policy}: {reason}")
-        for advice in self.adapter.advice(policy, config):
-            self.runtime.warn_once(advice)
 
     @property
     def served(self) -> ServedPlanner:
@@ -257,16 +235,14 @@ class LayerRuntime:
 
     def target_under(self, config: MACSConfig) -> float | None:
         """The layer's ``target_load`` under other settings; none where it has no planner yet."""
-        served = self._served
-        return None if served is None else served.target_under(config, self.captured or self.graphed)
+        captured = self.captured or self.graphed
+        return None if self._served is None else self._served.target_under(config, captured)
 
     def retarget(self, target: float | None) -> None:
         """Apply a ``target_load`` in place, and drop the records."""
         if self._served is not None and target is not None:
             self._served.planner.update_target(target)
         self.recorder.clear()
-
-    # The tokens.
 
     def tokens(
         self,
@@ -285,7 +261,7 @@ class LayerRuntime:
         """
         shard = self.adapter.token_shard()
         if shard != self._shard:  # divided in another way since: the policy may be impossible now
-            self.check(self.runtime.policy, self.runtime.config)
+            self.runtime.check_adapter(self.adapter, self.runtime.policy, self.runtime.config)
             self._shard = shard
         modality = layer_modality(batch, length * shard.parts, device, self.runtime)
         part = select(modality, batch, length, (shard.index, shard.parts), (first, chunks))

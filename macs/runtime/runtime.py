@@ -122,7 +122,7 @@ class Runtime(RuntimeState):
             return {layer: layer.target_under(config) for layer in self.layers}
         self._refuse_captured("use")
         for layer in self.layers:
-            layer.check(policy, config)
+            self.check_adapter(layer.adapter, policy, config)
         return None
 
     def _check_tuning(
@@ -176,7 +176,7 @@ class Runtime(RuntimeState):
             topology = Topology(topology.num_experts, self.virtual_ranks, sources=sources)
         layer = LayerRuntime(self, len(self.layers), adapter, topology)
         rank_and_world()  # known from now on, also when the group is closed
-        layer.check(self.policy, self.config)
+        self.check_adapter(adapter, self.policy, self.config)
         self._check_tuning(self.policy, self.config, self.profile, {topology.num_ranks})
         self.register(layer)
         return layer

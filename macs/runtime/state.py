@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import MACSConfig
+from ..policies import policy_of
 from ..records.counters import Counters
 from ..records.profile import Profile
 from ..steps.combine import Plan
 from ..tokens import Tokens
 from ..version import __version__
+from .adapter import LayerAdapter
 from .consistency import RankConsistency
 
 logger = logging.getLogger("macs.runtime")
@@ -96,6 +98,11 @@ class RuntimeState:
                 "it before the engine captures"
             )
         self._enabled = value
+
+    @property
+    def on(self) -> bool:
+        """Whether layers plan or calibrate now."""
+        return self._enabled or self.calibrating
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RuntimeState:
         return self
@@ -181,6 +188,15 @@ class RuntimeState:
     def layers(self) -> list[Any]:
         """The layers that are alive, in the order in which they were added."""
         return [layer for layer in (reference() for reference in self._layers) if layer is not None]
+
+    def check_adapter(self, adapter: LayerAdapter, policy: str, config: MACSConfig) -> None:
+        """Raise a ``ValueError`` if the engine cannot honour this policy in a layer; log the adapter's
+        advice."""
+        reason = adapter.refusal(policy_of(policy))
+        if reason is not None:
+            raise ValueError(f"policy {policy}: {reason}")
+        for advice in adapter.advice(policy, config):
+            self.warn_once(advice)
 
     def warn_once(self, message: str) -> None:
         """Log a warning the first time it is given."""
