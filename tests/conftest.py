@@ -96,7 +96,7 @@ def pool() -> Iterator[Pool]:
     """Worker processes, started once for the whole session."""
     workers = Pool()
     yield workers
-    workers.close()
+    workers.close(patience=10.0)
 
 
 @pytest.fixture

@@ -138,9 +138,14 @@ class Pool:
             raise RankFailed([None if reply.done else reply.value for reply in replies])
         return [reply.value for reply in replies]
 
-    def close(self) -> None:
-        """End every worker."""
+    def close(self, patience: float = 0.0) -> None:
+        """End every worker; those that are idle end by themselves within ``patience`` seconds, and what they
+        ran is counted as covered."""
+        for _, connection in self._workers if patience else ():
+            with contextlib.suppress(OSError):
+                connection.send(None)
         for process, _ in self._workers:
+            process.join(patience)
             process.kill()
             process.join()
         self._workers.clear()
