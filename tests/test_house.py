@@ -14,7 +14,7 @@ LIMITS = {
     "vllm_macs": 724,
     "tools": 6278,
     "examples": 4303,
-    "tests": 14612,
+    "tests": 14617,
 }
 """Lines of Python a room may have. A room that is full gives something up before it gets more."""
 
