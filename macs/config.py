@@ -113,7 +113,7 @@ class MACSConfig:
     )
     spare_text: bool = _setting(
         False,
-        "text is never dropped or rerouted; where text alone exceeds target_load, the bound is exceeded and "
+        "text is never dropped or rerouted; where text alone exceeds target_load, the limit is exceeded and "
         "counted as unmet",
     )
     min_tokens: int | None = _setting(
@@ -140,7 +140,7 @@ class MACSConfig:
         if len(given) > 1:
             values = " beside ".join(f"{name} {getattr(self, name)!r}" for name in given)
             raise ValueError(
-                f"config.{given[-1]}: found {values}, expected one of them: each bounds the load"
+                f"config.{given[-1]}: found {values}, expected one of them: each limits the load"
             )
         if not given:
             object.__setattr__(self, "target_load", TARGET_LOAD)

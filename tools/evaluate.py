@@ -3,7 +3,7 @@
     macs evaluate --model DIR --data requests.jsonl --ranks 8 --policies macs token-drop --targets 1.05 0.7
 
 One process whose layers plan as ``--ranks`` expert-parallel ranks would. KL is in nats, at the tokens of the
-answers that the model gives without a bound, mean over requests with its 95 % interval.
+answers that the model gives without a limit, mean over requests with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main(given: Sequence[str] | None = None) -> None:
         for policy, config in configurations(arguments, profile):
             rows.append(row_of(policy, config, model.under(policy, config, profile)))
     requests = model.requests("tune") + model.requests("verify")
-    caption = f"{requests} requests; same: the answer of the model without a bound"
+    caption = f"{requests} requests; same: the answer of the model without a limit"
     heads = ("policy", "target_load", "split", "load", "KL x 1000", "95 %", "same answer")
     console().print(table(heads, map(cells, rows), caption=caption))
     if arguments.out is not None:

@@ -1,4 +1,4 @@
-"""Measure how a bound on the step is best split among layers, and keep it in a profile.
+"""Measure how a load limit is best split among layers, and keep it in a profile.
 
     macs tune                                       # the tiny model, on questions of its validation split
     macs tune --only modality                       # which experts serve which modality, and nothing else
@@ -7,7 +7,7 @@
 
 One device, the plain adapter, ``--ranks`` virtual expert-parallel ranks; or DeepSpeed's AutoEP on as many as
 there are processes; or the tiny model in Megatron (your own: docs/tuning.md). The KL in nats, at
-the tokens of the answers that the model gives without a bound, to the model under it. Every layer is bounded
+the tokens of the answers that the model gives without a limit, to the model under it. Every layer is limited
 by itself first (``--groups``: layers in groups, for a model of many); a split of each target follows from
 that, is refined by moving load between layers, as measured on one half of the requests, and verified on the
 other: where it is not better than one limit for all layers there, beyond the 95 % interval, the profile gets
@@ -51,7 +51,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="of the tiny model")
     parser.add_argument("--batches", nargs="+", default=["mixed"], help="what the tiny model is asked")
     parser.add_argument("--ranks", type=int, help="expert-parallel ranks to tune for, of plain (default: 4)")
-    parser.add_argument("--groups", type=int, help="of consecutive layers that share a bound")
+    parser.add_argument("--groups", type=int, help="of consecutive layers that share a limit")
     parser.add_argument(
         "--policy", choices=[name for name, one in POLICIES.items() if one.plans], default="macs"
     )
